@@ -1,0 +1,69 @@
+"""Predicts how long a batch takes, from the batches that ran. Pure: it is told the seconds, it reads no clock.
+
+In: `(count, longest, seconds)` of each batch. Out: predicted seconds, and the largest batch that fits a time bound.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TypeVar
+
+import numpy as np
+
+#: Batches remembered per model: enough to see several lengths, few enough to follow a device that slows down.
+MEMORY = 64
+
+#: Below this many batches the fit would follow noise, and the prior answers.
+ENOUGH = 6
+
+#: The prior, in seconds per batch, per padded unit, and per padded unit times length. A small transformer on two CPU
+#: cores; any device's own figures replace it after `ENOUGH` batches.
+PRIOR = (4e-3, 1.2e-4, 1e-8)
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+class CostModel:
+    """`seconds = a + b * padded + c * padded * longest`, all three never negative.
+
+    `a` is the launch, `b` the matrix products, `c` the attention, quadratic in length. One per model; lives on the
+    main thread, inside the engine.
+    """
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[int, int, float]] = deque(maxlen=MEMORY)
+        self._fit = np.array(PRIOR)
+
+    def __repr__(self) -> str:
+        a, b, c = self._fit
+        return f"<CostModel {a:.2e} + {b:.2e}·padded + {c:.2e}·padded·longest, from {len(self._seen)} batches>"
+
+    def predict(self, count: Count, longest: int) -> Count:
+        """Seconds for a batch of `count` items padded to `longest` cost units. Works on an array of counts."""
+        a, b, c = self._fit
+        return a + count * (longest * (b + c * longest))  # type: ignore[return-value]
+
+    def observe(self, count: int, longest: int, seconds: float) -> None:
+        """Learn from a batch that ran."""
+        self._seen.append((count, longest, seconds))
+        if len(self._seen) >= ENOUGH:
+            self._fit = _fit(np.array(self._seen))
+
+    def largest(self, longest: int, seconds: float) -> int:
+        """The most items padded to `longest` whose batch is predicted to end within `seconds`; at least 1."""
+        a, b, c = self._fit
+        each = longest * (b + c * longest)
+        return max(1, int((seconds - a) / each)) if each > 0 else 1_000_000
+
+
+def _fit(seen: np.ndarray) -> np.ndarray:
+    """Least squares on relative errors, dropping the terms that come out negative (c first, then a)."""
+    count, longest, seconds = seen.T
+    features = np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1) / seconds[:, None]
+    for terms in ([0, 1, 2], [0, 1], [1]):
+        solution = np.linalg.lstsq(features[:, terms], np.ones_like(seconds), rcond=None)[0]
+        if (solution >= 0).all():
+            break
+    fit = np.zeros(3)
+    fit[terms] = np.maximum(solution, 0.0)
+    return fit

@@ -1,0 +1,57 @@
+"""Cuts waiting items into batches. Pure: no clock, no I/O, nothing from Celery, torch or Redis.
+
+In: the costs of the items that wait, a budget, and a cost model that predicts seconds. Out: lists of indexes.
+
+A batch is padded to its longest item, so its size is `count * longest`. Over all ways to cut items into batches
+under a budget, some cheapest one consists of runs of the sorted items: given any other cut, sorting the batches by
+their longest item and refilling them from the sorted items keeps each count and raises no longest. So it is enough
+to search the sorted runs, which dynamic programming does exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from legit_worker.batching.costmodel import CostModel
+
+
+def padded(costs: Sequence[int]) -> int:
+    """The size of one batch in cost units, padding included."""
+    return len(costs) * max(costs, default=0)
+
+
+def pack(costs: Sequence[int], budget: int, model: CostModel) -> list[list[int]]:
+    """Cut items into the batches that `model` predicts to take the least time together.
+
+    `costs` are the items' costs, at least 1 each. Returns lists of indexes into `costs`, each sorted from the
+    shortest item to the longest; every index is in exactly one. No batch is larger than `budget` when padded,
+    except an item that is larger alone.
+    """
+    order = np.argsort(np.asarray(costs, dtype=np.int64), kind="stable")
+    lengths = np.asarray(costs, dtype=np.int64)[order]
+    return [order[start:end].tolist() for start, end in _cheapest_runs(lengths, budget, model)]
+
+
+def _cheapest_runs(lengths: np.ndarray, budget: int, model: CostModel) -> list[tuple[int, int]]:
+    """The runs `(start, end)` of the ascending `lengths` whose predicted seconds sum to the least."""
+    total = len(lengths)
+    best = np.zeros(total + 1)  # best[i]: the least seconds for the first i items
+    cut = np.zeros(total + 1, dtype=np.int64)  # cut[i]: where the last of their batches starts
+    for end in range(1, total + 1):
+        longest = int(lengths[end - 1])
+        first = max(0, end - max(1, budget // longest))
+        seconds = best[first:end] + model.predict(np.arange(end - first, 0, -1), longest)
+        choice = int(np.argmin(seconds))
+        best[end], cut[end] = seconds[choice], first + choice
+    return _walk_back(cut)
+
+
+def _walk_back(cut: np.ndarray) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    end = len(cut) - 1
+    while end > 0:
+        runs.append((int(cut[end]), end))
+        end = int(cut[end])
+    return runs[::-1]

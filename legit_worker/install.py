@@ -1,0 +1,87 @@
+"""The seam: what `legit_worker.install(app)` changes in a Celery app, and nothing else does.
+
+In: a Celery app. Out: the same app. Enabled, its workers get one more bootstep, which swaps the solo pool for
+ModelPool before the pool is made, and acks late unless the project chose otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.concurrency.solo import TaskPool as SoloPool
+
+from legit_worker import settings
+from legit_worker.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+
+def install(app: Celery) -> Celery:
+    """Have the app's workers run ModelPool where `LEGIT_WORKER_ENABLED` is set; otherwise change nothing."""
+    if settings.is_enabled():
+        enable(app)
+    return app
+
+
+def enable(app: Celery) -> None:
+    """What `install` does once it is enabled."""
+    app.steps["worker"].add(ModelPoolStep)
+    if app.configured:
+        _ack_late_by_default(app)
+    else:
+        app.on_after_configure.connect(_ack_late_by_default, weak=False)
+
+
+class ModelPoolStep(bootsteps.Step):
+    """Runs once per worker, before its pool is made."""
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        chosen = load_or_exit()
+        for sentence in settings.not_yet_in_effect(chosen):
+            logger.warning(sentence)
+        from legit_worker import tasks
+
+        tasks.register(worker.app, chosen)
+        if chosen.role == "device":
+            self._swap_pool(worker, chosen)
+
+    @staticmethod
+    def _swap_pool(worker: Any, chosen: settings.Settings) -> None:
+        from legit_worker.pool.pool import ModelPool, window
+
+        if worker.pool_cls is not SoloPool and not issubclass(worker.pool_cls, ModelPool):
+            logger.warning(
+                "legit_worker is enabled, and the pool is %s: tasks call models directly, one at a time, and each "
+                "process loads its own. Start the worker with --pool=solo to have them batched.",
+                worker.pool_cls.__module__,
+            )
+            return
+        worker.pool_cls = ModelPool
+        # Celery prefetches `concurrency * prefetch_multiplier`: with these the broker hands over one window.
+        # min_concurrency is a copy that the Pool step may have made already.
+        worker.concurrency = worker.min_concurrency = window(chosen)
+        worker.prefetch_multiplier = 1
+
+
+def load_or_exit() -> settings.Settings:
+    """The settings; where they are bad, the process ends with the variable's name instead of a traceback."""
+    try:
+        return settings.load(enabled_by_default=True)
+    except SettingsError as error:
+        raise SystemExit(f"legit_worker: {error}") from None
+
+
+def _ack_late_by_default(sender: Celery, **_: Any) -> None:
+    """A killed worker must lose none of a window of tasks, and inference may run twice.
+
+    Celery's own way to add a default loses against a project's setting only where both spell it alike, so look for
+    every spelling first.
+    """
+    namespace = getattr(sender, "namespace", None)
+    spellings = {"TASK_ACKS_LATE", "CELERY_ACKS_LATE", f"{namespace}_TASK_ACKS_LATE"}
+    chosen = (str(key).upper() for layer in sender.conf.maps[:-1] for key in layer)
+    if spellings.isdisjoint(chosen):
+        sender.conf.add_defaults({"task_acks_late": True})

@@ -1,0 +1,131 @@
+"""What a task holds: `legit_worker.model("minilm")`.
+
+In: texts, pairs, images, or any items. Out: what sentence-transformers would return for them, or one output each.
+
+How the items get computed is the runner's business. This module's own runner calls the model in the calling thread;
+inside a ModelPool, the pool's runner parks the task and lets its items share batches with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from legit_worker.batching.costmodel import CostModel
+from legit_worker.batching.packer import pack
+from legit_worker.models.protocol import Model
+from legit_worker.models.registry import Entry, Registry, default_registry
+
+#: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.
+DIRECT_BUDGET = 4096
+
+
+class Runner(Protocol):
+    """How items get computed."""
+
+    def loaded(self, entry: Entry) -> Model:
+        """The entry's model, once it is loaded. Raises `ModelLoadError`."""
+
+    def run(self, entry: Entry, items: list[Any]) -> list[Any]:
+        """Preprocess, compute and postprocess items of a loaded model; one output each, in order."""
+
+
+class DirectRunner:
+    """Calls the model in the calling thread: under any other pool, eagerly, in a shell."""
+
+    def loaded(self, entry: Entry) -> Model:
+        """Waits for the loader thread."""
+        return entry.model
+
+    def run(self, entry: Entry, items: list[Any]) -> list[Any]:
+        """All items, in batches of even length and equal batch key."""
+        model = entry.model
+        prepared = [model.preprocess(item) for item in items]
+        outputs: list[Any] = [None] * len(items)
+        for batch in _batches(entry, prepared):
+            for index, output in zip(batch, entry.forward([prepared[index] for index in batch]), strict=True):
+                outputs[index] = output
+        return [model.postprocess(output) for output in outputs]
+
+
+def _batches(entry: Entry, prepared: list[Any]) -> Iterable[list[int]]:
+    by_key: dict[Any, list[int]] = {}
+    for index, item in enumerate(prepared):
+        by_key.setdefault(entry.batch_key(item), []).append(index)
+    for indexes in by_key.values():
+        costs = [max(1, int(entry.model.cost(prepared[index]))) for index in indexes]
+        for cut in pack(costs, DIRECT_BUDGET, CostModel()):
+            yield [indexes[position] for position in cut]
+
+
+_runner: Runner = DirectRunner()
+_registry: Callable[[], Registry] = default_registry
+
+
+def use_runner(runner: Runner) -> None:
+    """From now on, every handle of this process computes through `runner`."""
+    global _runner
+    _runner = runner
+
+
+def find_models(registry: Callable[[], Registry]) -> Callable[[], Registry]:
+    """From now on, every handle of this process finds its model there. Returns where they looked before."""
+    global _registry
+    before, _registry = _registry, registry
+    return before
+
+
+class Handle:
+    """A model by its alias. Holds no weights, reads no settings until it is used, and may be kept for good."""
+
+    def __init__(self, alias: str | None, kind: str = "embed") -> None:
+        self._alias = alias
+        self._kind = kind
+
+    def __repr__(self) -> str:
+        return f"<Handle {self._alias or 'the one of kind ' + self._kind}>"
+
+    @property
+    def entry(self) -> Entry:
+        """The configured model. Raises `UnknownModelError`."""
+        registry = _registry()
+        return registry.get(self._alias) if self._alias else registry.only(self._kind)
+
+    def encode(self, sentences: Any, **options: Any) -> Any:
+        """Embed one text or image, or a list of them: shape `[dim]` or `[n, dim]`, numpy float32.
+
+        Takes the options of `SentenceTransformer.encode` that change the result: `prompt`, `prompt_name`,
+        `normalize_embeddings`, `truncate_dim`, `precision`. Those that say how to compute (`batch_size`,
+        `show_progress_bar`) are accepted and mean nothing here: the engine decides. A sparse model gives a
+        `scipy.sparse.csr_array`. Raises `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
+        """
+        return self._method("encode")(sentences, **options)
+
+    def predict(self, pairs: Any, **options: Any) -> Any:
+        """Score one pair of texts, or a list of them: a float32, or an array of shape `[n]` or `[n, labels]`.
+
+        Takes `activation_fn`, `apply_softmax`, `prompt` and `prompt_name` as `CrossEncoder.predict` does.
+        Raises as `encode` does.
+        """
+        return self._method("predict")(pairs, **options)
+
+    def map(self, items: Iterable[Any]) -> list[Any]:
+        """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
+        entry = self.entry
+        runner = _runner
+        runner.loaded(entry)
+        return runner.run(entry, list(items))
+
+    def check_length(self, text: str) -> None:
+        """Raises `InvalidInputError` where the model would cut the text. Models without a limit take any."""
+        check = getattr(_runner.loaded(self.entry), "check_length", None)
+        if check is not None:
+            check(text)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        entry = self.entry
+        runner = _runner
+        method = getattr(runner.loaded(entry), name, None)
+        if method is None:
+            raise TypeError(f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): use map()")
+        return lambda inputs, **options: method(lambda items: runner.run(entry, list(items)), inputs, **options)

@@ -1,0 +1,170 @@
+"""Which models there are, and their weights.
+
+In: the settings' models. Out: `Entry` objects, one per alias, each loaded at most once, on the loader thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import monotonic
+from typing import Any
+
+from kombu.utils.imports import symbol_by_name
+
+from legit_worker import settings
+from legit_worker.device import cuda
+from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
+from legit_worker.models.protocol import Model
+
+logger = logging.getLogger(__name__)
+
+#: The built-in kinds. A kind with a colon is a user's own `module:Class`.
+KINDS = {
+    "embed": "legit_worker.models.sentence:TextEmbedding",
+    "image": "legit_worker.models.sentence:ImageEmbedding",
+    "sparse": "legit_worker.models.sentence:SparseEmbedding",
+    "rerank": "legit_worker.models.sentence:Reranker",
+    "simulated": "legit_worker.models.simulated:SimulatedModel",
+}
+
+#: Seconds for which a failed load answers the next askers, so that a thousand waiting tasks don't read a broken
+#: file a thousand times, and a file that is mended is noticed without a restart.
+LOAD_RETRY_AFTER = 10.0
+
+
+class Entry:
+    """One configured model. Any thread may ask for it; its weights are read on the loader thread only."""
+
+    def __init__(self, alias: str, spec: settings.ModelSettings, device: Callable[[], str], loader: ThreadPoolExecutor) -> None:
+        self.alias = alias
+        self.spec = spec
+        self._device = device
+        self._loader = loader
+        self._future: Future[Model] | None = None
+        self._failed_at = 0.0
+        #: Held during `forward`: threads other than the engine's may call the model directly.
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"
+
+    @property
+    def state(self) -> str:
+        """`unloaded`, `loading`, `resident` or `failed`."""
+        if self._future is None:
+            return "unloaded"
+        if not self._future.done():
+            return "loading"
+        return "failed" if self._future.exception() else "resident"
+
+    def load(self) -> Future[Model]:
+        """The model, now or soon. Fails with `ModelLoadError`; asked again after a while, it tries again."""
+        with self._lock:
+            if self._future is None or self._may_retry(self._future):
+                self._future = self._loader.submit(self._load)
+            return self._future
+
+    @property
+    def model(self) -> Model:
+        """The model; waits until it is loaded. Raises `ModelLoadError`."""
+        return self.load().result()
+
+    def batch_key(self, prepared: Any) -> Hashable:
+        """What must be equal for two items to share a batch."""
+        key_of = getattr(self.model, "batch_key", None)
+        return None if key_of is None else key_of(prepared)
+
+    def forward(self, batch: Sequence[Any]) -> Sequence[Any]:
+        """The model's `forward`, checked to give one output per item. Raises what the model raises."""
+        with self._lock:
+            outputs = self.model_now.forward(batch)
+        if len(outputs) != len(batch):
+            raise LegitWorkerError(
+                f"model {self.alias!r} gave {len(outputs)} outputs for a batch of {len(batch)} items: "
+                f"forward() must return one output per item, in order"
+            )
+        return outputs
+
+    @property
+    def model_now(self) -> Model:
+        """The model, which is known to be loaded."""
+        assert self._future is not None
+        return self._future.result(timeout=0)
+
+    def _may_retry(self, future: Future[Model]) -> bool:
+        return future.done() and future.exception() is not None and monotonic() - self._failed_at > LOAD_RETRY_AFTER
+
+    def _load(self) -> Model:
+        start = monotonic()
+        try:
+            device = "simulated" if self.spec.kind == "simulated" else self._device()
+            model = self._construct()
+            model.load(device)
+        except Exception as error:
+            self._failed_at = monotonic()
+            logger.exception("model %r could not be loaded", self.alias)
+            raise ModelLoadError(
+                f"model {self.alias!r} (kind {self.spec.kind}, path {self.spec.path}) could not be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        logger.info("model %r loaded on %s in %.1f s", self.alias, device, monotonic() - start)
+        return model
+
+    def _construct(self) -> Model:
+        cls = symbol_by_name(KINDS.get(self.spec.kind, self.spec.kind))
+        offered = {
+            "alias": self.alias,
+            "path": self.spec.path,
+            "dtype": self.spec.dtype,
+            "revision": self.spec.revision,
+        }
+        wanted = inspect.signature(cls).parameters
+        model: Model = cls(**{name: value for name, value in offered.items() if name in wanted})
+        return model
+
+
+class Registry:
+    """All configured models. One per process."""
+
+    def __init__(self, models: Mapping[str, settings.ModelSettings], device: Callable[[], str]) -> None:
+        # One thread: weights are read one model at a time, and never on the thread that serves.
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="legit-loader")
+        self.entries = {alias: Entry(alias, spec, device, self._loader) for alias, spec in models.items()}
+
+    def __repr__(self) -> str:
+        return f"<Registry {list(self.entries.values())}>"
+
+    def get(self, alias: str) -> Entry:
+        """The model of this alias, in any case. Raises `UnknownModelError`."""
+        entry = self.entries.get(str(alias).lower())
+        if entry is None:
+            raise UnknownModelError(
+                f"no model {alias!r} is configured; there are: {self._names()}. "
+                f"Set LEGIT_WORKER_MODELS__{str(alias).upper()}__PATH to add it"
+            )
+        return entry
+
+    def only(self, kind: str) -> Entry:
+        """The one model of this kind. Raises `UnknownModelError` where there is none, or more than one."""
+        found = [entry for entry in self.entries.values() if entry.spec.kind == kind]
+        if len(found) != 1:
+            raise UnknownModelError(
+                f"model=None means the one model of kind {kind!r}, and {len(found)} are configured; "
+                f"there are: {self._names()}. Name one with model="
+            )
+        return found[0]
+
+    def _names(self) -> str:
+        return ", ".join(f"{alias} ({entry.spec.kind})" for alias, entry in self.entries.items()) or "none"
+
+
+@functools.cache
+def default_registry() -> Registry:
+    """This process's models, from its settings. Raises `SettingsError`."""
+    chosen = settings.load()
+    return Registry(chosen.models, functools.partial(cuda.choose, chosen.device))

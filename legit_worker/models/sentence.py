@@ -1,0 +1,351 @@
+"""The built-in kinds, on sentence-transformers: `embed`, `image`, `sparse`, `rerank`.
+
+In: texts, images, pairs. Out: numpy arrays with the values, shapes and dtypes that sentence-transformers gives.
+
+Each item is preprocessed alone, in its task, by the library's own code; a batch is the items' features, padded
+together; `forward` is the library's own. So what a batch computes for an item is what `encode` computes for it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sentence_transformers
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import util
+from torch.nn.utils.rnn import pad_sequence
+
+from legit_worker.errors import InvalidInputError
+
+#: Computes items and returns one output each, in order: a runner, bound to a model.
+Run = Callable[[Iterable[Any]], list[Any]]
+
+#: Arguments of the library's `encode` and `predict` that say how to compute. The engine decides that.
+IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """An input with the prompt that is put before it."""
+
+    input: Any
+    prompt: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One input's features, each tensor with a first dimension of 1, or the input itself where they can't be padded."""
+
+    features: dict[str, Any]
+    cost: int
+    key: Hashable
+    raw: Prompted | None = None
+
+
+class SentenceModel:
+    """What the four kinds share. Weights are read on the loader thread; all else happens where the tasks run."""
+
+    def __init__(self, path: str, dtype: str | None = None, revision: str | None = None) -> None:
+        self._path = path
+        self._dtype = dtype
+        self._revision = revision
+        self._model: Any = None
+
+    def load(self, device: str) -> None:
+        """Read the weights from the path, or the local cache, and put them on `device`."""
+        self._model = self._open(
+            self._path,
+            device=device,
+            revision=self._revision,
+            model_kwargs={"dtype": self._dtype} if self._dtype else None,
+        ).eval()
+
+    def _open(self, path: str, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def preprocess(self, item: Any) -> Prepared:
+        """Tokenize or resize one input. Raises `InvalidInputError` where it is not of this model's kind."""
+        prompted = item if isinstance(item, Prompted) else Prompted(item, None)
+        self._check(prompted.input)
+        features = self._model.preprocess([prompted.input], prompt=prompted.prompt)
+        if not _can_be_padded(features):
+            return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompted.prompt), prompted)
+        return Prepared(features, _cost(features), _key(features))
+
+    def _check(self, value: Any) -> None:
+        check_text(value)
+
+    def cost(self, item: Prepared) -> int:
+        """Tokens, or for an image its patches' worth of pixels."""
+        return item.cost
+
+    def batch_key(self, item: Prepared) -> Hashable:
+        """Inputs of one modality, one image size and one prompt length share a batch."""
+        return item.key
+
+    def postprocess(self, output: Any) -> Any:
+        """Nothing: `encode` and `predict` finish all outputs of a call together."""
+        return output
+
+    def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        if batch[0].raw is not None:
+            inputs = [item.raw.input for item in batch if item.raw]
+            features: dict[str, Any] = self._model.preprocess(inputs, prompt=batch[0].raw.prompt)
+        else:
+            features = _collate([item.features for item in batch], self._model.tokenizer)
+        moved: dict[str, Any] = util.batch_to_device(features, self._model.device)
+        return moved
+
+    def _prompted(self, inputs: Iterable[Any], prompt: str | None, prompt_name: str | None) -> list[Prompted]:
+        if prompt is None:
+            prompt = self._named_prompt(prompt_name or self._model.default_prompt_name)
+        return [Prompted(item, prompt) for item in inputs]
+
+    def _named_prompt(self, name: str | None) -> str | None:
+        if name is None:
+            return None
+        prompts: dict[str, str] = self._model.prompts
+        if name not in prompts:
+            raise ValueError(f"prompt_name={name!r} is not among this model's prompts: {sorted(prompts)}")
+        return prompts[name]
+
+
+class TextEmbedding(SentenceModel):
+    """Kind `embed`: dense vectors of texts, as `SentenceTransformer.encode` gives them."""
+
+    def _open(self, path: str, **options: Any) -> Any:
+        return sentence_transformers.SentenceTransformer(path, **options)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[Prepared]) -> NDArray[Any]:
+        """One vector per item, shape `[n, dim]`, as the model's last module leaves it."""
+        return _to_numpy(self._model(self._features(batch))["sentence_embedding"])
+
+    def encode(
+        self,
+        run: Run,
+        inputs: Any,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        **others: Any,
+    ) -> Any:
+        """`Handle.encode` says what it takes; shape `[dim]` for one input, `[n, dim]` for a list."""
+        _refuse(others, "encode")
+        single = self._model.is_singular_input(inputs)
+        rows = run(self._prompted([inputs] if single else inputs, prompt, prompt_name))
+        if not rows:
+            return np.array([])
+        vectors = np.stack(rows)[:, : truncate_dim or self._model.truncate_dim]
+        if normalize_embeddings:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        if precision != "float32":
+            vectors = util.quantize_embeddings(vectors, precision=precision)
+        return vectors[0] if single else vectors
+
+    def check_length(self, text: str) -> None:
+        """Raises `InvalidInputError`, with both numbers, where the model would cut the text."""
+        limit = self._model.max_seq_length
+        tokenizer = self._model.tokenizer
+        if limit is None or tokenizer is None:
+            return
+        length = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        if length > limit:
+            raise InvalidInputError(
+                f"the text has {length} tokens and the model takes {limit}: "
+                f"shorten it, split it, or pass truncate=True to embed its first {limit}"
+            )
+
+
+class ImageEmbedding(TextEmbedding):
+    """Kind `image`: vectors of images, and of texts where the model takes both, as CLIP does."""
+
+    def preprocess(self, item: Any) -> Prepared:
+        """A `PIL.Image.Image`, or a text. A string is text, never a path or an address to read from."""
+        prompted = item if isinstance(item, Prompted) else Prompted(item, None)
+        if isinstance(prompted.input, str):
+            self._check(prompted.input)
+            prompted = Prompted({"text": prompted.input}, prompted.prompt)
+        return super().preprocess(prompted)
+
+    def _check(self, value: Any) -> None:
+        from PIL.Image import Image
+
+        if isinstance(value, dict):
+            value = value.get("text")
+        if not isinstance(value, Image):
+            check_text(value)
+
+
+class SparseEmbedding(SentenceModel):
+    """Kind `sparse`: SPLADE-like vectors, one weight per word of the vocabulary."""
+
+    def _open(self, path: str, **options: Any) -> Any:
+        return sentence_transformers.SparseEncoder(path, **options)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[Prepared]) -> list[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """Per item, the places and the values that are not zero."""
+        rows = _to_numpy(self._model(self._features(batch))["sentence_embedding"].to_dense())
+        return [(places := row.nonzero()[0], row[places]) for row in rows]
+
+    def encode(
+        self,
+        run: Run,
+        inputs: Any,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        max_active_dims: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """A `scipy.sparse.csr_array` of shape `[n, vocabulary]`, one row for one text."""
+        from scipy.sparse import csr_array
+
+        _refuse(others, "encode")
+        single = self._model.is_singular_input(inputs)
+        most = max_active_dims or self._model.max_active_dims
+        rows = run(self._prompted([inputs] if single else inputs, prompt, prompt_name))
+        kept = [_largest(places, values, most) for places, values in rows]
+        starts = np.cumsum([0, *(len(places) for places, _ in kept)])
+        places = np.concatenate([places for places, _ in kept]) if kept else np.array([], dtype=np.int64)
+        values = np.concatenate([values for _, values in kept]) if kept else np.array([], dtype=np.float32)
+        return csr_array((values, places, starts), shape=(len(kept), self._model.get_embedding_dimension()))
+
+
+class Reranker(SentenceModel):
+    """Kind `rerank`: scores of pairs of texts, as `CrossEncoder.predict` gives them."""
+
+    def _open(self, path: str, **options: Any) -> Any:
+        return sentence_transformers.CrossEncoder(path, **options)
+
+    def _check(self, value: Any) -> None:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise InvalidInputError(f"a reranker takes pairs of two texts, not {_what(value)}")
+        for part in value:
+            check_text(part)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[Prepared]) -> NDArray[Any]:
+        """One row of logits per pair, shape `[n, labels]`."""
+        scores = _to_numpy(self._model(self._features(batch))["scores"].float())
+        return scores.reshape(len(batch), -1)
+
+    def predict(
+        self,
+        run: Run,
+        inputs: Any,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        apply_softmax: bool = False,
+        **others: Any,
+    ) -> Any:
+        """A float32 for one pair, shape `[n]` for several, `[n, labels]` where the model has several labels."""
+        _refuse(others, "predict")
+        single = self._model.is_singular_input(inputs)
+        pairs = [tuple(pair) for pair in ([inputs] if single else inputs)]
+        rows = run(self._prompted(pairs, prompt, prompt_name))
+        if not rows:
+            return np.array([])
+        scores = (activation_fn or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
+        if self._model.num_labels == 1:
+            scores = scores.squeeze(-1)
+        elif apply_softmax:
+            scores = torch.nn.functional.softmax(scores, dim=1)
+        return scores.numpy()[0] if single else scores.numpy()
+
+
+def check_text(value: Any) -> None:
+    """Raises `InvalidInputError` where `value` is not text that can be encoded as UTF-8."""
+    if not isinstance(value, str):
+        raise InvalidInputError(f"expected text, got {_what(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(f"the text is not valid Unicode: {error}") from None
+
+
+def _what(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _refuse(options: dict[str, Any], method: str) -> None:
+    if options.get("convert_to_tensor") or options.get("convert_to_numpy") is False:
+        raise ValueError(
+            "tensors are refused: one would hold device memory that the engine counts as free for as long as the task "
+            "keeps it; the result is a numpy array, and torch.from_numpy() makes it a CPU tensor without a copy"
+        )
+    if options.get("output_value", "sentence_embedding") != "sentence_embedding":
+        raise ValueError(f"output_value={options['output_value']!r} is refused: only sentence embeddings are batched")
+    unknown = sorted(set(options) - IGNORED - {"convert_to_tensor", "output_value"})
+    if unknown:
+        raise TypeError(f"{method}() takes no {', '.join(unknown)}")
+
+
+def _can_be_padded(features: dict[str, Any]) -> bool:
+    """Whether the library gave one row per input: static embeddings and unpadded flash attention don't."""
+    tensors = [value for value in features.values() if isinstance(value, torch.Tensor)]
+    return bool(tensors) and all(tensor.ndim >= 2 and tensor.shape[0] == 1 for tensor in tensors)
+
+
+def _cost(features: dict[str, Any]) -> int:
+    if "input_ids" in features:
+        return int(features["input_ids"].shape[1])
+    return max(1, max(value.numel() for value in features.values() if isinstance(value, torch.Tensor)) // 1024)
+
+
+def _key(features: dict[str, Any]) -> Hashable:
+    """Everything that padding the sequences can't make equal."""
+    length = _length(features)
+    return tuple(
+        (name, tuple(value.shape[1:] if value.shape[1] != length else value.shape[2:]))
+        if isinstance(value, torch.Tensor)
+        else (name, str(value))
+        for name, value in sorted(features.items())
+    )
+
+
+def _length(features: dict[str, Any]) -> int:
+    """Tokens in the sequence, -1 where there is none."""
+    return int(features["input_ids"].shape[1]) if "input_ids" in features else -1
+
+
+def _collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    return {
+        name: _join([item[name] for item in items], [_length(item) for item in items], name, tokenizer)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in items[0].items()
+    }
+
+
+def _join(tensors: list[torch.Tensor], lengths: list[int], name: str, tokenizer: Any) -> torch.Tensor:
+    if all(tensor.shape[1] == tensors[0].shape[1] for tensor in tensors):
+        return torch.cat(tensors)
+    assert [tensor.shape[1] for tensor in tensors] == lengths, f"{name} has no length to pad"
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
+    rows = [tensor[0] for tensor in tensors]
+    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
+
+
+def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """On the host. numpy has no bfloat16: as the library does, that becomes float32."""
+    values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+    return values
+
+
+def _largest(places: NDArray[np.int64], values: NDArray[Any], most: int | None) -> tuple[Any, Any]:
+    if most is None or len(values) <= most:
+        return places, values
+    kept = np.sort(np.argpartition(np.abs(values), -most)[-most:])
+    return places[kept], values[kept]

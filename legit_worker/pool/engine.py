@@ -1,0 +1,197 @@
+"""Turns parked calls into batches and runs them, one at a time.
+
+In: calls and their items, from the fibers. Out: outputs in the calls, and a word to each call that got some.
+
+Which model is next: the one that had least of the device, in seconds. Which items: the queue's first in fair order
+(`fairness`), and with that one its neighbours in length (`packer`), so the fairest item is in every batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from legit_worker.models.registry import Entry
+from legit_worker.pool.calls import Call
+from legit_worker.batching.costmodel import CostModel
+from legit_worker.batching.fairness import FairQueue, Item
+from legit_worker.batching.packer import pack, padded
+
+#: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
+#: about a millisecond per 256.
+HORIZON = 256
+
+#: The largest batch, in padded cost units, whatever the cost model says: what keeps activations of an untried model
+#: small until its memory is measured.
+MAX_BATCH_COST = 16_384
+
+
+@dataclass
+class Counters:
+    """What the engine did so far; `inspect stats` shows it."""
+
+    batches: int = 0
+    items: int = 0
+    #: Cost units computed, without and with padding.
+    cost: int = 0
+    padded_cost: int = 0
+    #: Seconds inside `forward`.
+    forward_seconds: float = 0.0
+
+    @property
+    def mean_batch(self) -> float:
+        """Items per batch."""
+        return self.items / self.batches if self.batches else 0.0
+
+    @property
+    def waste(self) -> float:
+        """The part of all computed cost that was padding, 0 to 1."""
+        return 1 - self.cost / self.padded_cost if self.padded_cost else 0.0
+
+
+@dataclass(eq=False)
+class Queue:
+    """What waits for one model."""
+
+    entry: Entry
+    fair: FairQueue
+    costs: CostModel = field(default_factory=CostModel)
+    #: Halves of a batch that failed, to be tried again on their own before anything new.
+    halves: deque[list[Item]] = field(default_factory=deque)
+    #: Device seconds this model had: the least goes first.
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.fair) + sum(map(len, self.halves))
+
+
+class Engine:
+    """The batches' side of the pool. Lives on the main thread; owns the queues; never runs task code."""
+
+    def __init__(self, *, max_batch_seconds: float, weight_of: Callable[[str], float]) -> None:
+        self._max_batch_seconds = max_batch_seconds
+        self._weight_of = weight_of
+        self._queues: dict[str, Queue] = {}
+        self.counters: dict[str, Counters] = {}
+
+    def __repr__(self) -> str:
+        return f"<Engine: {({alias: len(queue) for alias, queue in self._queues.items()})} waiting>"
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def add(self, entry: Entry, call: Call, start: int, prepared: Sequence[Any]) -> None:
+        """Queue items of a call; the first one's output goes to `call.outputs[start]`."""
+        queue = self._queue(entry)
+        model = entry.model
+        for index, item in enumerate(prepared, start):
+            queue.fair.add(Item(call, index, item, max(1, int(model.cost(item))), entry.batch_key(item)))
+        call.queued += len(prepared)
+
+    def drop(self, entry: Entry, call: Call) -> None:
+        """Forget what is left of a call whose task is gone."""
+        queue = self._queue(entry)
+        queue.fair.drop(call)
+        queue.halves = deque([item for item in half if item.call is not call] for half in queue.halves)
+
+    def waiting_seconds(self) -> float:
+        """How long all that waits would take, as predicted, were the items of each model of one length."""
+        return sum(
+            queue.costs.predict(count, round(queue.fair.cost / count))
+            for queue in self._queues.values()
+            if (count := len(queue.fair))
+        )
+
+    def has_full_batch(self) -> bool:
+        """Whether waiting longer would not make the next batch larger."""
+        return any(
+            queue.halves or sum(item.cost for item in queue.fair.first(HORIZON)) >= self._budget(queue)
+            for queue in self._queues.values()
+            if len(queue)
+        )
+
+    def step(self) -> bool:
+        """Run one batch. False when nothing waits."""
+        queue = self._next_queue()
+        if queue is None:
+            return False
+        batch = queue.halves.popleft() if queue.halves else self._pick(queue)
+        if batch:
+            self._run(queue, batch)
+        return True
+
+    def _queue(self, entry: Entry) -> Queue:
+        queue = self._queues.get(entry.alias)
+        if queue is None:
+            queue = self._queues[entry.alias] = Queue(entry, FairQueue(self._weight_of))
+            self.counters[entry.alias] = Counters()
+        return queue
+
+    def _next_queue(self) -> Queue | None:
+        waiting = [queue for queue in self._queues.values() if len(queue)]
+        if not waiting:
+            return None
+        chosen = min(waiting, key=lambda queue: queue.seconds)
+        for idle in self._queues.values():
+            if not len(idle):  # time away earns no credit
+                idle.seconds = max(idle.seconds, chosen.seconds)
+        return chosen
+
+    def _budget(self, queue: Queue) -> int:
+        """The largest padded cost of a batch of items as long as the next one."""
+        longest = queue.fair.first(1)[0].cost if len(queue.fair) else 1
+        return min(MAX_BATCH_COST, longest * queue.costs.largest(longest, self._max_batch_seconds))
+
+    def _pick(self, queue: Queue) -> list[Item]:
+        candidates = _same_key(queue.fair.first(HORIZON))
+        cuts = pack([item.cost for item in candidates], self._budget(queue), queue.costs)
+        batch = [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
+        queue.fair.take(batch)
+        return batch
+
+    def _run(self, queue: Queue, batch: list[Item]) -> None:
+        start = monotonic()
+        try:
+            outputs = queue.entry.forward([item.prepared for item in batch])
+        except Exception as error:
+            queue.seconds += monotonic() - start
+            self._split(queue, batch, error)
+            return
+        seconds = monotonic() - start
+        queue.seconds += seconds
+        self._count(queue, batch, seconds)
+        for item, output in zip(batch, outputs, strict=True):
+            item.call.deliver(item.index, output)
+        _tell(batch)
+
+    def _count(self, queue: Queue, batch: list[Item], seconds: float) -> None:
+        costs = [item.cost for item in batch]
+        queue.costs.observe(len(batch), max(costs), seconds)
+        counters = self.counters[queue.entry.alias]
+        counters.batches += 1
+        counters.items += len(batch)
+        counters.cost += sum(costs)
+        counters.padded_cost += padded(costs)
+        counters.forward_seconds += seconds
+
+    def _split(self, queue: Queue, batch: list[Item], error: Exception) -> None:
+        """One item may have spoilt the batch: try its halves, down to the item, which then fails by itself."""
+        if len(batch) == 1:
+            batch[0].call.fail(error)
+            _tell(batch)
+        else:
+            middle = len(batch) // 2
+            queue.halves.extendleft([batch[middle:], batch[:middle]])
+
+
+def _same_key(items: list[Item]) -> list[Item]:
+    key: Hashable = items[0].key
+    return [item for item in items if item.key == key]
+
+
+def _tell(batch: list[Item]) -> None:
+    for call in {id(item.call): item.call for item in batch}.values():
+        call.on_progress()

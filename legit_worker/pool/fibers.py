@@ -1,0 +1,109 @@
+"""A task as a fiber: a greenlet in the main thread that parks at model calls.
+
+In: a task, as Celery hands it to a pool. Out: control, back to the loop, whenever the task parks or ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from time import monotonic
+from typing import Any
+
+from celery.concurrency.base import apply_target
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from legit_worker.device import modes
+
+
+class FiberPid(int):
+    """The process id that Celery is told: a number to everyone else, the way back to the fiber for `terminate_job`."""
+
+    fiber: Fiber
+
+
+class Fiber(greenlet):
+    """One running task. Lives on the main thread; switched to by the loop only, and back to it by `park` only."""
+
+    def __init__(self, run: Callable[[], Any], *, app: str, name: str, exclusive: bool = False) -> None:
+        super().__init__(run)
+        # Each task sees its own copy: a Sentry scope or a log binding of one never shows in another.
+        self.gr_context = copy_context()
+        #: The app it works for, `""` where none is configured.
+        self.app = app
+        self.name = name
+        #: Above zero, model calls don't let other tasks run: see `legit_worker.exclusive`.
+        self.exclusive_depth = int(exclusive)
+        #: What it waits for, in words; None while it runs.
+        self.waits_for: str | None = None
+        self.parked_at = 0.0
+        self.pid = FiberPid(os.getpid())
+        self.pid.fiber = self
+
+    def __repr__(self) -> str:
+        return f"<Fiber {self.name}: {self.waits_for or ('ended' if self.dead else 'running')}>"
+
+    def park(self, waits_for: str) -> None:
+        """Give control back to the loop until it resumes this fiber. Called from inside it."""
+        self.waits_for, self.parked_at = waits_for, monotonic()
+        restore = modes.suspend()
+        try:
+            self.parent.switch()
+        finally:
+            restore()
+            self.waits_for = None
+
+    def may_park(self) -> bool:
+        """Whether other tasks may run while this one waits.
+
+        Not inside `exclusive()`; nor below an asyncio loop or another library's greenlet, which other tasks would
+        find running.
+        """
+        return not self.exclusive_depth and getcurrent() is self and asyncio._get_running_loop() is None
+
+    def resume(self) -> None:
+        """Let it go on. Called by the loop."""
+        self.switch()
+
+    def terminate(self) -> None:
+        """Unwind it where it stands: its `finally` blocks run, its result is never stored."""
+        if not self.dead:
+            self.throw(GreenletExit)
+
+
+def current() -> Fiber | None:
+    """The fiber this code runs in, below any other library's greenlets; None outside a ModelPool's tasks."""
+    here = getcurrent()
+    while here is not None and not isinstance(here, Fiber):
+        here = here.parent
+    return here
+
+
+def run_task(
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    callback: Callable[[Any], Any],
+    accept_callback: Callable[[int, float], Any] | None,
+) -> None:
+    """A fiber's whole life: Celery's `apply_target` (celery.concurrency.base, 5.7), told the fiber's own pid."""
+    fiber = current()
+    assert fiber is not None
+    apply_target(target, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """Model calls inside don't switch tasks. Nests; does nothing outside a fiber."""
+    fiber = current()
+    if fiber is None:
+        yield
+        return
+    fiber.exclusive_depth += 1
+    try:
+        yield
+    finally:
+        fiber.exclusive_depth -= 1

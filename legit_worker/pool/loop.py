@@ -1,0 +1,109 @@
+"""Where the engine meets kombu's hub: when to fetch more tasks, and when to compute.
+
+In: arrivals, and how much work waits. Out: calls of `compute`, one batch each, between which the hub does its own
+work: messages, acks, heartbeats, remote control.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+#: Seconds to listen for one more task before a batch, when the last ones came singly. A broker on this machine
+#: answers in a tenth of it; a lone task waits no longer than this.
+GLANCE = 0.001
+
+#: The same, when a task stood waiting as soon as the last batch was done: the queue is not empty, and a broker
+#: across a network may need this long to give the next one.
+LOOK = 0.010
+
+#: The most seconds between two batches that fetching may take, so that first answers don't wait for a full window.
+MAX_FETCH_SECONDS = 0.5
+
+#: With a delay that the user chose, how long one look may block the hub's timers.
+MAX_LOOK = 0.05
+
+
+class Wakeup:
+    """A file descriptor that the hub finds readable from `set` to `clear`. `set` may be called by any thread."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """What the hub polls."""
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        """Have the hub call back soon. Twice is as good as once."""
+        with suppress(BlockingIOError):
+            self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """Until the next `set`, let the hub sleep."""
+        with suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Free both ends."""
+        self._reader.close()
+        self._writer.close()
+
+
+class Pace:
+    """Decides, each time the hub comes round, whether to look for more tasks first. Lives on the main thread.
+
+    Fetching fills the window, and a full window packs into even batches; but it must not take longer than computing
+    what was fetched, or tasks wait for nothing. With `max_delay` set by the user, that bounds the wait instead.
+    """
+
+    def __init__(self, max_delay: float | None) -> None:
+        self._max_delay = max_delay
+        self._batch_done_at = 0.0
+        #: When this round of fetching began; None until the first look after a batch.
+        self._began: float | None = None
+        self._arrived = False
+        #: A task stood waiting when the last batch was done, and looking longer since has paid.
+        self._backlog = False
+
+    def task_arrived(self) -> None:
+        """The hub handed over a task."""
+        self._arrived = True
+
+    def batch_done(self) -> None:
+        """The engine ran a batch."""
+        self._batch_done_at, self._began = monotonic(), None
+
+    def should_compute(self, *, waiting_seconds: float, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
+        """Whether to run a batch now; else let the hub go round once more.
+
+        `waiting_seconds` is how long all that waits would take to compute. `full` says whether more tasks would not
+        make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
+        """
+        now = monotonic()
+        arrived, self._arrived = self._arrived, False
+        if self._began is None:
+            self._began = now
+            self._backlog = self._backlog or (arrived and now - self._batch_done_at < 2 * GLANCE)
+        elapsed = now - self._began
+        if self._max_delay is not None:
+            return self._delay_is_over(elapsed, full, look)
+        if elapsed > min(MAX_FETCH_SECONDS, waiting_seconds):
+            return True
+        if arrived:
+            return False
+        found = look(min(LOOK, waiting_seconds) if self._backlog else GLANCE)
+        self._backlog = self._backlog and found
+        return not found
+
+    def _delay_is_over(self, elapsed: float, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
+        assert self._max_delay is not None
+        if elapsed >= self._max_delay or full():
+            return True
+        look(min(self._max_delay - elapsed, MAX_LOOK))
+        return False

@@ -1,0 +1,256 @@
+"""Celery's face of this project: the pool class that a worker runs its tasks in.
+
+In: tasks, from the worker's consumer, by `apply_async`. Out: Celery's callbacks, when each is accepted and when it
+is done, as the solo pool would have called them.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from celery import signals
+from celery.concurrency.base import apply_target
+from celery.concurrency.solo import TaskPool as SoloPool
+
+from legit_worker import settings
+from legit_worker.apps import identify
+from legit_worker.models import handle
+from legit_worker.models.registry import default_registry
+from legit_worker.pool.engine import Engine
+from legit_worker.pool.fibers import Fiber, run_task
+from legit_worker.pool.loop import Pace, Wakeup
+from legit_worker.pool.runner import FiberRunner
+
+#: Tasks in flight, where LEGIT_WORKER_WINDOW does not say. Measured with MiniLM on two CPU cores: smaller windows
+#: pack less evenly, larger ones gain nothing. `scripts/bench window` measures it again.
+DEFAULT_WINDOW = 1024
+
+
+def window(chosen: settings.Settings) -> int:
+    """How many tasks may be in flight."""
+    return chosen.window or DEFAULT_WINDOW
+
+
+class ModelPool(SoloPool):
+    """A solo pool whose tasks park at model calls. Lives on the worker's main thread; owns its fibers.
+
+    Never runs two pieces of task code at once, and never switches tasks except at a model call.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = settings.load(enabled_by_default=True)
+        self.limit = window(self._settings)
+        self.on_apply = self._apply
+        # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
+        self._inline = bool(self.options.get("threads"))
+        self._thread = threading.get_ident()
+        self._running: set[Fiber] = set()
+        self._backlog: deque[Fiber] = deque()
+        self._ready: deque[Fiber] = deque()
+        self._wakeup = Wakeup()
+        self._pace = Pace(self._settings.max_queue_delay)
+        self._hub: Any = None
+        self.engine = Engine(
+            max_batch_seconds=self._settings.max_batch_seconds,
+            weight_of=lambda app: self._settings.apps[app].weight if app else 1.0,
+        )
+        signals.worker_ready.connect(self._widen_prefetch)
+
+    def __repr__(self) -> str:
+        return (
+            f"<ModelPool: {len(self._running)} of {self.limit} running, {self._parked()} of them parked, "
+            f"{len(self._backlog)} not started, {self.engine!r}>"
+        )
+
+    @property
+    def num_processes(self) -> int:
+        """What Celery multiplies to get the prefetch count: the window."""
+        return int(self.limit)
+
+    def on_start(self) -> None:
+        """Handles of this process park from now on; pinned models start to load."""
+        handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
+        for entry in default_registry().entries.values():
+            if entry.spec.pin:
+                entry.load()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Celery calls this at each connection to the broker; the hub forgets its readers in between."""
+        self._hub = hub
+        hub.add_reader(self._wakeup.fileno(), self._turn)
+
+    def grow(self, n: int = 1) -> None:
+        """`celery control pool_grow`: a wider window."""
+        self.limit += n
+
+    def shrink(self, n: int = 1) -> None:
+        """`celery control pool_shrink`: a narrower window; what runs goes on."""
+        self.limit = max(1, self.limit - n)
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """`revoke(terminate=True)` on a running task: unwind its fiber."""
+        fiber: Fiber | None = getattr(pid, "fiber", None)
+        if fiber is not None:
+            fiber.terminate()
+            self._running.discard(fiber)
+
+    def on_stop(self) -> None:
+        """Warm shutdown. Each step stands where it does because an earlier place would lose something."""
+        # The consumer has stopped before the pool, so no task arrives any more. Those not started were not accepted:
+        # the broker has them still, and gives them to another worker once this one's connection closes.
+        self._backlog.clear()
+        # Those that started run to their end. Their acks go out when the hub closes, after this.
+        while self._running:
+            self._advance()
+            if self._running and not len(self.engine) and not self._ready:
+                self._wait_for_loader()
+        # Only now does nobody need the way back from the loader thread.
+        self._wakeup.close()
+
+    def on_terminate(self) -> None:
+        """Cold shutdown: every task unwinds where it stands. Its message, acked late, goes back to the broker."""
+        self._backlog.clear()
+        for fiber in list(self._running):
+            fiber.terminate()
+        self._running.clear()
+
+    def _get_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super()._get_info()
+        counters = self.engine.counters.values()
+        batches, items = sum(c.batches for c in counters), sum(c.items for c in counters)
+        padded = sum(c.padded_cost for c in counters)
+        return info | {
+            "max-concurrency": self.limit,
+            "window": self.limit,
+            "in_flight": len(self._running),
+            "parked": self._parked(),
+            "batches": batches,
+            "items": items,
+            "mean_batch": round(items / batches, 2) if batches else 0.0,
+            "waste": round(1 - sum(c.cost for c in counters) / padded, 4) if padded else 0.0,
+            "models": {alias: self._model_info(alias) for alias in default_registry().entries},
+        }
+
+    def _model_info(self, alias: str) -> dict[str, Any]:
+        entry = default_registry().entries[alias]
+        info: dict[str, Any] = {"kind": entry.spec.kind, "state": entry.state}
+        counters = self.engine.counters.get(alias)
+        if counters is not None:
+            info |= {
+                "batches": counters.batches,
+                "items": counters.items,
+                "mean_batch": round(counters.mean_batch, 2),
+                "waste": round(counters.waste, 4),
+                "forward_seconds": round(counters.forward_seconds, 3),
+            }
+        return info
+
+    def _apply(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        callback: Callable[[Any], Any] = lambda _: None,
+        accept_callback: Callable[[int, float], Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if threading.get_ident() != self._thread:  # a timer thread: greenlets can't leave theirs
+            apply_target(target, args, kwargs, callback, accept_callback)
+            return
+        fiber = self._fiber(target, args, kwargs or {}, callback, accept_callback)
+        if self._inline:
+            self._switch_to(fiber)
+        elif len(self._running) >= self.limit:
+            self._backlog.append(fiber)
+        else:
+            self._start(fiber)
+
+    def _fiber(self, target: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> Fiber:
+        name, request = _describe(args)
+        app = identify(self._settings.app_from, request) or ""
+        if app not in self._settings.apps:
+            app = ""
+        exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
+        return Fiber(lambda: run_task(target, args, *rest), app=app, name=name, exclusive=exclusive)
+
+    def _start(self, fiber: Fiber) -> None:
+        self._pace.task_arrived()
+        self._running.add(fiber)
+        self._switch_to(fiber)
+        self._wakeup.set()
+
+    def _switch_to(self, fiber: Fiber) -> None:
+        """Run a fiber until it parks or ends. What Celery's own callbacks raise goes up to the worker, as in solo."""
+        try:
+            fiber.resume()
+        finally:
+            if fiber.dead:
+                self._running.discard(fiber)
+
+    def _wake(self, fiber: Fiber) -> None:
+        """Have a parked fiber resumed at the next turn. Called by any thread."""
+        if fiber not in self._ready:
+            self._ready.append(fiber)
+        self._wakeup.set()
+
+    def _turn(self) -> None:
+        """The hub came round: look for more tasks, or compute one batch."""
+        self._wakeup.clear()
+        try:
+            self._resume_ready()
+            if len(self.engine) and self._should_compute():
+                self._advance()
+                self._pace.batch_done()
+        finally:
+            if len(self.engine) or self._ready:
+                self._wakeup.set()
+
+    def _should_compute(self) -> bool:
+        return len(self._running) >= self.limit or self._pace.should_compute(
+            waiting_seconds=self.engine.waiting_seconds(),
+            full=self.engine.has_full_batch,
+            look=lambda seconds: bool(self._hub.poller.poll(seconds)),
+        )
+
+    def _advance(self) -> None:
+        """One batch, and whatever it lets go on."""
+        self.engine.step()
+        self._resume_ready()
+
+    def _resume_ready(self) -> None:
+        for _ in range(len(self._ready)):
+            fiber = self._ready.popleft()
+            if not fiber.dead:
+                self._switch_to(fiber)
+        while self._backlog and len(self._running) < self.limit:
+            self._start(self._backlog.popleft())
+
+    def _wait_for_loader(self) -> None:
+        """All that still runs waits for a model to load."""
+        select.select([self._wakeup], [], [], 1.0)
+        self._wakeup.clear()
+
+    def _parked(self) -> int:
+        return sum(fiber.waits_for is not None for fiber in self._running)
+
+    def _models_of(self, app: str) -> tuple[str, ...] | None:
+        return self._settings.apps[app].models if app else None
+
+    def _widen_prefetch(self, sender: Any = None, **_: Any) -> None:
+        """Under `-P custom` without `install()`, nobody told the consumer about the window before it started."""
+        missing = int(self.limit) - sender.initial_prefetch_count
+        if sender.pool is self and missing > 0:
+            sender.initial_prefetch_count += missing
+            sender.qos.increment_eventually(missing)
+
+
+def _describe(args: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:
+    """The task's name and its request, from the arguments of Celery's `trace_task_ret` (celery.app.trace, 5.7)."""
+    if len(args) >= 3 and isinstance(args[2], Mapping):
+        return f"{args[0]}[{args[1]}]", args[2]
+    return "a call", {}

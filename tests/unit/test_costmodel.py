@@ -1,0 +1,60 @@
+"""The cost model, against devices whose law is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from legit_worker.batching.costmodel import ENOUGH, CostModel
+
+BATCHES = [(1, 8), (4, 8), (16, 32), (64, 8), (2, 256), (8, 85), (1, 128), (32, 16)]
+
+
+def taught(a: float, b: float, c: float) -> CostModel:
+    model = CostModel()
+    for count, longest in BATCHES:
+        model.observe(count, longest, a + b * count * longest + c * count * longest**2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "law", [(4e-3, 1e-4, 1e-7), (1e-3, 1e-5, 0.0), (0.0, 2e-4, 0.0), (2e-4, 1e-7, 1e-10)], ids=str
+)
+def test_it_learns_the_law_of_a_device(law: tuple[float, float, float]) -> None:
+    model = taught(*law)
+    for count, longest in [(3, 50), (20, 100), (100, 5)]:
+        expected = law[0] + law[1] * count * longest + law[2] * count * longest**2
+        assert model.predict(count, longest) == pytest.approx(expected, rel=1e-6)
+
+
+def test_until_it_has_seen_enough_the_prior_answers() -> None:
+    model = CostModel()
+    before = model.predict(8, 64)
+    for _ in range(ENOUGH - 1):
+        model.observe(8, 64, 100.0)
+    assert model.predict(8, 64) == before
+    model.observe(8, 64, 100.0)
+    assert model.predict(8, 64) == pytest.approx(100.0, rel=0.01)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512), st.floats(1e-4, 5.0)), min_size=1, max_size=70))
+def test_predictions_are_never_negative_nor_smaller_for_more_items(seen: list[tuple[int, int, float]]) -> None:
+    model = CostModel()
+    for observation in seen:
+        model.observe(*observation)
+    predicted = model.predict(np.arange(1, 50), 64)
+    assert (predicted >= 0).all()
+    assert (np.diff(predicted) >= -1e-12).all()
+
+
+def test_the_largest_batch_within_a_time_keeps_that_time() -> None:
+    model = taught(4e-3, 1e-4, 1e-7)
+    for longest in (8, 64, 256):
+        count = model.largest(longest, 0.5)
+        assert model.predict(count, longest) <= 0.5 < model.predict(count + 1, longest)
+
+
+def test_one_item_is_always_allowed() -> None:
+    assert taught(4e-3, 1e-4, 1e-7).largest(100_000, 0.01) == 1

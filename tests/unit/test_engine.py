@@ -1,0 +1,129 @@
+"""The engine: batches from calls, and what happens when one item spoils a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import pytest
+
+from legit_worker.pool.calls import Call
+from legit_worker.pool.engine import Engine
+
+
+class Poison(Exception):
+    pass
+
+
+class FakeEntry:
+    """An entry whose model is loaded, counts letters, and chokes on `!`."""
+
+    def __init__(self, alias: str = "letters", broken: bool = False) -> None:
+        self.alias = alias
+        self.model = self
+        self.broken = broken
+        self.batches: list[list[str]] = []
+
+    def cost(self, item: str) -> int:
+        return len(item)
+
+    def batch_key(self, item: str) -> Hashable:
+        return item.isupper()
+
+    def forward(self, batch: Sequence[str]) -> list[str]:
+        self.batches.append(list(batch))
+        if self.broken or any("!" in item for item in batch):
+            raise Poison(f"{len(batch)} items")
+        return [item * 2 for item in batch]
+
+
+def engine() -> Engine:
+    return Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0)
+
+
+def ask(engine: Engine, entry: Any, items: list[str], app: str = "") -> Call:
+    call = Call(app=app, size=len(items), low_water=0, on_progress=lambda: None)
+    engine.add(entry, call, 0, items)
+    return call
+
+
+def run_all(engine: Engine) -> None:
+    while engine.step():
+        pass
+
+
+def test_calls_of_many_tasks_share_a_batch_and_each_gets_its_own_part() -> None:
+    subject, entry = engine(), FakeEntry()
+    calls = [ask(subject, entry, [text]) for text in ("one", "two", "six", "ten")]
+    run_all(subject)
+    assert len(entry.batches) == 1
+    assert [call.outputs for call in calls] == [["oneone"], ["twotwo"], ["sixsix"], ["tenten"]]
+
+
+def test_outputs_come_in_the_callers_order_whatever_the_lengths() -> None:
+    subject, entry = engine(), FakeEntry()
+    items = ["x" * length for length in (9, 1, 200, 3, 40, 2)]
+    call = ask(subject, entry, items)
+    run_all(subject)
+    assert call.outputs == [item * 2 for item in items]
+
+
+def test_a_bad_item_fails_its_own_call_with_its_own_error_and_no_other() -> None:
+    subject, entry = engine(), FakeEntry()
+    good = [ask(subject, entry, [f"good{n}"]) for n in range(7)]
+    bad = ask(subject, entry, ["bad!!"])
+    run_all(subject)
+    assert [call.outputs for call in good] == [[f"good{n}" * 2] for n in range(7)]
+    assert isinstance(bad.error, Poison)
+    assert str(bad.error) == "1 items"
+
+
+def test_a_model_that_always_fails_fails_every_call_and_leaves_nothing_queued() -> None:
+    subject, entry = engine(), FakeEntry(broken=True)
+    calls = [ask(subject, entry, [f"item{n}"]) for n in range(5)]
+    run_all(subject)
+    assert all(isinstance(call.error, Poison) for call in calls)
+    assert len(subject) == 0
+
+
+def test_items_with_different_keys_never_share_a_batch() -> None:
+    subject, entry = engine(), FakeEntry()
+    ask(subject, entry, ["abc", "ABC", "def", "DEF"])
+    run_all(subject)
+    assert sorted(map(sorted, entry.batches)) == [["ABC", "DEF"], ["abc", "def"]]
+
+
+def test_models_take_turns_by_the_seconds_they_had() -> None:
+    subject, first, second = engine(), FakeEntry("first"), FakeEntry("second")
+    ask(subject, first, ["a" * 300] * 40)
+    ask(subject, second, ["b"])
+    for _ in range(2):
+        subject.step()
+    assert first.batches
+    assert second.batches
+
+
+def test_a_dropped_call_is_not_computed() -> None:
+    subject, entry = engine(), FakeEntry()
+    gone, stays = ask(subject, entry, ["gone"]), ask(subject, entry, ["stay"])
+    subject.drop(entry, gone)  # type: ignore[arg-type]
+    run_all(subject)
+    assert entry.batches == [["stay"]]
+    assert stays.over
+    assert not gone.over
+
+
+def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
+    subject, entry = Engine(max_batch_seconds=0.05, weight_of=lambda app: 1.0), FakeEntry()
+    ask(subject, entry, ["x" * 50] * 100)
+    subject.step()
+    assert 1 < len(entry.batches[0]) < 10
+
+
+def test_counters_say_how_much_was_padding() -> None:
+    subject, entry = engine(), FakeEntry()
+    ask(subject, entry, ["xx", "xxxx"])
+    run_all(subject)
+    counters = subject.counters["letters"]
+    assert (counters.batches, counters.items) == (1, 2)
+    assert counters.waste == pytest.approx(1 - 6 / 8)

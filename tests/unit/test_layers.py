@@ -1,0 +1,90 @@
+"""Imports point one way, and what must start fast or stay CUDA-free imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import legit_worker
+
+ROOT = Path(legit_worker.__file__).parent
+
+#: From each room, the rooms its modules may import at all. The root's own modules are rooms of one.
+ALLOWED = {
+    "errors": set(),
+    "settings": {"errors"},
+    "apps": {"settings"},
+    "batching": set(),
+    "device": {"errors"},
+    "models": {"batching", "device", "errors", "settings"},
+    "pool": {"apps", "batching", "device", "errors", "models", "settings"},
+    "tasks": {"errors", "models", "settings"},
+    "install": {"errors", "pool", "settings", "tasks"},
+    "celery": {"install", "settings", "tasks"},
+    "cli": set(),
+    "testing": {"errors", "models", "settings"},
+    "__init__": {"install", "models", "pool"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {parts[1] for parts in (name.split(".") for name in names) if parts[0] == "legit_worker" and parts[1:]}
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_from_the_rooms_below_its_own(path: Path) -> None:
+    assert imported_rooms(path) - {room(path)} <= ALLOWED[room(path)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "batching").glob("*.py")), ids=lambda path: path.name)
+def test_the_arithmetic_of_batches_imports_nothing_but_numpy(path: Path) -> None:
+    outside = {
+        (node.module or "").split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+    } | {
+        alias.name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    assert outside - set(sys.stdlib_module_names) <= {"numpy", "legit_worker"}
+
+
+@pytest.mark.parametrize(
+    "module", ["legit_worker", "legit_worker.settings", "legit_worker.celery", "legit_worker.pool", "legit_worker.cli"]
+)
+def test_importing_it_imports_neither_torch_nor_nvml(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'pynvml', 'transformers'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_device_room_asks_torch_about_cuda(path: Path) -> None:
+    if room(path) == "device":
+        return
+    asked = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "cuda"
+        and isinstance(node.value, ast.Name) and node.value.id == "torch"
+    ]
+    assert not asked

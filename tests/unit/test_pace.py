@@ -1,0 +1,78 @@
+"""When to fetch and when to compute, without a hub or a broker."""
+
+from __future__ import annotations
+
+from legit_worker.pool import loop
+from legit_worker.pool.loop import Pace
+
+
+class Listener:
+    """Stands for the hub's poller: notes how long it was asked to listen, and says whether anything came."""
+
+    def __init__(self, *, hears: bool = False) -> None:
+        self.hears = hears
+        self.asked: list[float] = []
+
+    def __call__(self, seconds: float) -> bool:
+        self.asked.append(seconds)
+        return self.hears
+
+
+def ask(pace: Pace, listener: Listener, *, waiting_seconds: float = 1.0, full: bool = False) -> bool:
+    return pace.should_compute(waiting_seconds=waiting_seconds, full=lambda: full, look=listener)
+
+
+def test_a_lone_task_is_computed_after_one_glance() -> None:
+    pace, listener = Pace(None), Listener()
+    pace.task_arrived()
+    assert not ask(pace, listener)
+    assert ask(pace, listener)
+    assert listener.asked == [loop.GLANCE]
+
+
+def test_while_tasks_come_it_fetches() -> None:
+    pace, listener = Pace(None), Listener(hears=True)
+    for _ in range(50):
+        pace.task_arrived()
+        assert not ask(pace, listener)
+        assert not ask(pace, listener)
+
+
+def test_fetching_takes_no_longer_than_computing_what_was_fetched() -> None:
+    pace, listener = Pace(None), Listener(hears=True)
+    pace.task_arrived()
+    ask(pace, listener)
+    assert ask(pace, listener, waiting_seconds=0.0)
+
+
+def test_after_a_batch_that_found_a_task_waiting_it_looks_longer() -> None:
+    pace, listener = Pace(None), Listener()
+    pace.batch_done()
+    pace.task_arrived()
+    assert not ask(pace, listener)
+    assert ask(pace, listener)
+    assert listener.asked == [loop.LOOK]
+
+
+def test_when_looking_longer_brought_nothing_it_glances_again() -> None:
+    pace, listener = Pace(None), Listener()
+    pace.batch_done()
+    pace.task_arrived()
+    ask(pace, listener)
+    ask(pace, listener)
+    pace.batch_done()
+    ask(pace, listener)
+    assert listener.asked == [loop.LOOK, loop.GLANCE]
+
+
+def test_a_delay_of_zero_never_waits() -> None:
+    listener = Listener()
+    assert ask(Pace(0.0), listener)
+    assert listener.asked == []
+
+
+def test_a_delay_that_the_user_chose_is_waited_for_unless_the_batch_is_full() -> None:
+    pace, listener = Pace(60.0), Listener()
+    assert not ask(pace, listener)
+    assert listener.asked == [loop.MAX_LOOK]
+    assert ask(pace, listener, full=True)
