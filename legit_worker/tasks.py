@@ -33,7 +33,7 @@ MAX_IMAGE_BYTES = 32 * 2**20
 
 def embed_text(
     text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True
-) -> list[float] | list[list[float]]:
+) -> Any:
     """Embed a text, or a list of texts.
 
     `model=None` is the one configured model of kind `embed`; `normalize=None` leaves the length to the model;
@@ -48,9 +48,7 @@ def embed_text(
     return _plain(handle.encode(text, **_normalizing(normalize)))
 
 
-def embed_image(
-    image: Any, model: str | None = None, normalize: bool | None = None
-) -> list[float] | list[list[float]]:
+def embed_image(image: Any, model: str | None = None, normalize: bool | None = None) -> Any:
     """Embed an image, or a list of images, each as base64 of a file that Pillow reads.
 
     Arguments, result and errors as for `embed_text`, with kind `image`.
@@ -98,9 +96,8 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        named = {renames.get(key, key): value for key, value in kwargs.items()}
-        named.pop(None, None)
-        return function(*args, **named)
+        named = ((renames.get(key, key), value) for key, value in kwargs.items())
+        return function(*args, **{key: value for key, value in named if key is not None})
 
     # Celery would refuse, at the client, arguments that only the rename makes right.
     app.task(name=name, typing=False, lazy=False)(run)

@@ -68,7 +68,9 @@ class Ledger:
 class ModelOnDevice(SimulatedModel):
     """A simulated model whose weights and activations are entered in a ledger."""
 
-    def __init__(self, ledger: Ledger, name: str, *, weights: int, bytes_per_cost: int, path: str | None = None) -> None:
+    def __init__(
+        self, ledger: Ledger, name: str, *, weights: int, bytes_per_cost: int, path: str | None = None
+    ) -> None:
         super().__init__(path)
         self._ledger = ledger
         self._name = name

@@ -6,9 +6,10 @@ In: `(count, longest, seconds)` of each batch. Out: predicted seconds, and the l
 from __future__ import annotations
 
 from collections import deque
-from typing import TypeVar
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: Batches remembered per model: enough to see several lengths, few enough to follow a device that slows down.
 MEMORY = 64
@@ -19,9 +20,6 @@ ENOUGH = 6
 #: The prior, in seconds per batch, per padded unit, and per padded unit times length. A small transformer on two CPU
 #: cores; any device's own figures replace it after `ENOUGH` batches.
 PRIOR = (4e-3, 1.2e-4, 1e-8)
-
-Count = TypeVar("Count", int, np.ndarray)
-
 
 class CostModel:
     """`seconds = a + b * padded + c * padded * longest`, all three never negative.
@@ -38,10 +36,14 @@ class CostModel:
         a, b, c = self._fit
         return f"<CostModel {a:.2e} + {b:.2e}·padded + {c:.2e}·padded·longest, from {len(self._seen)} batches>"
 
-    def predict(self, count: Count, longest: int) -> Count:
+    @overload
+    def predict(self, count: int, longest: int) -> float: ...
+    @overload
+    def predict(self, count: NDArray[np.int64], longest: int) -> NDArray[np.float64]: ...
+    def predict(self, count: int | NDArray[np.int64], longest: int) -> float | NDArray[np.float64]:
         """Seconds for a batch of `count` items padded to `longest` cost units. Works on an array of counts."""
-        a, b, c = self._fit
-        return a + count * (longest * (b + c * longest))  # type: ignore[return-value]
+        a, b, c = (float(term) for term in self._fit)
+        return a + count * (longest * (b + c * longest))
 
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""
@@ -56,7 +58,7 @@ class CostModel:
         return max(1, int((seconds - a) / each)) if each > 0 else 1_000_000
 
 
-def _fit(seen: np.ndarray) -> np.ndarray:
+def _fit(seen: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares on relative errors, dropping the terms that come out negative (c first, then a)."""
     count, longest, seconds = seen.T
     features = np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1) / seconds[:, None]

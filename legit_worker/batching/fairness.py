@@ -65,7 +65,7 @@ class FairQueue:
         return sum(len(lane.items) for lane in self._lanes.values())
 
     def __repr__(self) -> str:
-        return f"<FairQueue {({app: len(lane.items) for app, lane in self._lanes.items()})}>"
+        return f"<FairQueue { ({app: len(lane.items) for app, lane in self._lanes.items()}) }>"
 
     def add(self, item: Item) -> None:
         """Put an item in its place: behind what its call already queued, level with others that arrive now."""
@@ -103,7 +103,9 @@ class FairQueue:
         """The app's lane. One that was idle starts level with the least served, so that time away earns no credit."""
         lane = self._lanes.setdefault(app, _Lane(self._weight_of(app)))
         if not lane.items:
-            lane.served = max(lane.served, min((other.served for other in self._lanes.values() if other.items), default=0))
+            lane.served = max(
+                lane.served, min((other.served for other in self._lanes.values() if other.items), default=0)
+            )
         return lane
 
 

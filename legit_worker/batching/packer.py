@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from legit_worker.batching.costmodel import CostModel
 
@@ -34,7 +35,7 @@ def pack(costs: Sequence[int], budget: int, model: CostModel) -> list[list[int]]
     return [order[start:end].tolist() for start, end in _cheapest_runs(lengths, budget, model)]
 
 
-def _cheapest_runs(lengths: np.ndarray, budget: int, model: CostModel) -> list[tuple[int, int]]:
+def _cheapest_runs(lengths: NDArray[np.int64], budget: int, model: CostModel) -> list[tuple[int, int]]:
     """The runs `(start, end)` of the ascending `lengths` whose predicted seconds sum to the least."""
     total = len(lengths)
     best = np.zeros(total + 1)  # best[i]: the least seconds for the first i items
@@ -48,7 +49,7 @@ def _cheapest_runs(lengths: np.ndarray, budget: int, model: CostModel) -> list[t
     return _walk_back(cut)
 
 
-def _walk_back(cut: np.ndarray) -> list[tuple[int, int]]:
+def _walk_back(cut: NDArray[np.int64]) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
     end = len(cut) - 1
     while end > 0:

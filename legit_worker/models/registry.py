@@ -40,7 +40,9 @@ LOAD_RETRY_AFTER = 10.0
 class Entry:
     """One configured model. Any thread may ask for it; its weights are read on the loader thread only."""
 
-    def __init__(self, alias: str, spec: settings.ModelSettings, device: Callable[[], str], loader: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, alias: str, spec: settings.ModelSettings, device: Callable[[], str], loader: ThreadPoolExecutor
+    ) -> None:
         self.alias = alias
         self.spec = spec
         self._device = device

@@ -38,11 +38,6 @@ class Call:
         return f"<Call for {self.app or 'no app'}: {state}>"
 
     @property
-    def over(self) -> bool:
-        """Nothing is left to wait for: every output is there, or one item failed."""
-        return self.error is not None or self.computed == self.size
-
-    @property
     def needs_items(self) -> bool:
         """Few enough items are queued to bring the next chunk."""
         return self.queued <= self.low_water

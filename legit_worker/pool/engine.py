@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from legit_worker.models.registry import Entry
-from legit_worker.pool.calls import Call
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
+from legit_worker.models.registry import Entry
+from legit_worker.pool.calls import Call
 
 #: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
 #: about a millisecond per 256.
@@ -78,7 +78,7 @@ class Engine:
         self.counters: dict[str, Counters] = {}
 
     def __repr__(self) -> str:
-        return f"<Engine: {({alias: len(queue) for alias, queue in self._queues.items()})} waiting>"
+        return f"<Engine: { ({alias: len(queue) for alias, queue in self._queues.items()}) } waiting>"
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Any
 
 #: Seconds to listen for one more task before a batch, when the last ones came singly. A broker on this machine
 #: answers in a tenth of it; a lone task waits no longer than this.
@@ -79,7 +78,9 @@ class Pace:
         """The engine ran a batch."""
         self._batch_done_at, self._began = monotonic(), None
 
-    def should_compute(self, *, waiting_seconds: float, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
+    def should_compute(
+        self, *, waiting_seconds: float, full: Callable[[], bool], look: Callable[[float], bool]
+    ) -> bool:
         """Whether to run a batch now; else let the hub go round once more.
 
         `waiting_seconds` is how long all that waits would take to compute. `full` says whether more tasks would not

@@ -47,9 +47,7 @@ class FiberRunner:
         fiber = fibers.current()
         if fiber is None:
             return self._direct.run(entry, items)
-        call = Call(
-            app=fiber.app, size=len(items), low_water=CHUNK // 2, on_progress=lambda: self._wake(fiber)
-        )
+        call = Call(app=fiber.app, size=len(items), low_water=CHUNK // 2, on_progress=lambda: self._wake(fiber))
         try:
             self._compute(fiber, entry, call, items)
         finally:
@@ -59,19 +57,19 @@ class FiberRunner:
 
     def _compute(self, fiber: Fiber, entry: Entry, call: Call, items: list[Any]) -> None:
         for start in range(0, len(items), CHUNK):
+            self._wait(fiber, entry, call, lambda: call.needs_items)
             prepared = [entry.model.preprocess(item) for item in items[start : start + CHUNK]]
             self._engine.add(entry, call, start, prepared)
-            more = start + CHUNK < len(items)
-            self._wait(fiber, entry, lambda more=more: call.over or (more and call.needs_items))
-            if call.error is not None:
-                raise call.error
+        self._wait(fiber, entry, call, lambda: call.computed == call.size)
 
-    def _wait(self, fiber: Fiber, entry: Entry, over: Callable[[], bool]) -> None:
-        while not over():
+    def _wait(self, fiber: Fiber, entry: Entry, call: Call, until: Callable[[], bool]) -> None:
+        while call.error is None and not until():
             if fiber.may_park():
                 fiber.park(f"model {entry.alias}")
             else:
                 self._step_alone()
+        if call.error is not None:
+            raise call.error
 
     def _step_alone(self) -> None:
         """One batch without letting other tasks run; their items may ride along."""

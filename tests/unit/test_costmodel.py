@@ -19,9 +19,7 @@ def taught(a: float, b: float, c: float) -> CostModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "law", [(4e-3, 1e-4, 1e-7), (1e-3, 1e-5, 0.0), (0.0, 2e-4, 0.0), (2e-4, 1e-7, 1e-10)], ids=str
-)
+@pytest.mark.parametrize("law", [(4e-3, 1e-4, 1e-7), (1e-3, 1e-5, 0.0), (0.0, 2e-4, 0.0), (2e-4, 1e-7, 1e-10)], ids=str)
 def test_it_learns_the_law_of_a_device(law: tuple[float, float, float]) -> None:
     model = taught(*law)
     for count, longest in [(3, 50), (20, 100), (100, 5)]:

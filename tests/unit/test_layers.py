@@ -84,7 +84,9 @@ def test_only_the_device_room_asks_torch_about_cuda(path: Path) -> None:
     asked = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr == "cuda"
-        and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        if isinstance(node, ast.Attribute)
+        and node.attr == "cuda"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
     ]
     assert not asked
