@@ -6,7 +6,7 @@ In: `(count, longest, seconds)` of each batch. Out: predicted seconds, and the l
 from __future__ import annotations
 
 from collections import deque
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +39,8 @@ class CostModel:
     @overload
     def predict(self, count: int, longest: int) -> float: ...
     @overload
-    def predict(self, count: NDArray[np.int64], longest: int) -> NDArray[np.float64]: ...
-    def predict(self, count: int | NDArray[np.int64], longest: int) -> float | NDArray[np.float64]:
+    def predict(self, count: NDArray[np.int64], longest: int) -> NDArray[np.floating[Any]]: ...
+    def predict(self, count: int | NDArray[np.int64], longest: int) -> float | NDArray[np.floating[Any]]:
         """Seconds for a batch of `count` items padded to `longest` cost units. Works on an array of counts."""
         a, b, c = (float(term) for term in self._fit)
         return a + count * (longest * (b + c * longest))
