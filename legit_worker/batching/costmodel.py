@@ -21,6 +21,14 @@ ENOUGH = 6
 #: cores; any device's own figures replace it after `ENOUGH` batches.
 PRIOR = (4e-3, 1.2e-4, 1e-8)
 
+#: The share of a batch's time that its launch may take. A smaller share would mean longer batches, which the next
+#: task waits for, for less than this much more throughput.
+LAUNCH_SHARE = 0.05
+
+#: Seconds of a batch that is short enough for anyone: a fit that finds no launch cost must not make batches tiny.
+SHORT = 0.05
+
+
 class CostModel:
     """`seconds = a + b * padded + c * padded * longest`, all three never negative.
 
@@ -50,6 +58,11 @@ class CostModel:
         self._seen.append((count, longest, seconds))
         if len(self._seen) >= ENOUGH:
             self._fit = _fit(np.array(self._seen))
+
+    @property
+    def enough_seconds(self) -> float:
+        """How long a batch must be for its launch to matter little."""
+        return max(SHORT, float(self._fit[0]) / LAUNCH_SHARE)
 
     def largest(self, longest: int, seconds: float) -> int:
         """The most items padded to `longest` whose batch is predicted to end within `seconds`; at least 1."""

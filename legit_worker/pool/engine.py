@@ -143,7 +143,8 @@ class Engine:
     def _budget(self, queue: Queue) -> int:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = queue.fair.first(1)[0].cost if len(queue.fair) else 1
-        return min(MAX_BATCH_COST, longest * queue.costs.largest(longest, self._max_batch_seconds))
+        seconds = min(self._max_batch_seconds, queue.costs.enough_seconds)
+        return min(MAX_BATCH_COST, longest * queue.costs.largest(longest, seconds))
 
     def _pick(self, queue: Queue) -> list[Item]:
         candidates = _same_key(queue.fair.first(HORIZON))

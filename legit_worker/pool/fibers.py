@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from time import monotonic
 from typing import Any
 
 from celery.concurrency.base import apply_target
@@ -39,7 +38,8 @@ class Fiber(greenlet):
         self.exclusive_depth = int(exclusive)
         #: What it waits for, in words; None while it runs.
         self.waits_for: str | None = None
-        self.parked_at = 0.0
+        #: Due to be resumed at the loop's next turn.
+        self.woken = False
         self.pid = FiberPid(os.getpid())
         self.pid.fiber = self
 
@@ -48,7 +48,7 @@ class Fiber(greenlet):
 
     def park(self, waits_for: str) -> None:
         """Give control back to the loop until it resumes this fiber. Called from inside it."""
-        self.waits_for, self.parked_at = waits_for, monotonic()
+        self.waits_for = waits_for
         restore = modes.suspend()
         try:
             self.parent.switch()
@@ -65,7 +65,8 @@ class Fiber(greenlet):
         return not self.exclusive_depth and getcurrent() is self and asyncio._get_running_loop() is None
 
     def resume(self) -> None:
-        """Let it go on. Called by the loop."""
+        """Start it, or let it go on. Called by the loop."""
+        self.woken = False
         self.switch()
 
     def terminate(self) -> None:

@@ -22,6 +22,10 @@ LOOK = 0.010
 #: The most seconds between two batches that fetching may take, so that first answers don't wait for a full window.
 MAX_FETCH_SECONDS = 0.5
 
+#: With this many seconds of work waiting, no more is fetched: batches pack as well as they ever will, and what is left
+#: in the queue is left for other workers.
+ENOUGH_SECONDS = 2.0
+
 #: With a delay that the user chose, how long one look may block the hub's timers.
 MAX_LOOK = 0.05
 
@@ -94,7 +98,7 @@ class Pace:
         elapsed = now - self._began
         if self._max_delay is not None:
             return self._delay_is_over(elapsed, full, look)
-        if elapsed > min(MAX_FETCH_SECONDS, waiting_seconds):
+        if elapsed > min(MAX_FETCH_SECONDS, waiting_seconds) or waiting_seconds > ENOUGH_SECONDS:
             return True
         if arrived:
             return False

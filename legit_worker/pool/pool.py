@@ -84,6 +84,10 @@ class ModelPool(SoloPool):
         self._hub = hub
         hub.add_reader(self._wakeup.fileno(), self._turn)
 
+    def flush(self) -> None:
+        """The connection is gone: the broker will give tasks that were not accepted to someone again."""
+        self._backlog.clear()
+
     def grow(self, n: int = 1) -> None:
         """`celery control pool_grow`: a wider window."""
         self.limit += n
@@ -194,7 +198,8 @@ class ModelPool(SoloPool):
 
     def _wake(self, fiber: Fiber) -> None:
         """Have a parked fiber resumed at the next turn. Called by any thread."""
-        if fiber not in self._ready:
+        if not fiber.woken:
+            fiber.woken = True
             self._ready.append(fiber)
         self._wakeup.set()
 

@@ -45,6 +45,13 @@ def test_fetching_takes_no_longer_than_computing_what_was_fetched() -> None:
     assert ask(pace, listener, waiting_seconds=0.0)
 
 
+def test_with_plenty_of_work_waiting_it_leaves_the_rest_to_other_workers() -> None:
+    pace, listener = Pace(None), Listener(hears=True)
+    pace.task_arrived()
+    assert ask(pace, listener, waiting_seconds=loop.ENOUGH_SECONDS * 1.01)
+    assert listener.asked == []
+
+
 def test_after_a_batch_that_found_a_task_waiting_it_looks_longer() -> None:
     pace, listener = Pace(None), Listener()
     pace.batch_done()

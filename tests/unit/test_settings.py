@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,14 @@ def complaint(**variables: Any) -> str:
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
     return str(caught.value)
+
+
+def set_only(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Has the process's environment hold these of ours, and no others."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    for name, text in environ(variables).items():
+        monkeypatch.setenv(name, text)
 
 
 @pytest.fixture
@@ -229,7 +238,7 @@ def test_settings_made_directly_read_no_environment(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_process_environment_is_read_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEGIT_WORKER_WINDOW", "7")
+    set_only(monkeypatch, WINDOW="7")
     assert load().window == 7
 
 
@@ -669,7 +678,7 @@ def test_a_broken_file_leaves_the_default(toml: Any) -> None:
 
 
 def test_is_enabled_reads_the_process_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEGIT_WORKER_ENABLED", "1")
+    set_only(monkeypatch, ENABLED="1")
     assert is_enabled() is True
 
 
