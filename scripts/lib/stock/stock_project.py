@@ -1,0 +1,31 @@
+"""What legit_worker is compared with: a plain Celery project, as one would write it without legit_worker.
+
+In: the same messages (the task has the same name). Out: the same vectors, one text at a time. Broker and result backend
+come from CELERY_BROKER_URL and CELERY_RESULT_BACKEND, the model from MODEL_PATH; all other settings are Celery's own.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+from celery import Celery
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+app = Celery("stock_project")
+
+
+@cache
+def model() -> SentenceTransformer:
+    """Loaded by the first task, and kept."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(os.environ["MODEL_PATH"])
+
+
+@app.task(name="legit_worker.embed_text")
+def embed_text(text: str) -> list[float]:
+    return model().encode(text).tolist()

@@ -1,0 +1,131 @@
+"""A user's own models, named in settings as `module:Class`. None of them imports anything of torch.
+
+In: strings. Out: strings that say what happened.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from legit_worker.errors import InvalidInputError
+
+
+class Upper:
+    """The smallest model: five methods, and a batch of strings in capitals."""
+
+    def load(self, device: str) -> None:
+        """Nothing to read."""
+        self.device = device
+
+    def preprocess(self, item: Any) -> Any:
+        """As it came."""
+        return item
+
+    def cost(self, item: Any) -> int:
+        """One per character."""
+        return max(1, len(item))
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Capitals."""
+        return [item.upper() for item in batch]
+
+    def postprocess(self, output: Any) -> Any:
+        """As it is."""
+        return output
+
+
+class Picky(Upper):
+    """Refuses items that begin with `bad`, before they reach a batch."""
+
+    def preprocess(self, item: Any) -> Any:
+        """Raises `InvalidInputError`."""
+        if item.startswith("bad"):
+            raise InvalidInputError(f"{item!r} is not to this model's taste")
+        return item
+
+
+class PoisonError(Exception):
+    """A batch had an item that can't be computed."""
+
+
+class Poisoned(Upper):
+    """Fails the whole batch when one of its items begins with `poison`, as a kernel would."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Raises `PoisonError`."""
+        poison = [item for item in batch if item.startswith("poison")]
+        if poison:
+            raise PoisonError(f"{poison[0]} can't be computed")
+        return super().forward(batch)
+
+
+class Unloadable(Upper):
+    """Has no weights."""
+
+    def load(self, device: str) -> None:
+        """Raises `FileNotFoundError`."""
+        raise FileNotFoundError("weights.bin is not there")
+
+
+class SlowToLoad(Upper):
+    """Takes its time to load, while other models keep serving and tasks gather; and some time for each batch."""
+
+    def load(self, device: str) -> None:
+        """Two seconds."""
+        time.sleep(2)
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Says that it starts, and then takes long enough to do something to the worker."""
+        print(f"computes {len(batch)} items", flush=True)
+        time.sleep(0.5)
+        return super().forward(batch)
+
+
+class Reports(Upper):
+    """Says where it was called, and with how many."""
+
+    def load(self, device: str) -> None:
+        """Notes the thread."""
+        self.loaded_by = threading.current_thread().name
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """The batch's size and the thread, for each item."""
+        thread = threading.current_thread().name
+        return [{"item": item, "batch": len(batch), "thread": thread, "loaded_by": self.loaded_by} for item in batch]
+
+
+class Slow(Upper):
+    """A fiftieth of a second per item, and few items in a batch, so that many tasks are in flight for a while."""
+
+    def cost(self, item: Any) -> int:
+        """So large that few fit into one batch."""
+        return 2048
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As the others, later."""
+        time.sleep(0.02 * len(batch))
+        return super().forward(batch)
+
+
+class Counting(Upper):
+    """Says how many items each batch has."""
+
+    def cost(self, item: Any) -> int:
+        """So small that all that waits is one batch."""
+        return 1
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As the others."""
+        print(f"computes {len(batch)} items", flush=True)
+        return super().forward(batch)
+
+
+class Forgetful(Upper):
+    """Returns one output too few."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """All but the last."""
+        return super().forward(batch)[:-1]

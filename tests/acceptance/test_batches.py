@@ -1,0 +1,102 @@
+"""Tasks that wait together are computed together, and `celery inspect stats` says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from harness import Sides, Worker, celery_command, poll, project_environment
+
+Simulated = Callable[[Any], list[float]]
+
+#: What the pool's part of `inspect stats` has under ModelPool, besides what every pool has.
+KEYS = {"window", "in_flight", "parked", "batches", "items", "mean_batch", "waste", "models"}
+
+
+def test_tasks_that_were_queued_before_the_start_are_computed_as_batches(
+    sides: Sides, broker: Any, simulated: Simulated
+) -> None:
+    client = broker.client()
+    items = [f"text {number} " + "word " * (number % 9) for number in range(200)]
+    results = [client.send_task("one", [item]) for item in items]
+    worker = sides.worker("modelpool", broker=broker)
+    assert worker.answers(results) == [simulated(item) for item in items]
+    pool = worker.pool()
+    assert pool["items"] == 200
+    assert pool["batches"] < 100
+    assert pool["mean_batch"] > 2
+
+
+def test_inspect_stats_describes_the_pool_and_each_model(model_pool: Worker) -> None:
+    model_pool.answers([model_pool.send("one", f"text {number}") for number in range(50)])
+    pool = model_pool.pool()
+    assert pool.keys() >= KEYS
+    assert pool["in_flight"] == 0
+    assert pool["parked"] == 0
+    assert 0 <= pool["waste"] < 1
+    sim = pool["models"]["sim"]
+    assert sim["kind"] == "simulated"
+    assert sim["state"] == "resident"
+    assert sim["items"] >= 50
+    assert pool["models"]["unloadable"]["state"] == "unloaded"
+    assert pool["items"] == sum(model.get("items", 0) for model in pool["models"].values())
+
+
+def test_parked_tasks_show_in_the_statistics(model_pool: Worker) -> None:
+    results = [model_pool.send("one", f"text {number}", alias="slow") for number in range(100)]
+    pool = poll(lambda: (stats := model_pool.pool())["parked"] > 1 and stats, "tasks that wait for a model")
+    assert pool["in_flight"] >= pool["parked"]
+    assert pool["models"]["slow"]["state"] in ("loading", "resident")
+    model_pool.settle(results)
+
+
+def test_the_window_bounds_the_tasks_in_flight(sides: Sides, broker: Any) -> None:
+    client = broker.client()
+    results = [client.send_task("one", [f"text {number}"], {"alias": "slow"}) for number in range(60)]
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_WINDOW="8")
+    pool = poll(lambda: (stats := worker.pool())["parked"] > 1 and stats, "tasks that wait for a model")
+    assert pool["window"] == 8
+    assert pool["in_flight"] <= 8
+    reserved = worker.client.control.inspect([worker.name]).reserved()[worker.name]
+    assert len(reserved) <= 8
+    worker.settle(results)
+
+
+def test_the_model_is_loaded_by_the_loader_thread_and_computes_in_the_main_thread(model_pool: Worker) -> None:
+    reports = model_pool.answers([model_pool.send("one", f"text {n}", alias="reports") for n in range(30)])
+    assert {report["thread"] for report in reports} == {"MainThread"}
+    assert all(report["loaded_by"].startswith("legit-loader") for report in reports)
+
+
+def test_a_delay_that_the_user_allows_is_used_to_gather_tasks(sides: Sides, broker: Any) -> None:
+    """Fetching a hundred tasks takes a small part of a second; the worker was told to wait for one."""
+    client = broker.client()
+    results = [client.send_task("one", [f"text {number}"], {"alias": "counting"}) for number in range(100)]
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_QUEUE_DELAY="1")
+    worker.settle(results)
+    assert "computes 100 items" in worker.log
+
+
+def test_a_models_batches_stay_below_the_time_that_the_user_set(sides: Sides, broker: Any) -> None:
+    """Each item takes 20 ms: 100 ms hold five, however many wait."""
+    client = broker.client()
+    results = [client.send_task("one", [f"text {number}"], {"alias": "slow"}) for number in range(60)]
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_BATCH_SECONDS="0.1")
+    worker.settle(results)
+    assert worker.pool()["models"]["slow"]["mean_batch"] <= 5
+
+
+def test_celery_legit_status_shows_the_same_as_inspect(model_pool: Worker) -> None:
+    model_pool.ask("one", "text")
+    finished = subprocess.run(
+        celery_command("project", "legit", "status", "--json", "--timeout=2"),
+        env=project_environment(model_pool.broker),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    shown = json.loads(finished.stdout)[model_pool.name]
+    assert shown["models"] == model_pool.pool()["models"]

@@ -1,0 +1,70 @@
+"""An item that can't be computed, or a model that can't be loaded, fails who asked for it and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from harness import Worker
+
+from legit_worker.errors import InvalidInputError, ModelLoadError
+
+Simulated = Callable[[Any], list[float]]
+
+
+def test_a_refused_item_fails_its_own_task_and_its_neighbours_succeed(worker: Worker) -> None:
+    items = [f"bad {number}" if number % 7 == 0 else f"good {number}" for number in range(100)]
+    results = [worker.send("one", item, alias="picky") for item in items]
+    for item, answer in zip(items, worker.answers(results), strict=True):
+        if item.startswith("bad"):
+            assert isinstance(answer, InvalidInputError)
+            assert str(answer) == f"{item!r} is not to this model's taste"
+        else:
+            assert answer == item.upper()
+
+
+def test_an_item_that_spoils_its_batch_fails_its_own_task_with_the_models_error(worker: Worker) -> None:
+    items = [f"poison {number}" if number in (13, 14, 77) else f"good {number}" for number in range(100)]
+    results = [worker.send("one", item, alias="poisoned") for item in items]
+    for item, answer in zip(items, worker.answers(results), strict=True):
+        if item.startswith("poison"):
+            assert type(answer).__name__ == "PoisonError"
+            assert str(answer) == f"{item} can't be computed"
+        else:
+            assert answer == item.upper()
+
+
+def test_a_model_that_can_not_be_loaded_fails_only_the_tasks_that_asked_for_it(
+    worker: Worker, simulated: Simulated
+) -> None:
+    failing, others = [], []
+    for number in range(20):
+        failing.append(worker.send("one", f"text {number}", alias="unloadable"))
+        others.append(worker.send("one", f"text {number}"))
+    assert worker.answers(others) == [simulated(f"text {number}") for number in range(20)]
+    for error in worker.answers(failing):
+        assert isinstance(error, ModelLoadError)
+        assert "unloadable" in str(error)
+        assert "weights.bin is not there" in str(error)
+
+
+def test_a_task_reads_its_models_error_as_it_was_raised(worker: Worker) -> None:
+    with pytest.raises(InvalidInputError, match="takes strings and numbers, not list"):
+        worker.ask("one", ["a", "list"])
+
+
+def test_a_model_of_a_user_is_called_as_the_protocol_says(worker: Worker) -> None:
+    assert worker.ask("one", "text", alias="upper") == "TEXT"
+
+
+def test_a_handle_says_which_method_a_model_lacks(worker: Worker) -> None:
+    with pytest.raises(TypeError, match=r"'upper'.*no encode\(\)"):
+        worker.ask("encode", "text", alias="upper")
+
+
+def test_a_wrong_number_of_outputs_is_the_models_error_and_not_the_neighbours(worker: Worker) -> None:
+    short, good = worker.send("one", "text", alias="forgetful"), worker.send("one", "text")
+    worker.settle([short, good])
+    assert good.successful()
+    assert "forgetful" in str(short.result)

@@ -1,0 +1,160 @@
+"""Models of every built-in kind, small and random, built on disk in a second: no download, no meaning, real code paths.
+
+In: a folder. Out: paths that sentence-transformers loads. Weights come from a fixed seed, wide enough that different
+inputs give clearly different outputs; a trained model's would, and freshly initialised ones hardly do.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Tokens that the text models take, special ones included: few, so that a test's over-long text is short.
+MAX_TOKENS = 64
+
+#: Side of the square images that the image model takes, in pixels.
+IMAGE_SIZE = 32
+
+#: Side of the squares that an image is cut into.
+PATCH_SIZE = 8
+
+#: Length of the image model's vectors.
+IMAGE_DIMENSION = 24
+
+#: Standard deviation of random weights: the usual 0.02 leaves all outputs nearly equal.
+SPREAD = 0.3
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["the", "of", "a", "cat", "dog", "sat", "on", "mat", "query", "document", "red", "apple", "river", "is", "old"]
+
+
+def vocabulary() -> dict[str, int]:
+    """Some whole words, and every ASCII character as a start and as a continuation: any ASCII text has tokens."""
+    characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = dict.fromkeys([*SPECIAL, *characters, *(f"##{character}" for character in characters), *WORDS])
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
+def build_cross_encoder(folder: Path, labels: int = 1) -> Path:
+    """A `CrossEncoder` on two BERT layers."""
+    from transformers import BertForSequenceClassification
+
+    return _save_bert(BertForSequenceClassification, folder, num_labels=labels)
+
+
+def build_dense(folder: Path) -> Path:
+    """A `SentenceTransformer`: BERT, mean pooling, and two prompts of which none is the default."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertModel
+
+    bert = Transformer(str(_save_bert(BertModel, folder / "bert")))
+    pooling = Pooling(bert.get_embedding_dimension(), pooling_mode="mean")
+    model = SentenceTransformer(modules=[bert, pooling], prompts={"query": "query: ", "document": "document: "})
+    model.save(str(folder / "model"))
+    return folder / "model"
+
+
+def build_sparse(folder: Path) -> Path:
+    """A `SparseEncoder`: BERT's word predictions, SPLADE pooling."""
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+    from transformers import BertForMaskedLM
+
+    bert = Transformer(str(_save_bert(BertForMaskedLM, folder / "bert")), transformer_task="fill-mask")
+    SparseEncoder(modules=[bert, SpladePooling(pooling_strategy="max")]).save(str(folder / "model"))
+    return folder / "model"
+
+
+def build_image(folder: Path) -> Path:
+    """A `SentenceTransformer` on CLIP, of images and texts. Pillow prepares the images: torchvision is not needed."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    clip = folder / "clip"
+    tokenizer = _clip_tokenizer()
+    half = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={
+            **half,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": MAX_TOKENS,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**half, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        projection_dim=IMAGE_DIMENSION,
+    )
+    _scatter(CLIPModel(config)).save_pretrained(clip)
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(clip)
+    SentenceTransformer(modules=[Transformer(str(clip))]).save(str(folder / "model"))
+    return folder / "model"
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "embed": build_dense,
+    "rerank": build_cross_encoder,
+    "sparse": build_sparse,
+    "image": build_image,
+}
+
+
+def picture(seed: int, width: int = 40, height: int = 48) -> Any:
+    """A `PIL.Image.Image` of random coloured squares, another for each seed."""
+    import numpy as np
+    from PIL import Image
+
+    squares = np.random.default_rng(seed).integers(0, 256, size=(6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize((width, height), Image.Resampling.NEAREST)
+
+
+def _save_bert(architecture: Any, folder: Path, **options: Any) -> Path:
+    import torch
+    from transformers import BertConfig, BertTokenizer
+
+    pieces = vocabulary()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        **options,
+    )
+    _scatter(architecture(config)).save_pretrained(folder)
+    BertTokenizer(vocab=pieces, model_max_length=MAX_TOKENS).save_pretrained(folder)
+    return folder
+
+
+def _clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = dict.fromkeys([*characters, *(f"{character}</w>" for character in characters), *special])
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
+
+
+def _scatter(model: Any) -> Any:
+    """Redraw every matrix wide, in place."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=SPREAD)
+    return model.eval()
