@@ -31,9 +31,7 @@ MAX_CHARACTERS = 1_000_000
 MAX_IMAGE_BYTES = 32 * 2**20
 
 
-def embed_text(
-    text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True
-) -> Any:
+def embed_text(text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True) -> Any:
     """Embed a text, or a list of texts.
 
     `model=None` is the one configured model of kind `embed`; `normalize=None` leaves the length to the model;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +55,12 @@ class Entry:
 
     def __repr__(self) -> str:
         return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"
+
+    def use_loader(self, loader: ThreadPoolExecutor) -> None:
+        """Load on this thread from now on, and forget a load that another process had begun."""
+        self._loader, self._lock = loader, threading.Lock()
+        if self.state != "resident":
+            self._future = None
 
     @property
     def state(self) -> str:
@@ -141,6 +148,12 @@ class Registry:
     def __repr__(self) -> str:
         return f"<Registry {list(self.entries.values())}>"
 
+    def restart_loader(self) -> None:
+        """In a forked child, where the parent's loader thread is gone: loaded models stay, others can be loaded."""
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="legit-loader")
+        for entry in self.entries.values():
+            entry.use_loader(self._loader)
+
     def get(self, alias: str) -> Entry:
         """The model of this alias, in any case. Raises `UnknownModelError`."""
         entry = self.entries.get(str(alias).lower())
@@ -170,3 +183,11 @@ def default_registry() -> Registry:
     """This process's models, from its settings. Raises `SettingsError`."""
     chosen = settings.load()
     return Registry(chosen.models, functools.partial(cuda.choose, chosen.device))
+
+
+def _after_fork() -> None:
+    if default_registry.cache_info().currsize:
+        default_registry().restart_loader()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,123 @@
+"""The registry: which model is meant, and how it is loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+import legit_worker
+from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
+from legit_worker.models import registry
+from legit_worker.models.simulated import vector
+from legit_worker.testing import use_models
+
+
+class Named:
+    """Notes what its constructor and its loader got."""
+
+    def __init__(self, alias: str, path: str, dtype: str | None) -> None:
+        self.given = (alias, path, dtype)
+
+    def load(self, device: str) -> None:
+        self.loaded = (device, threading.current_thread().name)
+
+    def preprocess(self, item: Any) -> Any:
+        return item
+
+    def cost(self, item: Any) -> int:
+        return 1
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        return [(self.given, self.loaded) for _ in batch]
+
+    def postprocess(self, output: Any) -> Any:
+        return output
+
+
+class Broken(Named):
+    loads = 0
+
+    def load(self, device: str) -> None:
+        Broken.loads += 1
+        raise OSError("no such weights")
+
+
+class Short(Named):
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        return []
+
+
+def spec(name: str) -> dict[str, Any]:
+    return {"kind": f"{__name__}:{name}", "path": "/weights"}
+
+
+def test_a_class_is_given_what_its_constructor_names_and_loaded_by_the_loader_thread() -> None:
+    with use_models({"mine": spec("Named")}):
+        [(given, loaded)] = legit_worker.model("mine").map([1])
+    assert given == ("mine", "/weights", None)
+    assert loaded == ("cpu", "legit-loader_0")
+
+
+def test_aliases_are_found_in_any_case() -> None:
+    with use_models({"sim": {"kind": "simulated"}}) as models:
+        assert models.get("SIM") is models.get("sim")
+
+
+def test_an_unknown_alias_is_refused_with_those_that_there_are() -> None:
+    with use_models({"sim": {"kind": "simulated"}}), pytest.raises(UnknownModelError, match=r"'nope'.*sim \(simulated"):
+        legit_worker.model("nope").map([1])
+
+
+def test_no_alias_means_the_only_model_of_a_kind() -> None:
+    with use_models({"a": {"kind": "simulated"}, "b": spec("Named")}) as models:
+        assert models.only("simulated").alias == "a"
+        with pytest.raises(UnknownModelError, match="0 are configured"):
+            models.only("rerank")
+
+
+def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    Broken.loads = 0
+    with use_models({"mine": spec("Broken")}):
+        for _ in range(3):
+            with pytest.raises(ModelLoadError, match=r"'mine'.*/weights.*OSError: no such weights"):
+                legit_worker.model("mine").map([1])
+        assert Broken.loads == 1
+        monkeypatch.setattr(registry, "LOAD_RETRY_AFTER", -1.0)
+        with pytest.raises(ModelLoadError):
+            legit_worker.model("mine").map([1])
+        assert Broken.loads == 2
+
+
+def test_a_forward_that_loses_items_is_an_error_that_says_so() -> None:
+    with use_models({"mine": spec("Short")}), pytest.raises(LegitWorkerError, match="0 outputs for a batch of 2"):
+        legit_worker.model("mine").map([1, 2])
+
+
+def test_a_method_that_the_kind_lacks_is_an_error_that_names_the_way() -> None:
+    with use_models({"sim": {"kind": "simulated"}}), pytest.raises(TypeError, match=r"no predict\(\): use map\(\)"):
+        legit_worker.model("sim").predict([("a", "b")])
+
+
+def _child(queue: Any) -> None:
+    queue.put([legit_worker.model(alias).map(["x"])[0] for alias in ("first", "second")])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_can_load_what_its_parent_had_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for alias in ("FIRST", "SECOND"):
+        monkeypatch.setenv(f"LEGIT_WORKER_MODELS__{alias}__KIND", "simulated")
+    registry.default_registry.cache_clear()
+    try:
+        legit_worker.model("first").map(["x"])
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_child, args=(queue,))
+        child.start()
+        assert queue.get(timeout=20) == [[float(value) for value in vector("x")]] * 2
+        child.join()
+    finally:
+        registry.default_registry.cache_clear()
