@@ -90,7 +90,10 @@ def register(app: Celery, chosen: Settings) -> None:
 
 
 def _register(app: Celery, name: str, function: Callable[..., Any], renames: Mapping[str, str | None]) -> None:
-    """One task. `renames` maps a caller's argument to the function's, or to None where it is not for the function."""
+    """One task, unless the app has it. `renames` maps a caller's argument to the function's, or to None where it is not for the function."""
+
+    if name in app.tasks:
+        return
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -289,7 +289,18 @@ SIMULATED = {
 #: A user's own models. None of them needs torch, which takes seconds to import and which `auto` would import.
 CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     f"LEGIT_WORKER_MODELS__{name.upper()}__KIND": f"custom_models:{name.title().replace('_', '')}"
-    for name in ("upper", "picky", "poisoned", "unloadable", "slow_to_load", "reports", "slow", "counting", "forgetful")
+    for name in (
+        "upper",
+        "picky",
+        "poisoned",
+        "unloadable",
+        "slow_to_load",
+        "reports",
+        "slow",
+        "even",
+        "counting",
+        "forgetful",
+    )
 }
 
 #: The same project under Celery's own solo pool, and under ModelPool.

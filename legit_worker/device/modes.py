@@ -14,7 +14,8 @@ from typing import Any
 def suspend() -> Callable[[], None]:
     """Put the thread's defaults back. Returns what restores the caller's modes. Does nothing until torch is loaded."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "_C"):
+    # The loader thread may be in the middle of importing it; then no task has set a mode yet.
+    if torch is None or torch.__spec__._initializing:
         return _nothing
     undo: list[Callable[[], None]] = []
     if torch.is_inference_mode_enabled():

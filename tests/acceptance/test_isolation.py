@@ -17,6 +17,7 @@ def test_tasks_run_in_the_main_thread_and_each_in_a_context_of_its_own(worker: W
         assert found["main_thread"] is True
         assert found["after"] == f"item {number}"
         assert found["request"] == result.id
+        assert found["inherited"] == "project"
 
 
 def test_what_one_task_sets_in_its_context_is_not_there_for_the_next(model_pool: Worker) -> None:

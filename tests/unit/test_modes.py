@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -59,3 +62,11 @@ def test_tasks_may_resume_and_end_in_another_order_than_they_parked(first: str, 
     assert seen() == b_inside
     b.__exit__(None, None, None)
     assert seen() == defaults
+
+
+def test_a_task_may_park_while_the_loader_thread_is_importing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = ModuleType("torch")
+    half.__spec__ = ModuleSpec("torch", None)
+    half.__spec__._initializing = True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", half)
+    modes.suspend()()

@@ -110,6 +110,23 @@ class Slow(Upper):
         return super().forward(batch)
 
 
+class Even(Slow):
+    """As slow, and no bound on a batch but the time that the user set. Tasks gather while it loads."""
+
+    def load(self, device: str) -> None:
+        """A second."""
+        time.sleep(1)
+
+    def cost(self, item: Any) -> int:
+        """About what a text of so many tokens takes, so that nobody is surprised by the first batch."""
+        return 160
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Says how many there are."""
+        print(f"computes {len(batch)} items", flush=True)
+        return super().forward(batch)
+
+
 class Counting(Upper):
     """Says how many items each batch has."""
 

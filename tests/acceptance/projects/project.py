@@ -215,7 +215,14 @@ def context(item: str) -> dict[str, Any]:
     current_item.set(item)
     legit_worker.model("sim").map([item])
     thread = threading.current_thread() is threading.main_thread()
-    return {"before": found, "after": current_item.get(), "main_thread": thread, "request": context.request.id}
+    inherited = project_name.get(None)
+    return {
+        "inherited": inherited,
+        "before": found,
+        "after": current_item.get(),
+        "main_thread": thread,
+        "request": context.request.id,
+    }
 
 
 class Steps:
@@ -228,6 +235,11 @@ steps = Steps()
 
 #: None in every task that did not set it: each runs in a context of its own.
 current_item: contextvars.ContextVar[str | None] = contextvars.ContextVar("current_item", default=None)
+
+
+#: Set while the project is imported: every task sees it.
+project_name: contextvars.ContextVar[str] = contextvars.ContextVar("project_name")
+project_name.set("project")
 
 
 def digest(outputs: list[Any]) -> str:
