@@ -90,7 +90,7 @@ def register(app: Celery, chosen: Settings) -> None:
 
 
 def _register(app: Celery, name: str, function: Callable[..., Any], renames: Mapping[str, str | None]) -> None:
-    """One task, unless the app has it. `renames` maps a caller's argument to the function's, or to None where it is not for the function."""
+    """One task, unless the app has it. `renames`: the function's name for a caller's argument, None to drop it."""
 
     if name in app.tasks:
         return

@@ -91,7 +91,7 @@ class Handle:
         registry = _registry()
         return registry.get(self._alias) if self._alias else registry.only(self._kind)
 
-    def encode(self, sentences: Any, **options: Any) -> Any:
+    def encode(self, *inputs: Any, **options: Any) -> Any:
         """Embed one text or image, or a list of them: shape `[dim]` or `[n, dim]`, numpy float32.
 
         Takes the options of `SentenceTransformer.encode` that change the result: `prompt`, `prompt_name`,
@@ -99,15 +99,15 @@ class Handle:
         `show_progress_bar`) are accepted and mean nothing here: the engine decides. A sparse model gives a
         `scipy.sparse.csr_array`. Raises `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
         """
-        return self._method("encode")(sentences, **options)
+        return self._call("encode", *inputs, **options)
 
-    def predict(self, pairs: Any, **options: Any) -> Any:
+    def predict(self, *inputs: Any, **options: Any) -> Any:
         """Score one pair of texts, or a list of them: a float32, or an array of shape `[n]` or `[n, labels]`.
 
         Takes `activation_fn`, `apply_softmax`, `prompt` and `prompt_name` as `CrossEncoder.predict` does.
         Raises as `encode` does.
         """
-        return self._method("predict")(pairs, **options)
+        return self._call("predict", *inputs, **options)
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
@@ -122,10 +122,12 @@ class Handle:
         if check is not None:
             check(text)
 
-    def _method(self, name: str) -> Callable[..., Any]:
+    def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
         entry = self.entry
         runner = _runner
         method = getattr(runner.loaded(entry), name, None)
         if method is None:
             raise TypeError(f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): use map()")
-        return lambda inputs, **options: method(lambda items: runner.run(entry, list(items)), inputs, **options)
+        if "sentences" in options:  # what the library called it until version 6
+            options["inputs"] = options.pop("sentences")
+        return method(lambda items: runner.run(entry, list(items)), *inputs, **options)

@@ -134,7 +134,7 @@ class TextEmbedding(SentenceModel):
         prompt_name: str | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
-        precision: str = "float32",
+        precision: str | None = "float32",
         **others: Any,
     ) -> Any:
         """`Handle.encode` says what it takes; shape `[dim]` for one input, `[n, dim]` for a list."""
@@ -146,7 +146,7 @@ class TextEmbedding(SentenceModel):
         vectors = np.stack(rows)[:, : truncate_dim or self._model.truncate_dim]
         if normalize_embeddings:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        if precision != "float32":
+        if precision and precision != "float32":
             vectors = util.quantize_embeddings(vectors, precision=precision)
         return vectors[0] if single else vectors
 

@@ -11,6 +11,7 @@ from time import sleep
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from legit_worker.errors import InvalidInputError
 
@@ -43,24 +44,24 @@ class SimulatedModel:
         """One per word, as if words were tokens."""
         return max(1, len(item.split()))
 
-    def forward(self, batch: Sequence[str]) -> list[np.ndarray]:
+    def forward(self, batch: Sequence[str]) -> list[NDArray[np.float32]]:
         """Sleep as long as the batch would take, then answer."""
         self.batches.append(list(batch))
         sleep(self.seconds_per_batch + self.seconds_per_cost * len(batch) * max(map(self.cost, batch)))
         return [vector(item) for item in batch]
 
-    def postprocess(self, output: np.ndarray) -> list[float]:
+    def postprocess(self, output: NDArray[np.float32]) -> list[float]:
         """JSON-safe: a list of floats."""
         return [float(value) for value in output]
 
-    def encode(self, run: Any, sentences: str | Sequence[str]) -> np.ndarray:
+    def encode(self, run: Any, inputs: str | Sequence[str]) -> NDArray[np.float32]:
         """A vector of shape `[8]` for one string, an array of shape `[n, 8]` for several."""
-        if isinstance(sentences, str):
-            return np.asarray(run([sentences])[0], dtype=np.float32)
-        return np.asarray(run(list(sentences)), dtype=np.float32).reshape(-1, DIMENSION)
+        if isinstance(inputs, str):
+            return np.asarray(run([inputs])[0], dtype=np.float32)
+        return np.asarray(run(list(inputs)), dtype=np.float32).reshape(-1, DIMENSION)
 
 
-def vector(item: str) -> np.ndarray:
+def vector(item: str) -> NDArray[np.float32]:
     """The one answer for this item: float32 in [0, 1), shape `[8]`."""
     digest = hashlib.sha256(item.encode()).digest()
     return (np.frombuffer(digest, dtype="<u4").astype(np.float64) / 2**32).astype(np.float32)
