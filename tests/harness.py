@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,26 +75,18 @@ def poll(condition: Callable[[], T], what: str, seconds: float = ANSWER_SECONDS)
 
 
 class Client(Celery):
-    """An ordinary Celery client that can be closed together with its results.
+    """An ordinary Celery client that can be closed before its results are gone.
 
-    Celery's results unsubscribe when they are collected, and raise there where the server is gone by then.
+    Celery's results unsubscribe when they are collected, and raise there if the server is gone by then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._results: weakref.WeakSet[AsyncResult[Any]] = weakref.WeakSet()
         clients.append(self)
-
-    def send_task(self, *args: Any, **kwargs: Any) -> AsyncResult[Any]:
-        """As Celery's."""
-        result = super().send_task(*args, **kwargs)
-        self._results.add(result)
-        return result
 
     def close(self) -> None:
         """Results stay as they were last seen."""
-        for result in self._results:
-            result.backend = None
+        self.backend.remove_pending_result = lambda result: result
         super().close()
 
 

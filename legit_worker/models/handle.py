@@ -62,10 +62,11 @@ _runner: Runner = DirectRunner()
 _registry: Callable[[], Registry] = default_registry
 
 
-def use_runner(runner: Runner) -> None:
-    """From now on, every handle of this process computes through `runner`."""
+def use_runner(runner: Runner) -> Runner:
+    """From now on, every handle of this process computes through `runner`. Returns the one before."""
     global _runner
-    _runner = runner
+    before, _runner = _runner, runner
+    return before
 
 
 def find_models(registry: Callable[[], Registry]) -> Callable[[], Registry]:

@@ -81,7 +81,12 @@ class Entry:
     @property
     def model(self) -> Model:
         """The model; waits until it is loaded. Raises `ModelLoadError`."""
-        return self.load().result()
+        future = self.load()
+        error = future.exception()
+        if error is not None:
+            # One of its own for each asker: tasks that share an exception would share its traceback.
+            raise ModelLoadError(*error.args) from error.__cause__
+        return future.result()
 
     def batch_key(self, prepared: Any) -> Hashable:
         """What must be equal for two items to share a batch."""

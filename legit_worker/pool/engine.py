@@ -95,7 +95,8 @@ class Engine:
         """Forget what is left of a call whose task is gone."""
         queue = self._queue(entry)
         queue.fair.drop(call)
-        queue.halves = deque([item for item in half if item.call is not call] for half in queue.halves)
+        halves = ([item for item in half if item.call is not call] for half in queue.halves)
+        queue.halves = deque(half for half in halves if half)
 
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were the items of each model of one length."""
@@ -118,9 +119,7 @@ class Engine:
         queue = self._next_queue()
         if queue is None:
             return False
-        batch = queue.halves.popleft() if queue.halves else self._pick(queue)
-        if batch:
-            self._run(queue, batch)
+        self._run(queue, queue.halves.popleft() if queue.halves else self._pick(queue))
         return True
 
     def _queue(self, entry: Entry) -> Queue:
@@ -161,6 +160,9 @@ class Engine:
             queue.seconds += monotonic() - start
             self._split(queue, batch, error)
             return
+        except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
+            queue.halves.appendleft(batch)
+            raise
         seconds = monotonic() - start
         queue.seconds += seconds
         self._count(queue, batch, seconds)

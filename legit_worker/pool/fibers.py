@@ -70,8 +70,13 @@ class Fiber(greenlet):
         self.switch()
 
     def terminate(self) -> None:
-        """Unwind it where it stands: its `finally` blocks run, its result is never stored."""
-        if not self.dead:
+        """Unwind it where it is parked: its `finally` blocks run, its result is never stored.
+
+        A signal handler may call this from within another fiber, so control comes back to the caller, not to the loop.
+        """
+        caller = getcurrent()
+        if not self.dead and caller is not self:
+            self.parent = caller
             self.throw(GreenletExit)
 
 

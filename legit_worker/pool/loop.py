@@ -43,8 +43,8 @@ class Wakeup:
         return self._reader.fileno()
 
     def set(self) -> None:
-        """Have the hub call back soon. Twice is as good as once."""
-        with suppress(BlockingIOError):
+        """Have the hub call back soon. Twice is as good as once; after `close`, nobody is called."""
+        with suppress(OSError):
             self._writer.send(b"\0")
 
     def clear(self) -> None:

@@ -6,6 +6,7 @@ is done, as the solo pool would have called them.
 
 from __future__ import annotations
 
+import logging
 import select
 import threading
 from collections import deque
@@ -24,6 +25,8 @@ from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.loop import Pace, Wakeup
 from legit_worker.pool.runner import FiberRunner
+
+logger = logging.getLogger(__name__)
 
 #: Tasks in flight, where LEGIT_WORKER_WINDOW does not say. Measured with MiniLM on two CPU cores: smaller windows
 #: pack less evenly, larger ones gain nothing. `scripts/bench window` measures it again.
@@ -74,7 +77,7 @@ class ModelPool(SoloPool):
 
     def on_start(self) -> None:
         """Handles of this process park from now on; pinned models start to load."""
-        handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
+        self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
         for entry in default_registry().entries.values():
             if entry.spec.pin:
                 entry.load()
@@ -110,11 +113,15 @@ class ModelPool(SoloPool):
         self._backlog.clear()
         # Those that started run to their end. Their acks go out when the hub closes, after this.
         while self._running:
-            self._advance()
+            try:
+                self._advance()
+            except Exception:  # a callback that met a lost connection must not take the other tasks with it
+                logger.exception("a task ended badly while the worker was stopping")
             if self._running and not len(self.engine) and not self._ready:
                 self._wait_for_loader()
-        # Only now does nobody need the way back from the loader thread.
+        # Only now does nobody need the way back from the loader thread, nor a runner that parks.
         self._wakeup.close()
+        handle.use_runner(self._runner_before)
 
     def on_terminate(self) -> None:
         """Cold shutdown: every task unwinds where it stands. Its message, acked late, goes back to the broker."""
@@ -122,6 +129,7 @@ class ModelPool(SoloPool):
         for fiber in list(self._running):
             fiber.terminate()
         self._running.clear()
+        handle.use_runner(self._runner_before)
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()

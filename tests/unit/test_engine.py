@@ -86,6 +86,26 @@ def test_a_model_that_always_fails_fails_every_call_and_leaves_nothing_queued() 
     assert len(subject) == 0
 
 
+def test_a_batch_that_the_end_of_the_worker_interrupted_is_still_there_to_drain() -> None:
+    subject, entry = engine(), FakeEntry()
+    calls = [ask(subject, entry, [text]) for text in ("one", "two")]
+    forward, entry.forward = entry.forward, lambda batch: (_ for _ in ()).throw(SystemExit)  # type: ignore
+    with pytest.raises(SystemExit):
+        subject.step()
+    entry.forward = forward  # type: ignore
+    run_all(subject)
+    assert [call.outputs for call in calls] == [["oneone"], ["twotwo"]]
+
+
+def test_a_call_dropped_from_a_failed_batch_is_not_tried_again() -> None:
+    subject, entry = engine(), FakeEntry()
+    gone = ask(subject, entry, ["bad!", "bad!", "bad!", "good"])
+    subject.step()
+    subject.drop(entry, gone)  # type: ignore[arg-type]
+    assert len(subject) == 0
+    assert not subject.step()
+
+
 def test_items_with_different_keys_never_share_a_batch() -> None:
     subject, entry = engine(), FakeEntry()
     ask(subject, entry, ["abc", "ABC", "def", "DEF"])

@@ -1,0 +1,120 @@
+"""Fibers: what is a task's own, and who gets control when."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from contextvars import ContextVar
+
+import pytest
+from greenlet import greenlet
+
+import legit_worker
+from legit_worker.pool import fibers
+from legit_worker.pool.fibers import Fiber
+
+name: ContextVar[str] = ContextVar("name", default="nobody")
+
+
+def fiber(run: object, **options: bool) -> Fiber:
+    return Fiber(run, app="", name="a test", **options)  # type: ignore[arg-type]
+
+
+def test_context_variables_of_one_task_are_not_seen_in_another_nor_in_the_loop() -> None:
+    seen = []
+
+    def task(mine: str) -> None:
+        seen.append(name.get())
+        name.set(mine)
+        here.park("a model")
+        seen.append(name.get())
+
+    for mine in ("a", "b"):
+        here = fiber(lambda mine=mine: task(mine))
+        here.resume()
+        assert name.get() == "nobody"
+        here.resume()
+    assert seen == ["nobody", "a", "nobody", "b"]
+
+
+def test_the_pid_is_the_process_and_leads_back_to_the_fiber() -> None:
+    subject = fiber(lambda: None)
+    assert subject.pid == os.getpid()
+    assert json.dumps(subject.pid) == str(os.getpid())
+    assert subject.pid.fiber is subject
+
+
+def test_a_terminated_fiber_runs_its_finally_and_goes_no_further() -> None:
+    steps = []
+
+    def task() -> None:
+        try:
+            subject.park("a model")
+            steps.append("went on")
+        finally:
+            steps.append("cleaned up")
+
+    subject = fiber(task)
+    subject.resume()
+    subject.terminate()
+    assert steps == ["cleaned up"]
+    assert subject.dead
+
+
+def test_a_fiber_can_be_terminated_from_within_another_which_then_goes_on() -> None:
+    steps = []
+    parked = fiber(lambda: parked.park("a model"))
+    parked.resume()
+
+    def other() -> None:
+        parked.terminate()
+        steps.append("went on")
+
+    fiber(other).resume()
+    assert parked.dead
+    assert steps == ["went on"]
+
+
+def test_outside_a_fiber_there_is_none_and_exclusive_does_nothing() -> None:
+    with legit_worker.exclusive():
+        assert fibers.current() is None
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_task_may_park_unless_it_was_made_exclusive(exclusive: bool) -> None:
+    seen: list[bool] = []
+    subject = fiber(lambda: seen.append(subject.may_park()), exclusive=exclusive)
+    subject.resume()
+    assert seen == [not exclusive]
+
+
+def test_exclusive_sections_nest() -> None:
+    seen = []
+
+    def task() -> None:
+        with legit_worker.exclusive():
+            with legit_worker.exclusive():
+                seen.append(subject.may_park())
+            seen.append(subject.may_park())
+        seen.append(subject.may_park())
+
+    subject = fiber(task)
+    subject.resume()
+    assert seen == [False, False, True]
+
+
+def test_it_may_not_park_below_an_event_loop_or_another_librarys_greenlet() -> None:
+    seen = []
+
+    async def coroutine() -> None:
+        seen.append(subject.may_park())
+
+    def task() -> None:
+        asyncio.run(coroutine())
+        greenlet(lambda: seen.append(fibers.current() is subject and subject.may_park())).switch()
+        seen.append(subject.may_park())
+
+    subject = fiber(task)
+    subject.resume()
+    assert seen == [False, False, True]
