@@ -28,7 +28,7 @@ from harness import Broker, StartWorker, Worker
 #: The word in `setup.cfg` that stands for a Valkey the tests start themselves.
 EMBEDDED = "embedded"
 
-#: Databases of the embedded Valkey: one per worker that a session starts, so no name is ever used twice.
+#: Databases of the embedded Valkey: two per worker that a run starts, so no number is ever used twice.
 DATABASES = 4096
 
 #: Seconds within which a server that is there answers.
@@ -43,6 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("legit_worker")
     for option in ("broker", "backend"):
         group.addoption(f"--{option}", metavar="NAME", help=f"a name from [legit_worker:{option}s] in setup.cfg")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A name that `setup.cfg` lacks ends the run at once."""
+    for kind in ("broker", "backend"):
+        _named_url(config, kind)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

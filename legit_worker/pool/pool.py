@@ -19,6 +19,7 @@ from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
 from legit_worker.apps import identify
+from legit_worker.device.host import keep_freed_memory
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool.engine import Engine
@@ -77,6 +78,7 @@ class ModelPool(SoloPool):
 
     def on_start(self) -> None:
         """Handles of this process park from now on; pinned models start to load."""
+        keep_freed_memory()
         self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
         for entry in default_registry().entries.values():
             if entry.spec.pin:
