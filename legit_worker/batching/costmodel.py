@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 #: Batches remembered per model: enough to see several lengths, few enough to follow a device that slows down.
 MEMORY = 64
 
-#: Below this many batches the fit would follow noise, and the prior answers.
+#: Below this many batches a fit would follow noise; the prior answers, scaled to the batches that ran.
 ENOUGH = 6
 
-#: The prior, in seconds per batch, per padded unit, and per padded unit times length. A small transformer on two CPU
-#: cores; any device's own figures replace it after `ENOUGH` batches.
-PRIOR = (4e-3, 1.2e-4, 1e-8)
+#: The prior, in seconds per batch, per padded unit, and per padded unit times length: a small transformer on two CPU
+#: cores.
+PRIOR = np.array((4e-3, 1.2e-4, 1e-8))
+
+#: Items in the first batch of all, which nothing is known about.
+FIRST_BATCH = 8
 
 #: The share of a batch's time that its launch may take. A smaller share would mean longer batches, which the next
 #: task waits for, for less than this much more throughput.
@@ -38,7 +41,7 @@ class CostModel:
 
     def __init__(self) -> None:
         self._seen: deque[tuple[int, int, float]] = deque(maxlen=MEMORY)
-        self._fit = np.array(PRIOR)
+        self._fit = PRIOR.copy()
 
     def __repr__(self) -> str:
         a, b, c = self._fit
@@ -56,8 +59,8 @@ class CostModel:
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""
         self._seen.append((count, longest, seconds))
-        if len(self._seen) >= ENOUGH:
-            self._fit = _fit(np.array(self._seen))
+        seen = np.array(self._seen)
+        self._fit = _fit(seen) if len(seen) >= ENOUGH else _scaled_prior(seen)
 
     @property
     def enough_seconds(self) -> float:
@@ -66,15 +69,29 @@ class CostModel:
 
     def largest(self, longest: int, seconds: float) -> int:
         """The most items padded to `longest` whose batch is predicted to end within `seconds`; at least 1."""
+        if not self._seen:
+            return FIRST_BATCH
         a, b, c = self._fit
         each = longest * (b + c * longest)
         return max(1, int((seconds - a) / each)) if each > 0 else 1_000_000
 
 
+def _features(seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the three terms multiply, a row per batch."""
+    count, longest, _ = seen.T
+    return np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1)
+
+
+def _scaled_prior(seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The prior of a device that is so many times faster or slower. The slowest batch counts: bounds must hold."""
+    scaled: NDArray[np.float64] = PRIOR * (seen[:, 2] / (_features(seen) @ PRIOR)).max()
+    return scaled
+
+
 def _fit(seen: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares on relative errors, dropping the terms that come out negative (c first, then a)."""
-    count, longest, seconds = seen.T
-    features = np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1) / seconds[:, None]
+    seconds = seen[:, 2]
+    features = _features(seen) / seconds[:, None]
     for terms in ([0, 1, 2], [0, 1], [1]):
         solution = np.linalg.lstsq(features[:, terms], np.ones_like(seconds), rcond=None)[0]
         if (solution >= 0).all():

@@ -100,7 +100,7 @@ class SentenceModel:
         moved: dict[str, Any] = util.batch_to_device(features, self._model.device)
         return moved
 
-    def _prompted(self, inputs: Iterable[Any], prompt: str | None, prompt_name: str | None) -> list[Prompted]:
+    def _prompted(self, inputs: Iterable[Any], prompt_name: str | None, prompt: str | None) -> list[Prompted]:
         if prompt is None:
             prompt = self._named_prompt(prompt_name or self._model.default_prompt_name)
         return [Prompted(item, prompt) for item in inputs]
@@ -129,9 +129,9 @@ class TextEmbedding(SentenceModel):
         self,
         run: Run,
         inputs: Any,
-        *,
-        prompt: str | None = None,
         prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         precision: str | None = "float32",
@@ -140,7 +140,7 @@ class TextEmbedding(SentenceModel):
         """`Handle.encode` says what it takes; shape `[dim]` for one input, `[n, dim]` for a list."""
         _refuse(others, "encode")
         single = self._model.is_singular_input(inputs)
-        rows = run(self._prompted([inputs] if single else inputs, prompt, prompt_name))
+        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt))
         if not rows:
             return np.array([])
         vectors = np.stack(rows)[:, : truncate_dim or self._model.truncate_dim]
@@ -200,9 +200,9 @@ class SparseEmbedding(SentenceModel):
         self,
         run: Run,
         inputs: Any,
-        *,
-        prompt: str | None = None,
         prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
         max_active_dims: int | None = None,
         **others: Any,
     ) -> Any:
@@ -212,7 +212,7 @@ class SparseEmbedding(SentenceModel):
         _refuse(others, "encode")
         single = self._model.is_singular_input(inputs)
         most = max_active_dims or self._model.max_active_dims
-        rows = run(self._prompted([inputs] if single else inputs, prompt, prompt_name))
+        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt))
         kept = [_largest(places, values, most) for places, values in rows]
         starts = np.cumsum([0, *(len(places) for places, _ in kept)])
         places = np.concatenate([places for places, _ in kept]) if kept else np.array([], dtype=np.int64)
@@ -242,9 +242,9 @@ class Reranker(SentenceModel):
         self,
         run: Run,
         inputs: Any,
-        *,
-        prompt: str | None = None,
         prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
         activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         apply_softmax: bool = False,
         **others: Any,
@@ -253,7 +253,7 @@ class Reranker(SentenceModel):
         _refuse(others, "predict")
         single = self._model.is_singular_input(inputs)
         pairs = [tuple(pair) for pair in ([inputs] if single else inputs)]
-        rows = run(self._prompted(pairs, prompt, prompt_name))
+        rows = run(self._prompted(pairs, prompt_name, prompt))
         if not rows:
             return np.array([])
         scores = (activation_fn or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))

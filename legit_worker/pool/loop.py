@@ -96,19 +96,19 @@ class Pace:
             self._began = now
             self._backlog = self._backlog or (arrived and now - self._batch_done_at < 2 * GLANCE)
         elapsed = now - self._began
-        if self._max_delay is not None:
-            return self._delay_is_over(elapsed, full, look)
-        if elapsed > min(MAX_FETCH_SECONDS, waiting_seconds) or waiting_seconds > ENOUGH_SECONDS:
+        if self._is_over(elapsed, waiting_seconds, full):
             return True
-        if arrived:
+        if arrived:  # go round first: the hub asks the broker for the next task only then
+            return False
+        if self._max_delay is not None:
+            look(min(self._max_delay - elapsed, MAX_LOOK))
             return False
         found = look(min(LOOK, waiting_seconds) if self._backlog else GLANCE)
         self._backlog = self._backlog and found
         return not found
 
-    def _delay_is_over(self, elapsed: float, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
-        assert self._max_delay is not None
-        if elapsed >= self._max_delay or full():
-            return True
-        look(min(self._max_delay - elapsed, MAX_LOOK))
-        return False
+    def _is_over(self, elapsed: float, waiting_seconds: float, full: Callable[[], bool]) -> bool:
+        """Whether enough time went into fetching."""
+        if self._max_delay is not None:
+            return elapsed >= self._max_delay or full()
+        return elapsed > min(MAX_FETCH_SECONDS, waiting_seconds) or waiting_seconds > ENOUGH_SECONDS

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.batching.costmodel import ENOUGH, CostModel
+from legit_worker.batching.costmodel import FIRST_BATCH, CostModel
 
 BATCHES = [(1, 8), (4, 8), (16, 32), (64, 8), (2, 256), (8, 85), (1, 128), (32, 16)]
 
@@ -27,14 +27,15 @@ def test_it_learns_the_law_of_a_device(law: tuple[float, float, float]) -> None:
         assert model.predict(count, longest) == pytest.approx(expected, rel=1e-6)
 
 
-def test_until_it_has_seen_enough_the_prior_answers() -> None:
+def test_one_batch_is_enough_to_know_how_much_slower_a_device_is() -> None:
     model = CostModel()
-    before = model.predict(8, 64)
-    for _ in range(ENOUGH - 1):
-        model.observe(8, 64, 100.0)
-    assert model.predict(8, 64) == before
-    model.observe(8, 64, 100.0)
-    assert model.predict(8, 64) == pytest.approx(100.0, rel=0.01)
+    expected = model.predict(8, 64)
+    model.observe(4, 32, model.predict(4, 32) * 50)
+    assert model.predict(8, 64) == pytest.approx(expected * 50)
+
+
+def test_of_an_untried_model_only_a_few_items_are_computed_at_first() -> None:
+    assert CostModel().largest(1, 60.0) == FIRST_BATCH
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512), st.floats(1e-4, 5.0)), min_size=1, max_size=70))

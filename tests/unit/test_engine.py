@@ -136,7 +136,10 @@ def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
     subject, entry = Engine(max_batch_seconds=0.05, weight_of=lambda app: 1.0), FakeEntry()
     ask(subject, entry, ["x" * 50] * 100)
     subject.step()
-    assert 1 < len(entry.batches[0]) < 10
+    costs = subject._queues["letters"].costs
+    costs.observe(10, 50, 0.1)
+    subject.step()
+    assert len(entry.batches[1]) == costs.largest(50, 0.05) < 10
 
 
 def test_counters_say_how_much_was_padding() -> None:

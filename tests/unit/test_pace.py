@@ -78,6 +78,13 @@ def test_a_delay_of_zero_never_waits() -> None:
     assert listener.asked == []
 
 
+def test_while_tasks_come_a_delay_does_not_keep_the_hub_from_fetching_the_next() -> None:
+    pace, listener = Pace(60.0), Listener()
+    pace.task_arrived()
+    assert not ask(pace, listener)
+    assert listener.asked == []
+
+
 def test_a_delay_that_the_user_chose_is_waited_for_unless_the_batch_is_full() -> None:
     pace, listener = Pace(60.0), Listener()
     assert not ask(pace, listener)
