@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sentence_transformers import util
 from torch.nn.utils.rnn import pad_sequence
 
+from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.errors import InvalidInputError
 
 #: Computes items and returns one output each, in order: a runner, bound to a model.
@@ -66,6 +67,7 @@ class SentenceModel:
             model_kwargs={"dtype": self._dtype} if self._dtype else None,
         ).eval()
         self._tokenize = short_way(self._model)
+        speed_up_linear_layers(self._model)
 
     def _open(self, path: str, **options: Any) -> Any:
         raise NotImplementedError

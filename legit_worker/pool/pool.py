@@ -20,7 +20,7 @@ from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
 from legit_worker.apps import identify
-from legit_worker.device.host import keep_freed_memory
+from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool.engine import Engine
