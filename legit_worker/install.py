@@ -59,7 +59,8 @@ class ModelPoolStep(bootsteps.Step):
                 worker.pool_cls.__module__,
             )
             return
-        worker.pool_cls = ModelPool
+        if worker.pool_cls is SoloPool:
+            worker.pool_cls = ModelPool
         # Celery prefetches `concurrency * prefetch_multiplier`: with these the broker hands over one window.
         # min_concurrency is a copy that the Pool step may have made already.
         worker.concurrency = worker.min_concurrency = window(chosen)

@@ -10,6 +10,7 @@ import base64
 import binascii
 import functools
 import io
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +19,10 @@ from celery import Celery
 
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.handle import Handle
+from legit_worker.models.protocol import ImageFile
 from legit_worker.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 #: Items in one task. More is better sent as several tasks: they share batches anyway, and one bad item fails fewer.
 MAX_ITEMS = 2048
@@ -29,6 +33,9 @@ MAX_CHARACTERS = 1_000_000
 
 #: Bytes in one encoded image, before base64.
 MAX_IMAGE_BYTES = 32 * 2**20
+
+#: Pixels in one image: a large camera's. A file of half a megabyte can claim a hundred times as many.
+MAX_IMAGE_PIXELS = 64_000_000
 
 
 def embed_text(text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True) -> Any:
@@ -52,7 +59,7 @@ def embed_image(image: Any, model: str | None = None, normalize: bool | None = N
     Arguments, result and errors as for `embed_text`, with kind `image`.
     """
     handle = Handle(model, "image")
-    images = _items(image, "image", _decode_image)
+    images = _items(image, "image", _open_image)
     return _plain(handle.encode(images if isinstance(image, list) else images[0], **_normalizing(normalize)))
 
 
@@ -93,6 +100,8 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
     """One task, unless the app has it. `renames`: the function's name for a caller's argument, None to drop it."""
 
     if name in app.tasks:
+        if not hasattr(app.tasks[name], "is_legit_worker"):
+            logger.warning("%s is a task of the project's own, which keeps the name: no alias was made", name)
         return
 
     @functools.wraps(function)
@@ -101,7 +110,7 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
         return function(*args, **{key: value for key, value in named if key is not None})
 
     # Celery would refuse, at the client, arguments that only the rename makes right.
-    app.task(name=name, typing=False, lazy=False)(run)
+    app.task(name=name, typing=False, lazy=False, is_legit_worker=True)(run)
 
 
 def _items(value: Any, name: str, check: Callable[[Any], Any]) -> list[Any]:
@@ -136,19 +145,23 @@ def _check_text(text: Any) -> str:
     return text
 
 
-def _decode_image(image: Any) -> Any:
-    """A `PIL.Image.Image` in RGB from base64."""
-    from PIL import Image, ImageOps
+def _open_image(image: Any) -> ImageFile:
+    """The image file in a base64 string, its head read and its pixels not yet."""
+    from PIL import Image
 
     if not isinstance(image, str) or not image:
         raise InvalidInputError(f"expected an image as base64, got {type(image).__name__}")
     if len(image) > MAX_IMAGE_BYTES * 4 / 3:
         raise InvalidInputError(f"the image has over {MAX_IMAGE_BYTES} bytes, the most that one may have: resize it")
     try:
-        decoded = Image.open(io.BytesIO(base64.b64decode(image, validate=True)))
-        return ImageOps.exif_transpose(decoded).convert("RGB")
+        opened = Image.open(io.BytesIO(base64.b64decode(image, validate=True)))
     except (binascii.Error, OSError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidInputError(f"the image can't be read: {error}") from None
+    if opened.width * opened.height > MAX_IMAGE_PIXELS:
+        raise InvalidInputError(
+            f"the image has {opened.width} x {opened.height} pixels and one may have {MAX_IMAGE_PIXELS}: resize it"
+        )
+    return ImageFile(opened)
 
 
 def _normalizing(normalize: bool | None) -> dict[str, bool]:

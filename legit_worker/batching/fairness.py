@@ -82,6 +82,10 @@ class FairQueue:
             return busy[0][2].items[:count]
         return list(islice(_interleave(busy), count))
 
+    def of(self, call: Any) -> list[Item]:
+        """What is queued of one call, in order."""
+        return [item for item in self._lane(call.app).items if item.call is call]
+
     def take(self, batch: Collection[Item]) -> None:
         """Remove a batch that is about to run and charge its apps for it."""
         taken = {id(item) for item in batch}

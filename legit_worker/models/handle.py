@@ -8,6 +8,7 @@ inside a ModelPool, the pool's runner parks the task and lets its items share ba
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class DirectRunner:
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """All items, in batches of even length and equal batch key."""
         model = entry.model
-        prepared = [model.preprocess(item) for item in items]
+        prepared = [entry.preprocess(item) for item in items]
         outputs: list[Any] = [None] * len(items)
         for batch in _batches(entry, prepared):
             for index, output in zip(batch, entry.forward([prepared[index] for index in batch]), strict=True):
@@ -74,6 +75,10 @@ def find_models(registry: Callable[[], Registry]) -> Callable[[], Registry]:
     global _registry
     before, _registry = _registry, registry
     return before
+
+
+# A child that a task forks has neither the loop that would resume it nor the right to the parent's connections.
+os.register_at_fork(after_in_child=lambda: use_runner(DirectRunner()) and None)
 
 
 class Handle:
@@ -119,9 +124,10 @@ class Handle:
 
     def check_length(self, text: str) -> None:
         """Raises `InvalidInputError` where the model would cut the text. Models without a limit take any."""
-        check = getattr(_runner.loaded(self.entry), "check_length", None)
+        entry = self.entry
+        check = getattr(_runner.loaded(entry), "check_length", None)
         if check is not None:
-            check(text)
+            entry.alone(check, text)
 
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
         entry = self.entry

@@ -7,15 +7,35 @@ settings as `module:Class`; it need not import anything from here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+from legit_worker.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image whose file is in memory and whose pixels are not: they are decoded when its turn comes."""
+
+    #: As `PIL.Image.open` gives it, before anything asked for a pixel.
+    opened: Any
+
+    def decode(self) -> Any:
+        """A `PIL.Image.Image` in RGB, the way up that its camera noted. Raises `InvalidInputError`."""
+        from PIL import ImageOps
+
+        try:
+            return ImageOps.exif_transpose(self.opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InvalidInputError(f"the image can't be read: {error}") from None
 
 
 @runtime_checkable
 class Model(Protocol):
     """Five methods. The constructor is given those of `alias`, `path`, `dtype` and `revision` that it names.
 
-    Two more are optional: `batch_key(prepared) -> Hashable`, since items share a batch only when their keys are
-    equal (default: all do), and `load_seconds`-style extras, which nobody calls.
+    One more is optional: `batch_key(prepared) -> Hashable`. Items share a batch only when their keys are equal; without
+    it, all do.
     """
 
     def load(self, device: str) -> None:

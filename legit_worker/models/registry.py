@@ -81,7 +81,11 @@ class Entry:
     @property
     def model(self) -> Model:
         """The model; waits until it is loaded. Raises `ModelLoadError`."""
-        future = self.load()
+        return self.outcome(self.load())
+
+    @staticmethod
+    def outcome(future: Future[Model]) -> Model:
+        """What became of a load; waits for it. Raises `ModelLoadError`."""
         error = future.exception()
         if error is not None:
             # One of its own for each asker: tasks that share an exception would share its traceback.
@@ -93,10 +97,18 @@ class Entry:
         key_of = getattr(self.model, "batch_key", None)
         return None if key_of is None else key_of(prepared)
 
+    def preprocess(self, item: Any) -> Any:
+        """The loaded model's `preprocess`. Raises what that raises."""
+        return self.alone(self.model_now.preprocess, item)
+
+    def alone(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of the model while no other thread does: tokenizers and modules keep state."""
+        with self._lock:
+            return method(*arguments)
+
     def forward(self, batch: Sequence[Any]) -> Sequence[Any]:
         """The model's `forward`, checked to give one output per item. Raises what the model raises."""
-        with self._lock:
-            outputs = self.model_now.forward(batch)
+        outputs: Sequence[Any] = self.alone(self.model_now.forward, batch)
         if len(outputs) != len(batch):
             raise LegitWorkerError(
                 f"model {self.alias!r} gave {len(outputs)} outputs for a batch of {len(batch)} items: "
@@ -183,16 +195,26 @@ class Registry:
         return ", ".join(f"{alias} ({entry.spec.kind})" for alias, entry in self.entries.items()) or "none"
 
 
-@functools.cache
+_making_default = threading.Lock()
+
+
 def default_registry() -> Registry:
     """This process's models, from its settings. Raises `SettingsError`."""
+    with _making_default:  # or two threads that ask at once would each load their own
+        return _default_registry()
+
+
+@functools.cache
+def _default_registry() -> Registry:
     chosen = settings.load()
     return Registry(chosen.models, functools.partial(cuda.choose, chosen.device))
 
 
 def _after_fork() -> None:
-    if default_registry.cache_info().currsize:
-        default_registry().restart_loader()
+    global _making_default
+    _making_default = threading.Lock()
+    if _default_registry.cache_info().currsize:
+        _default_registry().restart_loader()
 
 
 os.register_at_fork(after_in_child=_after_fork)

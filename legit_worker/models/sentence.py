@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.errors import InvalidInputError
+from legit_worker.models.protocol import ImageFile
 
 #: Computes items and returns one output each, in order: a runner, bound to a model.
 Run = Callable[[Iterable[Any]], list[Any]]
@@ -164,6 +165,7 @@ class TextEmbedding(SentenceModel):
         tokenizer = self._model.tokenizer
         if limit is None or tokenizer is None:
             return
+        text = (self._named_prompt(self._model.default_prompt_name) or "") + text
         length = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
         if length > limit:
             raise InvalidInputError(
@@ -176,8 +178,10 @@ class ImageEmbedding(TextEmbedding):
     """Kind `image`: vectors of images, and of texts where the model takes both, as CLIP does."""
 
     def preprocess(self, item: Any) -> Prepared:
-        """A `PIL.Image.Image`, or a text. A string is text, never a path or an address to read from."""
+        """A `PIL.Image.Image`, an `ImageFile`, or a text. A string is never a path or an address to read from."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
+        if isinstance(prompted.input, ImageFile):
+            prompted = Prompted(prompted.input.decode(), prompted.prompt)
         if isinstance(prompted.input, str):
             self._check(prompted.input)
             prompted = Prompted({"text": prompted.input}, prompted.prompt)

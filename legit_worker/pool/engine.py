@@ -17,6 +17,7 @@ from typing import Any
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
+from legit_worker.models.protocol import Model
 from legit_worker.models.registry import Entry
 from legit_worker.pool.calls import Call
 
@@ -27,6 +28,9 @@ HORIZON = 256
 #: The largest batch, in padded cost units, whatever the cost model says: what keeps activations of an untried model
 #: small until its memory is measured.
 MAX_BATCH_COST = 16_384
+
+#: The cost of the largest item; far beyond any batch's.
+MAX_COST = 2**31
 
 
 @dataclass
@@ -87,9 +91,13 @@ class Engine:
         """Queue items of a call; the first one's output goes to `call.outputs[start]`."""
         queue = self._queue(entry)
         model = entry.model
-        for index, item in enumerate(prepared, start):
-            queue.fair.add(Item(call, index, item, max(1, int(model.cost(item))), entry.batch_key(item)))
-        call.queued += len(prepared)
+        # All of them first: what a user's model raises here is the task's error, and leaves nothing queued.
+        items = [
+            Item(call, index, item, _cost(model, item), _key(entry, item)) for index, item in enumerate(prepared, start)
+        ]
+        for item in items:
+            queue.fair.add(item)
+        call.queued += len(items)
 
     def drop(self, entry: Entry, call: Call) -> None:
         """Forget what is left of a call whose task is gone."""
@@ -119,8 +127,19 @@ class Engine:
         queue = self._next_queue()
         if queue is None:
             return False
-        self._run(queue, queue.halves.popleft() if queue.halves else self._pick(queue))
+        self._run(queue, queue.halves.popleft() if queue.halves else self._pick(queue, queue.fair.first(HORIZON)))
         return True
+
+    def step_for(self, entry: Entry, call: Call) -> None:
+        """Run one batch with items of this call, which has some queued, whoever's turn it is."""
+        queue = self._queue(entry)
+        halves = next((half for half in queue.halves if any(item.call is call for item in half)), None)
+        if halves is not None:
+            queue.halves.remove(halves)
+            self._run(queue, halves)
+        else:
+            others = [item for item in queue.fair.first(HORIZON) if item.call is not call]
+            self._run(queue, self._pick(queue, (queue.fair.of(call) + others)[:HORIZON]))
 
     def _queue(self, entry: Entry) -> Queue:
         queue = self._queues.get(entry.alias)
@@ -145,8 +164,9 @@ class Engine:
         seconds = min(self._max_batch_seconds, queue.costs.enough_seconds)
         return min(MAX_BATCH_COST, longest * queue.costs.largest(longest, seconds))
 
-    def _pick(self, queue: Queue) -> list[Item]:
-        candidates = _same_key(queue.fair.first(HORIZON))
+    def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
+        """The batch that holds the first candidate, taken out of the queue."""
+        candidates = _same_key(candidates)
         cuts = pack([item.cost for item in candidates], self._budget(queue), queue.costs)
         batch = [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
         queue.fair.take(batch)
@@ -188,6 +208,18 @@ class Engine:
         else:
             middle = len(batch) // 2
             queue.halves.extendleft([batch[middle:], batch[:middle]])
+
+
+def _cost(model: Model, prepared: Any) -> int:
+    """At least 1, and small enough for the packer's arithmetic."""
+    return min(max(1, int(model.cost(prepared))), MAX_COST)
+
+
+def _key(entry: Entry, prepared: Any) -> Hashable:
+    """Raises `TypeError` where the model's key can't be compared as one."""
+    key = entry.batch_key(prepared)
+    hash(key)
+    return key
 
 
 def _same_key(items: list[Item]) -> list[Item]:

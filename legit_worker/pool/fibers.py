@@ -40,6 +40,8 @@ class Fiber(greenlet):
         self.waits_for: str | None = None
         #: Due to be resumed at the loop's next turn.
         self.woken = False
+        #: Revoked before it began: it ends where its own code would start.
+        self.doomed = False
         self.pid = FiberPid(os.getpid())
         self.pid.fiber = self
 
@@ -75,7 +77,9 @@ class Fiber(greenlet):
         A signal handler may call this from within another fiber, so control comes back to the caller, not to the loop.
         """
         caller = getcurrent()
-        if not self.dead and caller is not self:
+        if caller is self:
+            self.doomed = True
+        elif not self.dead:
             self.parent = caller
             self.throw(GreenletExit)
 
@@ -98,7 +102,13 @@ def run_task(
     """A fiber's whole life: Celery's `apply_target` (celery.concurrency.base, 5.7), told the fiber's own pid."""
     fiber = current()
     assert fiber is not None
-    apply_target(target, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if fiber.doomed:
+            raise GreenletExit
+        return target(*args, **kwargs)
+
+    apply_target(run, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
 
 
 @contextmanager

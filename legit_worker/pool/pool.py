@@ -53,7 +53,7 @@ class ModelPool(SoloPool):
         self.on_apply = self._apply
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
         self._inline = bool(self.options.get("threads"))
-        self._thread = threading.get_ident()
+        self._thread = 0
         self._running: set[Fiber] = set()
         self._backlog: deque[Fiber] = deque()
         self._ready: deque[Fiber] = deque()
@@ -79,6 +79,7 @@ class ModelPool(SoloPool):
 
     def on_start(self) -> None:
         """Handles of this process park from now on; pinned models start to load."""
+        self._thread = threading.get_ident()
         keep_freed_memory()
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -116,7 +117,7 @@ class ModelPool(SoloPool):
         # The consumer has stopped before the pool, so no task arrives any more. Those not started were not accepted:
         # the broker has them still, and gives them to another worker once this one's connection closes.
         self._backlog.clear()
-        # Those that started run to their end. Their acks go out when the hub closes, after this.
+        # Those that started run to their end.
         while self._running:
             try:
                 self._advance()
@@ -124,6 +125,9 @@ class ModelPool(SoloPool):
                 logger.exception("a task ended badly while the worker was stopping")
             if self._running and not len(self.engine) and not self._ready:
                 self._wait_for_loader()
+            # The loop no longer turns, and both must go on: what is done is acked before whoever stops us loses
+            # patience and kills, and heartbeats keep the connection for the acks that follow.
+            self._tend_hub()
         # Only now does nobody need the way back from the loader thread, nor a runner that parks.
         self._wakeup.close()
         handle.use_runner(self._runner_before)
@@ -253,6 +257,17 @@ class ModelPool(SoloPool):
         select.select([self._wakeup], [], [], 1.0)
         self._wakeup.clear()
 
+    def _tend_hub(self) -> None:
+        """What the hub does for Celery between two messages; as prefork does while it drains (5.7)."""
+        if self._hub is None:
+            return
+        try:
+            self._hub.fire_timers()
+            for callback in self._hub._pop_ready():
+                callback()
+        except Exception:
+            logger.warning("an ack or a heartbeat failed while the worker was stopping", exc_info=True)
+
     def _parked(self) -> int:
         return sum(fiber.waits_for is not None for fiber in self._running)
 
@@ -264,6 +279,7 @@ class ModelPool(SoloPool):
         missing = int(self.limit) - sender.initial_prefetch_count
         if sender.pool is self and missing > 0:
             sender.initial_prefetch_count += missing
+            sender.prefetch_multiplier = 1
             sender.qos.increment_eventually(missing)
 
 

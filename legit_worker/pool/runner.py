@@ -37,10 +37,15 @@ class FiberRunner:
     def loaded(self, entry: Entry) -> Model:
         """Parks while the loader thread reads the weights. Raises `ModelLoadError`, `UnknownModelError`."""
         fiber = fibers.current()
-        if fiber is not None:
-            self._check_allowed(fiber, entry)
-            self._await_load(fiber, entry)
-        return self._direct.loaded(entry)
+        if fiber is None:
+            return self._direct.loaded(entry)
+        self._check_allowed(fiber, entry)
+        future = entry.load()
+        if not future.done() and fiber.may_park():
+            future.add_done_callback(lambda _: self._wake(fiber))
+            while not future.done():
+                fiber.park(f"model {entry.alias} to load")
+        return entry.outcome(future)
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """Parks while the engine computes. Raises what `preprocess` or `forward` raised for one of the items."""
@@ -58,7 +63,7 @@ class FiberRunner:
     def _compute(self, fiber: Fiber, entry: Entry, call: Call, items: list[Any]) -> None:
         for start in range(0, len(items), CHUNK):
             self._wait(fiber, entry, call, lambda: call.needs_items)
-            prepared = [entry.model.preprocess(item) for item in items[start : start + CHUNK]]
+            prepared = [entry.preprocess(item) for item in items[start : start + CHUNK]]
             self._engine.add(entry, call, start, prepared)
         self._wait(fiber, entry, call, lambda: call.computed == call.size)
 
@@ -67,25 +72,17 @@ class FiberRunner:
             if fiber.may_park():
                 fiber.park(f"model {entry.alias}")
             else:
-                self._step_alone()
+                self._step_alone(entry, call)
         if call.error is not None:
             raise call.error
 
-    def _step_alone(self) -> None:
-        """One batch without letting other tasks run; their items may ride along."""
+    def _step_alone(self, entry: Entry, call: Call) -> None:
+        """One batch of this call without letting other tasks run; their items may ride along."""
         restore = modes.suspend()
         try:
-            if not self._engine.step():
-                raise RuntimeError("a call waits and the engine has nothing to compute: this is a bug in legit_worker")
+            self._engine.step_for(entry, call)
         finally:
             restore()
-
-    def _await_load(self, fiber: Fiber, entry: Entry) -> None:
-        future = entry.load()
-        if not future.done() and fiber.may_park():
-            future.add_done_callback(lambda _: self._wake(fiber))
-            while not future.done():
-                fiber.park(f"model {entry.alias} to load")
 
     def _check_allowed(self, fiber: Fiber, entry: Entry) -> None:
         allowed = self._models_of(fiber.app)

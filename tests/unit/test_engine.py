@@ -106,6 +106,34 @@ def test_a_call_dropped_from_a_failed_batch_is_not_tried_again() -> None:
     assert not subject.step()
 
 
+def test_an_exclusive_call_goes_first_and_others_may_ride_along() -> None:
+    subject, entry = engine(), FakeEntry()
+    older = [ask(subject, entry, ["x" * 300]) for _ in range(30)]
+    neighbour, mine = ask(subject, entry, ["two"]), ask(subject, entry, ["one"])
+    subject.step_for(entry, mine)  # type: ignore[arg-type]
+    assert mine.outputs == ["oneone"]
+    assert neighbour.outputs == ["twotwo"]
+    assert not any(call.computed for call in older)
+
+
+def test_an_exclusive_call_that_shared_a_bad_batch_is_tried_again_by_itself() -> None:
+    subject, entry = engine(), FakeEntry()
+    mine, bad = ask(subject, entry, ["good"]), ask(subject, entry, ["bad!"])
+    while mine.computed == 0:
+        subject.step_for(entry, mine)  # type: ignore[arg-type]
+    assert mine.outputs == ["goodgood"]
+    run_all(subject)
+    assert isinstance(bad.error, PoisonError)
+
+
+def test_a_key_that_is_no_key_fails_its_own_call_and_leaves_nothing_queued() -> None:
+    subject, entry = engine(), FakeEntry()
+    entry.batch_key = lambda item: [item]  # type: ignore
+    with pytest.raises(TypeError, match="unhashable"):
+        ask(subject, entry, ["one", "two"])
+    assert len(subject) == 0
+
+
 def test_items_with_different_keys_never_share_a_batch() -> None:
     subject, entry = engine(), FakeEntry()
     ask(subject, entry, ["abc", "ABC", "def", "DEF"])

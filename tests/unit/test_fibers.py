@@ -76,6 +76,20 @@ def test_a_fiber_can_be_terminated_from_within_another_which_then_goes_on() -> N
     assert steps == ["went on"]
 
 
+def test_a_task_that_is_revoked_as_it_is_accepted_never_runs_its_own_code() -> None:
+    ran: list[str] = []
+
+    def whole_life() -> None:
+        fibers.run_task(
+            lambda: ran.append("its own code"), (), {}, lambda _: ran.append("stored"), lambda *_: subject.terminate()
+        )
+
+    subject = fiber(whole_life)
+    subject.resume()
+    assert subject.dead
+    assert ran == []
+
+
 def test_outside_a_fiber_there_is_none_and_exclusive_does_nothing() -> None:
     with legit_worker.exclusive():
         assert fibers.current() is None
