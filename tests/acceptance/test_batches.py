@@ -79,21 +79,21 @@ def test_the_model_is_loaded_by_the_loader_thread_and_computes_in_the_main_threa
 
 def test_a_delay_that_the_user_allows_is_used_to_gather_tasks(sides: Sides, broker: Any) -> None:
     """Fetching a hundred tasks takes a small part of a second; the worker was told to wait for one."""
-    client = broker.client()
-    results = [client.send_task("one", [f"text {number}"], {"alias": "counting"}) for number in range(100)]
     worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_QUEUE_DELAY="1")
-    worker.settle(results)
+    worker.ask("one", "a first text, from which the worker learns the model's speed", alias="counting")
+    worker.settle([worker.send("one", f"text {number}", alias="counting") for number in range(100)])
     assert "computes 100 items" in worker.log
 
 
 def test_a_models_batches_stay_below_the_time_that_the_user_set(sides: Sides, broker: Any) -> None:
-    """Each item takes 20 ms: 50 ms hold two, however many wait."""
+    """Each item takes 20 ms: 50 ms hold two, however many wait, once the first few have shown how long they take."""
     client = broker.client()
     results = [client.send_task("one", [f"text {number}"], {"alias": "even"}) for number in range(60)]
     worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_BATCH_SECONDS="0.05")
     worker.settle(results)
     sizes = [int(size) for size in re.findall(r"computes (\d+) items", worker.log)]
-    assert max(sizes) == 2
+    assert sizes[0] <= 8
+    assert max(sizes[1:]) == 2
 
 
 def test_celery_legit_status_shows_the_same_as_inspect(model_pool: Worker) -> None:
