@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -38,68 +38,96 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
-#: Rows of the trial product, about the tokens of a usual batch.
-TRIAL_ROWS = 512
+#: Rows, tokens that is, of the trial products: a lone short text, a lone long one, a usual batch.
+TRIAL_ROWS = (8, 64, 256)
 
-#: The best of so many products counts: a shared machine's noise only ever adds.
-TRIALS = 7
+#: Layers that are tried, from all over the model: enough that each finds its weights out of the caches, as it will.
+TRIAL_LAYERS = 36
+
+#: The best of so many runs counts: a shared machine's noise only ever adds.
+TRIALS = 3
 
 #: oneDNN must be this many times as fast as torch's own choice, or nothing is changed.
 WORTH_IT = 1.1
 
 
-def speed_up_linear_layers(model: Any) -> float:
+def speed_up_linear_layers(model: Any) -> int | None:
     """Have a model's float32 linear layers on the CPU computed by oneDNN, where a trial shows that to be faster.
 
     For float32, torch always takes MKL; on an AMD processor with AVX-512 that reaches less than half of what oneDNN
-    does. Weights stay as they are, and the results differ by rounding only. `model` is a `torch.nn.Module`. Returns
-    how many times as fast the trial was, 1.0 where nothing was changed.
+    does. Weights stay as they are, which oneDNN must rearrange each time, so a few rows are still better off with MKL.
+    The results differ by rounding only. `model` is a `torch.nn.Module`. Returns the rows from which oneDNN computes,
+    None where it never does.
     """
     import torch
 
     layers: list[Any] = [
-        layer
-        for layer in model.modules()
-        if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
+        layer for layer in model.modules() if type(layer) is torch.nn.Linear and _is_float32_on_cpu(layer)
     ]
     if not layers or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return 1.0
-    gain = _trial(max(layers, key=lambda layer: layer.weight.numel()))
-    if gain < WORTH_IT:
-        return 1.0
-    for layer in layers:
-        layer.forward = functools.partial(_by_onednn, layer)
-    logger.info("%d linear layers go through oneDNN, %.1f times as fast here as MKL", len(layers), gain)
-    return gain
+        return None
+    rows = _rows_worth_it(layers[:: -(-len(layers) // TRIAL_LAYERS)])
+    if rows is not None:
+        for layer in layers:
+            layer.forward = functools.partial(_forward, layer, rows)
+        logger.info("%d linear layers go through oneDNN from %d rows", len(layers), rows)
+    return rows
+
+
+def _is_float32_on_cpu(layer: Any) -> bool:
+    import torch
+
+    return bool(layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu")
+
+
+def _forward(layer: Any, least_rows: int, rows: Any) -> Any:
+    """`torch.nn.Linear.forward`, by whichever library is faster for so many rows."""
+    import torch
+
+    if rows.numel() < least_rows * layer.in_features:
+        return torch.nn.functional.linear(rows, layer.weight, layer.bias)
+    return _by_onednn(layer, rows)
 
 
 def _by_onednn(layer: Any, rows: Any) -> Any:
-    """`torch.nn.Linear.forward`, by the operator that torch's own compiler uses for it on a CPU."""
+    """The operator that torch's own compiler uses for linear layers on a CPU."""
     import torch
 
     return torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, "none", [], "")
 
 
-def _trial(layer: Any) -> float:
-    """How many times as fast oneDNN is on this layer; 0 where it fails, or where the results are not the same."""
+def _rows_worth_it(layers: Sequence[Any]) -> int | None:
+    """The fewest of `TRIAL_ROWS` from which oneDNN is faster and gives the same; None where it fails, or never is."""
+    worth_it = None
+    for rows in reversed(TRIAL_ROWS):
+        try:
+            if _gain(layers, rows) < WORTH_IT:
+                break
+        except (RuntimeError, NotImplementedError):  # a build of torch without oneDNN
+            break
+        worth_it = rows
+    return worth_it
+
+
+def _gain(layers: Sequence[Any], rows: int) -> float:
+    """How many times as fast oneDNN is on these layers, one after the other; 0 where the results are not the same."""
     import torch
 
     with torch.inference_mode():
-        rows = torch.randn(TRIAL_ROWS, layer.in_features)
-        try:
-            if not torch.allclose(layer(rows), _by_onednn(layer, rows), rtol=1e-4, atol=1e-4):
-                return 0.0
-        except (RuntimeError, NotImplementedError):  # a build of torch without oneDNN
+        inputs = [torch.randn(rows, layer.in_features) for layer in layers]
+        pairs = list(zip(layers, inputs, strict=True))
+        if not all(torch.allclose(layer(x), _by_onednn(layer, x), rtol=1e-4, atol=1e-4) for layer, x in pairs):
             return 0.0
-        return _best(lambda: layer(rows)) / _best(lambda: _by_onednn(layer, rows))
+        by_torch = _best(lambda: [layer(x) for layer, x in pairs])
+        return by_torch / _best(lambda: [_by_onednn(layer, x) for layer, x in pairs])
 
 
-def _best(product: Callable[[], object]) -> float:
+def _best(products: Callable[[], object]) -> float:
     """Seconds of the fastest of a few runs."""
 
     def once() -> float:
         start = perf_counter()
-        product()
+        products()
         return perf_counter() - start
 
     return min(once() for _ in range(TRIALS))

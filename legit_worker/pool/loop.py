@@ -12,8 +12,14 @@ from contextlib import suppress
 from time import monotonic
 
 #: Seconds to listen for one more task before a batch, when the last ones came singly. A broker on this machine
-#: answers in a tenth of it; a lone task waits no longer than this.
-GLANCE = 0.001
+#: answers in a third of it; a lone task waits no longer than this.
+GLANCE = 0.0004
+
+#: A task that arrives within so many seconds of a batch's end had been waiting for it.
+AT_ONCE = 0.002
+
+#: The poller sleeps for whole milliseconds. To listen for less, it is asked again and again.
+POLLER_TICK = 0.001
 
 #: The same, when a task stood waiting as soon as the last batch was done: the queue is not empty, and a broker
 #: across a network may need this long to give the next one.
@@ -58,6 +64,16 @@ class Wakeup:
         self._writer.close()
 
 
+def listen(poll: Callable[[float], object], seconds: float) -> bool:
+    """Whether the hub's poller finds something to do within `seconds`; it stays there to be found again."""
+    if seconds >= POLLER_TICK:
+        return bool(poll(seconds))
+    until = monotonic() + seconds
+    while not (found := bool(poll(0))) and monotonic() < until:
+        pass
+    return found
+
+
 class Pace:
     """Decides, each time the hub comes round, whether to look for more tasks first. Lives on the main thread.
 
@@ -94,7 +110,7 @@ class Pace:
         arrived, self._arrived = self._arrived, False
         if self._began is None:
             self._began = now
-            self._backlog = self._backlog or (arrived and now - self._batch_done_at < 2 * GLANCE)
+            self._backlog = self._backlog or (arrived and now - self._batch_done_at < AT_ONCE)
         elapsed = now - self._began
         if self._is_over(elapsed, waiting_seconds, full):
             return True

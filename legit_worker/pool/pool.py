@@ -6,6 +6,7 @@ is done, as the solo pool would have called them.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import select
@@ -25,7 +26,7 @@ from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, run_task
-from legit_worker.pool.loop import Pace, Wakeup
+from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
 
 logger = logging.getLogger(__name__)
@@ -236,7 +237,7 @@ class ModelPool(SoloPool):
         return len(self._running) >= self.limit or self._pace.should_compute(
             waiting_seconds=self.engine.waiting_seconds(),
             full=self.engine.has_full_batch,
-            look=lambda seconds: bool(self._hub.poller.poll(seconds)),
+            look=functools.partial(listen, self._hub.poller.poll),
         )
 
     def _advance(self) -> None:

@@ -53,7 +53,8 @@ def test_layers_that_go_through_onednn_give_what_they_gave(
     monkeypatch.setattr(cpu, "WORTH_IT", 0.0)
     model, rows = layers(), torch.randn(shape)
     expected = model(rows)
-    assert cpu.speed_up_linear_layers(model) > 0
+    monkeypatch.setattr(cpu, "TRIAL_ROWS", (4,))
+    assert cpu.speed_up_linear_layers(model) == 4
     assert all("forward" in vars(layer) for layer in model if isinstance(layer, torch.nn.Linear))
     torch.testing.assert_close(model(rows), expected, rtol=1e-5, atol=1e-5)
 
@@ -61,11 +62,11 @@ def test_layers_that_go_through_onednn_give_what_they_gave(
 def test_where_it_is_not_faster_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "WORTH_IT", float("inf"))
     model = layers()
-    assert cpu.speed_up_linear_layers(model) == 1.0
+    assert cpu.speed_up_linear_layers(model) is None
     assert not any("forward" in vars(layer) for layer in model)
 
 
 def test_other_dtypes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "WORTH_IT", 0.0)
     model = layers().to(torch.bfloat16)
-    assert cpu.speed_up_linear_layers(model) == 1.0
+    assert cpu.speed_up_linear_layers(model) is None

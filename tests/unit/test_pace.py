@@ -90,3 +90,22 @@ def test_a_delay_that_the_user_chose_is_waited_for_unless_the_batch_is_full() ->
     assert not ask(pace, listener)
     assert listener.asked == [loop.MAX_LOOK]
     assert ask(pace, listener, full=True)
+
+
+def test_listening_for_less_than_the_pollers_tick_asks_again_until_the_time_is_over() -> None:
+    answers = iter([[], [], ["a socket"]])
+    asked: list[float] = []
+
+    def poll(seconds: float) -> object:
+        asked.append(seconds)
+        return next(answers)
+
+    assert loop.listen(poll, loop.POLLER_TICK / 2)
+    assert asked == [0, 0, 0]
+    assert not loop.listen(lambda seconds: None, 0.0001)
+
+
+def test_listening_for_longer_leaves_the_waiting_to_the_poller() -> None:
+    listener = Listener(hears=True)
+    assert loop.listen(listener, 0.01)
+    assert listener.asked == [0.01]
