@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
@@ -38,12 +38,35 @@ KINDS = {
 LOAD_RETRY_AFTER = 10.0
 
 
+class Loader:
+    """Loads one model at a time, each on a thread that ends with its load.
+
+    torch's own threads live as long as the thread that first needed them. Two sets of them on one machine's cores would
+    make every parallel step of the main thread's wait longer: three milliseconds in a lone text's twelve. A daemon, so
+    that a worker that is told to stop need not wait for weights that nobody will use.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+
+    def submit(self, load: Callable[[], Model]) -> Future[Model]:
+        """Begin to load, when it is this model's turn."""
+        future: Future[Model] = Future()
+        threading.Thread(target=self._run, args=(load, future), name="legit-loader", daemon=True).start()
+        return future
+
+    def _run(self, load: Callable[[], Model], future: Future[Model]) -> None:
+        with self._turn:
+            try:
+                future.set_result(load())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 class Entry:
     """One configured model. Any thread may ask for it; its weights are read on the loader thread only."""
 
-    def __init__(
-        self, alias: str, spec: settings.ModelSettings, device: Callable[[], str], loader: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, alias: str, spec: settings.ModelSettings, device: Callable[[], str], loader: Loader) -> None:
         self.alias = alias
         self.spec = spec
         self._device = device
@@ -56,7 +79,7 @@ class Entry:
     def __repr__(self) -> str:
         return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"
 
-    def use_loader(self, loader: ThreadPoolExecutor) -> None:
+    def use_loader(self, loader: Loader) -> None:
         """Load on this thread from now on, and forget a load that another process had begun."""
         self._loader, self._lock = loader, threading.Lock()
         if self.state != "resident":
@@ -158,8 +181,7 @@ class Registry:
     """All configured models. One per process."""
 
     def __init__(self, models: Mapping[str, settings.ModelSettings], device: Callable[[], str]) -> None:
-        # One thread: weights are read one model at a time, and never on the thread that serves.
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="legit-loader")
+        self._loader = Loader()
         self.entries = {alias: Entry(alias, spec, device, self._loader) for alias, spec in models.items()}
 
     def __repr__(self) -> str:
@@ -167,7 +189,7 @@ class Registry:
 
     def restart_loader(self) -> None:
         """In a forked child, where the parent's loader thread is gone: loaded models stay, others can be loaded."""
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="legit-loader")
+        self._loader = Loader()
         for entry in self.entries.values():
             entry.use_loader(self._loader)
 

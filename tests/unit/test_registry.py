@@ -59,7 +59,7 @@ def test_a_class_is_given_what_its_constructor_names_and_loaded_by_the_loader_th
     with use_models({"mine": spec("Named")}):
         [(given, loaded)] = legit_worker.model("mine").map([1])
     assert given == ("mine", "/weights", None)
-    assert loaded == ("cpu", "legit-loader_0")
+    assert loaded == ("cpu", "legit-loader")
 
 
 def test_aliases_are_found_in_any_case() -> None:
@@ -95,6 +95,15 @@ def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(monkeypatc
 def test_a_forward_that_loses_items_is_an_error_that_says_so() -> None:
     with use_models({"mine": spec("Short")}), pytest.raises(LegitWorkerError, match="0 outputs for a batch of 2"):
         legit_worker.model("mine").map([1, 2])
+
+
+def test_a_loaders_thread_ends_with_its_load() -> None:
+    with use_models({"mine": spec("Named")}):
+        legit_worker.model("mine").map([1])
+        for thread in threading.enumerate():
+            if thread.name == "legit-loader":
+                thread.join(timeout=5)
+        assert "legit-loader" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_method_that_the_kind_lacks_is_an_error_that_names_the_way() -> None:
