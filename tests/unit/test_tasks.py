@@ -1,0 +1,98 @@
+"""What the built-in tasks refuse, and what an alias makes of a message; without a worker or a real model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+
+import pytest
+from celery import Celery
+from PIL import Image
+
+from legit_worker import settings, tasks
+from legit_worker.errors import InvalidInputError
+from legit_worker.testing import use_models, vector
+
+
+def png(size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", size).save(file, "PNG")
+    return file.getvalue()
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_an_image_that_would_fill_memory_is_refused_by_its_head_alone() -> None:
+    bomb = png((9000, 9000))
+    assert len(bomb) < 100_000
+    with pytest.raises(InvalidInputError, match=r"9000 x 9000 pixels and one may have 64000000"):
+        tasks._open_image(encoded(bomb))
+
+
+def test_an_image_is_decoded_only_when_its_turn_comes() -> None:
+    file = tasks._open_image(encoded(png((8, 4))))
+    assert file.decode().size == (8, 4)
+    assert file.decode().mode == "RGB"
+
+
+def test_an_image_file_that_ends_early_is_invalid_input() -> None:
+    noise = Image.effect_noise((64, 64), 100)
+    whole = io.BytesIO()
+    noise.save(whole, "PNG")
+    with pytest.raises(InvalidInputError, match="can't be read"):
+        tasks._open_image(encoded(whole.getvalue()[:-500])).decode()
+
+
+@pytest.mark.parametrize("text", ["", " \n", None, 3, float("nan"), b"bytes", ["nested"], {}], ids=repr)
+def test_what_is_not_a_text_is_invalid_input(text: object) -> None:
+    with pytest.raises(InvalidInputError):
+        tasks.embed_text(text if not isinstance(text, list) else [text])
+
+
+def test_a_bad_item_of_a_list_is_named() -> None:
+    with pytest.raises(InvalidInputError, match="item 2: the text is empty"):
+        tasks.embed_text(["fine", "fine", ""])
+
+
+def test_more_items_than_one_task_takes_are_refused_with_both_numbers() -> None:
+    with pytest.raises(InvalidInputError, match=f"{tasks.MAX_ITEMS + 1} items and one task takes {tasks.MAX_ITEMS}"):
+        tasks.embed_text(["text"] * (tasks.MAX_ITEMS + 1))
+
+
+ALIASES = '{"conductor.embed": {"content": "text", "model_name": "model", "job_id": null}}'
+
+
+def app_with_aliases() -> Celery:
+    app = Celery("aliases", set_as_current=False)
+    tasks.register(app, settings.load({"LEGIT_WORKER_TASKS__EMBED_TEXT": ALIASES}))
+    return app
+
+
+def test_an_alias_renames_arguments_drops_those_that_map_to_nothing_and_the_apps_name() -> None:
+    task = app_with_aliases().tasks["conductor.embed"]
+    with use_models({"sim": {"kind": "simulated"}}):
+        assert task(content="a text", model_name="sim", job_id=7, app="vodmanager") == [
+            float(v) for v in vector("a text")
+        ]
+
+
+def test_registering_twice_is_as_good_as_once_and_a_projects_own_task_keeps_its_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = Celery("own", set_as_current=False)
+
+    @app.task(name="conductor.embed")
+    def own() -> str:
+        return "the project's own"
+
+    chosen = settings.load({"LEGIT_WORKER_TASKS__EMBED_TEXT": ALIASES})
+    with caplog.at_level(logging.WARNING):
+        tasks.register(app, chosen)
+        tasks.register(app, chosen)
+    assert app.tasks["conductor.embed"]() == own() == "the project's own"
+    assert {record.message for record in caplog.records} == {
+        "conductor.embed is a task of the project's own, which keeps the name: no alias was made"
+    }
