@@ -110,7 +110,8 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
         return function(*args, **{key: value for key, value in named if key is not None})
 
     # Celery would refuse, at the client, arguments that only the rename makes right.
-    app.task(name=name, typing=False, lazy=False, is_legit_worker=True)(run)
+    # Nor should other apps of the process get the task, as Celery would have it by default.
+    app.task(name=name, typing=False, lazy=False, shared=False, is_legit_worker=True)(run)
 
 
 def _items(value: Any, name: str, check: Callable[[Any], Any]) -> list[Any]:

@@ -96,3 +96,8 @@ def test_registering_twice_is_as_good_as_once_and_a_projects_own_task_keeps_its_
     assert {record.message for record in caplog.records} == {
         "conductor.embed is a task of the project's own, which keeps the name: no alias was made"
     }
+
+
+def test_other_apps_of_the_process_get_no_task() -> None:
+    app_with_aliases()
+    assert "conductor.embed" not in Celery("other", set_as_current=False).tasks
