@@ -84,7 +84,7 @@ def test_registering_twice_is_as_good_as_once_and_a_projects_own_task_keeps_its_
 ) -> None:
     app = Celery("own", set_as_current=False)
 
-    @app.task(name="conductor.embed")
+    @app.task(name="conductor.embed", shared=False)
     def own() -> str:
         return "the project's own"
 
