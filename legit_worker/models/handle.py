@@ -54,7 +54,7 @@ def _batches(entry: Entry, prepared: list[Any]) -> Iterable[list[int]]:
     for index, item in enumerate(prepared):
         by_key.setdefault(entry.batch_key(item), []).append(index)
     for indexes in by_key.values():
-        costs = [max(1, int(entry.model.cost(prepared[index]))) for index in indexes]
+        costs = [entry.cost(prepared[index]) for index in indexes]
         for cut in pack(costs, DIRECT_BUDGET, CostModel()):
             yield [indexes[position] for position in cut]
 

@@ -38,6 +38,10 @@ KINDS = {
 LOAD_RETRY_AFTER = 10.0
 
 
+#: The cost of the largest item; far beyond any batch's.
+MAX_COST = 2**31
+
+
 class Loader:
     """Loads one model at a time, each on a thread that ends with its load.
 
@@ -80,7 +84,7 @@ class Entry:
         return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"
 
     def use_loader(self, loader: Loader) -> None:
-        """Load on this thread from now on, and forget a load that another process had begun."""
+        """Load by this loader from now on, and forget a load that another process had begun."""
         self._loader, self._lock = loader, threading.Lock()
         if self.state != "resident":
             self._future = None
@@ -116,9 +120,15 @@ class Entry:
         return future.result()
 
     def batch_key(self, prepared: Any) -> Hashable:
-        """What must be equal for two items to share a batch."""
-        key_of = getattr(self.model, "batch_key", None)
-        return None if key_of is None else key_of(prepared)
+        """What must be equal for two items to share a batch. Raises `TypeError` where the model's key is no key."""
+        key_of = getattr(self.model_now, "batch_key", None)
+        key: Hashable = None if key_of is None else key_of(prepared)
+        hash(key)
+        return key
+
+    def cost(self, prepared: Any) -> int:
+        """The model's cost of a preprocessed item, at least 1, and small enough for the packer's arithmetic."""
+        return min(max(1, int(self.model_now.cost(prepared))), MAX_COST)
 
     def preprocess(self, item: Any) -> Any:
         """The loaded model's `preprocess`. Raises what that raises."""
@@ -181,17 +191,17 @@ class Registry:
     """All configured models. One per process."""
 
     def __init__(self, models: Mapping[str, settings.ModelSettings], device: Callable[[], str]) -> None:
-        self._loader = Loader()
-        self.entries = {alias: Entry(alias, spec, device, self._loader) for alias, spec in models.items()}
+        loader = Loader()
+        self.entries = {alias: Entry(alias, spec, device, loader) for alias, spec in models.items()}
 
     def __repr__(self) -> str:
         return f"<Registry {list(self.entries.values())}>"
 
     def restart_loader(self) -> None:
-        """In a forked child, where the parent's loader thread is gone: loaded models stay, others can be loaded."""
-        self._loader = Loader()
+        """In a forked child, where no load of the parent's will end: loaded models stay, others can be loaded."""
+        loader = Loader()
         for entry in self.entries.values():
-            entry.use_loader(self._loader)
+            entry.use_loader(loader)
 
     def get(self, alias: str) -> Entry:
         """The model of this alias, in any case. Raises `UnknownModelError`."""

@@ -17,7 +17,6 @@ from typing import Any
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
-from legit_worker.models.protocol import Model
 from legit_worker.models.registry import Entry
 from legit_worker.pool.calls import Call
 
@@ -28,9 +27,6 @@ HORIZON = 256
 #: The largest batch, in padded cost units, whatever the cost model says: what keeps activations of an untried model
 #: small until its memory is measured.
 MAX_BATCH_COST = 16_384
-
-#: The cost of the largest item; far beyond any batch's.
-MAX_COST = 2**31
 
 
 @dataclass
@@ -45,15 +41,23 @@ class Counters:
     #: Seconds inside `forward`.
     forward_seconds: float = 0.0
 
-    @property
-    def mean_batch(self) -> float:
-        """Items per batch."""
-        return self.items / self.batches if self.batches else 0.0
+    def __add__(self, other: Counters) -> Counters:
+        mine, others = vars(self), vars(other)
+        return Counters(**{name: mine[name] + others[name] for name in mine})
 
     @property
     def waste(self) -> float:
         """The part of all computed cost that was padding, 0 to 1."""
         return 1 - self.cost / self.padded_cost if self.padded_cost else 0.0
+
+    def report(self) -> dict[str, float]:
+        """As `inspect stats` gives it: JSON-safe, `mean_batch` in items, `waste` from 0 to 1."""
+        return {
+            "batches": self.batches,
+            "items": self.items,
+            "mean_batch": round(self.items / self.batches, 2) if self.batches else 0.0,
+            "waste": round(self.waste, 4),
+        }
 
 
 @dataclass(eq=False)
@@ -90,10 +94,10 @@ class Engine:
     def add(self, entry: Entry, call: Call, start: int, prepared: Sequence[Any]) -> None:
         """Queue items of a call; the first one's output goes to `call.outputs[start]`."""
         queue = self._queue(entry)
-        model = entry.model
         # All of them first: what a user's model raises here is the task's error, and leaves nothing queued.
         items = [
-            Item(call, index, item, _cost(model, item), _key(entry, item)) for index, item in enumerate(prepared, start)
+            Item(call, index, item, entry.cost(item), entry.batch_key(item))
+            for index, item in enumerate(prepared, start)
         ]
         for item in items:
             queue.fair.add(item)
@@ -208,18 +212,6 @@ class Engine:
         else:
             middle = len(batch) // 2
             queue.halves.extendleft([batch[middle:], batch[:middle]])
-
-
-def _cost(model: Model, prepared: Any) -> int:
-    """At least 1, and small enough for the packer's arithmetic."""
-    return min(max(1, int(model.cost(prepared))), MAX_COST)
-
-
-def _key(entry: Entry, prepared: Any) -> Hashable:
-    """Raises `TypeError` where the model's key can't be compared as one."""
-    key = entry.batch_key(prepared)
-    hash(key)
-    return key
 
 
 def _same_key(items: list[Item]) -> list[Item]:

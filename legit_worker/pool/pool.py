@@ -24,7 +24,7 @@ from legit_worker.apps import identify
 from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
-from legit_worker.pool.engine import Engine
+from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
@@ -144,18 +144,12 @@ class ModelPool(SoloPool):
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
-        counters = self.engine.counters.values()
-        batches, items = sum(c.batches for c in counters), sum(c.items for c in counters)
-        padded = sum(c.padded_cost for c in counters)
         return info | {
             "max-concurrency": self.limit,
             "window": self.limit,
             "in_flight": len(self._running),
             "parked": self._parked(),
-            "batches": batches,
-            "items": items,
-            "mean_batch": round(items / batches, 2) if batches else 0.0,
-            "waste": round(1 - sum(c.cost for c in counters) / padded, 4) if padded else 0.0,
+            **sum(self.engine.counters.values(), Counters()).report(),
             "models": {alias: self._model_info(alias) for alias in default_registry().entries},
         }
 
@@ -164,13 +158,7 @@ class ModelPool(SoloPool):
         info: dict[str, Any] = {"kind": entry.spec.kind, "state": entry.state}
         counters = self.engine.counters.get(alias)
         if counters is not None:
-            info |= {
-                "batches": counters.batches,
-                "items": counters.items,
-                "mean_batch": round(counters.mean_batch, 2),
-                "waste": round(counters.waste, 4),
-                "forward_seconds": round(counters.forward_seconds, 3),
-            }
+            info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}
         return info
 
     def _apply(

@@ -97,6 +97,24 @@ def test_a_forward_that_loses_items_is_an_error_that_says_so() -> None:
         legit_worker.model("mine").map([1, 2])
 
 
+class Keyless(Named):
+    def batch_key(self, prepared: Any) -> Any:
+        return [prepared]
+
+
+def test_a_batch_key_that_can_not_be_compared_as_one_is_an_error() -> None:
+    with use_models({"mine": spec("Keyless")}), pytest.raises(TypeError, match="unhashable"):
+        legit_worker.model("mine").map([1])
+
+
+def test_costs_are_at_least_one_and_within_the_packers_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    with use_models({"mine": spec("Named")}) as models:
+        entry = models.get("mine")
+        for said, taken in ((0, 1), (-3, 1), (7.9, 7), (2**80, registry.MAX_COST)):
+            monkeypatch.setattr(entry.model, "cost", lambda item, said=said: said)
+            assert entry.cost("an item") == taken
+
+
 def test_a_loaders_thread_ends_with_its_load() -> None:
     with use_models({"mine": spec("Named")}):
         legit_worker.model("mine").map([1])
