@@ -1,45 +1,77 @@
 """Which app a task is for. Pure.
 
-In: `LEGIT_WORKER_APP_FROM`, and a task's request as Celery parsed it. Out: a name, or None; whether such an app is
-configured is the caller's question.
+In: the settings, and a task's request as Celery parsed it. Out: a name, or None; whether such an app is configured is
+the caller's question.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from legit_worker.settings import AppSource
+from legit_worker.settings import NAME, AppSource, Settings
+
+#: The header that carries an app from a task to its children. Looked at last: what a child says of itself counts more.
+INHERITED = AppSource("header", "legit_worker_app")
 
 
-def identify(sources: Iterable[AppSource], request: Mapping[str, Any]) -> str | None:
+def identify(chosen: Settings, request: Mapping[str, Any]) -> str | None:
     """The app named by the first source that names one. `request` is `celery.worker.request.Request.request_dict`."""
-    for source in sources:
-        name = _READERS[source.kind](source.value, request)
+    for source in (*chosen.app_from, INHERITED):
+        name = _READERS[source.kind](source.value, request, chosen)
         if isinstance(name, str) and name:
             return name.lower()
     return None
 
 
-def _header(name: str, request: Mapping[str, Any]) -> Any:
+def header(name: str, request: Mapping[str, Any]) -> Any:
+    """One of the sender's own headers, wherever this version of the protocol puts them; None where it has none."""
     nested = request.get("headers")
-    return request.get(name) or (nested.get(name) if isinstance(nested, Mapping) else None)
+    found = request.get(name)
+    return nested.get(name) if found is None and isinstance(nested, Mapping) else found
 
 
-def _kwarg(name: str, request: Mapping[str, Any]) -> Any:
+def answer_queue(app: str, chosen: Settings, request: Mapping[str, Any]) -> str | None:
+    """The queue that the message itself asks for, where this app lets messages do so."""
+    queue, prefix = request.get("reply_to"), chosen.apps[app].reply_to_prefix
+    by_message = any(source.kind == "reply_to" for source in chosen.app_from)
+    if by_message and prefix and isinstance(queue, str) and queue.startswith(prefix) and re.fullmatch(NAME, queue):
+        return queue
+    return None
+
+
+def carrier(chosen: Settings) -> str:
+    """The header by which a task tells its children the app."""
+    return next((source.value for source in (*chosen.app_from, INHERITED) if source.kind == "header"), INHERITED.value)
+
+
+def _header(name: str, request: Mapping[str, Any], _: Settings) -> Any:
+    return header(name, request)
+
+
+def _kwarg(name: str, request: Mapping[str, Any], _: Settings) -> Any:
     kwargs = request.get("kwargs")
     return kwargs.get(name) if isinstance(kwargs, Mapping) else None
 
 
-def _queue(pattern: str, request: Mapping[str, Any]) -> Any:
+def _queue(pattern: str, request: Mapping[str, Any], _: Settings) -> Any:
     info = request.get("delivery_info") or {}
     found = re.fullmatch(pattern, info.get("routing_key") or "")
     return found["app"] if found else None
 
 
-def _reply_to(_: str, request: Mapping[str, Any]) -> Any:
-    return request.get("reply_to")
+def _reply_to(_: str, request: Mapping[str, Any], chosen: Settings) -> Any:
+    """An app's name, or a queue under an app's prefix. Other programs' reply queues name nobody."""
+    name = request.get("reply_to")
+    if isinstance(name, str) and name.lower() in chosen.apps:
+        return name
+    return next((app for app in chosen.apps if answer_queue(app, chosen, request)), None)
 
 
-_READERS = {"header": _header, "kwarg": _kwarg, "queue": _queue, "reply_to": _reply_to}
+_READERS: dict[str, Callable[[str, Mapping[str, Any], Settings], Any]] = {
+    "header": _header,
+    "kwarg": _kwarg,
+    "queue": _queue,
+    "reply_to": _reply_to,
+}

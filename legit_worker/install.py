@@ -1,7 +1,8 @@
 """The seam: what `legit_worker.install(app)` changes in a Celery app, and nothing else does.
 
 In: a Celery app. Out: the same app. Enabled, its workers get one more bootstep, which swaps the solo pool for
-ModelPool before the pool is made, and acks late unless the project chose otherwise.
+ModelPool before the pool is made, acks late unless the project chose otherwise, and routes results where an app's are
+to be routed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def install(app: Celery) -> Celery:
 
 def enable(app: Celery) -> None:
     """What `install` does once it is enabled."""
+    from legit_worker.routing.backend import route_results
+
     app.steps["worker"].add(ModelPoolStep)
+    route_results(app)
     if app.configured:
         _ack_late_by_default(app)
     else:

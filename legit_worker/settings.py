@@ -53,6 +53,9 @@ KINDS_WITH_PATH = ("embed", "rerank", "sparse", "image")
 #: Bytes in one of each unit that an amount of memory can be written in.
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
+#: What an app's or a queue's name looks like.
+NAME = r"[A-Za-z0-9_.:-]{1,128}"
+
 #: What an amount looks like. Fifteen digits are a petabyte, and a float holds them exactly.
 _AMOUNT = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
 
@@ -149,6 +152,13 @@ def _nothing_if(word: str) -> BeforeValidator:
     return BeforeValidator(lambda value: None if isinstance(value, str) and value.lower() == word else value)
 
 
+def _in_bytes(amount: Amount) -> Amount:
+    """Refuses a share: there is nothing that it could be of."""
+    if amount.unit == "%":
+        raise ValueError(f"should be bytes, such as 16MiB, and not a share such as {amount}")
+    return amount
+
+
 def _listed(value: Any, separator: str | re.Pattern[str] = ",") -> Any:
     """What a string holds: JSON if it starts like it, else parts between separators. Other values as they are."""
     if not isinstance(value, str):
@@ -192,7 +202,7 @@ def _aliased_once(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 #: A name that is part of a variable's name. Variables are often upper case, so case doesn't count.
 Key = Annotated[str, StringConstraints(to_lower=True, min_length=1)]
-SafeName = Annotated[str, _matching(r"[A-Za-z0-9_.:-]{1,128}", "1 to 128 of the characters A-Z a-z 0-9 _ . : -")]
+SafeName = Annotated[str, _matching(NAME, "1 to 128 of the characters A-Z a-z 0-9 _ . : -")]
 AppName = Annotated[SafeName, StringConstraints(to_lower=True)]
 ModelAliases = Annotated[tuple[Key, ...], BeforeValidator(_listed)]
 Kind = Annotated[
@@ -255,19 +265,29 @@ class AppSettings(_Group):
     #: How a result is wrapped for it.
     format: Literal["json", "celery", "laravel"] = "json"
     #: What handles a result on the other side: a Celery task's name, or a Laravel job's.
-    job: str | None = None
+    job: str | None = Field(default=None, validate_default=True)
     #: The server of that queue; None is the broker. May hold a password, so it is shown nowhere.
     url: str | None = Field(default=None, repr=False)
     #: Goes before the queue's name in Redis.
     prefix: str = ""
     #: How arrays of floats are written.
     encoding: Literal["json", "base64"] = "json"
+    #: What a message's `reply_to` must begin with to name the queue itself; None lets no message name one.
+    reply_to_prefix: SafeName | None = None
     #: Whether its tasks share batches; otherwise each runs as under Celery's solo pool, alone and to its end.
     batching: bool = True
     #: Its share of a busy device, relative to the other apps'.
     weight: float = Field(default=1.0, gt=0)
     #: The aliases of the models it may use; None is all. They may be other workers' models.
     models: ModelAliases | None = None
+
+    @field_validator("job")
+    @classmethod
+    def _is_named(cls, job: str | None, info: ValidationInfo) -> str | None:
+        chosen = info.data.get("format")
+        if not job and chosen != "json" and info.data.get("result_routing"):
+            raise ValueError(f"format {chosen!r} needs a job: the task's or the Laravel job's name")
+        return job
 
 
 class Settings(BaseSettings):
@@ -311,6 +331,10 @@ class Settings(BaseSettings):
         AppSource("header", "app"),
         AppSource("kwarg", "app"),
     )
+    #: The most bytes of one routed envelope; a larger result is routed as a failure that says so.
+    result_max_bytes: Annotated[Memory, AfterValidator(_in_bytes)] = Amount(16, "MiB")
+    #: Seconds for which an envelope is tried again before it goes to the dead letters.
+    result_retry_seconds: Seconds = 300.0
     #: Where Prometheus metrics and health are served; None is nowhere.
     metrics_port: Annotated[Annotated[int, Field(ge=1, le=65535)] | None, _nothing_if("off")] = None
 
@@ -402,9 +426,6 @@ def not_yet_in_effect(settings: Settings) -> list[str]:
     ]
     for alias, model in settings.models.items():
         names += _changed(model, ("keep_alive",), "models", alias)
-    for app, chosen in settings.apps.items():
-        routing = ("result_routing", "queue", "format", "job", "url", "prefix", "encoding")
-        names += _changed(chosen, routing, "apps", app)
     return [f"{_spelled(name)} is set, and has no effect in this release." for name in names]
 
 

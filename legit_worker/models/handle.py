@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from legit_worker.batching.costmodel import CostModel
@@ -59,6 +60,9 @@ def _batches(entry: Entry, prepared: list[Any]) -> Iterable[list[int]]:
             yield [indexes[position] for position in cut]
 
 
+#: The alias of the model that the current task called last; None where it called none.
+last_called: ContextVar[str | None] = ContextVar("legit_worker_last_called", default=None)
+
 _runner: Runner = DirectRunner()
 _registry: Callable[[], Registry] = default_registry
 
@@ -95,7 +99,9 @@ class Handle:
     def entry(self) -> Entry:
         """The configured model. Raises `UnknownModelError`."""
         registry = _registry()
-        return registry.get(self._alias) if self._alias else registry.only(self._kind)
+        entry = registry.get(self._alias) if self._alias else registry.only(self._kind)
+        last_called.set(entry.alias)
+        return entry
 
     def encode(self, *inputs: Any, **options: Any) -> Any:
         """Embed one text or image, or a list of them: shape `[dim]` or `[n, dim]`, numpy float32.

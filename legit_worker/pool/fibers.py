@@ -64,7 +64,11 @@ class Fiber(greenlet):
         Not inside `exclusive()`; nor below an asyncio loop or another library's greenlet, which other tasks would
         find running.
         """
-        return not self.exclusive_depth and getcurrent() is self and asyncio._get_running_loop() is None
+        return not self.exclusive_depth and self.is_innermost()
+
+    def is_innermost(self) -> bool:
+        """Whether the code that runs is the fiber's own, with nothing below it that others would find running."""
+        return getcurrent() is self and asyncio._get_running_loop() is None
 
     def resume(self) -> None:
         """Start it, or let it go on. Called by the loop."""

@@ -13,6 +13,7 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from celery import signals
@@ -24,10 +25,13 @@ from legit_worker.apps import identify
 from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
+from legit_worker.pool import fibers
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
+from legit_worker.routing import lanes
+from legit_worker.routing.backend import Routing
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,10 @@ logger = logging.getLogger(__name__)
 #: second with 64, 362 with 256, 444 with 1,024; mixed ones don't care. `LEGIT_WORKER_WINDOW=256 scripts/bench` measures
 #: it again.
 DEFAULT_WINDOW = 1024
+
+
+#: Seconds between two looks at the tasks that are held until their result is routed.
+HELD_LOOK = 1.0
 
 
 def window(chosen: settings.Settings) -> int:
@@ -62,11 +70,17 @@ class ModelPool(SoloPool):
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay)
         self._hub: Any = None
+        self._consumer: Any = None
+        # Tasks that are over but for their routed result; how many were held at the last look; and for how many of
+        # them the broker was asked for another task in their place.
+        self._held: set[Fiber] = set()
+        self._held_before = 0
+        self._granted = 0
         self.engine = Engine(
             max_batch_seconds=self._settings.max_batch_seconds,
             weight_of=lambda app: self._settings.apps[app].weight if app else 1.0,
         )
-        signals.worker_ready.connect(self._widen_prefetch)
+        signals.worker_ready.connect(self._meet_consumer)
 
     def __repr__(self) -> str:
         return (
@@ -86,6 +100,7 @@ class ModelPool(SoloPool):
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
+        self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
         for entry in default_registry().entries.values():
             if entry.spec.pin:
                 entry.load()
@@ -94,6 +109,10 @@ class ModelPool(SoloPool):
         """Celery calls this at each connection to the broker; the hub forgets its readers in between."""
         self._hub = hub
         hub.add_reader(self._wakeup.fileno(), self._turn)
+        # What is held from before has no place in the new connection's window.
+        self._granted = 0
+        if isinstance(self.app.backend, Routing):
+            hub.call_repeatedly(HELD_LOOK, self._replace_held)
 
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""
@@ -132,7 +151,7 @@ class ModelPool(SoloPool):
             self._tend_hub()
         # Only now does nobody need the way back from the loader thread, nor a runner that parks.
         self._wakeup.close()
-        handle.use_runner(self._runner_before)
+        self._stop_parking()
 
     def on_terminate(self) -> None:
         """Cold shutdown: every task unwinds where it stands. Its message, acked late, goes back to the broker."""
@@ -140,7 +159,7 @@ class ModelPool(SoloPool):
         for fiber in list(self._running):
             fiber.terminate()
         self._running.clear()
-        handle.use_runner(self._runner_before)
+        self._stop_parking()
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
@@ -151,6 +170,7 @@ class ModelPool(SoloPool):
             "parked": self._parked(),
             **sum(self.engine.counters.values(), Counters()).report(),
             "models": {alias: self._model_info(alias) for alias in default_registry().entries},
+            **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
         }
 
     def _model_info(self, alias: str) -> dict[str, Any]:
@@ -176,14 +196,14 @@ class ModelPool(SoloPool):
         fiber = self._fiber(target, args, kwargs or {}, callback, accept_callback)
         if self._inline:
             self._switch_to(fiber)
-        elif len(self._running) >= self.limit:
+        elif self._is_full():
             self._backlog.append(fiber)
         else:
             self._start(fiber)
 
     def _fiber(self, target: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> Fiber:
         name, request = _describe(args)
-        app = identify(self._settings.app_from, request) or ""
+        app = identify(self._settings, request) or ""
         if app not in self._settings.apps:
             app = ""
         exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
@@ -223,7 +243,7 @@ class ModelPool(SoloPool):
                 self._wakeup.set()
 
     def _should_compute(self) -> bool:
-        return len(self._running) >= self.limit or self._pace.should_compute(
+        return self._is_full() or self._pace.should_compute(
             waiting_seconds=self.engine.waiting_seconds(),
             full=self.engine.has_full_batch,
             look=functools.partial(listen, self._hub.poller.poll),
@@ -239,7 +259,7 @@ class ModelPool(SoloPool):
             fiber = self._ready.popleft()
             if not fiber.dead:
                 self._switch_to(fiber)
-        while self._backlog and len(self._running) < self.limit:
+        while self._backlog and not self._is_full():
             self._start(self._backlog.popleft())
 
     def _wait_for_loader(self) -> None:
@@ -258,16 +278,55 @@ class ModelPool(SoloPool):
         except Exception:
             logger.warning("an ack or a heartbeat failed while the worker was stopping", exc_info=True)
 
+    def _stop_parking(self) -> None:
+        handle.use_runner(self._runner_before)
+        lanes.use_waiter(self._waiter_before)
+
+    def _is_full(self) -> bool:
+        """Whether no other task may start. Those that only wait for another server don't count."""
+        return len(self._running) - len(self._held) >= self.limit
+
+    def _wait_for_delivery(self, done: Future[Any]) -> bool:
+        """Park the task until its result is where it belongs; False where it can't. Its own code is over, so an
+        exclusive section is no reason not to."""
+        fiber = fibers.current()
+        if done.done():
+            return True
+        if fiber is None or self._inline or not fiber.is_innermost():
+            return False
+        done.add_done_callback(lambda _: self._wake(fiber))
+        self._held.add(fiber)
+        try:
+            while not done.done():
+                fiber.park("its result to be routed")
+        finally:
+            self._held.discard(fiber)
+        return True
+
+    def _replace_held(self) -> None:
+        """Other apps' tasks are not to wait for a server that is away: fetch one more for each that is held for long.
+
+        What is held is bounded by the bytes that a lane takes (`routing.lanes.MAX_WAITING_BYTES`).
+        """
+        held, self._held_before = min(len(self._held), self._held_before), len(self._held)
+        if self._consumer is not None and held != self._granted:
+            qos = self._consumer.qos
+            (qos.increment_eventually if held > self._granted else qos.decrement_eventually)(abs(held - self._granted))
+            self._granted = held
+
     def _parked(self) -> int:
         return sum(fiber.waits_for is not None for fiber in self._running)
 
     def _models_of(self, app: str) -> tuple[str, ...] | None:
         return self._settings.apps[app].models if app else None
 
-    def _widen_prefetch(self, sender: Any = None, **_: Any) -> None:
+    def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
         """Under `-P custom` without `install()`, nobody told the consumer about the window before it started."""
+        if sender.pool is not self:
+            return
+        self._consumer = sender
         missing = int(self.limit) - sender.initial_prefetch_count
-        if sender.pool is self and missing > 0:
+        if missing > 0:
             sender.initial_prefetch_count += missing
             sender.prefetch_multiplier = 1
             sender.qos.increment_eventually(missing)

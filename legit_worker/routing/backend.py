@@ -1,0 +1,358 @@
+"""The result backend that routes: whatever backend the project has, and one envelope per finished task.
+
+In: Celery's word that a task has ended. Out: the stock result, and the envelope on the app's queue, both before Celery
+acks the task's message.
+
+Sources: celery.backends.base.Backend, celery.backends.redis and celery.app.trace (5.5 to 5.7): every way in which a
+task ends goes through `mark_as_done`, `mark_as_failure`, `mark_as_revoked` or `chord_error_from_stack`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import monotonic, time
+from typing import Any
+
+from celery import Celery, signals, states
+from celery._state import get_current_task
+from celery.app.backends import by_url
+from celery.backends.redis import RedisBackend, SentinelBackend
+from celery.exceptions import NotRegistered, TaskRevokedError
+
+from legit_worker import settings
+from legit_worker.apps import carrier, header
+from legit_worker.models import handle
+from legit_worker.routing.endings import STARTED_AT, Request, app_of, destination, endings, never_run
+from legit_worker.routing.envelope import Ending, seal
+from legit_worker.routing.lanes import Lanes
+from legit_worker.routing.wires import Delivery, connect, is_redis, push_all
+
+logger = logging.getLogger(__name__)
+
+#: Names of unknown apps that are logged; the rest are only counted.
+MAX_NAMES = 100
+
+
+class RoutingBackend:
+    """What a `result_backend` URL names: `legit_worker.routing:RoutingBackend+redis://localhost/0`.
+
+    Making one gives an instance of the wrapped backend's own class that routes as well. So nothing that the wrapped
+    one has is missing, and what it calls of itself (chords, chains) is seen.
+    """
+
+    def __new__(cls, app: Celery, url: str | None = None, **options: Any) -> Any:
+        wrapped, inner = by_url(url, app.loader)
+        return routing(wrapped)(app=app, url=inner, **options)
+
+
+def route_results(app: Celery) -> None:
+    """Have every backend that this Celery app makes route, if the settings have any app's results routed."""
+
+    def get_backend() -> Any:
+        wrapped, url = by_url(app.backend_cls or app.conf.result_backend, app.loader)
+        routes = any(chosen.result_routing for chosen in settings.load(enabled_by_default=True).apps.values())
+        return (routing(wrapped) if routes and wrapped is not RoutingBackend else wrapped)(app=app, url=url)
+
+    # The only place in Celery that every spelling of the setting passes, whenever the project spells it.
+    app._get_backend = get_backend
+
+
+@functools.cache
+def routing(wrapped: Any) -> Any:
+    """The class of the wrapped backend, routing. One class per backend, so that it is equal to itself."""
+    mixins = (JoinsRedis, Routing) if issubclass(wrapped, RedisBackend) else (Routing,)
+    return type(f"Routing{wrapped.__name__}", (*mixins, wrapped), {"wrapped": wrapped})
+
+
+def _unpickled(wrapped: Any, function: Callable[..., Any], *rest: Any) -> Any:
+    return function(routing(wrapped), *rest)
+
+
+class Join:
+    """Deliveries that a Redis pipeline may take along."""
+
+    def __init__(self, deliveries: list[Delivery]) -> None:
+        self.deliveries = deliveries
+        self.is_done = False
+
+
+_join: ContextVar[Join | None] = ContextVar("legit_worker_join", default=None)
+
+#: The request of the chord's part that is being counted: whose app the chord's body has.
+_part: ContextVar[Request | None] = ContextVar("legit_worker_part", default=None)
+
+
+class Routing:
+    """Goes before a backend's class."""
+
+    wrapped: Any
+    app: Celery
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._chosen = settings.load(enabled_by_default=True)
+        self.lanes = Lanes(self.app)
+        #: Tasks that named an app which is not configured.
+        self.unknown = 0
+        self._unknown_names: set[str] = set()
+        _connect_signals()
+
+    def __reduce__(self, *args: Any) -> Any:
+        reduced: Any = super().__reduce__(*args)
+        function, (_, *rest) = reduced
+        return _unpickled, (self.wrapped, function, *rest)
+
+    def report(self) -> dict[str, Any]:
+        """For `inspect stats`."""
+        return {"unknown": self.unknown, "apps": self.lanes.report()}
+
+    def mark_as_done(
+        self,
+        task_id: str,
+        result: Any,
+        request: Any = None,
+        store_result: bool = True,
+        state: str = states.SUCCESS,
+    ) -> Any:
+        """As the wrapped one, and routed."""
+        stock = functools.partial(super().mark_as_done, task_id, result, request, store_result, state)  # type: ignore[misc]
+        return self._route(stock, self._ended(task_id, request, "SUCCESS", result), request)
+
+    def mark_as_failure(self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, **rest: Any) -> Any:
+        """As the wrapped one, and routed."""
+        stock = functools.partial(super().mark_as_failure, task_id, exc, traceback, request, **rest)  # type: ignore[misc]
+        return self._route(stock, self._ended(task_id, request, "FAILURE", exc), request)
+
+    def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **rest: Any) -> Any:
+        """As the wrapped one, and routed."""
+        stock = functools.partial(super().mark_as_revoked, task_id, reason, request, **rest)  # type: ignore[misc]
+        error = TaskRevokedError(reason or "revoked")
+        return self._route(stock, self._ended(task_id, request, "REVOKED", error), request)
+
+    def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapped one; remembers whose part it was, in case it is the chord's end."""
+        token = _part.set(_as_mapping(request))
+        try:
+            return super().on_chord_part_return(request, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _part.reset(token)
+
+    def chord_error_from_stack(self, callback: Any, exc: Any = None) -> Any:
+        """As the wrapped one, and the body, which never runs, is routed as failed."""
+        error = sys.exc_info()[1] if exc is None else exc
+        cause = _part.get() or {}
+        app = self._routed_app(callback.get("options", {}).get("headers") or {}) or self._routed_app(cause)
+        ended = list(never_run(app, callback, cause, "FAILURE", error)) if app else []
+        stock = functools.partial(super().chord_error_from_stack, callback, exc)  # type: ignore[misc]
+        return self._route(stock, ended, cause)
+
+    def unknown_task(self, request: Request, task_id: str, name: str) -> None:
+        """Celery rejected a message whose task no worker here has. It told the wrapped backend by itself."""
+        app = self._routed_app(request)
+        ended = endings(app, task_id, {**request, "task": name}, "FAILURE", NotRegistered(name)) if app else ()
+        for delivery in self._deliveries(ended, request):
+            self.lanes.send(delivery)
+
+    def _ended(self, task_id: str, request: Any, status: Any, value: Any) -> Iterable[Ending]:
+        mapping = _as_mapping(request) or {}
+        app = self._routed_app(mapping)
+        if app is None:
+            self._count_unknown(mapping)
+            return ()
+        return endings(app, task_id, mapping, status, value, model=handle.last_called.get())
+
+    def _routed_app(self, request: Request) -> str | None:
+        """The app that the request names, if its results are routed."""
+        name = app_of(self._chosen, request)
+        return name if name in self._chosen.apps and self._chosen.apps[name].result_routing else None
+
+    def _count_unknown(self, request: Request) -> None:
+        name = app_of(self._chosen, request)
+        if name is None or name in self._chosen.apps:
+            return
+        self.unknown += 1
+        if name not in self._unknown_names and len(self._unknown_names) < MAX_NAMES:
+            self._unknown_names.add(name)
+            logger.warning("results of app %.128r are not routed: no LEGIT_WORKER_APPS__<APP>__… names it", name)
+
+    def _route(self, stock: Callable[[], Any], ended: Iterable[Ending], request: Any) -> Any:
+        """The stock result and the envelopes, in one transaction where both are on one Redis."""
+        deliveries = list(self._deliveries(ended, _as_mapping(request) or {}))
+        if not deliveries:
+            return stock()
+        # With deduplication a task that has a result does not run again: by then its envelope must be there.
+        if self.app.conf.worker_deduplicate_successful_tasks:
+            self._send(deliveries)
+            return stock()
+        with self._joining(deliveries) as left:
+            returned = stock()
+        self._send(left)
+        return returned
+
+    def _send(self, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            self.lanes.send(delivery)
+
+    def _deliveries(self, ended: Iterable[Ending], request: Request) -> Iterator[Delivery]:
+        for ending in ended:
+            chosen = self._chosen.apps[ending.app]
+            limit = self._chosen.result_max_bytes.of(0)
+            self.lanes.count(ending.app, "sent")
+            if ending.status == "FAILURE":
+                self.lanes.count(ending.app, "failed")
+            yield Delivery(
+                app=ending.app,
+                chosen=chosen,
+                queue=destination(ending.app, self._chosen, request),
+                task_id=ending.id,
+                envelope=seal(ending, encoding=chosen.encoding, max_bytes=limit),
+                deadline=monotonic() + self._chosen.result_retry_seconds,
+            )
+
+    @contextmanager
+    def _joining(self, deliveries: list[Delivery]) -> Iterator[list[Delivery]]:
+        """Inside, the wrapped backend may take some along. Gives those that are left to send, once it is over."""
+        left = list(deliveries)
+        join = Join([delivery for delivery in deliveries if self._is_same_server(delivery.chosen.url)])
+        token = _join.set(join)
+        try:
+            yield left
+        finally:
+            _join.reset(token)
+        if join.is_done:
+            left[:] = [delivery for delivery in left if delivery not in join.deliveries]
+
+    def _is_same_server(self, url: str | None) -> bool:
+        return False
+
+
+class JoinsRedis:
+    """Goes before `Routing` where the wrapped backend is Redis: its result and the envelope in one transaction."""
+
+    app: Celery
+    connparams: dict[str, Any]
+
+    @property
+    def client(self) -> Any:
+        """The wrapped backend's client, whose pipelines take along what is to be joined."""
+        client = super().client  # type: ignore[misc]
+        join = _join.get()
+        return client if join is None or join.is_done or not join.deliveries else _Joined(client, join)
+
+    def _set(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs again, with a new pipeline, where Redis did not answer: what is joined is done once it returns."""
+        returned = super()._set(*args, **kwargs)  # type: ignore[misc]
+        join = _join.get()
+        if join is not None:
+            join.is_done = bool(join.deliveries)
+        return returned
+
+    def _is_same_server(self, url: str | None) -> bool:
+        if url not in self._same:
+            self._same[url] = self._compare(url)
+        return self._same[url]
+
+    @functools.cached_property
+    def _same(self) -> dict[str | None, bool]:
+        return {}
+
+    def _compare(self, url: str | None) -> bool:
+        if isinstance(self, SentinelBackend):
+            return False
+        connection = connect(self.app, url)
+        if not is_redis(connection) or connection.as_uri().startswith("sentinel"):
+            return False
+        try:
+            theirs = self._params_from_url(connection.as_uri(include_password=True), {"db": 0})  # type: ignore[attr-defined]
+        except (KeyError, ValueError):
+            return False
+        return _address(theirs) == _address(self.connparams)
+
+
+def _address(params: Mapping[str, Any]) -> tuple[Any, ...]:
+    if params.get("path"):
+        return params["path"], int(params.get("db") or 0)
+    return params.get("host") or "localhost", int(params.get("port") or 6379), int(params.get("db") or 0)
+
+
+class _Joined:
+    """A Redis client whose pipelines begin with the joined pushes."""
+
+    def __init__(self, client: Any, join: Join) -> None:
+        self._client = client
+        self._join = join
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        pipeline = self._client.pipeline(*args, **kwargs)
+        push_all(pipeline, (push for delivery in self._join.deliveries for push in delivery.pushes()))
+        return pipeline
+
+
+def _as_mapping(request: Any) -> dict[str, Any] | None:
+    """Celery's request by its names. None where Celery made one up that has no headers."""
+    return vars(request) if hasattr(request, "called_directly") else request if isinstance(request, dict) else None
+
+
+def _connect_signals() -> None:
+    """Once per process, however many backends there are."""
+    signals.task_prerun.connect(_remember_start, dispatch_uid="legit_worker.routing")
+    signals.before_task_publish.connect(_inherit, dispatch_uid="legit_worker.routing")
+    signals.task_unknown.connect(_route_unknown, dispatch_uid="legit_worker.routing")
+    signals.worker_ready.connect(_warn_of_early_acks, dispatch_uid="legit_worker.routing")
+
+
+def _remember_start(task: Any = None, **_: Any) -> None:
+    setattr(task.request, STARTED_AT, time())
+    handle.last_called.set(None)
+
+
+def _inherit(headers: dict[str, Any] | None = None, **_: Any) -> None:
+    """A task that is sent by a routed task has its app and its `meta`, where it does not say otherwise."""
+    parent = get_current_task()
+    if parent is None or headers is None:
+        return
+    backend = parent.app.backend
+    request = _as_mapping(parent.request)
+    if not isinstance(backend, Routing) or not request:
+        return
+    app = backend._routed_app(request)
+    if app is not None:
+        headers.setdefault(carrier(backend._chosen), app)
+        # A retry is the same task once more, and so is what it replaces itself by.
+        same = headers.get("id") == request.get("id")
+        for name in ("meta", "route", "queued_at") if same else ("meta",):
+            if (value := header(name, request)) is not None:
+                headers.setdefault(name, value)
+
+
+def _route_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
+    backend = sender.app.backend
+    if isinstance(backend, Routing):
+        request = {**message.headers, "delivery_info": message.delivery_info}
+        request["reply_to"] = message.properties.get("reply_to")
+        try:
+            payload = message.payload
+        except Exception:  # whatever a decoder raises: then its arguments name no app
+            payload = None
+        if isinstance(payload, dict):  # protocol 1
+            request |= payload
+        elif isinstance(payload, list | tuple) and len(payload) == 3:
+            request |= {"kwargs": payload[1], **(payload[2] or {})}
+        backend.unknown_task(request, id, name)
+
+
+def _warn_of_early_acks(sender: Any, **_: Any) -> None:
+    app = sender.app
+    if isinstance(app.backend, Routing) and not app.conf.task_acks_late:
+        logger.warning(
+            "task_acks_late is off: a task that is acked before it runs can be lost with its routed result when the "
+            "worker is killed. Set task_acks_late = True for at-least-once results."
+        )

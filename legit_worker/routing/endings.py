@@ -1,0 +1,112 @@
+"""Which tasks end with an event in Celery, and what their app is told. Pure.
+
+In: a task's request and what became of it, or the signature of a task that now never runs. Out: endings, none where
+nothing is to be routed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from time import time
+from typing import Any, Literal
+
+from legit_worker.apps import answer_queue, header, identify
+from legit_worker.routing.envelope import Ending
+from legit_worker.routing.formats import queue_of
+from legit_worker.settings import Settings
+
+#: Celery's own housekeeping, whose results nobody waits for.
+INTERNAL = ("celery.chord_unlock", "celery.backend_cleanup", "celery.accumulate")
+
+#: Where a request keeps the time at which its task began, seconds since the epoch.
+STARTED_AT = "legit_worker_started_at"
+
+Request = Mapping[str, Any]
+Status = Literal["SUCCESS", "FAILURE", "REVOKED"]
+
+
+def endings(
+    app: str,
+    task_id: str,
+    request: Request,
+    status: Status,
+    value: Any,
+    *,
+    model: str | None = None,
+) -> Iterator[Ending]:
+    """What this task's end means for its app: its own ending, or that of the chain which goes no further.
+
+    `value` is the task's result, or its error.
+    """
+    if request.get("is_eager") or request.get("called_directly") or request.get("task") in INTERNAL:
+        return
+    route = header("route", request)
+    chain = request.get("chain")
+    is_inner = bool(chain or request.get("chord"))
+    if route == "always" or (route != "never" and not is_inner):
+        yield _ending(app, task_id, request, status, value, model)
+    if chain and status != "SUCCESS":
+        yield from never_run(app, chain[0], request, status, value)
+
+
+def never_run(app: str, signature: Request, cause: Request, status: Status, value: Any) -> Iterator[Ending]:
+    """The endings of a task, or of a whole canvas, that will not run because of what happened to `cause`."""
+    for last in _last_of(signature):
+        options = last.get("options") or {}
+        own = options.get("headers") or {}
+        if options.get("task_id") and header("route", own) != "never":
+            request = {"task": last.get("task"), "hostname": cause.get("hostname")}
+            request |= {name: header(name, own) or header(name, cause) for name in ("meta", "queued_at")}
+            yield _ending(app, options["task_id"], request, status, value, None)
+
+
+def destination(app: str, chosen: Settings, request: Request) -> str:
+    """The queue for an app's envelope."""
+    return answer_queue(app, chosen, request) or queue_of(app, chosen.apps[app])
+
+
+def app_of(chosen: Settings, request: Request) -> str | None:
+    """Which app a task is for; None also for one whose headers are out of all order."""
+    try:
+        return identify(chosen, request)
+    except (AttributeError, TypeError):
+        return None
+
+
+def _last_of(signature: Request) -> Iterator[Request]:
+    """The tasks whose results are the canvas's result. One inside a chord is not: its body's end is told instead."""
+    options, kwargs = signature.get("options") or {}, signature.get("kwargs") or {}
+    kind = signature.get("subtask_type")
+    if options.get("chain"):
+        yield from _last_of(options["chain"][0])
+    elif options.get("chord"):
+        return
+    elif kind == "chord" and kwargs.get("body"):
+        yield from _last_of(kwargs["body"])
+    elif kind == "chain" and kwargs.get("tasks"):
+        yield from _last_of(kwargs["tasks"][-1])
+    elif kind == "group":
+        for member in kwargs.get("tasks") or ():
+            yield from _last_of(member)
+    else:
+        yield signature
+
+
+def _ending(app: str, task_id: str, request: Request, status: Status, value: Any, model: str | None) -> Ending:
+    started_at, retries = request.get(STARTED_AT), request.get("retries")
+    return Ending(
+        id=str(task_id),
+        task=str(request.get("task")),
+        app=app,
+        status=status,
+        result=value if status == "SUCCESS" else None,
+        error=None if status == "SUCCESS" else value,
+        attempt=(retries if isinstance(retries, int) else 0) + 1,
+        model=model,
+        meta=header("meta", request),
+        queued_at=header("queued_at", request),
+        started_at=started_at if isinstance(started_at, float) else None,
+        finished_at=time(),
+        worker=str(request.get("hostname") or socket.gethostname()),
+    )

@@ -1,0 +1,132 @@
+"""An envelope in the form that an app's own consumer reads. Pure.
+
+In: an envelope's bytes, and the app's settings. Out: what to push onto lists in Redis, or one message for a broker
+such as RabbitMQ.
+
+Sources: Celery's protocol 2, https://docs.celeryq.dev/en/stable/internals/protocol.html; kombu's Redis transport
+(kombu.transport.redis, 5.6); Laravel's Illuminate\\Queue\\Queue::createStringPayload and LuaScripts::push (8 to 12).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import socket
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from legit_worker.settings import AppSettings
+
+#: Of all UUIDv5 made here.
+NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "legit_worker:result")
+
+
+@dataclass(frozen=True)
+class Push:
+    """One value for the end of a Redis list: the right one, or the left."""
+
+    key: str
+    value: bytes
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message for the queue, by the default exchange."""
+
+    body: bytes
+    headers: dict[str, Any] = field(default_factory=dict)
+    properties: dict[str, Any] = field(default_factory=dict)
+
+
+def queue_of(app: str, chosen: AppSettings) -> str:
+    """The app's configured queue."""
+    return chosen.queue or f"{app}.results"
+
+
+def pushes(chosen: AppSettings, queue: str, task_id: str, envelope: bytes) -> list[Push]:
+    """For Redis, to be executed in one transaction."""
+    if chosen.format == "json":
+        return [Push(chosen.prefix + queue, envelope)]
+    if chosen.format == "celery":
+        return [Push(chosen.prefix + queue, _in_kombus_form(_celery(chosen, task_id, envelope), queue), left=True)]
+    key = f"{chosen.prefix}queues:{queue}"
+    return [Push(key, _laravel(chosen, task_id, envelope)), Push(f"{key}:notify", b"1")]
+
+
+def message(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:
+    """For RabbitMQ, and any other transport of kombu's."""
+    if chosen.format == "json":
+        return Message(envelope)
+    if chosen.format == "celery":
+        return _celery(chosen, task_id, envelope)
+    job = _laravel(chosen, task_id, envelope)
+    return Message(job, {"laravel": {"attempts": 0}}, {"correlation_id": stable_id(task_id)})
+
+
+def stable_id(task_id: str) -> str:
+    """The same for every envelope of a task, so that consumers see duplicates."""
+    return str(uuid.uuid5(NAMESPACE, task_id))
+
+
+def _celery(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:
+    own_id = stable_id(task_id)
+    headers = {
+        "lang": "py",
+        "task": chosen.job,
+        "id": own_id,
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "root_id": own_id,
+        "parent_id": None,
+        "argsrepr": "(<envelope>,)",
+        "kwargsrepr": "{}",
+        "origin": f"legit_worker@{socket.gethostname()}",
+        "ignore_result": False,
+    }
+    embed = b'{"callbacks":null,"errbacks":null,"chain":null,"chord":null}'
+    return Message(b"[[%b],{},%b]" % (envelope, embed), headers, {"correlation_id": own_id, "reply_to": ""})
+
+
+def _laravel(chosen: AppSettings, task_id: str, envelope: bytes) -> bytes:
+    job = {
+        "uuid": stable_id(task_id),
+        "displayName": str(chosen.job).partition("@")[0],
+        "job": chosen.job,
+        "maxTries": None,
+        "maxExceptions": None,
+        "failOnTimeout": False,
+        "backoff": None,
+        "timeout": None,
+        # Laravel tells reserved jobs apart by their whole text: this differs where all else is equal.
+        "id": secrets.token_hex(16),
+        "attempts": 0,
+    }
+    # The envelope is JSON already, and may be large: it is set in, not parsed and written once more.
+    return b'%b,"data":%b}' % (json.dumps(job).encode()[:-1], envelope)
+
+
+def _in_kombus_form(celery: Message, queue: str) -> bytes:
+    return json.dumps(
+        {
+            "body": base64.b64encode(celery.body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": celery.headers,
+            "properties": {
+                **celery.properties,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    ).encode()

@@ -1,0 +1,264 @@
+"""How envelopes reach a server that may be away, without anybody else waiting for it.
+
+In: deliveries, from whatever thread a task ends in. Out: `Delivery.done`, once a server has the envelope. Each server
+has a lane with a thread of its own. A delivery that can't be made in time goes to the dead letters,
+`legit.dead.<app>` on the app's broker.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+from celery import Celery
+
+from legit_worker.routing.wires import Delivery, Wire, open_wire
+from legit_worker.settings import AppSettings
+
+logger = logging.getLogger(__name__)
+
+#: Seconds before a server that is away is tried again: at first, and at most.
+FIRST_RETRY, LAST_RETRY = 0.1, 3.0
+
+#: Bytes of envelopes that wait for one server. What comes on top goes to the dead letters at once.
+MAX_WAITING_BYTES = 64 * 2**20
+
+#: Seconds that a process with nothing else to run while it waits (prefork, threads, stock solo) waits for a server
+#: that was there a moment ago.
+BLOCKING_PATIENCE = 5.0
+
+
+class Lane:
+    """The way to one server. `add` may be called by any thread; the rest happens in the lane's own."""
+
+    def __init__(self, name: str, wire: Wire, undeliverable: Callable[[Delivery, str], None] | None) -> None:
+        self.name = name
+        self._wire = wire
+        self._undeliverable = undeliverable
+        self._waiting: deque[Delivery] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+        #: Whether the server did not answer when it was last tried.
+        self.is_down = False
+        self._thread = threading.Thread(target=self._run, name=f"legit_worker lane {name}", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.name}: {len(self._waiting)} waiting{', server away' if self.is_down else ''}>"
+
+    def add(self, delivery: Delivery) -> None:
+        """Send it as soon as the server takes it."""
+        with self._changed:
+            fits = self._undeliverable is None or self._bytes + len(delivery.envelope) <= MAX_WAITING_BYTES
+            if fits:
+                self._waiting.append(delivery)
+                self._bytes += len(delivery.envelope)
+                self._changed.notify()
+        if not fits and self._undeliverable:
+            self._undeliverable(delivery, f"over {MAX_WAITING_BYTES} bytes wait for the same server")
+
+    def give_up(self, delivery: Delivery) -> None:
+        """Send it to the dead letters if it still waits here."""
+        with self._changed:
+            if self._undeliverable is None or delivery not in self._waiting:
+                return
+            self._remove([delivery])
+        self._undeliverable(delivery, "its server does not answer")
+
+    def waiting(self) -> Counter[str]:
+        """How many wait, by app."""
+        with self._changed:
+            return Counter(delivery.app for delivery in self._waiting)
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                group = [self._waiting[index] for index in range(min(self._wire.group_size, len(self._waiting)))]
+            try:
+                self._send(group)
+            except self._wire.away as error:
+                pause = self._server_is_away(error, pause)
+            else:
+                pause = 0.0
+                if self.is_down:
+                    self.is_down = False
+                    logger.warning("results go to %s again", self.name)
+
+    def _send(self, group: list[Delivery]) -> None:
+        try:
+            self._wire.send(group)
+        except self._wire.away:
+            raise
+        except Exception as error:
+            self._wire.close()
+            if len(group) > 1:
+                for delivery in group:
+                    self._send([delivery])
+            else:
+                self._refused(group[0], error)
+        else:
+            self._finish(group)
+
+    def _finish(self, group: list[Delivery]) -> None:
+        with self._changed:
+            self._remove(group)
+        for delivery in group:
+            _tell(delivery.done)
+
+    def _refused(self, delivery: Delivery, error: Exception) -> None:
+        """The server is there, and does not want this one."""
+        if self._undeliverable is None:
+            logger.error("the broker refuses dead letters of app %s, and they are lost: %s", delivery.app, error)
+            self._finish([delivery])
+            return
+        with self._changed:
+            self._remove([delivery])
+        self._undeliverable(delivery, f"its server refuses it: {type(error).__name__}: {error}")
+
+    def _server_is_away(self, error: Exception, pause: float) -> float:
+        """Wait a little. Returns for how long."""
+        self._wire.close()
+        if pause == 0.0:  # a connection that idled may be stale: the next try makes a new one, at once
+            return FIRST_RETRY / 2
+        if not self.is_down:
+            self.is_down = True
+            logger.warning("%s can't be reached, its results wait: %s: %s", self.name, type(error).__name__, error)
+        self._bury_overdue()
+        pause = min(pause * 2, LAST_RETRY)
+        threading.Event().wait(pause)
+        return pause
+
+    def _bury_overdue(self) -> None:
+        if self._undeliverable is None:
+            return
+        with self._changed:
+            now = monotonic()
+            overdue = [item for item in self._waiting if item.deadline is not None and item.deadline <= now]
+            self._remove(overdue)
+        for delivery in overdue:
+            self._undeliverable(delivery, "its server did not answer in time")
+
+    def _remove(self, gone: list[Delivery]) -> None:
+        """Under the lock. They are the first, but for those that were given up meanwhile."""
+        known = {id(delivery) for delivery in gone}
+        removed = []
+        while self._waiting and id(self._waiting[0]) in known:
+            removed.append(self._waiting.popleft())
+        if len(removed) < len(known):
+            removed += [delivery for delivery in self._waiting if id(delivery) in known]
+            self._waiting = deque(delivery for delivery in self._waiting if id(delivery) not in known)
+        self._bytes -= sum(len(delivery.envelope) for delivery in removed)
+
+
+class Lanes:
+    """All lanes of one process, and what came of the deliveries. Made anew in a forked child, which has no threads."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._process = 0
+        self._start_over()
+
+    def __repr__(self) -> str:
+        return f"<Lanes: {list(self._lanes.values())}>"
+
+    def send(self, delivery: Delivery) -> None:
+        """Returns once a server has it: the app's own, or the broker as a dead letter. Parks where it can."""
+        lane = self._lane(delivery.chosen.url)
+        lane.add(delivery)
+        if not _wait(delivery.done):
+            patience = 0.0 if lane.is_down else BLOCKING_PATIENCE
+            try:
+                delivery.done.result(timeout=patience)
+            except FutureTimeoutError:
+                lane.give_up(delivery)
+                delivery.done.result()
+
+    def count(self, app: str, outcome: str) -> None:
+        """Add one to what `report` shows."""
+        self._counts.setdefault(app, Counter())[outcome] += 1
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """By app: sent, failed (of those, with an error), dead, waiting."""
+        waiting: Counter[str] = sum((lane.waiting() for lane in list(self._lanes.values())), Counter())
+        names = ("sent", "failed", "dead")
+        return {
+            app: {name: counts[name] for name in names} | {"waiting": waiting[app]}
+            for app, counts in list(self._counts.items())
+        }
+
+    def _lane(self, url: str | None) -> Lane:
+        if self._process != os.getpid():
+            self._start_over()
+        with self._lock:
+            if url not in self._lanes:
+                wire = open_wire(self._app, url)
+                self._lanes[url] = Lane(_shown(self._app, url), wire, self._bury)
+            return self._lanes[url]
+
+    def _start_over(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._lanes: dict[str | None, Lane] = {}
+        self._cemetery: Lane | None = None
+        self._counts: dict[str, Counter[str]] = {}
+
+    def _bury(self, delivery: Delivery, reason: str) -> None:
+        """Put it with the app's dead letters. On the broker, since that one is there: the task came from it."""
+        logger.error(
+            "the result of task %s for app %s goes to %s: %s. `celery legit results replay %s` sends it again",
+            delivery.task_id,
+            delivery.app,
+            dead_queue(delivery.app),
+            reason,
+            delivery.app,
+        )
+        self.count(delivery.app, "dead")
+        with self._lock:
+            if self._cemetery is None:
+                self._cemetery = Lane("the dead letters", open_wire(self._app, None), None)
+        self._cemetery.add(dead_letter(delivery))
+
+
+def dead_queue(app: str) -> str:
+    """Where the dead letters of an app are."""
+    return f"legit.dead.{app}"
+
+
+def dead_letter(delivery: Delivery) -> Delivery:
+    """The bare envelope for the app's dead letters; who waits for the delivery waits for that."""
+    return replace(delivery, chosen=AppSettings(), queue=dead_queue(delivery.app), deadline=None)
+
+
+def _shown(app: Celery, url: str | None) -> str:
+    """A server's name without its password."""
+    from kombu import Connection
+
+    return f"the broker {app.connection_for_write().as_uri()}" if url is None else str(Connection(url).as_uri())
+
+
+def _tell(done: Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+#: Waits for a future while other tasks run, and says whether it could. Set by a pool that can.
+Waiter = Callable[[Future[Any]], bool]
+
+_wait: Waiter = lambda future: False  # noqa: E731
+
+
+def use_waiter(waiter: Waiter) -> Waiter:
+    """From now on, a task whose result is on its way waits like this. Returns how it waited before."""
+    global _wait
+    before, _wait = _wait, waiter
+    return before
