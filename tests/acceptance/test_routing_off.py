@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 from celery import chain, chord
-from harness import CUSTOM, SIMULATED, StartWorker, Worker, poll
+from harness import CUSTOM, SIMULATED, StartWorker, Worker
 from wire import Command, Recorder
 
 #: How a project asks for the backend without `install`.

@@ -1,6 +1,6 @@
 """The ordinary project, with tasks whose ends are of every kind that a result's receiver may meet.
 
-In: as `project`, and `PROJECT_CONF`, JSON that stands for more of a project's settings. Out: tasks that fail, send others,
+In: as `project`, and `PROJECT_CONF`: JSON for more of a project's settings. Out: tasks that fail, send others,
 take too long, or return what can't be sent.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from celery import current_task
 from celery.exceptions import Ignore, Reject
+from project import app
 
 import legit_worker
-from project import app
 
 app.conf.update(json.loads(os.environ.get("PROJECT_CONF", "{}")))
 
