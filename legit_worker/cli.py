@@ -6,6 +6,8 @@ In: `celery -A PROJECT`, whose broker the answers come by. Out: tables for peopl
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -37,6 +39,63 @@ def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
         others = f"; {len(replies)} workers with other pools did" if replies else ""
         click.echo(f"no worker with ModelPool answered within {timeout} s{others}", err=True)
         ctx.exit(1)
+
+
+@legit.group()
+def results() -> None:
+    """Dead letters: routed results that an app's queue did not take."""
+
+
+@results.command("list", cls=CeleryCommand)
+@click.argument("app", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
+@handle_preload_options
+def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:
+    """Show an app's dead letters, or how many each app has."""
+    with _dead_letters(ctx) as letters:
+        found: Any = letters.envelopes(app.lower()) if app else letters.counts()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("task id", "task", "status", "attempt", "finished at") if app else Table("app", "dead letters")
+    for row in found if app else found.items():
+        cells = [row[key] for key in ("id", "task", "status", "attempt", "finished_at")] if app else row
+        table.add_row(*map(str, cells))
+    Console().print(table)
+
+
+@results.command(cls=CeleryCommand)
+@click.argument("app")
+@click.pass_context
+@handle_preload_options
+def replay(ctx: click.Context, app: str) -> None:
+    """Send an app's dead letters to its queue again. Exit code 1 where the queue's server does not answer."""
+    with _dead_letters(ctx) as letters:
+        click.echo(f"{letters.replay(app.lower())} sent again")
+
+
+@results.command(cls=CeleryCommand)
+@click.argument("app")
+@click.pass_context
+@handle_preload_options
+def drop(ctx: click.Context, app: str) -> None:
+    """Forget an app's dead letters."""
+    with _dead_letters(ctx) as letters:
+        click.echo(f"{letters.drop(app.lower())} dropped")
+
+
+@contextmanager
+def _dead_letters(ctx: click.Context) -> Iterator[Any]:
+    """What goes wrong is one sentence, and exit code 1."""
+    from legit_worker import settings
+    from legit_worker.errors import LegitWorkerError
+    from legit_worker.routing.dead import DeadLetters
+
+    try:
+        yield DeadLetters(ctx.obj.app, settings.load(enabled_by_default=True))
+    except LegitWorkerError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _print(name: str, pool: dict[str, Any]) -> None:

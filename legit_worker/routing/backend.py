@@ -336,7 +336,7 @@ def _inherit(headers: dict[str, Any] | None = None, **_: Any) -> None:
 def _route_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
     backend = sender.app.backend
     if isinstance(backend, Routing):
-        request = {**message.headers, "delivery_info": message.delivery_info}
+        request = {**message.headers, "delivery_info": message.delivery_info, "hostname": sender.hostname}
         request["reply_to"] = message.properties.get("reply_to")
         try:
             payload = message.payload

@@ -26,7 +26,7 @@ ALLOWED = {
     "tasks": {"errors", "models", "settings"},
     "install": {"errors", "pool", "routing", "settings", "tasks"},
     "celery": {"install", "settings", "tasks"},
-    "cli": {"routing"},
+    "cli": {"errors", "routing", "settings"},
     "testing": {"errors", "models", "settings"},
     "__init__": {"install", "models", "pool"},
 }

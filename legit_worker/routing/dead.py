@@ -1,0 +1,163 @@
+"""The dead letters of an app: envelopes that its queue did not take.
+
+In: an app's name. Out: its envelopes, oldest first; sent again, or gone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+from celery import Celery
+from kombu import Connection
+from kombu.exceptions import ChannelError, OperationalError
+
+from legit_worker.errors import RoutingError
+from legit_worker.routing.formats import queue_of
+from legit_worker.routing.lanes import dead_queue
+from legit_worker.routing.wires import Delivery, connect, is_redis, open_wire
+from legit_worker.settings import NAME, Settings
+
+
+class _Box(Protocol):
+    """One queue of dead letters, on one kind of broker."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[bytes]:
+        """All, oldest first; they stay."""
+
+    def take(self) -> Iterator[bytes]:
+        """Each one that is there now; it is gone once the next is asked for."""
+
+    def clear(self) -> None:
+        """They are gone."""
+
+
+class DeadLetters:
+    """What `celery legit results` shows and moves."""
+
+    def __init__(self, app: Celery, chosen: Settings) -> None:
+        self._app = app
+        self._chosen = chosen
+
+    def counts(self) -> dict[str, int]:
+        """How many each configured app has."""
+        found = {}
+        for name in self._chosen.apps:
+            with self._box(name) as box:
+                found[name] = len(box)
+        return found
+
+    def envelopes(self, name: str) -> list[dict[str, Any]]:
+        """All of one app's, oldest first."""
+        with self._box(name) as box:
+            return [json.loads(envelope) for envelope in box]
+
+    def drop(self, name: str) -> int:
+        """Forget them. Returns how many."""
+        with self._box(name) as box:
+            count = len(box)
+            box.clear()
+            return count
+
+    def replay(self, name: str) -> int:
+        """Send each again, to where the settings say now. Returns how many.
+
+        One is gone from the dead letters only when the app's server has it. Raises `RoutingError` where that one does
+        not answer; the rest stay.
+        """
+        chosen = self._chosen.apps.get(name)
+        if chosen is None:
+            raise RoutingError(f"no LEGIT_WORKER_APPS__{name.upper()}__… is set: where should its results go?")
+        sent = 0
+        wire = open_wire(self._app, chosen.url)
+        try:
+            with self._box(name) as box:
+                for envelope in box.take():
+                    task_id = json.loads(envelope)["id"]
+                    queue = queue_of(name, chosen)
+                    wire.send([Delivery(app=name, chosen=chosen, queue=queue, task_id=task_id, envelope=envelope)])
+                    sent += 1
+        except wire.away as error:
+            raise RoutingError(
+                f"{sent} sent again, then the server went away: {type(error).__name__}: {error}"
+            ) from None
+        finally:
+            wire.close()
+        return sent
+
+    @contextmanager
+    def _box(self, name: str) -> Iterator[_Box]:
+        if not re.fullmatch(NAME, name):
+            raise RoutingError(f"{name!r} is no app's name")
+        with connect(self._app, None) as connection:
+            try:
+                connection.ensure_connection(max_retries=1, interval_start=0)
+            except OperationalError as error:
+                raise RoutingError(f"the broker {connection.as_uri()} does not answer: {error}") from None
+            yield (_RedisBox if is_redis(connection) else _BrokerBox)(connection, dead_queue(name))
+
+
+class _RedisBox:
+    def __init__(self, connection: Connection, key: str) -> None:
+        self._client = connection.channel().client
+        self._key = key
+
+    def __len__(self) -> int:
+        return int(self._client.llen(self._key))
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._client.lrange(self._key, 0, -1)
+
+    def take(self) -> Iterator[bytes]:
+        for _ in range(len(self)):
+            envelope = self._client.lindex(self._key, 0)
+            if envelope is None:
+                return
+            yield envelope
+            # By value: somebody else may be taking from the same list.
+            self._client.lrem(self._key, 1, envelope)
+
+    def clear(self) -> None:
+        self._client.delete(self._key)
+
+
+class _BrokerBox:
+    def __init__(self, connection: Connection, queue: str) -> None:
+        self._connection = connection
+        self._queue = queue
+
+    def __len__(self) -> int:
+        with suppress(ChannelError):
+            return int(self._connection.channel().queue_declare(self._queue, passive=True).message_count)
+        return 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        # A channel of its own, that gives back what it got once it closes.
+        with self._connection.channel() as channel:
+            for message in self._messages(channel):
+                yield _bytes(message.body)
+
+    def take(self) -> Iterator[bytes]:
+        with self._connection.channel() as channel:
+            for message in self._messages(channel):
+                yield _bytes(message.body)
+                message.ack()
+
+    def clear(self) -> None:
+        if len(self):
+            self._connection.channel().queue_purge(self._queue)
+
+    def _messages(self, channel: Any) -> Iterator[Any]:
+        for _ in range(len(self)):
+            message = channel.basic_get(self._queue)
+            if message is None:
+                return
+            yield message if hasattr(message, "ack") else channel.message_to_python(message)
+
+
+def _bytes(body: Any) -> bytes:
+    return body.encode() if isinstance(body, str) else bytes(body)
