@@ -29,13 +29,10 @@ from legit_worker.apps import carrier, header
 from legit_worker.models import handle
 from legit_worker.routing.endings import STARTED_AT, Request, app_of, destination, endings, never_run
 from legit_worker.routing.envelope import Ending, seal
-from legit_worker.routing.lanes import Lanes
+from legit_worker.routing.lanes import lanes_of
 from legit_worker.routing.wires import Delivery, connect, is_redis, push_all
 
 logger = logging.getLogger(__name__)
-
-#: Names of unknown apps that are logged; the rest are only counted.
-MAX_NAMES = 100
 
 
 class RoutingBackend:
@@ -96,10 +93,8 @@ class Routing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._chosen = settings.load(enabled_by_default=True)
-        self.lanes = Lanes(self.app)
-        #: Tasks that named an app which is not configured.
-        self.unknown = 0
-        self._unknown_names: set[str] = set()
+        # Celery makes one backend for each thread.
+        self.lanes = lanes_of(self.app)
         _connect_signals()
 
     def __reduce__(self, *args: Any) -> Any:
@@ -109,7 +104,7 @@ class Routing:
 
     def report(self) -> dict[str, Any]:
         """For `inspect stats`."""
-        return {"unknown": self.unknown, "apps": self.lanes.report()}
+        return self.lanes.report()
 
     def mark_as_done(
         self,
@@ -120,19 +115,38 @@ class Routing:
         state: str = states.SUCCESS,
     ) -> Any:
         """As the wrapped one, and routed."""
-        stock = functools.partial(super().mark_as_done, task_id, result, request, store_result, state)  # type: ignore[misc]
-        return self._route(stock, self._ended(task_id, request, "SUCCESS", result), request)
+        stock: Callable[..., Any] = super().mark_as_done  # type: ignore[misc]
+        ended = self._ended(task_id, request, "SUCCESS", result)
+        return self._route(lambda: stock(task_id, result, request, store_result, state), ended, request)
 
-    def mark_as_failure(self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, **rest: Any) -> Any:
+    def mark_as_failure(
+        self,
+        task_id: str,
+        exc: Any,
+        traceback: Any = None,
+        request: Any = None,
+        store_result: bool = True,
+        call_errbacks: bool = True,
+        state: str = states.FAILURE,
+    ) -> Any:
         """As the wrapped one, and routed."""
-        stock = functools.partial(super().mark_as_failure, task_id, exc, traceback, request, **rest)  # type: ignore[misc]
-        return self._route(stock, self._ended(task_id, request, "FAILURE", exc), request)
+        stock: Callable[..., Any] = super().mark_as_failure  # type: ignore[misc]
+        ended = self._ended(task_id, request, "FAILURE", exc)
+        rest = (traceback, request, store_result, call_errbacks, state)
+        return self._route(lambda: stock(task_id, exc, *rest), ended, request)
 
-    def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **rest: Any) -> Any:
+    def mark_as_revoked(
+        self,
+        task_id: str,
+        reason: str = "",
+        request: Any = None,
+        store_result: bool = True,
+        state: str = states.REVOKED,
+    ) -> Any:
         """As the wrapped one, and routed."""
-        stock = functools.partial(super().mark_as_revoked, task_id, reason, request, **rest)  # type: ignore[misc]
-        error = TaskRevokedError(reason or "revoked")
-        return self._route(stock, self._ended(task_id, request, "REVOKED", error), request)
+        stock: Callable[..., Any] = super().mark_as_revoked  # type: ignore[misc]
+        ended = self._ended(task_id, request, "REVOKED", TaskRevokedError(reason or "revoked"))
+        return self._route(lambda: stock(task_id, reason, request, store_result, state), ended, request)
 
     def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """As the wrapped one; remembers whose part it was, in case it is the chord's end."""
@@ -175,9 +189,7 @@ class Routing:
         name = app_of(self._chosen, request)
         if name is None or name in self._chosen.apps:
             return
-        self.unknown += 1
-        if name not in self._unknown_names and len(self._unknown_names) < MAX_NAMES:
-            self._unknown_names.add(name)
+        if self.lanes.count_unknown(name):
             logger.warning("results of app %.128r are not routed: no LEGIT_WORKER_APPS__<APP>__… names it", name)
 
     def _route(self, stock: Callable[[], Any], ended: Iterable[Ending], request: Any) -> Any:

@@ -17,6 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from time import monotonic
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from celery import Celery
 
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds before a server that is away is tried again: at first, and at most.
 FIRST_RETRY, LAST_RETRY = 0.1, 3.0
+
+#: Names of unknown apps that are logged; the rest are only counted.
+MAX_NAMES = 100
 
 #: Bytes of envelopes that wait for one server. What comes on top goes to the dead letters at once.
 MAX_WAITING_BYTES = 64 * 2**20
@@ -164,7 +168,7 @@ class Lanes:
     """All lanes of one process, and what came of the deliveries. Made anew in a forked child, which has no threads."""
 
     def __init__(self, app: Celery) -> None:
-        self._app = app
+        self._app_ref = ref(app)
         self._process = 0
         self._start_over()
 
@@ -187,14 +191,29 @@ class Lanes:
         """Add one to what `report` shows."""
         self._counts.setdefault(app, Counter())[outcome] += 1
 
-    def report(self) -> dict[str, dict[str, int]]:
-        """By app: sent, failed (of those, with an error), dead, waiting."""
+    def count_unknown(self, app: str) -> bool:
+        """One more task named an app that is not configured. Whether it is worth a line in the log."""
+        self._unknown += 1
+        is_new = app not in self._unknown_names and len(self._unknown_names) < MAX_NAMES
+        if is_new:
+            self._unknown_names.add(app)
+        return is_new
+
+    def report(self) -> dict[str, Any]:
+        """`unknown`: tasks of apps that are not configured. `apps`: of each, sent, failed (of those), dead, waiting."""
         waiting: Counter[str] = sum((lane.waiting() for lane in list(self._lanes.values())), Counter())
         names = ("sent", "failed", "dead")
-        return {
+        apps = {
             app: {name: counts[name] for name in names} | {"waiting": waiting[app]}
             for app, counts in list(self._counts.items())
         }
+        return {"unknown": self._unknown, "apps": apps}
+
+    @property
+    def _app(self) -> Celery:
+        app = self._app_ref()
+        assert app is not None, "the backend that asks keeps its app"
+        return app
 
     def _lane(self, url: str | None) -> Lane:
         if self._process != os.getpid():
@@ -211,6 +230,8 @@ class Lanes:
         self._lanes: dict[str | None, Lane] = {}
         self._cemetery: Lane | None = None
         self._counts: dict[str, Counter[str]] = {}
+        self._unknown = 0
+        self._unknown_names: set[str] = set()
 
     def _bury(self, delivery: Delivery, reason: str) -> None:
         """Put it with the app's dead letters. On the broker, since that one is there: the task came from it."""
@@ -227,6 +248,16 @@ class Lanes:
             if self._cemetery is None:
                 self._cemetery = Lane("the dead letters", open_wire(self._app, None), None)
         self._cemetery.add(dead_letter(delivery))
+
+
+_lanes: WeakKeyDictionary[Celery, Lanes] = WeakKeyDictionary()
+_lanes_lock = threading.Lock()
+
+
+def lanes_of(app: Celery) -> Lanes:
+    """The lanes that all backends of one Celery app share."""
+    with _lanes_lock:
+        return _lanes.setdefault(app, Lanes(app))
 
 
 def dead_queue(app: str) -> str:
