@@ -43,8 +43,8 @@ BLOCKING_PATIENCE = 5.0
 class Lane:
     """The way to one server. `add` may be called by any thread; the rest happens in the lane's own."""
 
-    def __init__(self, name: str, wire: Wire, undeliverable: Callable[[Delivery, str], None] | None) -> None:
-        self.name = name
+    def __init__(self, wire: Wire, undeliverable: Callable[[Delivery, str], None] | None) -> None:
+        self.name = wire.name
         self._wire = wire
         self._undeliverable = undeliverable
         self._waiting: deque[Delivery] = deque()
@@ -52,7 +52,7 @@ class Lane:
         self._changed = threading.Condition()
         #: Whether the server did not answer when it was last tried.
         self.is_down = False
-        self._thread = threading.Thread(target=self._run, name=f"legit_worker lane {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"legit_worker lane {self.name}", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
@@ -221,7 +221,7 @@ class Lanes:
         with self._lock:
             if url not in self._lanes:
                 wire = open_wire(self._app, url)
-                self._lanes[url] = Lane(_shown(self._app, url), wire, self._bury)
+                self._lanes[url] = Lane(wire, self._bury)
             return self._lanes[url]
 
     def _start_over(self) -> None:
@@ -246,7 +246,7 @@ class Lanes:
         self.count(delivery.app, "dead")
         with self._lock:
             if self._cemetery is None:
-                self._cemetery = Lane("the dead letters", open_wire(self._app, None), None)
+                self._cemetery = Lane(open_wire(self._app, None), None)
         self._cemetery.add(dead_letter(delivery))
 
 
@@ -268,13 +268,6 @@ def dead_queue(app: str) -> str:
 def dead_letter(delivery: Delivery) -> Delivery:
     """The bare envelope for the app's dead letters; who waits for the delivery waits for that."""
     return replace(delivery, chosen=AppSettings(), queue=dead_queue(delivery.app), deadline=None)
-
-
-def _shown(app: Celery, url: str | None) -> str:
-    """A server's name without its password."""
-    from kombu import Connection
-
-    return f"the broker {app.connection_for_write().as_uri()}" if url is None else str(Connection(url).as_uri())
 
 
 def _tell(done: Future[None]) -> None:

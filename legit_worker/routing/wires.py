@@ -48,6 +48,8 @@ class Delivery:
 class Wire(Protocol):
     """What a lane sends through."""
 
+    #: Its server's, without a password.
+    name: str
     #: Deliveries that `send` takes at once.
     group_size: int
     #: What it raises where the server is away, and not the delivery at fault.
@@ -91,10 +93,11 @@ def open_wire(app: Celery, url: str | None) -> Wire:
     return RedisWire(connection) if is_redis(connection) else BrokerWire(connection)
 
 
-class Line:
+class _KombuWire:
     """What both wires share: a channel that is made when it is needed, and made again after a failure."""
 
     def __init__(self, connection: Connection) -> None:
+        self.name = connection.as_uri()
         self._connection = connection
         self._channel: Any = None
         self.away = (OSError, *connection.connection_errors)
@@ -114,7 +117,7 @@ class Line:
             self._connection.collect()
 
 
-class RedisWire(Line):
+class RedisWire(_KombuWire):
     """To Redis or Valkey."""
 
     group_size = 128
@@ -132,7 +135,7 @@ def push_all(pipeline: Any, values: Iterable[Push]) -> None:
         (pipeline.lpush if value.left else pipeline.rpush)(value.key, value.value)
 
 
-class BrokerWire(Line):
+class BrokerWire(_KombuWire):
     """To RabbitMQ, or to whatever else kombu speaks to."""
 
     #: What was sent before a failure would be sent again with the rest of its group.

@@ -19,6 +19,7 @@ SOON = 20
 class Server:
     """A wire, and the server behind it."""
 
+    name = "server"
     away = (OSError,)
     group_size = 3
 
@@ -65,7 +66,7 @@ def delivery(name: str, size: int = 10, deadline: float | None = None) -> Delive
 
 def test_deliveries_arrive_in_order() -> None:
     server = Server()
-    lane = Lane("server", server, Dead())
+    lane = Lane(server, Dead())
     sent = [delivery(str(number)) for number in range(20)]
     for one in sent:
         lane.add(one)
@@ -79,7 +80,7 @@ def test_deliveries_arrive_in_order() -> None:
 def test_they_wait_for_a_server_that_comes_back() -> None:
     server, dead = Server(), Dead()
     server.is_there = False
-    lane = Lane("server", server, dead)
+    lane = Lane(server, dead)
     sent = [delivery(str(number)) for number in range(7)]
     for one in sent:
         lane.add(one)
@@ -97,7 +98,7 @@ def test_they_wait_for_a_server_that_comes_back() -> None:
 def test_one_that_is_overdue_goes_to_the_dead_letters_and_the_others_go_on_waiting() -> None:
     server, dead = Server(), Dead()
     server.is_there = False
-    lane = Lane("server", server, dead)
+    lane = Lane(server, dead)
     patient, overdue = delivery("patient"), delivery("overdue", deadline=monotonic())
     lane.add(patient)
     lane.add(overdue)
@@ -111,7 +112,7 @@ def test_one_that_is_overdue_goes_to_the_dead_letters_and_the_others_go_on_waiti
 def test_one_that_the_server_refuses_does_not_hold_up_its_group() -> None:
     server, dead = Server(), Dead()
     server.refuses = {"2"}
-    lane = Lane("server", server, dead)
+    lane = Lane(server, dead)
     sent = [delivery(str(number)) for number in range(6)]
     for one in sent:
         lane.add(one)
@@ -125,7 +126,7 @@ def test_what_waits_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(lanes, "MAX_WAITING_BYTES", 100)
     server, dead = Server(), Dead()
     server.is_there = False
-    lane = Lane("server", server, dead)
+    lane = Lane(server, dead)
     fits, too_much, fits_too = delivery("fits", 60), delivery("too much", 60), delivery("fits too", 40)
     for one in (fits, too_much, fits_too):
         lane.add(one)
@@ -142,7 +143,7 @@ def test_what_waits_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_that_is_given_up_is_dead_and_not_sent_again() -> None:
     server, dead = Server(), Dead()
     server.is_there = False
-    lane = Lane("server", server, dead)
+    lane = Lane(server, dead)
     one = delivery("one")
     lane.add(one)
     while not lane.is_down:
@@ -160,7 +161,7 @@ def test_one_that_is_given_up_is_dead_and_not_sent_again() -> None:
 def test_the_dead_letters_own_lane_never_gives_up() -> None:
     server = Server()
     server.is_there = False
-    lane = Lane("the dead letters", server, None)
+    lane = Lane(server, None)
     one = delivery("one", deadline=monotonic())
     lane.add(one)
     lane.give_up(one)
