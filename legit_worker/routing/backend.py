@@ -22,7 +22,7 @@ from celery import Celery, signals, states
 from celery._state import get_current_task
 from celery.app.backends import by_url
 from celery.backends.redis import RedisBackend, SentinelBackend
-from celery.exceptions import NotRegistered, TaskRevokedError
+from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
 
 from legit_worker import settings
 from legit_worker.apps import carrier, header
@@ -33,6 +33,10 @@ from legit_worker.routing.lanes import lanes_of
 from legit_worker.routing.wires import Delivery, connect, is_redis, push_all
 
 logger = logging.getLogger(__name__)
+
+
+#: Seconds within which Celery marks the same hard time limit once more.
+TOLD_AGAIN = 10.0
 
 
 class RoutingBackend:
@@ -95,6 +99,7 @@ class Routing:
         self._chosen = settings.load(enabled_by_default=True)
         # Celery makes one backend for each thread.
         self.lanes = lanes_of(self.app)
+        self._timed_out: dict[str, float] = {}
         _connect_signals()
 
     def __reduce__(self, *args: Any) -> Any:
@@ -131,7 +136,7 @@ class Routing:
     ) -> Any:
         """As the wrapped one, and routed."""
         stock: Callable[..., Any] = super().mark_as_failure  # type: ignore[misc]
-        ended = self._ended(task_id, request, "FAILURE", exc)
+        ended = () if self._is_told_again(task_id, exc) else self._ended(task_id, request, "FAILURE", exc)
         rest = (traceback, request, store_result, call_errbacks, state)
         return self._route(lambda: stock(task_id, exc, *rest), ended, request)
 
@@ -171,6 +176,14 @@ class Routing:
         ended = endings(app, task_id, {**request, "task": name}, "FAILURE", NotRegistered(name)) if app else ()
         for delivery in self._deliveries(ended, request):
             self.lanes.send(delivery)
+
+    def _is_told_again(self, task_id: str, exc: Any) -> bool:
+        """Celery's prefork pool marks a hard time limit twice: when it strikes, and when its process is gone."""
+        if not isinstance(exc, TimeLimitExceeded):
+            return False
+        now = monotonic()
+        self._timed_out = {key: when for key, when in self._timed_out.items() if now - when < TOLD_AGAIN}
+        return self._timed_out.setdefault(task_id, now) != now
 
     def _ended(self, task_id: str, request: Any, status: Any, value: Any) -> Iterable[Ending]:
         mapping = _as_mapping(request) or {}
