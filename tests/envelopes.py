@@ -1,18 +1,38 @@
-"""The check of every envelope that a test sees, against the schema in `docs`."""
+"""Whether an envelope is what `docs/envelope.schema.json` promises, and how to read it.
+
+In: an envelope as its consumer got it. Out: the same as a dict, or an error that says which field is wrong.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import numpy as np
+from jsonschema import Draft202012Validator
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "envelope.schema.json").read_text())
 
-_VALIDATOR = jsonschema.validators.validator_for(SCHEMA)(SCHEMA)
+_validator = Draft202012Validator(SCHEMA)
 
 
-def check(envelope: Any) -> None:
-    """Raises `jsonschema.ValidationError` where an envelope is not as the schema says."""
-    _VALIDATOR.validate(envelope)
+def check(envelope: str | bytes | dict[str, Any]) -> dict[str, Any]:
+    """The envelope as a dict. Raises `jsonschema.ValidationError`; also where an array's bytes don't fill its shape."""
+    opened: dict[str, Any] = json.loads(envelope) if isinstance(envelope, str | bytes) else envelope
+    _validator.validate(opened)
+    floats(opened["result"])
+    return opened
+
+
+def floats(result: Any) -> Any:
+    """A result with every array of `ENCODING=base64` as nested lists, and all else as it is."""
+    if isinstance(result, list):
+        return [floats(part) for part in result]
+    if not isinstance(result, dict):
+        return result
+    if "base64" not in result:
+        return {name: floats(part) for name, part in result.items()}
+    _validator.evolve(schema={"$ref": "#/$defs/array", "$defs": SCHEMA["$defs"]}).validate(result)
+    return np.frombuffer(base64.b64decode(result["base64"]), result["dtype"]).reshape(result["shape"]).tolist()

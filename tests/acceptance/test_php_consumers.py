@@ -1,0 +1,455 @@
+"""Other programs read what legit_worker sends them: Laravel's own queue worker, plain PHP, plain Celery.
+
+`examples/laravel` and `examples/vodmanager.env` are run here as they stand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sqlite3
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import envelopes
+import kombu
+import numpy as np
+import pytest
+import redis
+from celery.result import AsyncResult
+from conftest import missing
+from harness import ANSWER_SECONDS, ROOT, Broker, Sides, Worker, poll
+
+SCRIPTS = Path(__file__).parent / "php"
+
+#: What the scripts load, and the Debian package that has it.
+NEEDED = """
+foreach (['redis' => 'php-redis', 'pdo_sqlite' => 'php-sqlite3'] as $extension => $package) {
+    extension_loaded($extension) or exit($package);
+}
+$packages = ['Illuminate/Queue', 'Illuminate/Redis', 'Illuminate/Events', 'PhpAmqpLib'];
+foreach ($packages as $package) {
+    stream_resolve_include_path("$package/autoload.php") or exit($package);
+}
+"""
+
+#: Every byte length of UTF-8, a quote, a backslash, and what JSON must escape.
+UNICODE = 'naïve café — 東京 🚆 "\\" \u2028\t𝔘'
+
+META = {"video": 7, "title": UNICODE, "tags": ["🎬", None, 0.1], UNICODE: {}}
+
+APP = "LEGIT_WORKER_APPS__VODMANAGER__"
+
+
+@functools.cache
+def php() -> str:
+    """The command. Where it, or something that the scripts load, is not there: skip at a desk, fail in CI."""
+    command = shutil.which("php")
+    if command is None:
+        missing("php is not on PATH")
+    assert command
+    lacks = subprocess.run([command, "-r", NEEDED], capture_output=True, text=True, check=True).stdout
+    if lacks:
+        missing(f"php lacks {lacks}")
+    return command
+
+
+def start_php(script: str, **given: Any) -> subprocess.Popen[str]:
+    """Start a script, and don't wait for it."""
+    # E_DEPRECATED off: Debian's Laravel is older than its PHP, and says so in a hundred lines.
+    settings = ["-d", "error_reporting=E_ALL & ~E_DEPRECATED", "-d", "display_errors=stderr"]
+    return subprocess.Popen(
+        [php(), *settings, str(SCRIPTS / script), json.dumps(given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What a script said, line by line."""
+    try:
+        out, errors = process.communicate(timeout=ANSWER_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, f"{out}\n{errors}"
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def run_php(script: str, **given: Any) -> list[dict[str, Any]]:
+    """Run a script to its end."""
+    return finish(start_php(script, **given))
+
+
+def redis_server(url: str) -> dict[str, Any]:
+    """Where a script finds the server."""
+    parts = urlsplit(url)
+    return {"host": parts.hostname, "port": parts.port, "database": int(parts.path.strip("/") or 0)}
+
+
+def example_settings() -> dict[str, str]:
+    """`examples/vodmanager.env`, as a shell reads it."""
+    command = 'set -a; . "$1"; env -0'
+    path = str(ROOT / "examples" / "vodmanager.env")
+    shell = ["sh", "-c", command, "sh", path]
+    output = subprocess.run(shell, capture_output=True, text=True, check=True, env={}).stdout
+    return dict(line.split("=", 1) for line in output.split("\0") if line.startswith("LEGIT_WORKER_"))
+
+
+def app_settings(**settings: str) -> dict[str, str]:
+    """The app vodmanager, switched on."""
+    return {f"{APP}{name}": value for name, value in ({"RESULT_ROUTING": "on"} | settings).items()}
+
+
+def send(worker: Worker, task: str, *args: Any, meta: Any = META, **kwargs: Any) -> AsyncResult[Any]:
+    """One task of vodmanager's."""
+    return worker.client.send_task(task, args, kwargs, headers={"app": "vodmanager", "meta": meta})
+
+
+def same_floats(one: Any, other: Any) -> bool:
+    """Whether both are the same float32 numbers, in the same shape."""
+    left, right = np.asarray(one), np.asarray(other)
+    return left.shape == right.shape and bool((left.astype("<f4") == right.astype("<f4")).all())
+
+
+@dataclass
+class Laravel:
+    """The app's side: its Redis, its database, and what its queue worker reported."""
+
+    settings: dict[str, str]
+    url: str
+    database: Path
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The list that Laravel pops from."""
+        return f"{self.settings[APP + 'PREFIX']}queues:{self.queue}"
+
+    @property
+    def queue(self) -> str:
+        return self.settings[APP + "QUEUE"]
+
+    @property
+    def redis(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url)
+
+    def start(self, **options: Any) -> subprocess.Popen[str]:
+        """The queue worker, which ends when its queue is empty."""
+        return start_php(
+            "laravel_worker.php",
+            **redis_server(self.url),
+            prefix=self.settings[APP + "PREFIX"],
+            queue=self.queue,
+            sqlite=str(self.database),
+            **options,
+        )
+
+    def work(self, **options: Any) -> list[dict[str, Any]]:
+        """Run it, and return what Laravel's events told. Every envelope is checked."""
+        self.database.touch()
+        return self.told(self.start(**options))
+
+    def told(self, process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+        """What a started one told, to its end."""
+        events = finish(process)
+        for event in events:
+            # PHP's arrays make no difference between an empty object and an empty list.
+            envelopes.check(event["payload"]["data"])
+        self.events += events
+        return events
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What the job class stored, by task id."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            connection.row_factory = sqlite3.Row
+            found = connection.execute("SELECT * FROM embedding_results ORDER BY id").fetchall()
+        assert len({row["task_id"] for row in found}) == len(found)
+        return {row["task_id"]: dict(row) for row in found}
+
+    def left(self) -> dict[str, int]:
+        """How many jobs lie in each of Laravel's places."""
+        with self.redis as server:
+            return {
+                "waiting": server.llen(self.key),
+                "notify": server.llen(f"{self.key}:notify"),
+                "reserved": server.zcard(f"{self.key}:reserved"),
+                "delayed": server.zcard(f"{self.key}:delayed"),
+            }
+
+
+EMPTY = {"waiting": 0, "notify": 0, "reserved": 0, "delayed": 0}
+
+
+@pytest.fixture
+def laravel(broker: Broker, tmp_path: Path) -> Laravel:
+    """The app as in the example, on the worker's own broker."""
+    php()
+    if not broker.url.startswith("redis"):
+        pytest.skip("Laravel has no queue on this broker")
+    return Laravel(example_settings(), broker.url, tmp_path / "laravel.sqlite")
+
+
+def test_laravels_own_worker_runs_the_example_job_for_each_end_of_a_task(
+    sides: Sides, broker: Broker, laravel: Laravel
+) -> None:
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    one = send(worker, "one", "red apple")
+    several = send(worker, "encode", ["red", "apple"])
+    text = send(worker, "one", UNICODE, alias="upper")
+    failed = send(worker, "raises_before", UNICODE)
+    expired = worker.client.send_task("no_model", [1], headers={"app": "vodmanager"}, expires=-1)
+    others = worker.client.send_task("no_model", [1])
+    worker.settle([one, several, text, failed, expired, others])
+    sent = [one, several, text, failed, expired]
+    poll(lambda: laravel.left()["waiting"] == len(sent), f"{len(sent)} jobs")
+    assert laravel.left() == EMPTY | {"waiting": len(sent), "notify": len(sent)}
+
+    events = laravel.work()
+    assert [event["event"] for event in events] == ["JobProcessing", "JobProcessed"] * len(sent)
+    assert {event["name"] for event in events} == {r"App\Jobs\EmbeddingReady@handle"}
+    assert {event["attempts"] for event in events} == {1}
+    assert all(event["display_name"] for event in events)
+    assert laravel.left() == EMPTY
+
+    rows = laravel.rows()
+    assert rows.keys() == {result.id for result in sent}
+    assert same_floats(json.loads(rows[one.id]["result"]), one.result)
+    assert same_floats(json.loads(rows[several.id]["result"])["values"], several.result["values"])
+    assert json.loads(rows[text.id]["result"]) == UNICODE.upper()
+    metas = [json.loads(rows[result.id]["meta"]) for result in (one, several, text, failed)]
+    assert metas == [META | {UNICODE: []}] * 4
+    statuses = [rows[result.id]["status"] for result in sent]
+    assert statuses == ["SUCCESS", "SUCCESS", "SUCCESS", "FAILURE", "REVOKED"]
+    assert json.loads(rows[failed.id]["error"])["type"] == "KeyError"
+    assert UNICODE.split()[0] in json.loads(rows[failed.id]["error"])["message"]
+
+
+def test_a_vector_comes_in_base64_and_is_the_tasks_to_the_last_bit(
+    sides: Sides, broker: Broker, laravel: Laravel
+) -> None:
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    result = send(worker, "one", "red apple")
+    worker.settle([result])
+    (event, _) = laravel.work()
+    vector = event["payload"]["data"]["result"]
+    assert (vector["dtype"], vector["shape"]) == ("<f4", [len(result.result)])
+    assert json.loads(laravel.rows()[result.id]["result"]) == result.result
+
+
+def test_laravel_tries_a_job_that_throws_again_and_stores_it_once(
+    sides: Sides, broker: Broker, laravel: Laravel
+) -> None:
+    laravel.settings[APP + "JOB"] = r"App\Jobs\FailsOnce@handle"
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    result = send(worker, "encode", ["red", "apple"])
+    worker.settle([result])
+    events = laravel.work(tries=3)
+    told = [(event["event"], event["attempts"]) for event in events]
+    assert told == [
+        ("JobProcessing", 1),
+        ("JobExceptionOccurred", 1),
+        ("JobProcessing", 2),
+        ("JobProcessed", 2),
+    ]
+    assert len({event["uuid"] for event in events}) == len({event["job_id"] for event in events}) == 1
+    assert laravel.left() == EMPTY
+    stored = json.loads(laravel.rows()[result.id]["result"])
+    assert same_floats(stored["values"], result.result["values"])
+
+
+def test_laravel_fails_a_job_that_never_works(sides: Sides, broker: Broker, laravel: Laravel) -> None:
+    laravel.settings[APP + "JOB"] = r"App\Jobs\AlwaysFails@handle"
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    worker.settle([send(worker, "one", "red apple")])
+    events = laravel.work(tries=2)
+    assert [(event["event"], event["attempts"]) for event in events if event["event"] != "JobProcessing"] == [
+        ("JobExceptionOccurred", 1),
+        ("JobFailed", 2),
+        ("JobExceptionOccurred", 2),
+    ]
+    assert {event["error"] for event in events if event["event"] == "JobFailed"} == {"every try fails"}
+    assert laravel.left() == EMPTY
+    assert laravel.rows() == {}
+
+
+def test_a_duplicate_envelope_has_the_same_uuid_and_is_stored_once(
+    sides: Sides, broker: Broker, laravel: Laravel
+) -> None:
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    results = [
+        worker.client.send_task("one", ["red apple"], headers={"app": "vodmanager"}, task_id=task_id)
+        for task_id in ["the same"] * 2 + ["another"]
+    ]
+    worker.settle(results)
+    poll(lambda: laravel.left()["waiting"] == 3, "three jobs")
+    processed = [event for event in laravel.work() if event["event"] == "JobProcessed"]
+    by_task = {event["payload"]["data"]["id"]: event["uuid"] for event in processed}
+    assert len(processed) == 3
+    assert sorted(event["uuid"] for event in processed) == sorted([by_task["the same"]] * 2 + [by_task["another"]])
+    assert by_task["the same"] != by_task["another"]
+    assert all(uuid.UUID(event["uuid"]).version == 5 for event in processed)
+    assert len({event["job_id"] for event in processed}) == 3
+    assert laravel.rows().keys() == {"the same", "another"}
+
+
+def test_a_laravel_worker_that_blocks_is_woken_by_a_result(sides: Sides, broker: Broker, laravel: Laravel) -> None:
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    laravel.database.touch()
+    process = laravel.start(block_for=int(ANSWER_SECONDS), jobs=1)
+
+    def blocks() -> bool:
+        assert process.poll() is None, process.communicate()
+        with laravel.redis as server:
+            database = redis_server(laravel.url)["database"]
+            return any(one["cmd"] == "blpop" and int(one["db"]) == database for one in server.client_list())
+
+    try:
+        poll(blocks, "Laravel to block")
+        result = send(worker, "one", "red apple")
+        worker.settle([result])
+        events = laravel.told(process)
+    finally:
+        process.kill()
+    assert [event["event"] for event in events] == ["JobProcessing", "JobProcessed"]
+    assert laravel.left() == EMPTY
+    assert laravel.rows().keys() == {result.id}
+
+
+@pytest.mark.parametrize("encoding", ["json", "base64"])
+def test_php_reads_json_with_blpop(sides: Sides, broker: Broker, encoding: str) -> None:
+    php()
+    if not broker.url.startswith("redis"):
+        pytest.skip("BLPOP is for Redis")
+    worker = sides.worker("modelpool", broker=broker, **app_settings(PREFIX="vod_", ENCODING=encoding))
+    results = [send(worker, "encode", ["red", "apple"]), send(worker, "one", UNICODE, alias="upper")]
+    worker.settle(results)
+    read = run_php("blpop.php", **redis_server(broker.url), key="vod_vodmanager.results", count=len(results))
+    by_id = {envelopes.check(one["envelope"])["id"]: one for one in read}
+    vectors, text = (by_id[result.id] for result in results)
+    assert same_floats(vectors["result"]["values"], results[0].result["values"])
+    assert ("base64" in vectors["envelope"]["result"]["values"]) == (encoding == "base64")
+    assert text["result"] == UNICODE.upper()
+    assert text["envelope"]["meta"] == META
+
+
+@pytest.fixture
+def amqp_queue(rabbitmq: Broker) -> Iterator[str]:
+    """A queue of the app's that is gone when the test is."""
+    name = f"{rabbitmq.queue}.vodmanager"
+    yield name
+    with kombu.Connection(rabbitmq.url) as connection:
+        connection.default_channel.queue_delete(name)
+
+
+#: Reads so many messages of the app's queue with php-amqplib.
+Consume = Callable[[int], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def consume(rabbitmq: Broker, amqp_queue: str) -> Consume:
+    php()
+    parts = urlsplit(rabbitmq.url)
+    given = {
+        "host": parts.hostname,
+        "port": parts.port or 5672,
+        "user": parts.username or "guest",
+        "password": parts.password or "guest",
+        "vhost": unquote(parts.path[1:]) or "/",
+        "queue": amqp_queue,
+    }
+    return lambda count: run_php("consume.php", **given, count=count)
+
+
+def test_php_reads_json_from_rabbitmq(sides: Sides, rabbitmq: Broker, amqp_queue: str, consume: Consume) -> None:
+    settings = app_settings(QUEUE=amqp_queue, ENCODING="base64")
+    worker = sides.worker("modelpool", broker=rabbitmq, **settings)
+    results = [send(worker, "encode", ["red", "apple"]), send(worker, "one", UNICODE, alias="upper")]
+    worker.settle(results)
+    read = consume(len(results))
+    for one in read:
+        assert (one["properties"]["delivery_mode"], one["properties"]["content_type"]) == (2, "application/json")
+    by_id = {envelopes.check(one["body"])["id"]: one for one in read}
+    assert same_floats(by_id[results[0].id]["result"]["values"], results[0].result["values"])
+    assert by_id[results[1].id]["result"] == UNICODE.upper()
+    assert json.loads(by_id[results[1].id]["body"])["meta"] == META
+
+
+def test_php_reads_laravels_jobs_from_rabbitmq(
+    sides: Sides, rabbitmq: Broker, amqp_queue: str, consume: Consume
+) -> None:
+    settings = app_settings(QUEUE=amqp_queue, FORMAT="laravel", JOB=r"App\Jobs\EmbeddingReady@handle")
+    worker = sides.worker("modelpool", broker=rabbitmq, **settings)
+    result = send(worker, "encode", ["red", "apple"])
+    worker.settle([result])
+    (read,) = consume(1)
+    job = json.loads(read["body"])
+    assert envelopes.check(job["data"])["id"] == result.id
+    assert (job["job"], job["attempts"]) == (r"App\Jobs\EmbeddingReady@handle", 0)
+    assert uuid.UUID(job["uuid"]).version == 5
+    assert (read["properties"]["delivery_mode"], read["properties"]["content_type"]) == (2, "application/json")
+    assert same_floats(read["result"]["values"], result.result["values"])
+
+
+@dataclass
+class Consumer:
+    """A plain Celery worker of the app's own."""
+
+    worker: Worker
+    file: Path
+
+    def seen(self, count: int) -> list[dict[str, Any]]:
+        """What its task got, once there are so many."""
+        poll(lambda: self.file.exists() and len(self.file.read_text().splitlines()) >= count, f"{count} envelopes")
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+
+def start_consumer(sides: Sides, broker: Broker, folder: Path, queue: str, prefix: str = "") -> Consumer:
+    options = {"global_keyprefix": prefix} if prefix else {}
+    environment = {"CONSUMER_FILE": str(folder / "seen"), "PROJECT_TRANSPORT_OPTIONS": json.dumps(options)}
+    own = replace(broker, queue=queue, transport_options=options, environment=environment)
+    return Consumer(sides.start("consumer", broker=own), folder / "seen")
+
+
+def routed_to_celery(sides: Sides, broker: Broker, consumer: Consumer, **settings: str) -> None:
+    """Three ends of tasks arrive at the app's own Celery task."""
+    settings = app_settings(FORMAT="celery", JOB="vodmanager.embedding_ready", **settings)
+    worker = sides.worker("modelpool", broker=broker, **settings)
+    results = [
+        send(worker, "encode", ["red", "apple"]),
+        send(worker, "one", UNICODE, alias="upper"),
+        send(worker, "raises_before", "apple"),
+    ]
+    worker.settle(results)
+    seen = consumer.seen(len(results))
+    by_id = {envelopes.check(one["envelope"])["id"]: one for one in seen}
+    assert by_id.keys() == {result.id for result in results}
+    assert by_id[results[0].id]["envelope"]["result"] == results[0].result
+    assert by_id[results[1].id]["envelope"]["result"] == UNICODE.upper()
+    assert by_id[results[1].id]["envelope"]["meta"] == META
+    assert by_id[results[2].id]["envelope"]["error"]["type"] == "KeyError"
+    assert all(one["id"] and one["retries"] == 0 for one in seen)
+
+
+@pytest.mark.parametrize("prefix", ["", "vod_"])
+def test_a_plain_celery_worker_runs_its_task_with_the_envelope(
+    sides: Sides, broker: Broker, tmp_path: Path, prefix: str
+) -> None:
+    if not broker.url.startswith("redis"):
+        pytest.skip("prefixes are for Redis")
+    consumer = start_consumer(sides, broker, tmp_path, "vodmanager.results", prefix)
+    routed_to_celery(sides, broker, consumer, PREFIX=prefix)
+
+
+def test_a_plain_celery_worker_on_rabbitmq_runs_its_task_with_the_envelope(
+    sides: Sides, rabbitmq: Broker, amqp_queue: str, tmp_path: Path
+) -> None:
+    consumer = start_consumer(sides, rabbitmq, tmp_path, amqp_queue)
+    routed_to_celery(sides, rabbitmq, consumer, QUEUE=amqp_queue)
