@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 @click.group(name="legit", help="Look into legit_worker's workers.")
@@ -41,6 +42,28 @@ def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
         ctx.exit(1)
 
 
+@legit.command(cls=CeleryCommand)
+@click.option("--model", "alias", required=True, help="The alias of a model of kind embed.")
+@click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's vectors with this file's.")
+@click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, by no worker.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Your own texts for it, one per line.")
+@click.option("--min-cosine", type=float, default=0.9999, show_default=True, help="The least that agrees.")
+@click.option("--max-difference", type=float, default=1e-3, show_default=True, help="Of any number, and of the length.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds to wait for the next answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
+@handle_preload_options
+def validate(ctx: click.Context, **options: Any) -> None:
+    """Compare a worker's vectors, by every result format, with those of SentenceTransformer.encode.
+
+    Starts a worker of its own for that, on a queue of its own. Exit code 1 where they differ, 2 where they could not be
+    compared.
+    """
+    from legit_worker.validation.command import main
+
+    ctx.exit(main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options))
+
+
 @legit.group()
 def results() -> None:
     """Dead letters: routed results that an app's queue did not take."""
@@ -58,7 +81,9 @@ def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    table = Table("task id", "task", "status", "attempt", "finished at") if app else Table("app", "dead letters")
+    # Ids are to be copied: they are never cut.
+    ids = Column("task id", no_wrap=True)
+    table = Table(ids, "task", "status", "attempt", "finished at") if app else Table("app", "dead letters")
     for row in found if app else found.items():
         cells = [row[key] for key in ("id", "task", "status", "attempt", "finished_at")] if app else row
         table.add_row(*map(str, cells))

@@ -26,7 +26,8 @@ ALLOWED = {
     "tasks": {"errors", "models", "settings"},
     "install": {"errors", "pool", "routing", "settings", "tasks"},
     "celery": {"install", "settings", "tasks"},
-    "cli": {"errors", "routing", "settings"},
+    "validation": {"errors", "routing", "settings"},
+    "cli": {"errors", "routing", "settings", "validation"},
     "testing": {"errors", "models", "settings"},
     "__init__": {"install", "models", "pool"},
 }

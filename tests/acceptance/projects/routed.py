@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from celery import current_task
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore
 from project import app
 
 import legit_worker
@@ -95,12 +95,6 @@ def replaced(self: Any, number: int) -> Any:
 def ignored() -> None:
     """Has no end that Celery would keep."""
     raise Ignore
-
-
-@app.task(name="rejected")
-def rejected() -> None:
-    """Is no one's."""
-    raise Reject("not this one", requeue=False)
 
 
 @app.task(name="children")

@@ -1,0 +1,1 @@
+"""`celery legit validate`: whether a worker's vectors are those of `SentenceTransformer.encode`, by every format."""

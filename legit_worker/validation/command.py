@@ -1,0 +1,190 @@
+"""`celery legit validate`, as its user sees it.
+
+In: the options. Out: a table and the rows that are wrong, or JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from celery import Celery
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from legit_worker import settings
+from legit_worker.errors import SettingsError
+from legit_worker.settings import ModelSettings
+from legit_worker.validation import golden, reference
+from legit_worker.validation.comparison import Comparison, Finding, Tolerance
+from legit_worker.validation.reference import Reference, ValidationError
+from legit_worker.validation.run import Outcome, validate
+
+#: Wrong rows that are listed for each path. JSON has them all.
+MAX_LISTED = 20
+
+#: Characters of a text that a row shows.
+SHOWN = 48
+
+
+def main(
+    app: Celery,
+    project: str,
+    *,
+    alias: str,
+    against: Path | None,
+    target: Path | None,
+    texts: Path | None,
+    min_cosine: float,
+    max_difference: float,
+    timeout: float,
+    as_json: bool,
+) -> int:
+    """The exit code: 0 for agreement or a file made, 1 for a difference, 2 for what can't be compared."""
+    if (against is None) == (target is None) or (texts and not target):
+        raise click.UsageError("give either --against FILE, or --make-reference FILE, which --texts FILE belongs to")
+    alias = alias.lower()
+    try:
+        if target:
+            make_reference(alias, target, texts)
+            return 0
+        assert against
+        tolerance = Tolerance(min_cosine=min_cosine, max_difference=max_difference)
+        return 0 if compare_with(app, project, alias, against, tolerance, timeout, as_json=as_json) else 1
+    except ValidationError as error:
+        click.echo(f"Error: {error}", err=True)
+        return 2
+
+
+def model_settings(alias: str) -> ModelSettings:
+    """Of a model that embeds texts. Raises `ValidationError`."""
+    try:
+        models = settings.load(enabled_by_default=True).models
+    except SettingsError as error:
+        raise ValidationError(str(error)) from None
+    if alias not in models:
+        known = ", ".join(sorted(models)) or "none"
+        raise ValidationError(f"no model is called {alias!r}; configured: {known}. Set {_variable(alias)}")
+    if models[alias].kind != "embed":
+        raise ValidationError(
+            f"model {alias!r} is of kind {models[alias].kind!r}, and only kind 'embed' can be compared"
+        )
+    return models[alias]
+
+
+def make_reference(alias: str, path: Path, texts: Path | None) -> None:
+    """Write the file."""
+    model = model_settings(alias)
+    chosen = reference.read_texts(texts) if texts else golden.texts()
+    reference.write(path, reference.make(chosen, model), model)
+    click.echo(f"{path}: {len(chosen)} texts and their vectors by SentenceTransformer.encode, one by one, on the CPU")
+
+
+def compare_with(
+    app: Celery, project: str, alias: str, path: Path, tolerance: Tolerance, patience: float, *, as_json: bool
+) -> bool:
+    """Whether all agree; prints how well."""
+    model = model_settings(alias)
+    known = reference.read(path)
+    notes = reference.differences(known, model)
+    outcome = validate(app, project, alias, known, tolerance, patience)
+    if as_json:
+        click.echo(json.dumps(_as_json(alias, known, tolerance, notes, outcome)))
+    else:
+        _print(alias, known, tolerance, notes, outcome)
+    return outcome.agrees
+
+
+def _variable(alias: str) -> str:
+    return f"LEGIT_WORKER_MODELS__{alias.upper()}__PATH"
+
+
+def _as_json(alias: str, known: Reference, tolerance: Tolerance, notes: list[str], outcome: Outcome) -> dict[str, Any]:
+    paths = {path: asdict(comparison) for path, comparison in outcome.comparisons.items()}
+    for figures in paths.values():
+        for finding in figures["findings"]:
+            finding["text"] = _start(known.texts[finding["row"] - 1])
+    return {
+        "model": alias,
+        "agrees": outcome.agrees,
+        "tolerance": asdict(tolerance),
+        "notes": notes,
+        "skipped": outcome.skipped,
+        "batches": outcome.batches,
+        "items": outcome.items,
+        "paths": paths,
+    }
+
+
+def _print(alias: str, known: Reference, tolerance: Tolerance, notes: list[str], outcome: Outcome) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_table(alias, known, outcome))
+    for note in notes:
+        console.print(f"note: {escape(note)}")
+    for path, reason in outcome.skipped.items():
+        console.print(f"{path}: skipped, {reason}")
+    for path, comparison in outcome.comparisons.items():
+        for line in _listed(path, comparison, known):
+            console.print(escape(line))
+    console.print(_verdict(tolerance, outcome))
+
+
+def _table(alias: str, known: Reference, outcome: Outcome) -> Table:
+    title = f"{alias}: {len(known.texts)} texts by {len(outcome.comparisons)} paths"
+    if outcome.batches:
+        title += f", {outcome.items} items in {outcome.batches} batches"
+    table = Table(title=title)
+    for heading in (
+        "path",
+        "rows",
+        "worst cosine",
+        "mean cosine",
+        "most off",
+        "length off",
+        "order",
+        "wrong",
+    ):
+        table.add_column(heading, justify="left" if heading == "path" else "right")
+    for path, comparison in outcome.comparisons.items():
+        table.add_row(path, *_cells(comparison))
+    return table
+
+
+def _cells(comparison: Comparison) -> Iterator[str]:
+    yield f"{comparison.compared} of {comparison.rows}"
+    for cosine in (comparison.worst_cosine, comparison.mean_cosine):
+        yield "" if cosine is None else f"{cosine:.6f}"
+    for difference in (comparison.max_difference, comparison.max_norm_difference):
+        yield "" if difference is None else f"{difference:.1e}"
+    yield "right" if comparison.in_order else "wrong"
+    yield str(len(comparison.findings))
+
+
+def _listed(path: str, comparison: Comparison, known: Reference) -> Iterator[str]:
+    for finding in comparison.findings[:MAX_LISTED]:
+        yield f"{path}, row {finding.row}, {_start(known.texts[finding.row - 1])!r}: {_described(finding)}"
+    if len(comparison.findings) > MAX_LISTED:
+        yield f"{path}: and {len(comparison.findings) - MAX_LISTED} more, which --json shows"
+
+
+def _described(finding: Finding) -> str:
+    if finding.cosine is None:
+        return finding.problem
+    return f"{finding.problem} (cosine {finding.cosine:.6f}, largest difference {finding.difference:.2e})"
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def _verdict(tolerance: Tolerance, outcome: Outcome) -> str:
+    within = f"cosine at least {tolerance.min_cosine:g}, differences at most {tolerance.max_difference:g}"
+    if outcome.agrees:
+        return f"All agree with the reference: {within}."
+    wrong = sum(len(comparison.findings) for comparison in outcome.comparisons.values())
+    return f"{wrong} rows differ from the reference, or are missing: {within}."

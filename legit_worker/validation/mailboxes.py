@@ -1,0 +1,81 @@
+"""The private queues of one comparison: the one that its tasks wait in, and one per format for its results.
+
+In: the project's app. Out: what each format's consumer would find, and nothing left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from celery import Celery
+from kombu import Queue
+
+from legit_worker.routing.lanes import dead_queue
+from legit_worker.routing.wires import connect, is_redis
+from legit_worker.validation.paths import ROUTES, Route
+
+
+class Mailboxes:
+    """A context. Owns one connection to the broker; used by one thread."""
+
+    def __init__(self, app: Celery, run: str) -> None:
+        self._app = app
+        self._run = run
+        # As the worker's routing has it, without the prefix that the project's own queues have.
+        self._connection = connect(app, None)
+        self._is_redis = is_redis(self._connection)
+
+    @property
+    def tasks(self) -> str:
+        """The queue that tasks wait in."""
+        return f"{self._run}.tasks"
+
+    def __enter__(self) -> Mailboxes:
+        self._channel = self._connection.channel()
+        if not self._is_redis:
+            for route in ROUTES:
+                self._queue(route.queue(self._run)).queue_declare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._delete_results()
+        self._connection.release()
+        with suppress(Exception), self._app.connection_for_write() as connection:
+            queue = self._app.amqp.queues[self.tasks](connection.default_channel)
+            queue.declare()  # kombu deletes on Redis only what this process has declared
+            queue.delete()
+            queue.exchange.delete()
+
+    def read(self) -> Iterator[tuple[Route, Any]]:
+        """What has come since the last time: bytes, or what kombu decoded of them."""
+        for route in ROUTES:
+            while (content := self._next(route)) is not None:
+                yield route, content
+
+    def _next(self, route: Route) -> Any:
+        """Redis lists as phpredis and `redis-cli` read them; the rest by kombu, as Celery does."""
+        queue = route.queue(self._run)
+        if self._is_redis and route.format == "laravel":
+            return self._channel.client.lpop(f"queues:{queue}")
+        if self._is_redis and route.format == "json":
+            return self._channel.client.lpop(queue)
+        message = self._queue(queue).get(no_ack=True, accept=["json"])
+        if message is None:
+            return None
+        return message.payload if route.format == "celery" else message.body
+
+    def _queue(self, name: str) -> Any:
+        return Queue(name, channel=self._channel, durable=True)
+
+    def _delete_results(self) -> None:
+        names = [name for route in ROUTES for name in (route.queue(self._run), dead_queue(route.app))]
+        if self._is_redis:
+            laravel = [f"queues:{name}{end}" for name in names for end in ("", ":notify")]
+            with suppress(Exception):
+                self._channel.client.delete(*names, *laravel)
+            return
+        for name in names:
+            with suppress(Exception):
+                self._queue(name).delete()

@@ -1,0 +1,112 @@
+"""The ways that a vector takes from a worker to an app. Pure.
+
+In: what an app's queue gave, as its format's own consumer has it. Out: whose answer it is, and the vector, or why
+there is none.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from legit_worker.validation.comparison import Answer, Failed
+
+#: The way without an app: Celery's own result.
+STOCK = "result backend"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One way to an app's queue."""
+
+    #: What the table calls it.
+    name: str
+    format: Literal["json", "celery", "laravel"]
+    encoding: Literal["json", "base64"] = "json"
+    #: What would handle the results on the other side.
+    job: str = ""
+
+    @property
+    def app(self) -> str:
+        """The app's name. Part of variables' names, so it has neither dashes nor two underscores in a row."""
+        return f"legit_validate_{self.format}_{self.encoding}"
+
+    def queue(self, run: str) -> str:
+        """The app's queue in this run."""
+        return f"{run}.{self.format}.{self.encoding}"
+
+    def variables(self, run: str) -> dict[str, str]:
+        """What has a worker route the app's results."""
+        chosen = {
+            "RESULT_ROUTING": "on",
+            "QUEUE": self.queue(run),
+            "FORMAT": self.format,
+            "ENCODING": self.encoding,
+            "JOB": self.job,
+        }
+        return {f"LEGIT_WORKER_APPS__{self.app.upper()}__{name}": value for name, value in chosen.items()}
+
+
+ROUTES = (
+    Route(name="json", format="json"),
+    Route(name="json, base64", format="json", encoding="base64"),
+    Route(name="celery", format="celery", job="legit_validate.take"),
+    Route(name="laravel", format="laravel", job="App\\Jobs\\LegitValidate@handle"),
+)
+
+
+def opened(route: Route, content: Any) -> tuple[str, Answer]:
+    """The task's id and its answer. `content`: bytes, or what kombu decoded. Raises `ValueError` without an id."""
+    value = json.loads(content) if isinstance(content, bytes | str) else content
+    envelope = _UNWRAP[route.format](route, value)
+    if not isinstance(envelope, Mapping) or not isinstance(envelope.get("id"), str):
+        raise ValueError(f"no envelope with an id in {str(value)[:200]}")
+    return envelope["id"], _answer(route, envelope)
+
+
+def _json(_: Route, value: Any) -> Any:
+    return value
+
+
+def _celery(_: Route, value: Any) -> Any:
+    """A task's message: its arguments, its keyword arguments, and what to do afterwards."""
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], list) or len(value[0]) != 1:
+        raise ValueError(f"not a Celery task with one argument: {str(value)[:200]}")
+    return value[0][0]
+
+
+def _laravel(route: Route, value: Any) -> Any:
+    if not isinstance(value, dict) or value.get("job") != route.job:
+        raise ValueError(f"not a Laravel job {route.job}: {str(value)[:200]}")
+    return value.get("data")
+
+
+_UNWRAP = {"json": _json, "celery": _celery, "laravel": _laravel}
+
+
+def _answer(route: Route, envelope: Mapping[str, Any]) -> Answer:
+    if envelope.get("v") != 1 or envelope.get("app") != route.app:
+        return Failed(f"envelope of version {envelope.get('v')} for app {envelope.get('app')}")
+    if envelope.get("status") != "SUCCESS":
+        error = envelope.get("error") or {}
+        return Failed(f"{envelope.get('status')}: {error.get('type')}: {error.get('message')}")
+    result = envelope.get("result")
+    if isinstance(result, dict) != (route.encoding == "base64"):
+        return Failed(f"the result is {type(result).__name__}, with encoding {route.encoding}")
+    return _unpacked(result) if isinstance(result, dict) else result
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Answer:
+    """An array of little-endian float32."""
+    try:
+        if packed["dtype"] != "<f4":
+            return Failed(f"dtype {packed['dtype']!r}, and not '<f4'")
+        return np.frombuffer(base64.b64decode(packed["base64"], validate=True), "<f4").reshape(packed["shape"])
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        return Failed(f"the base64 can't be read: {type(error).__name__}: {error}")

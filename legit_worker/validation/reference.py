@@ -1,0 +1,134 @@
+"""The file of texts and their right vectors.
+
+In: texts, and a model's settings; or a file. Out: a file of JSON lines: a first one that says where the vectors are
+from, then `{"text": …, "vector": […]}` for each text; or what such a file holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from legit_worker.errors import LegitWorkerError
+from legit_worker.settings import ModelSettings
+
+#: The packages that compute vectors.
+PACKAGES = ("sentence-transformers", "transformers", "torch")
+
+
+class ValidationError(LegitWorkerError):
+    """The comparison can't be made, as it was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a file holds."""
+
+    texts: list[str]
+    vectors: list[list[float]]
+    #: What its first line says of their origin; empty where there is no such line.
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make(texts: Iterable[str], model: ModelSettings) -> Iterator[tuple[str, list[float]]]:
+    """Each text with the vector that `SentenceTransformer.encode` gives it, alone, on the CPU, without any worker."""
+    from sentence_transformers import SentenceTransformer
+
+    options = {"dtype": model.dtype} if model.dtype else None
+    try:
+        encoder = SentenceTransformer(model.path, device="cpu", revision=model.revision, model_kwargs=options)
+    except Exception as error:
+        raise ValidationError(f"the model at {model.path} can't be loaded: {error}") from error
+    for text in texts:
+        yield text, encoder.encode(text, show_progress_bar=False).tolist()
+
+
+def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSettings) -> None:
+    """The file at once. Raises `ValidationError`."""
+    lines = [origin(model), *({"text": text, "vector": vector} for text, vector in rows)]
+    try:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise ValidationError(f"{path} can't be written: {error.strerror}") from None
+
+
+def origin(model: ModelSettings) -> dict[str, Any]:
+    """What made the vectors: the model, and the packages' versions."""
+    made_with = {package: version(package) for package in PACKAGES}
+    return {"model": model.path, "revision": model.revision, "dtype": model.dtype, "made_with": made_with}
+
+
+def read(path: Path) -> Reference:
+    """Raises `ValidationError`, with the line's number, where it is not such a file."""
+    lines = [(number, line) for number, line in enumerate(_lines(path), start=1) if line.strip()]
+    objects = [(number, _parsed(path, number, line)) for number, line in lines]
+    described = objects and "text" not in objects[0][1] and "model" in objects[0][1]
+    rows = [_row(path, number, value) for number, value in objects[1 if described else 0 :]]
+    if not rows:
+        raise ValidationError(f"{path} holds no text: make it anew with --make-reference")
+    lengths = sorted({len(vector) for _, vector in rows})
+    if len(lengths) > 1:
+        raise ValidationError(f"the vectors in {path} are of {len(lengths)} lengths, {lengths[0]} and {lengths[1]}")
+    return Reference(
+        texts=[text for text, _ in rows],
+        vectors=[vector for _, vector in rows],
+        origin=objects[0][1] if described else {},
+    )
+
+
+def differences(reference: Reference, model: ModelSettings) -> list[str]:
+    """One sentence for each thing that is not as it was when the reference was made."""
+    if not reference.origin:
+        return []
+    now, then = origin(model), reference.origin
+    sentences = [
+        f"the reference is of {name} {then.get(name)!r}, and the settings name {now[name]!r}"
+        for name in ("model", "revision", "dtype")
+        if then.get(name) != now[name]
+    ]
+    made_with = then.get("made_with") or {}
+    return sentences + [
+        f"the reference was made with {package} {made_with.get(package)}, and {installed} is installed"
+        for package, installed in now["made_with"].items()
+        if made_with.get(package) != installed
+    ]
+
+
+def read_texts(path: Path) -> list[str]:
+    """A user's own texts, one per line. Raises `ValidationError`."""
+    texts = [line for line in _lines(path) if line.strip()]
+    if not texts:
+        raise ValidationError(f"{path} holds no text: write one on each line")
+    return texts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Not by `splitlines`: a text may hold other line breaks, and JSON escapes only this one.
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValidationError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValidationError(f"line {number} of {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
+    return value
+
+
+def _row(path: Path, number: int, value: Mapping[str, Any]) -> tuple[str, list[float]]:
+    text, vector = value.get("text"), value.get("vector")
+    if not isinstance(text, str) or not isinstance(vector, list) or not vector:
+        raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
+    if not all(isinstance(part, int | float) and math.isfinite(part) for part in vector):
+        raise ValidationError(f"line {number} of {path} has a vector that holds something other than finite numbers")
+    return text, vector
