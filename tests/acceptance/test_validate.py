@@ -1,64 +1,79 @@
-"""`celery legit validate`, as an operator uses it."""
+"""`celery legit validate` through the real command: agreement is 0, a difference is 1, and it leaves nothing behind."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import START_SECONDS, Broker, celery_command, project_environment
+import redis
+from harness import ANSWER_SECONDS, Broker, celery_command, project_environment
+
+#: A worker starts, loads a model, and embeds the golden texts by five paths.
+SECONDS = 3 * ANSWER_SECONDS
 
 
-class Operator:
-    """Types commands in one folder."""
-
-    def __init__(self, broker: Broker, model: Path, folder: Path) -> None:
-        self.file = folder / "reference.jsonl"
-        self._folder = folder
-        settings = {"LEGIT_WORKER_MODELS__TINY__PATH": str(model), "LEGIT_WORKER_DEVICE": "cpu", "COLUMNS": "160"}
-        self._environment = project_environment(broker, settings)
-
-    def validate(self, *options: str, model: str = "tiny") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            celery_command("legit_worker", "legit", "validate", f"--model={model}", *options),
-            env=self._environment,
-            cwd=self._folder,
-            capture_output=True,
-            text=True,
-            timeout=4 * START_SECONDS,
-            check=False,
-        )
-
-
-@pytest.fixture
-def operator(broker: Broker, tiny_paths: dict[str, Path], tmp_path: Path) -> Operator:
-    return Operator(broker, tiny_paths["embed"], tmp_path)
-
-
-def test_all_paths_agree_with_encode_until_the_reference_is_tampered_with(operator: Operator) -> None:
-    made = operator.validate(f"--make-reference={operator.file}")
+@pytest.fixture(scope="module")
+def reference(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, servers: Any) -> Path:
+    """A file made by the command."""
+    path = tmp_path_factory.mktemp("validate") / "reference.jsonl"
+    made = validate(servers.fresh(), tiny_paths, "--make-reference", str(path))
     assert made.returncode == 0, made.stderr
-    agreed = operator.validate(f"--against={operator.file}", "--json")
-    assert agreed.returncode == 0, agreed.stdout + agreed.stderr
-    report = json.loads(agreed.stdout)
-    assert set(report["paths"]) == {"result backend", "json", "json, base64", "celery", "laravel"}
-    assert all(path["compared"] == path["rows"] > 0 and path["in_order"] for path in report["paths"].values())
-    assert report["batches"] < report["items"]
-
-    lines = operator.file.read_text().splitlines()
-    row = json.loads(lines[7])
-    lines[7] = json.dumps(row | {"vector": [-number for number in row["vector"]]})
-    operator.file.write_text("\n".join(lines))
-    differed = operator.validate(f"--against={operator.file}")
-    assert differed.returncode == 1, differed.stdout + differed.stderr
-    for path in report["paths"]:
-        assert f"{path}, row 7, " in differed.stdout
+    return path
 
 
-def test_wrong_use_is_one_sentence_and_exit_code_2(operator: Operator) -> None:
-    missing = operator.validate(f"--against={operator.file}")
-    unknown = operator.validate(f"--make-reference={operator.file}", model="nobody")
-    assert (missing.returncode, unknown.returncode, operator.validate().returncode) == (2, 2, 2)
-    assert "can't be read" in missing.stderr
-    assert "no model is called 'nobody'; configured: tiny" in unknown.stderr
+def validate(broker: Broker, tiny_paths: dict[str, Path], *options: str) -> subprocess.CompletedProcess[str]:
+    settings = {"LEGIT_WORKER_MODELS__TINY__PATH": str(tiny_paths["embed"])}
+    return subprocess.run(
+        celery_command("legit_worker", "legit", "validate", "--model", "tiny", *options),
+        env=project_environment(broker, settings),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def test_all_formats_agree_and_nothing_is_left(broker: Broker, tiny_paths: dict[str, Path], reference: Path) -> None:
+    done = validate(broker, tiny_paths, "--against", str(reference), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["agrees"]
+    assert len(report["paths"]) == 5
+    assert all(path["compared"] == path["rows"] >= 80 and path["in_order"] for path in report["paths"].values())
+    if broker.url.startswith("redis"):
+        with redis.Redis.from_url(broker.url) as client:
+            assert [key for key in client.scan_iter() if not key.startswith(b"_kombu")] == []
+
+
+def test_a_row_that_was_changed_is_named(
+    broker: Broker, tiny_paths: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    lines = reference.read_text().splitlines()
+    place, row = next(
+        (place, json.loads(line)) for place, line in enumerate(lines) if len(json.loads(line).get("text", "")) > 40
+    )
+    row["vector"] = [-number for number in row["vector"]]
+    tampered = tmp_path / "tampered.jsonl"
+    tampered.write_text("\n".join([*lines[:place], json.dumps(row), *lines[place + 1 :]]) + "\n")
+    done = validate(broker, tiny_paths, "--against", str(tampered))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert row["text"][:20] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--against", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--model", "other", "--against", "x"), "tiny"),
+        ((), "--against"),
+    ],
+)
+def test_wrong_use_is_two_and_says_why(
+    broker: Broker, tiny_paths: dict[str, Path], options: tuple[str, ...], word: str
+) -> None:
+    done = validate(broker, tiny_paths, *options)
+    assert done.returncode == 2
+    assert word in done.stderr
