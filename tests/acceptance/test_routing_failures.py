@@ -391,7 +391,7 @@ def results_command(broker: Broker, *arguments: str, **more: str) -> subprocess.
     """`celery legit results …`, as an operator types it."""
     return subprocess.run(
         celery_command("routed", "legit", "results", *arguments),
-        env=project_environment(broker, settings(broker, **more)),
+        env=project_environment(broker, settings(broker, **more)) | {"COLUMNS": "200"},
         capture_output=True,
         text=True,
         timeout=60,
