@@ -48,7 +48,7 @@ class RoutingBackend:
 
     def __new__(cls, app: Celery, url: str | None = None, **options: Any) -> Any:
         wrapped, inner = by_url(url, app.loader)
-        return routing(wrapped)(app=app, url=inner, **options)
+        return (routing(wrapped) if _any_app_routes() else wrapped)(app=app, url=inner, **options)
 
 
 def route_results(app: Celery) -> None:
@@ -56,11 +56,16 @@ def route_results(app: Celery) -> None:
 
     def get_backend() -> Any:
         wrapped, url = by_url(app.backend_cls or app.conf.result_backend, app.loader)
-        routes = any(chosen.result_routing for chosen in settings.load(enabled_by_default=True).apps.values())
-        return (routing(wrapped) if routes and wrapped is not RoutingBackend else wrapped)(app=app, url=url)
+        is_bare = wrapped is not RoutingBackend
+        return (routing(wrapped) if is_bare and _any_app_routes() else wrapped)(app=app, url=url)
 
     # The only place in Celery that every spelling of the setting passes, whenever the project spells it.
     app._get_backend = get_backend
+
+
+def _any_app_routes() -> bool:
+    """Where none does, the backend is the stock one itself: not even a traceback shows a frame of this module."""
+    return any(chosen.result_routing for chosen in settings.load(enabled_by_default=True).apps.values())
 
 
 @functools.cache
