@@ -24,6 +24,7 @@ import kombu
 import pytest
 import tiny_models
 from harness import Broker, StartWorker, Worker
+from ownserver import Server
 
 #: The word in `setup.cfg` that stands for a Valkey the tests start themselves.
 EMBEDDED = "embedded"
@@ -193,6 +194,18 @@ def rabbitmq(servers: Servers) -> Broker:
     assert url
     find_server(url)
     return servers.fresh(broker_url=url)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A Valkey that no other test uses."""
+    one = Server(tmp_path / "own")
+    one.start()
+    yield one
+    with contextlib.suppress(Exception):
+        one.thaw()
+    with contextlib.suppress(Exception):
+        one.stop()
 
 
 @pytest.fixture

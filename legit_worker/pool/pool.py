@@ -22,6 +22,7 @@ from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
 from legit_worker.apps import identify
+from legit_worker.broker.redis import reserve_messages
 from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
@@ -59,6 +60,8 @@ class ModelPool(SoloPool):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings.load(enabled_by_default=True)
+        # The consumer, which connects, is made after the pool.
+        reserve_messages(self.app)
         self.limit = window(self._settings)
         self.on_apply = self._apply
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.

