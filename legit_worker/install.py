@@ -15,12 +15,17 @@ from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
 from legit_worker.errors import SettingsError
+from legit_worker.prep.guard import forbid_cuda
 
 logger = logging.getLogger(__name__)
 
 
 def install(app: Celery) -> Celery:
-    """Have the app's workers run ModelPool where `LEGIT_WORKER_ENABLED` is set; otherwise change nothing."""
+    """Have the app's workers run ModelPool where `LEGIT_WORKER_ENABLED` is set; otherwise change nothing.
+
+    With `LEGIT_WORKER_ROLE=prep` they keep their pool and get the prep tasks, and this process and its children can't
+    start CUDA any more. Call it before anything else imports torch.
+    """
     if settings.is_enabled():
         enable(app)
     return app
@@ -30,6 +35,8 @@ def enable(app: Celery) -> None:
     """What `install` does once it is enabled."""
     from legit_worker.routing.backend import route_results
 
+    if settings.is_prep():
+        forbid_cuda()
     app.steps["worker"].add(ModelPoolStep)
     route_results(app)
     if app.configured:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -67,6 +68,7 @@ Name = tuple[str, ...]
 
 CONFIG: Name = ("config",)
 ENABLED: Name = ("enabled",)
+ROLE: Name = ("role",)
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,14 @@ class Settings(BaseSettings):
     max_batch_seconds: float = Field(default=0.5, gt=0)
     #: Helper processes that prepare input beside the worker.
     prep_processes: int = Field(default=0, ge=0)
+    #: Seconds that a helper may take over one input.
+    prep_seconds: float = Field(default=30.0, gt=0)
+    #: Folders that images may be read from by their path; none by default.
+    prep_roots: Annotated[tuple[Path, ...], BeforeValidator(_listed)] = ()
+    #: Hosts that images may be fetched from; none by default.
+    prep_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    #: Private networks, as `10.0.0.0/8`, that those hosts may be in.
+    prep_private: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     #: By built-in task and then alias: what each of the caller's arguments is called by the built-in, None to drop it.
     tasks: Annotated[dict[BuiltInTask, TaskAliases], AfterValidator(_aliased_once)] = Field(default_factory=dict)
     #: By app, in lower case.
@@ -403,26 +413,36 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
 
 
 def is_enabled(environ: Mapping[str, str] | None = None, *, default: bool = False) -> bool:
-    """Whether the worker's pool is to be swapped. Never raises.
+    """Whether the worker is to be ours: as `LEGIT_WORKER_ENABLED` says, else where it is a prep worker. Never raises.
 
     A value that can't be understood counts as yes: then the worker stops at its start, with `load`'s message.
     """
-    given = _variables(os.environ if environ is None else environ)
-    try:
-        choice = given[ENABLED].text if ENABLED in given else _read_file(given).get("enabled", default)
-    except (OSError, ValueError):
-        return default
+    choice = _peek(ENABLED, environ)
+    if choice is None:
+        return default or is_prep(environ)
     try:
         return TypeAdapter(bool).validate_python(choice)
     except ValidationError:
         return True
 
 
+def is_prep(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process's worker is to prepare input without ever touching CUDA. Never raises."""
+    return bool(_peek(ROLE, environ) == "prep")
+
+
+def _peek(name: Name, environ: Mapping[str, str] | None) -> Any:
+    """One setting as it was written, None where it was not, and the others unread."""
+    given = _variables(os.environ if environ is None else environ)
+    with suppress(OSError, ValueError):
+        return given[name].text if name in given else _read_file(given).get(name[0])
+    return None
+
+
 def not_yet_in_effect(settings: Settings) -> list[str]:
     """One sentence per setting that was changed and that this release does nothing with."""
     names = [
-        *_changed(settings, ("role", "vram_headroom", "vram_limit", "prep_processes", "metrics_port")),
-        *(("tasks", task) for task in ("prep_text", "prep_image") if settings.tasks.get(task)),
+        *_changed(settings, ("vram_headroom", "vram_limit", "metrics_port")),
     ]
     for alias, model in settings.models.items():
         names += _changed(model, ("keep_alive",), "models", alias)

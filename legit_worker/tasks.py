@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-import io
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,9 +16,13 @@ from typing import Any
 
 from celery import Celery
 
+from legit_worker import settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.handle import Handle
 from legit_worker.models.protocol import ImageFile
+from legit_worker.prep import processes, sources
+from legit_worker.prep.images import MAX_BYTES, open_image, pixels, resize_of, shrink
+from legit_worker.prep.texts import PreparedText, tokenizer_of
 from legit_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,26 +34,23 @@ MAX_ITEMS = 2048
 #: with what a client sends.
 MAX_CHARACTERS = 1_000_000
 
-#: Bytes in one encoded image, before base64.
-MAX_IMAGE_BYTES = 32 * 2**20
-
-#: Pixels in one image: a large camera's. A file of half a megabyte can claim a hundred times as many.
-MAX_IMAGE_PIXELS = 64_000_000
-
 
 def embed_text(text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True) -> Any:
-    """Embed a text, or a list of texts.
+    """Embed a text, what `prep_text` made of one, or a list of these.
 
     `model=None` is the one configured model of kind `embed`; `normalize=None` leaves the length to the model;
     `truncate=False` refuses a text that the model would cut. Returns floats, `[dim]` or `[n, dim]`. Raises
     `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
     """
+    if isinstance(text, list) and text and all(map(_is_chunks, text)):
+        rows = iter(embed_text([piece for pieces in text for piece in pieces], model, normalize, truncate))
+        return [[next(rows) for _ in pieces] for pieces in text]
     handle = Handle(model, "embed")
-    texts = _items(text, "text", _check_text)
+    texts = _items(text, "text", _check_prepared)
     if not truncate:
         for index, item in enumerate(texts):
             _at(index, text, handle.check_length, item)
-    return _plain(handle.encode(text, **_normalizing(normalize)))
+    return _plain(handle.encode(texts if isinstance(text, list) else texts[0], **_normalizing(normalize)))
 
 
 def embed_image(image: Any, model: str | None = None, normalize: bool | None = None) -> Any:
@@ -84,7 +84,69 @@ def rerank(
     return [{"index": index, "score": score} for index, score in best]
 
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"embed_text": embed_text, "embed_image": embed_image, "rerank": rerank}
+def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = None, overlap: int = 0) -> Any:
+    """Tokenize a text, or each of a list, for `embed_text`, which gives the vector that it gives for the text itself.
+
+    `chunk_tokens` splits each text into a list of pieces of at most so many tokens, special ones included, each
+    beginning with the last `overlap` tokens of the one before. Never touches a device, and never loads the model.
+    Where the model's tokenizer can't be read without it, the text comes back as it is. Raises `InvalidInputError`,
+    `UnknownModelError`.
+    """
+    spec = Handle(model, "embed").entry.spec
+    texts = _items(text, "text", _check_text)
+    tokenizer = tokenizer_of(spec.path, spec.revision) if spec.path and spec.kind == "embed" else None
+    if tokenizer is None:
+        if chunk_tokens is not None:
+            raise InvalidInputError(f"model {model!r} has no tokenizer.json that could be read: chunk_tokens needs it")
+        return text
+    if chunk_tokens is None:
+        done: list[Any] = [tokenizer.prepare(item).to_json() for item in texts]
+    else:
+        _check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
+        done = [[piece.to_json() for piece in tokenizer.chunks(item, chunk_tokens, overlap)] for item in texts]
+    return done if isinstance(text, list) else done[0]
+
+
+def prep_image(image: Any, model: str | None = None) -> Any:
+    """Fetch, decode and resize an image, or each of a list, for `embed_image`: base64 of a PNG.
+
+    `image` is base64 of a file that Pillow reads, a path under one of `LEGIT_WORKER_PREP_ROOTS`, or a URL on one of
+    `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises `InvalidInputError`,
+    `UnknownModelError`.
+    """
+    spec = Handle(model, "image").entry.spec
+    edge = resize_of(spec.path, spec.revision) if spec.path and spec.kind == "image" else None
+    done = _items(image, "image", lambda item: processes.run(_prepare_image, item, _limits(), edge, size=_size(item)))
+    return done if isinstance(image, list) else done[0]
+
+
+def _prepare_image(image: Any, limits: sources.Limits, edge: tuple[int, int] | None) -> str:
+    return base64.b64encode(shrink(sources.read(image, limits), edge)).decode()
+
+
+def _size(image: Any) -> int:
+    """Bytes that one image takes on its way to a helper, and back."""
+    return len(image) if isinstance(image, str) and not sources.is_remote(image) else MAX_BYTES
+
+
+@functools.cache
+def _limits() -> sources.Limits:
+    chosen = settings.load()
+    return sources.Limits(
+        max_bytes=MAX_BYTES,
+        roots=chosen.prep_roots,
+        hosts=chosen.prep_hosts,
+        allow_private=chosen.prep_private,
+    )
+
+
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    "embed_text": embed_text,
+    "embed_image": embed_image,
+    "rerank": rerank,
+    "prep_text": prep_text,
+    "prep_image": prep_image,
+}
 
 
 def register(app: Celery, chosen: Settings) -> None:
@@ -146,23 +208,36 @@ def _check_text(text: Any) -> str:
     return text
 
 
-def _open_image(image: Any) -> ImageFile:
-    """The image file in a base64 string, its head read and its pixels not yet."""
-    from PIL import Image
+def _is_chunks(item: Any) -> bool:
+    """What `prep_text` makes of one of several texts, with `chunk_tokens`."""
+    return isinstance(item, list) and bool(item) and all(isinstance(piece, dict) for piece in item)
 
+
+def _check_prepared(text: Any) -> Any:
+    return PreparedText.from_json(text) if isinstance(text, dict) else _check_text(text)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise InvalidInputError(f"{name} must be a whole number, got {count!r}")
+
+
+def _open_image(image: Any) -> Any:
+    """The image in a base64 string: decoded by a helper, or else its head read here and its pixels not yet."""
     if not isinstance(image, str) or not image:
         raise InvalidInputError(f"expected an image as base64, got {type(image).__name__}")
-    if len(image) > MAX_IMAGE_BYTES * 4 / 3:
-        raise InvalidInputError(f"the image has over {MAX_IMAGE_BYTES} bytes, the most that one may have: resize it")
+    if len(image) > MAX_BYTES * 4 / 3:
+        raise InvalidInputError(f"the image has over {MAX_BYTES} bytes, the most that one may have: resize it")
     try:
-        opened = Image.open(io.BytesIO(base64.b64decode(image, validate=True)))
-    except (binascii.Error, OSError, ValueError, Image.DecompressionBombError) as error:
+        file = base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError) as error:
         raise InvalidInputError(f"the image can't be read: {error}") from None
-    if opened.width * opened.height > MAX_IMAGE_PIXELS:
-        raise InvalidInputError(
-            f"the image has {opened.width} x {opened.height} pixels and one may have {MAX_IMAGE_PIXELS}: resize it"
-        )
-    return ImageFile(opened)
+    if processes.helpers() is None:
+        return ImageFile(open_image(file))
+    from PIL import Image
+
+    return Image.frombytes("RGB", *processes.run(pixels, file, size=len(file)))
 
 
 def _normalizing(normalize: bool | None) -> dict[str, bool]:

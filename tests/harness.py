@@ -186,6 +186,12 @@ class Worker:
         assert self._process is not None
         os.kill(self._process.pid, number)
 
+    @property
+    def pid(self) -> int:
+        """Of the `celery worker` process."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """End it and whatever it started, at once and without a chance to say goodbye."""
         if self._process is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.prep.images import decode
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,7 @@ class ImageFile:
 
     def decode(self) -> Any:
         """A `PIL.Image.Image` in RGB, the way up that its camera noted. Raises `InvalidInputError`."""
-        from PIL import ImageOps
-
-        try:
-            return ImageOps.exif_transpose(self.opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InvalidInputError(f"the image can't be read: {error}") from None
+        return decode(self.opened)
 
 
 @runtime_checkable

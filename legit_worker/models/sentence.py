@@ -8,6 +8,7 @@ together; `forward` is the library's own. So what a batch computes for an item i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.protocol import ImageFile
+from legit_worker.prep.texts import PROBES, PreparedText, fingerprint
 
 #: Computes items and returns one output each, in order: a runner, bound to a model.
 Run = Callable[[Iterable[Any]], list[Any]]
@@ -57,7 +59,7 @@ class SentenceModel:
         self._dtype = dtype
         self._revision = revision
         self._model: Any = None
-        self._tokenize: Callable[[str], dict[str, Any]] | None = None
+        self._tokenize: ShortWay | None = None
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or the local cache, and put them on `device`."""
@@ -76,6 +78,9 @@ class SentenceModel:
     def preprocess(self, item: Any) -> Prepared:
         """Tokenize or resize one input. Raises `InvalidInputError` where it is not of this model's kind."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
+        if isinstance(prompted.input, PreparedText):
+            features = self._of_ids(prompted.input, prompted.prompt)
+            return Prepared(features, len(prompted.input.ids), "text")
         self._check(prompted.input)
         if self._tokenize and isinstance(prompted.input, str) and not prompted.prompt:
             features = self._tokenize(prompted.input)
@@ -84,6 +89,11 @@ class SentenceModel:
         if not _can_be_padded(features):
             return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompted.prompt), prompted)
         return Prepared(features, _cost(features), _key(features))
+
+    def _of_ids(self, prepared: PreparedText, prompt: str | None) -> dict[str, Any]:
+        if self._tokenize is None or prompt:
+            raise InvalidInputError("this model, or its prompt, needs the text itself: send it without prep_text")
+        return self._tokenize.of_ids(prepared)
 
     def _check(self, value: Any) -> None:
         check_text(value)
@@ -159,8 +169,12 @@ class TextEmbedding(SentenceModel):
             vectors = util.quantize_embeddings(vectors, precision=precision)
         return vectors[0] if single else vectors
 
-    def check_length(self, text: str) -> None:
+    def check_length(self, text: str | PreparedText) -> None:
         """Raises `InvalidInputError`, with both numbers, where the model would cut the text."""
+        if isinstance(text, PreparedText):
+            if text.cut:
+                raise InvalidInputError("the text was cut by prep_text: split it with chunk_tokens")
+            return
         limit = self._model.max_seq_length
         tokenizer = self._model.tokenizer
         if limit is None or tokenizer is None:
@@ -332,11 +346,43 @@ def _length(features: dict[str, Any]) -> int:
     return int(features["input_ids"].shape[1]) if "input_ids" in features else -1
 
 
-#: Texts on which the short way must agree with the library: case, scripts, white space, and more than any limit.
-PROBES = ("A text.", "MIXED Case, ünïcödé, 中文, عربى 🎉 and\ttabs\n", " lead and trail ", "word " * 20_000)
+@dataclass(frozen=True)
+class ShortWay:
+    """A model's tokenizer alone: what it makes of a text is all that the library's own preprocessing makes of it."""
+
+    tokenizer: Any
+    limit: int | None
+    #: Features that are the same for every text.
+    rest: dict[str, Any]
+
+    def __call__(self, text: str) -> dict[str, Any]:
+        """The text's features, each a list with one number per token."""
+        return {**self.tokenizer(text, truncation=True, max_length=self.limit), **self.rest}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What a prepared text must have been prepared with."""
+        return fingerprint(lambda text: self(text)["input_ids"])
+
+    def of_ids(self, prepared: PreparedText) -> dict[str, Any]:
+        """The features of a text that was tokenized elsewhere. Raises `InvalidInputError`."""
+        if prepared.tokenizer != self.fingerprint:
+            raise InvalidInputError(
+                f"the text was prepared with tokenizer {prepared.tokenizer}, and this model's is {self.fingerprint}: "
+                f"prepare it for the same model, and with the same version of its files"
+            )
+        if len(prepared.ids) > (self.limit or len(prepared.ids)) or max(prepared.ids) >= len(self.tokenizer):
+            raise InvalidInputError(
+                f"the text has {len(prepared.ids)} tokens up to number {max(prepared.ids)}, and the model takes "
+                f"{self.limit} of {len(self.tokenizer)}"
+            )
+        same = {"attention_mask": 1, "token_type_ids": 0}
+        ids = list(prepared.ids)
+        features = {name: [same[name]] * len(ids) if name in same else ids for name in self.tokenizer.model_input_names}
+        return {**features, **self.rest}
 
 
-def short_way(model: Any) -> Callable[[str], dict[str, Any]] | None:
+def short_way(model: Any) -> ShortWay | None:
     """The model's tokenizer alone, where that gives all that the library's own preprocessing would, on `PROBES`.
 
     The library also looks whether a string is a picture's address, a chat, a query to expand, and makes three tensors
@@ -345,18 +391,14 @@ def short_way(model: Any) -> Callable[[str], dict[str, Any]] | None:
     try:
         expected = [model.preprocess([probe]) for probe in PROBES]
         rest = {name: value for name, value in expected[0].items() if not isinstance(value, torch.Tensor)}
-        limit = model.max_seq_length
-
-        def tokenize(text: str) -> dict[str, Any]:
-            return {**model.tokenizer(text, truncation=True, max_length=limit), **rest}
-
+        way = ShortWay(model.tokenizer, model.max_seq_length, rest)
         agrees = all(
-            tokenize(probe) == {name: _plain(value) for name, value in features.items()}
+            way(probe) == {name: _plain(value) for name, value in features.items()}
             for probe, features in zip(PROBES, expected, strict=True)
         )
     except Exception:  # whatever a model of some other kind makes of it: it takes the long way
         return None
-    return tokenize if agrees else None
+    return way if agrees else None
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,6 +32,7 @@ from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
+from legit_worker.prep import processes
 from legit_worker.routing import lanes
 from legit_worker.routing.backend import Routing
 
@@ -104,6 +106,7 @@ class ModelPool(SoloPool):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
         self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
+        self._helpers_before = processes.use_waiter(self._wait_for_helper)
         for entry in default_registry().entries.values():
             if entry.spec.pin:
                 entry.load()
@@ -284,6 +287,7 @@ class ModelPool(SoloPool):
     def _stop_parking(self) -> None:
         handle.use_runner(self._runner_before)
         lanes.use_waiter(self._waiter_before)
+        processes.use_waiter(self._helpers_before)
 
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""
@@ -305,6 +309,16 @@ class ModelPool(SoloPool):
         finally:
             self._held.discard(fiber)
         return True
+
+    def _wait_for_helper(self, done: Future[Any]) -> None:
+        """Park the task until a helper process is done with its input."""
+        fiber = fibers.current()
+        if fiber is None or not fiber.may_park():
+            futures.wait([done])
+            return
+        done.add_done_callback(lambda _: self._wake(fiber))
+        while not done.done():
+            fiber.park("a helper process")
 
     def _replace_held(self) -> None:
         """Other apps' tasks are not to wait for a server that is away: fetch one more for each that is held for long.

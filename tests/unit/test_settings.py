@@ -686,18 +686,22 @@ def test_is_enabled_reads_the_process_environment_where_none_is_given(monkeypatc
 # not_yet_in_effect
 
 WITHOUT_EFFECT = {
-    "ROLE": "prep",
     "VRAM_HEADROOM": "20%",
     "VRAM_LIMIT": "4GiB",
-    "PREP_PROCESSES": "2",
     "METRICS_PORT": "9100",
-    "TASKS__PREP_TEXT": "p",
-    "TASKS__PREP_IMAGE": '{"i": {}}',
     "MODELS__M__KEEP_ALIVE": "60",
 }
 
 WITH_EFFECT = {
     "ENABLED": "1",
+    "ROLE": "prep",
+    "PREP_PROCESSES": "2",
+    "PREP_SECONDS": "5",
+    "PREP_ROOTS": "/images",
+    "PREP_HOSTS": "*.example.org",
+    "PREP_PRIVATE": "10.0.0.0/8",
+    "TASKS__PREP_TEXT": "p",
+    "TASKS__PREP_IMAGE": '{"i": {}}',
     "DEVICE": "cpu",
     "WINDOW": "3",
     "MAX_QUEUE_DELAY": "1",

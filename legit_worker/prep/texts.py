@@ -1,0 +1,133 @@
+"""Texts as the token ids that a model's own tokenizer makes of them, without the model, and without torch.
+
+In: a model's folder; texts. Out: JSON that `embed_text` takes in place of a text. It names the tokenizer by a
+fingerprint, what it makes of a few hard texts, so that ids never reach a model that would read them differently.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legit_worker.errors import InvalidInputError
+
+#: Texts on which two tokenizers must agree to count as one: case, scripts, white space, and more than any limit.
+PROBES = ("A text.", "MIXED Case, ünïcödé, 中文, عربى 🎉 and\ttabs\n", " lead and trail ", "word " * 20_000)
+
+#: The key that marks a prepared text, and the version of its form.
+MARK, VERSION = "prepared", 1
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedText:
+    """A text's token ids, special tokens included."""
+
+    ids: tuple[int, ...]
+    #: The fingerprint of the tokenizer that made them.
+    tokenizer: str
+    #: Whether the text was longer than the model takes, and these are its beginning.
+    cut: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What `prep_text` returns."""
+        return {MARK: VERSION, "ids": list(self.ids), "tokenizer": self.tokenizer, "cut": self.cut}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PreparedText:
+        """What `to_json` gave, from whoever sent it. Raises `InvalidInputError`."""
+        match value:
+            case {"prepared": 1, "ids": [_, *_] as ids, "tokenizer": str(tokenizer), "cut": bool(cut)} if all(
+                type(number) is int and number >= 0 for number in ids
+            ):
+                return cls(tuple(ids), tokenizer, cut)
+        raise InvalidInputError(f"expected text, or what prep_text returns, got dict with {sorted(value)[:5]}")
+
+
+def fingerprint(tokenize: Callable[[str], Sequence[int]]) -> str:
+    """Of a function from a text to its ids, cut at the model's limit."""
+    return hashlib.sha256(json.dumps([list(tokenize(probe)) for probe in PROBES]).encode()).hexdigest()[:16]
+
+
+class TextTokenizer:
+    """A model's tokenizer, as its `tokenizer.json` describes it."""
+
+    def __init__(self, file: Path, limit: int) -> None:
+        from tokenizers import Tokenizer
+
+        self.limit = limit
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_padding()
+        self._specials = self._tokenizer.num_special_tokens_to_add(False)
+        self._cut_at(limit)
+        self.fingerprint = fingerprint(lambda text: self._tokenizer.encode(text).ids)
+
+    def prepare(self, text: str) -> PreparedText:
+        """The text, cut where the model would cut it."""
+        self._cut_at(self.limit)
+        found = self._tokenizer.encode(text)
+        return PreparedText(tuple(found.ids), self.fingerprint, cut=bool(found.overflowing))
+
+    def chunks(self, text: str, tokens: int, overlap: int) -> list[PreparedText]:
+        """The whole text in pieces of at most `tokens`, special ones included, each sharing `overlap` with the last."""
+        if not self._specials < tokens <= self.limit:
+            raise InvalidInputError(
+                f"chunk_tokens is {tokens}, and this model takes from {self._specials + 1} to {self.limit} tokens"
+            )
+        if not 0 <= overlap < tokens - self._specials:
+            raise InvalidInputError(
+                f"overlap is {overlap}, and chunks of {tokens} tokens take from 0 to {tokens - self._specials - 1}"
+            )
+        self._cut_at(tokens, overlap)
+        found = self._tokenizer.encode(text)
+        return [PreparedText(tuple(piece.ids), self.fingerprint) for piece in (found, *found.overflowing)]
+
+    def _cut_at(self, tokens: int, overlap: int = 0) -> None:
+        self._tokenizer.enable_truncation(tokens, stride=overlap)
+
+
+@functools.lru_cache(maxsize=32)
+def tokenizer_of(path: str, revision: str | None = None) -> TextTokenizer | None:
+    """The tokenizer of the model at a path, or of this name in the local Hugging Face cache.
+
+    None where there is none that can be read without the model: the model's own worker then tokenizes.
+    """
+    folder = model_folder(path, revision)
+    if folder is None:
+        return None
+    for inner in (folder, folder / _first_module(folder)):
+        limit = _read(inner / "sentence_bert_config.json").get("max_seq_length") or _read(
+            inner / "tokenizer_config.json"
+        ).get("model_max_length")
+        if (inner / "tokenizer.json").is_file() and isinstance(limit, int) and 0 < limit < 2**20:
+            return TextTokenizer(inner / "tokenizer.json", limit)
+    return None
+
+
+def model_folder(path: str, revision: str | None = None) -> Path | None:
+    """Where a model's files are on this machine; None where they are not."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def _first_module(folder: Path) -> str:
+    modules = _read(folder / "modules.json")
+    return str(modules[0].get("path", "")) if isinstance(modules, list) and modules else ""
+
+
+def _read(file: Path) -> Any:
+    """A JSON file's content, nothing where there is none."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
