@@ -16,6 +16,9 @@ from celery.bin.base import CeleryCommand, handle_preload_options
 from rich.console import Console
 from rich.table import Column, Table
 
+#: Characters of the bar that shows memory.
+BAR = 40
+
 
 @click.group(name="legit", help="Look into legit_worker's workers.")
 def legit() -> None:
@@ -124,16 +127,46 @@ def _dead_letters(ctx: click.Context) -> Iterator[Any]:
 
 
 def _print(name: str, pool: dict[str, Any]) -> None:
-    table = Table(title=f"{name}: {pool['in_flight']} of {pool['window']} tasks in flight, {pool['parked']} parked")
-    for heading in ("model", "kind", "state", "batches", "items", "items/batch", "padding", "seconds"):
+    table = Table(
+        title=f"{name}: {pool['in_flight']} of {pool['window']} tasks in flight, {pool['parked']} parked",
+        caption=_memory(pool["memory"]),
+    )
+    for heading in (
+        "model",
+        "kind",
+        "state",
+        "weights",
+        "loads",
+        "batches",
+        "items",
+        "items/batch",
+        "padding",
+        "seconds",
+    ):
         table.add_column(heading, justify="left" if heading in ("model", "kind", "state") else "right")
     for alias, model in pool["models"].items():
         table.add_row(
             alias,
             model["kind"],
             model["state"],
+            _mib(model["weights"]),
+            str(model["loads"]),
             *(str(model.get(key, "")) for key in ("batches", "items", "mean_batch")),
             f"{model['waste']:.1%}" if "waste" in model else "",
             str(model.get("forward_seconds", "")),
         )
     Console().print(table)
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    """What weights take, as a bar of what they may take, where that is bounded."""
+    used, budget = memory["weights"], memory["budget"]
+    if budget is None:
+        return f"weights: {_mib(used)}, no limit"
+    filled = round(BAR * min(1, used / max(1, budget)))
+    waiting = f", {memory['waiting']} tasks wait for room" if memory["waiting"] else ""
+    return f"weights: {'█' * filled}{'░' * (BAR - filled)} {_mib(used)} of {_mib(budget)}{waiting}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

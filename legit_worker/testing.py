@@ -81,6 +81,10 @@ class ModelOnDevice(SimulatedModel):
         """Enter the weights. Raises `DeviceOutOfMemoryError`."""
         self._ledger.take(self._name, self._weights)
 
+    def memory(self) -> int:
+        """Bytes of weights, as they were entered."""
+        return self._weights
+
     def forward(self, batch: Sequence[str]) -> list[Any]:
         """As `SimulatedModel`, holding the padded batch's activations meanwhile. Raises `DeviceOutOfMemoryError`."""
         padded = len(batch) * max(map(self.cost, batch))

@@ -38,6 +38,8 @@ class Item:
     key: Hashable
     #: Position in its app's virtual time; set by `FairQueue.add`.
     tag: float = 0.0
+    #: How often it ran out of memory, alone in its batch.
+    tries: int = 0
 
 
 @dataclass(eq=False)

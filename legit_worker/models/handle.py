@@ -9,7 +9,9 @@ inside a ModelPool, the pool's runner parks the task and lets its items share ba
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -17,31 +19,53 @@ from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.models.protocol import Model
 from legit_worker.models.registry import Entry, Registry, default_registry
+from legit_worker.models.residency import Request
 
 #: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.
 DIRECT_BUDGET = 4096
+
+#: Seconds between two looks whether there is room for a model by now.
+REVIEW_SECONDS = 0.25
 
 
 class Runner(Protocol):
     """How items get computed."""
 
-    def loaded(self, entry: Entry) -> Model:
-        """The entry's model, once it is loaded. Raises `ModelLoadError`."""
+    def hold(self, entry: Entry) -> AbstractContextManager[Model]:
+        """The entry's model, once it is loaded; it stays while the block runs. Raises `ModelLoadError`."""
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """Preprocess, compute and postprocess items of a loaded model; one output each, in order."""
 
 
 class DirectRunner:
-    """Calls the model in the calling thread: under any other pool, eagerly, in a shell."""
+    """Calls the model in the calling thread: under any other pool, eagerly, in a shell.
 
-    def loaded(self, entry: Entry) -> Model:
+    `must` says that others, who use models, may not be able to go on before this thread does.
+    """
+
+    def __init__(self, *, must: bool = False) -> None:
+        self._must = must
+
+    @contextmanager
+    def hold(self, entry: Entry) -> Iterator[Model]:
         """Waits for the loader thread."""
-        return entry.model
+        request = entry.residency.request(entry, must=self._must)
+        try:
+            yield self._wait(entry, request)
+        finally:
+            entry.residency.release(request)
+
+    @staticmethod
+    def _wait(entry: Entry, request: Request) -> Model:
+        while not request.future.done():
+            wait([request.future], timeout=REVIEW_SECONDS)
+            entry.residency.review()
+        return entry.outcome(request.future)
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """All items, in batches of even length and equal batch key."""
-        model = entry.model
+        model = entry.model_now
         prepared = [entry.preprocess(item) for item in items]
         outputs: list[Any] = [None] * len(items)
         for batch in _batches(entry, prepared):
@@ -123,24 +147,26 @@ class Handle:
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
-        entry = self.entry
-        runner = _runner
-        runner.loaded(entry)
-        return runner.run(entry, list(items))
+        entry, runner = self.entry, _runner
+        with runner.hold(entry):
+            return runner.run(entry, list(items))
 
     def check_length(self, text: str) -> None:
         """Raises `InvalidInputError` where the model would cut the text. Models without a limit take any."""
         entry = self.entry
-        check = getattr(_runner.loaded(entry), "check_length", None)
-        if check is not None:
-            entry.alone(check, text)
+        with _runner.hold(entry) as model:
+            check = getattr(model, "check_length", None)
+            if check is not None:
+                entry.alone(check, text)
 
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
-        entry = self.entry
-        runner = _runner
-        method = getattr(runner.loaded(entry), name, None)
-        if method is None:
-            raise TypeError(f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): use map()")
-        if "sentences" in options:  # what the library called it until version 6
-            options["inputs"] = options.pop("sentences")
-        return method(lambda items: runner.run(entry, list(items)), *inputs, **options)
+        entry, runner = self.entry, _runner
+        with runner.hold(entry) as model:
+            method = getattr(model, name, None)
+            if method is None:
+                raise TypeError(
+                    f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): use map()"
+                )
+            if "sentences" in options:  # what the library called it until version 6
+                options["inputs"] = options.pop("sentences")
+            return method(lambda items: runner.run(entry, list(items)), *inputs, **options)

@@ -29,8 +29,8 @@ class ImageFile:
 class Model(Protocol):
     """Five methods. The constructor is given those of `alias`, `path`, `dtype` and `revision` that it names.
 
-    One more is optional: `batch_key(prepared) -> Hashable`. Items share a batch only when their keys are equal; without
-    it, all do.
+    Two more are optional. `batch_key(prepared) -> Hashable`: items share a batch only when their keys are equal, and
+    without it, all do. `memory() -> int`: bytes of the loaded weights; without it, what their files have.
     """
 
     def load(self, device: str) -> None:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -21,6 +22,8 @@ from legit_worker import settings
 from legit_worker.device import cuda
 from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
 from legit_worker.models.protocol import Model
+from legit_worker.models.residency import Residency
+from legit_worker.models.simulated import SimulatedModel
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,9 @@ class Loader:
 class Entry:
     """One configured model. Any thread may ask for it; its weights are read on the loader thread only."""
 
+    #: Who decides when it is in memory. Set by `Registry`.
+    residency: Residency
+
     def __init__(self, alias: str, spec: settings.ModelSettings, device: Callable[[], str], loader: Loader) -> None:
         self.alias = alias
         self.spec = spec
@@ -79,6 +85,15 @@ class Entry:
         self._failed_at = 0.0
         #: Held during `forward`: threads other than the engine's may call the model directly.
         self._lock = threading.Lock()
+        #: Bytes of its weights: as its files have them, and once it was loaded as they are in memory.
+        self.size = estimate(spec)
+        #: Requests that have it now, and when one last had it. Kept by `Residency`, as are the next two.
+        self.users = 0
+        self.used_at = 0.0
+        #: When it was last loaded, how long that took, and how often it was.
+        self.loaded_at = 0.0
+        self.load_seconds = 0.0
+        self.loads = 0
 
     def __repr__(self) -> str:
         return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"
@@ -105,14 +120,41 @@ class Entry:
                 self._future = self._loader.submit(self._load)
             return self._future
 
+    def unload(self) -> None:
+        """Forget the weights, which nobody uses."""
+        with self._lock:
+            self._future = None
+
     @property
-    def model(self) -> Model:
-        """The model; waits until it is loaded. Raises `ModelLoadError`."""
-        return self.outcome(self.load())
+    def is_resident(self) -> bool:
+        """Whether its weights are in memory."""
+        return self.state == "resident"
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether they are about to be."""
+        return self.state == "loading"
+
+    @property
+    def load_error(self) -> BaseException | None:
+        """Why its last load failed; None where it did not."""
+        return None if self._future is None else self._future.exception(timeout=0)
+
+    @property
+    def idle_seconds(self) -> float:
+        """Since somebody used it."""
+        return monotonic() - self.used_at
+
+    def too_large(self, budget: int) -> ModelLoadError:
+        """What those are told who ask for a model that can never be loaded."""
+        return ModelLoadError(
+            f"model {self.alias!r} has weights of {self.size} bytes, and beside the pinned models only {budget} bytes "
+            f"may be taken in all: raise LEGIT_WORKER_VRAM_LIMIT, or unpin a model"
+        )
 
     @staticmethod
     def outcome(future: Future[Model]) -> Model:
-        """What became of a load; waits for it. Raises `ModelLoadError`."""
+        """What a request's future has; waits for it. Raises `ModelLoadError`."""
         error = future.exception()
         if error is not None:
             # One of its own for each asker: tasks that share an exception would share its traceback.
@@ -164,6 +206,7 @@ class Entry:
             device = "simulated" if self.spec.kind == "simulated" else self._device()
             model = self._construct()
             model.load(device)
+            self.size = int(model.memory()) if hasattr(model, "memory") else self.size
         except Exception as error:
             self._failed_at = monotonic()
             logger.exception("model %r could not be loaded", self.alias)
@@ -171,7 +214,9 @@ class Entry:
                 f"model {self.alias!r} (kind {self.spec.kind}, path {self.spec.path}) could not be loaded: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        logger.info("model %r loaded on %s in %.1f s", self.alias, device, monotonic() - start)
+        self.loaded_at = self.used_at = monotonic()
+        self.load_seconds, self.loads = self.loaded_at - start, self.loads + 1
+        logger.info("model %r loaded on %s in %.1f s, %d bytes", self.alias, device, self.load_seconds, self.size)
         return model
 
     def _construct(self) -> Model:
@@ -187,12 +232,34 @@ class Entry:
         return model
 
 
-class Registry:
-    """All configured models. One per process."""
+def estimate(spec: settings.ModelSettings) -> int:
+    """Bytes of a model's weights before it was ever loaded; 0 where its path does not tell."""
+    if spec.kind == "simulated":
+        return SimulatedModel(spec.path).memory()
+    folder = Path(spec.path or "")
+    if not spec.path or not folder.is_dir():
+        return 0
+    for pattern in ("*.safetensors", "*.bin"):
+        sizes = [file.stat().st_size for file in folder.rglob(pattern) if file.is_file()]
+        if sizes:
+            return sum(sizes)
+    return 0
 
-    def __init__(self, models: Mapping[str, settings.ModelSettings], device: Callable[[], str]) -> None:
+
+class Registry:
+    """All configured models. One per process. `budget` is how many bytes their weights may take, None for any."""
+
+    def __init__(
+        self,
+        models: Mapping[str, settings.ModelSettings],
+        device: Callable[[], str],
+        budget: Callable[[], int | None] = lambda: None,
+    ) -> None:
         loader = Loader()
         self.entries = {alias: Entry(alias, spec, device, loader) for alias, spec in models.items()}
+        self.residency = Residency(self.entries.values(), budget)
+        for entry in self.entries.values():
+            entry.residency = self.residency
 
     def __repr__(self) -> str:
         return f"<Registry {list(self.entries.values())}>"
@@ -202,6 +269,7 @@ class Registry:
         loader = Loader()
         for entry in self.entries.values():
             entry.use_loader(loader)
+        self.residency.restart()
 
     def get(self, alias: str) -> Entry:
         """The model of this alias, in any case. Raises `UnknownModelError`."""
@@ -239,7 +307,13 @@ def default_registry() -> Registry:
 @functools.cache
 def _default_registry() -> Registry:
     chosen = settings.load()
-    return Registry(chosen.models, functools.partial(cuda.choose, chosen.device))
+    return Registry(chosen.models, functools.partial(cuda.choose, chosen.device), lambda: budget(chosen))
+
+
+def budget(chosen: settings.Settings) -> int | None:
+    """Bytes that weights may take; None where nothing says."""
+    limit = chosen.vram_limit
+    return None if limit is None or limit.unit == "%" else limit.of(0)
 
 
 def _after_fork() -> None:

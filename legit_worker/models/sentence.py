@@ -75,6 +75,11 @@ class SentenceModel:
     def _open(self, path: str, **options: Any) -> Any:
         raise NotImplementedError
 
+    def memory(self) -> int:
+        """Bytes of its parameters and buffers."""
+        tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
     def preprocess(self, item: Any) -> Prepared:
         """Tokenize or resize one input. Raises `InvalidInputError` where it is not of this model's kind."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)

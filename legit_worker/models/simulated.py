@@ -22,17 +22,23 @@ DIMENSION = 8
 class SimulatedModel:
     """A model for tests: `vector(item)` is its answer, `seconds_per_batch + seconds_per_cost * padded` its time.
 
-    `path`, where given, is `"<seconds per batch>,<seconds per padded unit>"`.
+    `path`, where given, is `"<seconds per batch>,<seconds per padded unit>"`, and where wanted
+    `",<bytes of weights>,<seconds to load>"`.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        seconds = [float(part) for part in (path or "0,0").split(",")]
-        self.seconds_per_batch, self.seconds_per_cost = seconds
+        numbers = [float(part) for part in (path or "0,0").split(",")]
+        self.seconds_per_batch, self.seconds_per_cost, self._bytes, self._load_seconds = (*numbers, 0, 0)[:4]
         #: The batches that ran, each a list of items: tests read it.
         self.batches: list[list[str]] = []
 
     def load(self, device: str) -> None:
-        """Nothing to read."""
+        """Nothing to read, but it takes its time."""
+        sleep(self._load_seconds)
+
+    def memory(self) -> int:
+        """Bytes of weights, as it was told."""
+        return int(self._bytes)
 
     def preprocess(self, item: Any) -> str:
         """Strings and finite numbers only. Raises `InvalidInputError`."""

@@ -8,6 +8,7 @@ Which model is next: the one that had least of the device, in seconds. Which ite
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,12 @@ from typing import Any
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
+from legit_worker.device.memory import is_out_of_memory
+from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.models.registry import Entry
 from legit_worker.pool.calls import Call
+
+logger = logging.getLogger(__name__)
 
 #: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
 #: about a millisecond per 256.
@@ -27,6 +32,14 @@ HORIZON = 256
 #: The largest batch, in padded cost units, whatever the cost model says: what keeps activations of an untried model
 #: small until its memory is measured.
 MAX_BATCH_COST = 16_384
+
+
+#: A batch of this part of the limit shows that the limit holds, and raises it by so much: it has doubled after 36.
+NEAR, RAISE = 0.8, 1.02
+
+#: How often an item that runs out of memory, alone in its batch, is tried before it fails. Others come and go on a
+#: device; an item that never fits costs so many failures, which are quick.
+TRIES_ALONE = 8
 
 
 @dataclass
@@ -40,6 +53,8 @@ class Counters:
     padded_cost: int = 0
     #: Seconds inside `forward`.
     forward_seconds: float = 0.0
+    #: Batches that ran out of memory.
+    out_of_memory: int = 0
 
     def __add__(self, other: Counters) -> Counters:
         mine, others = vars(self), vars(other)
@@ -57,7 +72,24 @@ class Counters:
             "items": self.items,
             "mean_batch": round(self.items / self.batches, 2) if self.batches else 0.0,
             "waste": round(self.waste, 4),
+            **({"out_of_memory": self.out_of_memory} if self.out_of_memory else {}),
         }
+
+
+@dataclass
+class Room:
+    """The padded cost of the batches that fit into memory, learned from those that did not."""
+
+    most: float = MAX_BATCH_COST
+
+    def did_not_fit(self, cost: int) -> None:
+        """A batch of this padded cost ran out of memory: half of it may fit."""
+        self.most = max(1.0, min(self.most, cost / 2))
+
+    def did_fit(self, cost: int) -> None:
+        """A batch that came near the limit went well: perhaps the memory that was short is free again."""
+        if cost > self.most * NEAR:
+            self.most = min(MAX_BATCH_COST, self.most * RAISE)
 
 
 @dataclass(eq=False)
@@ -71,6 +103,8 @@ class Queue:
     halves: deque[list[Item]] = field(default_factory=deque)
     #: Device seconds this model had: the least goes first.
     seconds: float = 0.0
+    #: What memory was seen to hold.
+    room: Room = field(default_factory=Room)
 
     def __len__(self) -> int:
         return len(self.fair) + sum(map(len, self.halves))
@@ -79,7 +113,15 @@ class Queue:
 class Engine:
     """The batches' side of the pool. Lives on the main thread; owns the queues; never runs task code."""
 
-    def __init__(self, *, max_batch_seconds: float, weight_of: Callable[[str], float]) -> None:
+    def __init__(
+        self,
+        *,
+        max_batch_seconds: float,
+        weight_of: Callable[[str], float],
+        free_memory: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Called after a batch ran out of memory, before the next one.
+        self._free_memory = free_memory
         self._max_batch_seconds = max_batch_seconds
         self._weight_of = weight_of
         self._queues: dict[str, Queue] = {}
@@ -166,7 +208,7 @@ class Engine:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = queue.fair.first(1)[0].cost if len(queue.fair) else 1
         seconds = min(self._max_batch_seconds, queue.costs.enough_seconds)
-        return min(MAX_BATCH_COST, longest * queue.costs.largest(longest, seconds))
+        return min(int(queue.room.most), longest * queue.costs.largest(longest, seconds))
 
     def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""
@@ -182,7 +224,10 @@ class Engine:
             outputs = queue.entry.forward([item.prepared for item in batch])
         except Exception as error:
             queue.seconds += monotonic() - start
-            self._split(queue, batch, error)
+            if is_out_of_memory(error):
+                self._make_room(queue, batch, error)
+            else:
+                self._split(queue, batch, error)
             return
         except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
             queue.halves.appendleft(batch)
@@ -197,12 +242,43 @@ class Engine:
     def _count(self, queue: Queue, batch: list[Item], seconds: float) -> None:
         costs = [item.cost for item in batch]
         queue.costs.observe(len(batch), max(costs), seconds)
+        queue.room.did_fit(padded(costs))
         counters = self.counters[queue.entry.alias]
         counters.batches += 1
         counters.items += len(batch)
         counters.cost += sum(costs)
         counters.padded_cost += padded(costs)
         counters.forward_seconds += seconds
+
+    def _make_room(self, queue: Queue, batch: list[Item], error: Exception) -> None:
+        """Too much at once: halves may fit, and from now on batches are no larger. One item alone is tried again."""
+        cost = padded([item.cost for item in batch])
+        self.counters[queue.entry.alias].out_of_memory += 1
+        self._free_memory()
+        if len(batch) > 1:
+            queue.room.did_not_fit(cost)
+            logger.warning(
+                "model %r ran out of memory with %d items, padded cost %d; batches have at most %d from now on: %s",
+                queue.entry.alias,
+                len(batch),
+                cost,
+                queue.room.most,
+                error,
+            )
+            self._split(queue, batch, error)
+            return
+        item = batch[0]
+        item.tries += 1
+        if item.tries < TRIES_ALONE:
+            queue.halves.append(batch)  # last, so that what others hold may be given back meanwhile
+            return
+        refused = DeviceOutOfMemoryError(
+            f"an item of cost {cost} does not fit into the device's memory beside model {queue.entry.alias!r}, even "
+            f"alone in its batch and after {item.tries} tries: shorten it, or give the model more memory ({error})"
+        )
+        refused.__cause__ = error
+        item.call.fail(refused)
+        _tell(batch)
 
     def _split(self, queue: Queue, batch: list[Item], error: Exception) -> None:
         """One item may have spoilt the batch: try its halves, down to the item, which then fails by itself."""

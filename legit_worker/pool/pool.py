@@ -20,11 +20,13 @@ from typing import Any
 from celery import signals
 from celery.concurrency.base import apply_target
 from celery.concurrency.solo import TaskPool as SoloPool
+from celery.worker.state import maybe_shutdown
 
 from legit_worker import settings
 from legit_worker.apps import identify
 from legit_worker.broker.redis import reserve_messages
 from legit_worker.device.cpu import keep_freed_memory
+from legit_worker.device.memory import give_back_cached
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers
@@ -46,6 +48,12 @@ DEFAULT_WINDOW = 1024
 
 #: Seconds between two looks at the tasks that are held until their result is routed.
 HELD_LOOK = 1.0
+
+#: Seconds between two looks for models that nobody has used for their `keep_alive`; whether one that waits for room has
+#: waited for long enough; and at the start, while pinned models load, whether the worker is to stop.
+IDLE_LOOK = 1.0
+WAITING_LOOK = 0.25
+STOP_LOOK = 0.1
 
 
 def window(chosen: settings.Settings) -> int:
@@ -84,6 +92,7 @@ class ModelPool(SoloPool):
         self.engine = Engine(
             max_batch_seconds=self._settings.max_batch_seconds,
             weight_of=lambda app: self._settings.apps[app].weight if app else 1.0,
+            free_memory=_free_memory,
         )
         signals.worker_ready.connect(self._meet_consumer)
 
@@ -107,9 +116,17 @@ class ModelPool(SoloPool):
         self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
         self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
         self._helpers_before = processes.use_waiter(self._wait_for_helper)
-        for entry in default_registry().entries.values():
-            if entry.spec.pin:
-                entry.load()
+        self._load_pinned()
+
+    def _load_pinned(self) -> None:
+        """All of them, before the first task comes. What can't be loaded fails the tasks that ask for it."""
+        registry = default_registry()
+        requests = [registry.residency.request(entry) for entry in registry.entries.values() if entry.spec.pin]
+        while not all(request.future.done() for request in requests):
+            futures.wait([request.future for request in requests], timeout=STOP_LOOK)
+            maybe_shutdown()
+        for request in requests:
+            registry.residency.release(request)
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Celery calls this at each connection to the broker; the hub forgets its readers in between."""
@@ -117,6 +134,8 @@ class ModelPool(SoloPool):
         hub.add_reader(self._wakeup.fileno(), self._turn)
         # What is held from before has no place in the new connection's window.
         self._granted = 0
+        hub.call_repeatedly(IDLE_LOOK, default_registry().residency.evict_idle)
+        hub.call_repeatedly(WAITING_LOOK, default_registry().residency.review)
         if isinstance(self.app.backend, Routing):
             hub.call_repeatedly(HELD_LOOK, self._replace_held)
 
@@ -176,12 +195,18 @@ class ModelPool(SoloPool):
             "parked": self._parked(),
             **sum(self.engine.counters.values(), Counters()).report(),
             "models": {alias: self._model_info(alias) for alias in default_registry().entries},
+            "memory": default_registry().residency.report(),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
         }
 
     def _model_info(self, alias: str) -> dict[str, Any]:
         entry = default_registry().entries[alias]
-        info: dict[str, Any] = {"kind": entry.spec.kind, "state": entry.state}
+        info: dict[str, Any] = {
+            "kind": entry.spec.kind,
+            "state": entry.state,
+            "weights": entry.size,
+            "loads": entry.loads,
+        }
         counters = self.engine.counters.get(alias)
         if counters is not None:
             info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}
@@ -239,6 +264,7 @@ class ModelPool(SoloPool):
     def _turn(self) -> None:
         """The hub came round: look for more tasks, or compute one batch."""
         self._wakeup.clear()
+        default_registry().residency.review()
         try:
             self._resume_ready()
             if len(self.engine) and self._should_compute():
@@ -270,8 +296,9 @@ class ModelPool(SoloPool):
 
     def _wait_for_loader(self) -> None:
         """All that still runs waits for a model to load."""
-        select.select([self._wakeup], [], [], 1.0)
+        select.select([self._wakeup], [], [], WAITING_LOOK)
         self._wakeup.clear()
+        default_registry().residency.review()
 
     def _tend_hub(self) -> None:
         """What the hub does for Celery between two messages; as prefork does while it drains (5.7)."""
@@ -347,6 +374,12 @@ class ModelPool(SoloPool):
             sender.initial_prefetch_count += missing
             sender.prefetch_multiplier = 1
             sender.qos.increment_eventually(missing)
+
+
+def _free_memory() -> None:
+    """Models that nobody uses make room for a batch that found none."""
+    default_registry().residency.evict_unused()
+    give_back_cached()
 
 
 def _describe(args: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:

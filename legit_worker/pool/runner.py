@@ -5,7 +5,8 @@ In: items, from a task's fiber. Out: their outputs, after however many turns of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from legit_worker.device import modes
@@ -32,20 +33,26 @@ class FiberRunner:
         self._engine = engine
         self._wake = wake
         self._models_of = models_of
-        self._direct = DirectRunner()
+        self._direct = DirectRunner(must=True)
 
-    def loaded(self, entry: Entry) -> Model:
-        """Parks while the loader thread reads the weights. Raises `ModelLoadError`, `UnknownModelError`."""
+    @contextmanager
+    def hold(self, entry: Entry) -> Iterator[Model]:
+        """Parks until the weights are there. Raises `ModelLoadError`, `UnknownModelError`."""
         fiber = fibers.current()
         if fiber is None:
-            return self._direct.loaded(entry)
+            with self._direct.hold(entry) as model:
+                yield model
+            return
         self._check_allowed(fiber, entry)
-        future = entry.load()
-        if not future.done() and fiber.may_park():
-            future.add_done_callback(lambda _: self._wake(fiber))
-            while not future.done():
-                fiber.park(f"model {entry.alias} to load")
-        return entry.outcome(future)
+        request = entry.residency.request(entry, must=not fiber.may_park())
+        try:
+            if not request.future.done() and fiber.may_park():
+                request.future.add_done_callback(lambda _: self._wake(fiber))
+                while not request.future.done():
+                    fiber.park(f"model {entry.alias} to load")
+            yield entry.outcome(request.future)
+        finally:
+            entry.residency.release(request)
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """Parks while the engine computes. Raises what `preprocess` or `forward` raised for one of the items."""
@@ -58,7 +65,7 @@ class FiberRunner:
         finally:
             if call.queued:
                 self._engine.drop(entry, call)
-        return [entry.model.postprocess(output) for output in call.outputs]
+        return [entry.model_now.postprocess(output) for output in call.outputs]
 
     def _compute(self, fiber: Fiber, entry: Entry, call: Call, items: list[Any]) -> None:
         for start in range(0, len(items), CHUNK):

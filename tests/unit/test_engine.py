@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pytest
 
+from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.pool.calls import Call
 from legit_worker.pool.engine import Engine
 
@@ -84,6 +86,73 @@ def test_a_model_that_always_fails_fails_every_call_and_leaves_nothing_queued() 
     run_all(subject)
     assert all(isinstance(call.error, PoisonError) for call in calls)
     assert len(subject) == 0
+
+
+class SmallEntry(FakeEntry):
+    """One whose device takes batches up to a padded cost, and now and then not even those."""
+
+    def __init__(self, most: int, storm: float = 0.0) -> None:
+        super().__init__()
+        self.most = most
+        self._draw = random.Random(5)
+        self._storm = storm
+        self.refused = 0
+
+    def forward(self, batch: Sequence[str]) -> list[str]:
+        if len(batch) * max(map(len, batch)) > self.most or self._draw.random() < self._storm:
+            self.refused += 1
+            raise MemoryError("CUDA out of memory")
+        return super().forward(batch)
+
+
+def test_batches_that_run_out_of_memory_are_split_and_later_ones_are_smaller() -> None:
+    subject, entry = engine(), SmallEntry(most=64)
+    for _ in range(20):
+        calls = [ask(subject, entry, [f"item{n:04}"]) for n in range(50)]
+        run_all(subject)
+        assert [call.outputs for call in calls] == [[f"item{n:04}" * 2] for n in range(50)]
+    assert entry.refused < 20
+    assert subject.counters["letters"].report()["out_of_memory"] == entry.refused
+
+
+def test_a_limit_that_was_learned_rises_again() -> None:
+    subject, entry = engine(), SmallEntry(most=64)
+    ask(subject, entry, ["x" * 8] * 100)
+    run_all(subject)
+    entry.most = 10**9
+    entry.batches.clear()
+    for _ in range(300):
+        ask(subject, entry, ["x" * 8] * 100)
+        run_all(subject)
+    assert len(entry.batches[-1]) * 8 > 4 * 64
+
+
+def test_an_item_that_never_fits_fails_alone_and_names_the_sizes() -> None:
+    subject, entry = engine(), SmallEntry(most=64)
+    good = [ask(subject, entry, ["fine"]) for _ in range(5)]
+    bad = ask(subject, entry, ["x" * 100])
+    run_all(subject)
+    assert isinstance(bad.error, DeviceOutOfMemoryError)
+    assert "cost 100" in str(bad.error)
+    assert all(call.outputs == ["finefine"] for call in good)
+    assert len(subject) == 0
+
+
+def test_a_storm_of_failures_loses_no_item() -> None:
+    """Every third batch runs out of memory, whatever its size."""
+    subject, entry = engine(), SmallEntry(most=10**9, storm=1 / 3)
+    calls = [ask(subject, entry, [f"item{n}"]) for n in range(2000)]
+    run_all(subject)
+    assert entry.refused > 10
+    assert [call.outputs for call in calls] == [[f"item{n}" * 2] for n in range(2000)]
+
+
+def test_memory_is_freed_before_the_next_try() -> None:
+    freed = []
+    subject = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0, free_memory=lambda: freed.append(True))
+    ask(subject, SmallEntry(most=8), ["four", "four", "four"])
+    run_all(subject)
+    assert freed
 
 
 def test_a_batch_that_the_end_of_the_worker_interrupted_is_still_there_to_drain() -> None:

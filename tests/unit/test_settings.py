@@ -687,13 +687,13 @@ def test_is_enabled_reads_the_process_environment_where_none_is_given(monkeypatc
 
 WITHOUT_EFFECT = {
     "VRAM_HEADROOM": "20%",
-    "VRAM_LIMIT": "4GiB",
     "METRICS_PORT": "9100",
-    "MODELS__M__KEEP_ALIVE": "60",
 }
 
 WITH_EFFECT = {
     "ENABLED": "1",
+    "VRAM_LIMIT": "4GiB",
+    "MODELS__M__KEEP_ALIVE": "60",
     "ROLE": "prep",
     "PREP_PROCESSES": "2",
     "PREP_SECONDS": "5",

@@ -1,0 +1,131 @@
+"""More models than fit: every task is answered, memory is never overdrawn, and swaps are few."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import pytest
+from harness import StartWorker, Worker, poll
+
+MIB = 2**20
+
+#: Models, and how many of them fit.
+MODELS, FIT = 12, 4
+
+TASKS = 1500
+
+
+def models(count: int, *, load_seconds: float, limit: int = FIT) -> dict[str, str]:
+    """So many models of 100 MiB, a millisecond a batch, and room for a few."""
+    variables = {"LEGIT_WORKER_ENABLED": "1", "LEGIT_WORKER_VRAM_LIMIT": f"{100 * limit}MiB"}
+    for number in range(count):
+        variables[f"LEGIT_WORKER_MODELS__M{number}__KIND"] = "simulated"
+        variables[f"LEGIT_WORKER_MODELS__M{number}__PATH"] = f"0.001,0,{100 * MIB},{load_seconds}"
+    return variables
+
+
+def skewed(count: int) -> list[int]:
+    """Which model each task wants: the first some thirty times as often as the last."""
+    return random.Random(7).choices(range(MODELS), weights=[1 / (1 + n) ** 1.4 for n in range(MODELS)], k=count)
+
+
+def least_loads(wanted: Sequence[int], fit: int) -> int:
+    """Belady: whoever is wanted last makes room. No order of loads is better for tasks that are run in turn."""
+    loads, resident = 0, set[int]()
+    for now, model in enumerate(wanted):
+        if model in resident:
+            continue
+        loads += 1
+        if len(resident) == fit:
+            resident.remove(max(resident, key=lambda one: _next(wanted, one, now)))
+        resident.add(model)
+    return loads
+
+
+def _next(wanted: Sequence[int], model: int, after: int) -> int:
+    try:
+        return wanted.index(model, after)
+    except ValueError:
+        return len(wanted)
+
+
+@pytest.mark.parametrize("window", ["1024", "64"])
+def test_skewed_demand_for_more_models_than_fit(start_worker: StartWorker, window: str) -> None:
+    variables = models(MODELS, load_seconds=0.1) | {"LEGIT_WORKER_WINDOW": window}
+    worker = start_worker("project", "--loglevel=WARNING", environment=variables, wait=False)
+    poll(lambda: worker.client.control.ping([worker.name], timeout=0.5), "the worker's answer")
+    wanted = skewed(TASKS)
+    results = [worker.send("one", f"task {number}", f"m{model}") for number, model in enumerate(wanted)]
+    memory = []
+    while not all(result.ready() for result in results[-100:]):
+        memory.append(worker.pool()["memory"])
+        time.sleep(0.1)
+    worker.answers(results)
+    assert all(result.successful() for result in results)
+    pool = worker.pool()
+    assert {model["items"] for model in pool["models"].values()} != {0}
+    assert sum(model["items"] for model in pool["models"].values()) == TASKS
+    assert max(seen["weights"] for seen in memory) <= FIT * 100 * MIB == pool["memory"]["budget"]
+    loads = sum(model["loads"] for model in pool["models"].values())
+    print(f"window {window}: {loads} loads; in turn, at least {least_loads(wanted, FIT)}")
+    assert MODELS <= loads <= 1.5 * least_loads(wanted, FIT)
+
+
+def latencies(worker: Worker, seconds: float) -> list[float]:
+    """Of lone tasks for a model that is there, one after another."""
+    found, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        started = time.monotonic()
+        worker.ask("one", "a task", "m0")
+        found.append(time.monotonic() - started)
+    return found
+
+
+def test_a_model_that_is_there_answers_while_another_loads(start_worker: StartWorker) -> None:
+    worker = start_worker("project", environment=models(2, load_seconds=3.0, limit=2))
+    worker.ask("one", "first", "m0")
+    before = latencies(worker, 1)
+    other = worker.send("one", "second", "m1")
+    during = latencies(worker, 2)
+    assert not other.ready()
+    assert sorted(during)[len(during) // 2] < 3 * sorted(before)[len(before) // 2] + 0.02
+    assert worker.answer(other)
+
+
+def test_pinned_models_are_there_before_the_worker_is_ready_and_stay(start_worker: StartWorker) -> None:
+    variables = models(3, load_seconds=1.0, limit=2) | {"LEGIT_WORKER_MODELS__M1__PIN": "1"}
+    worker = start_worker("project", environment=variables)
+    assert worker.log.index("model 'm1' loaded") < worker.log.index("ready.")
+    for alias in ("m0", "m2", "m0"):
+        worker.ask("one", "a task", alias)
+    states = {alias: (model["state"], model["loads"]) for alias, model in worker.pool()["models"].items()}
+    assert states == {"m0": ("resident", 2), "m1": ("resident", 1), "m2": ("unloaded", 1)}
+
+
+def test_a_worker_stops_while_its_pinned_models_load(start_worker: StartWorker) -> None:
+    variables = models(1, load_seconds=60.0) | {"LEGIT_WORKER_MODELS__M0__PIN": "1"}
+    worker = start_worker("project", environment=variables, wait=False)
+    worker.wait_for_log("[queues]")
+    time.sleep(1)
+    worker.stop(seconds=15)
+
+
+def test_an_idle_model_is_unloaded_and_comes_back(start_worker: StartWorker) -> None:
+    variables = models(1, load_seconds=0.0) | {"LEGIT_WORKER_MODELS__M0__KEEP_ALIVE": "0.5"}
+    worker = start_worker("project", environment=variables)
+    worker.ask("one", "a task", "m0")
+    poll(lambda: worker.pool()["models"]["m0"]["state"] == "unloaded", "the model to go")
+    assert worker.pool()["memory"]["weights"] == 0
+    worker.ask("one", "another", "m0")
+    assert worker.pool()["models"]["m0"]["loads"] == 2
+
+
+def test_a_task_in_an_exclusive_section_gets_its_model_whoever_holds_the_memory(start_worker: StartWorker) -> None:
+    variables = models(2, load_seconds=0.2, limit=1) | {"LEGIT_WORKER_APPS__ALONE__BATCHING": "off"}
+    worker = start_worker("project", environment=variables)
+    many = [worker.send("one", f"task {number}", "m0") for number in range(200)]
+    alone = worker.client.send_task("one", ["alone", "m1"], headers={"app": "alone"})
+    worker.answers([*many, alone])
+    assert all(result.successful() for result in [*many, alone])

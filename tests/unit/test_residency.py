@@ -1,0 +1,222 @@
+"""Which models stay in memory: the policy, and the requests that it serves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from legit_worker.errors import ModelLoadError
+from legit_worker.models.registry import Registry
+from legit_worker.models.residency import Resident, to_drain, to_evict
+from legit_worker.settings import ModelSettings
+
+residents = st.lists(
+    st.builds(
+        Resident,
+        alias=st.uuids().map(str),
+        size=st.integers(0, 100),
+        users=st.integers(0, 2),
+        pinned=st.booleans(),
+        used_at=st.floats(0, 100),
+        loaded_at=st.floats(0, 100),
+    ),
+    max_size=8,
+)
+
+
+@given(residents, st.integers(0, 200), st.integers(0, 400), st.integers(0, 100))
+def test_what_is_evicted_is_unused_unpinned_and_no_more_than_needed(
+    found: list[Resident], wanted: int, budget: int, reserved: int
+) -> None:
+    by_alias = {one.alias: one for one in found}
+    used = sum(one.size for one in found) + reserved
+    evictable = sum(one.size for one in found if not one.users and not one.pinned)
+    chosen = to_evict(wanted, budget, found, reserved)
+    if chosen is None:
+        assert used - evictable + wanted > budget
+        return
+    left = used - sum(by_alias[alias].size for alias in chosen)
+    assert left + wanted <= budget
+    assert not any(by_alias[alias].users or by_alias[alias].pinned for alias in chosen)
+    if chosen:
+        assert left + by_alias[chosen[-1]].size + wanted > budget
+        latest = max(by_alias[alias].used_at for alias in chosen)
+        kept = [one for one in found if one.alias not in chosen and not one.users and not one.pinned]
+        assert all(one.used_at >= latest for one in kept)
+
+
+@given(residents, st.integers(0, 200))
+def test_without_a_budget_nothing_is_evicted(found: list[Resident], wanted: int) -> None:
+    assert to_evict(wanted, None, found) == []
+
+
+@given(residents, st.integers(0, 200), st.integers(0, 400), st.floats(0, 100))
+def test_what_drains_keeps_the_fewest_waiting_and_has_been_there_for_a_while(
+    found: list[Resident], wanted: int, budget: int, before: float
+) -> None:
+    by_alias = {one.alias: one for one in found}
+    chosen = to_drain(wanted, budget, found, 0, before)
+    for alias in chosen or ():
+        assert not by_alias[alias].pinned
+        assert by_alias[alias].loaded_at < before
+    if chosen is not None:
+        assert sum(one.size for one in found if one.alias not in chosen) + wanted <= budget
+
+
+# Requests.
+
+
+def registry(budget: int | None, load_seconds: float = 0.0, count: int = 3, **more: dict[str, Any]) -> Registry:
+    """Models `m0`, `m1` … of 10 bytes each."""
+    models = {f"m{n}": {"kind": "simulated", "path": f"0,0,10,{load_seconds}"} for n in range(count)}
+    for alias, changes in more.items():
+        models[alias] = models[alias] | changes
+    specs = {alias: ModelSettings(**spec) for alias, spec in models.items()}  # type: ignore[arg-type]
+    return Registry(specs, lambda: "cpu", lambda: budget)
+
+
+def use(subject: Registry, alias: str) -> Any:
+    """Ask for a model, wait for it, and keep it. Returns the request."""
+    request = subject.residency.request(subject.get(alias))
+    deadline = time.monotonic() + 10
+    while not request.future.done() and time.monotonic() < deadline:
+        subject.residency.review()
+        time.sleep(0.005)
+    assert request.future.result(timeout=0) is subject.get(alias).model_now
+    return request
+
+
+def touch(subject: Registry, *aliases: str) -> None:
+    for alias in aliases:
+        subject.residency.release(use(subject, alias))
+
+
+def resident(subject: Registry) -> list[str]:
+    return [alias for alias, entry in subject.entries.items() if entry.is_resident]
+
+
+def test_the_least_recently_used_model_makes_room() -> None:
+    subject = registry(budget=20)
+    touch(subject, "m0", "m1", "m0", "m2")
+    assert resident(subject) == ["m0", "m2"]
+    touch(subject, "m1")
+    assert resident(subject) == ["m1", "m2"]
+    assert [entry.loads for entry in subject.entries.values()] == [1, 2, 1]
+
+
+def test_a_pinned_model_stays() -> None:
+    subject = registry(budget=20, m0={"pin": True})
+    touch(subject, "m0", "m1", "m2", "m1", "m2")
+    assert "m0" in resident(subject)
+    assert subject.get("m0").loads == 1
+
+
+def test_a_model_in_use_stays_until_it_is_released() -> None:
+    subject = registry(budget=10)
+    held = use(subject, "m0")
+    waiting = subject.residency.request(subject.get("m1"))
+    assert resident(subject) == ["m0"]
+    assert not waiting.future.done()
+    subject.residency.release(held)
+    assert waiting.future.result(timeout=5)
+    assert resident(subject) == ["m1"]
+
+
+def test_a_model_in_constant_use_gives_way_in_the_end() -> None:
+    subject = registry(budget=10)
+    held = use(subject, "m0")
+    other = subject.residency.request(subject.get("m1"))
+    deadline = time.monotonic() + 10
+    served = 0
+    while not other.future.done() and time.monotonic() < deadline:
+        following = subject.residency.request(subject.get("m0"))
+        subject.residency.release(held)
+        subject.residency.review()
+        if not following.future.done():  # it drains: who asks now waits behind the other
+            break
+        held, served = following, served + 1
+        time.sleep(0.01)
+    assert other.future.result(timeout=5)
+    assert served > 10
+    subject.residency.release(other)
+    assert following.future.result(timeout=5)
+
+
+def test_who_does_not_wait_any_more_gets_nothing_and_holds_up_nobody() -> None:
+    subject = registry(budget=10)
+    held = use(subject, "m0")
+    gone = subject.residency.request(subject.get("m1"))
+    subject.residency.release(gone)
+    subject.residency.release(held)
+    touch(subject, "m2")
+    assert subject.get("m1").loads == 0
+    assert [entry.users for entry in subject.entries.values()] == [0, 0, 0]
+
+
+def test_who_must_not_wait_gets_its_model_over_the_limit() -> None:
+    subject = registry(budget=10)
+    held = use(subject, "m0")
+    must = subject.residency.request(subject.get("m1"), must=True)
+    assert must.future.result(timeout=5)
+    assert resident(subject) == ["m0", "m1"]
+    subject.residency.release(must)
+    subject.residency.release(held)
+
+
+def test_a_model_that_can_never_fit_is_an_error_that_names_the_sizes() -> None:
+    subject = registry(budget=15, m0={"pin": True})
+    touch(subject, "m0")
+    request = subject.residency.request(subject.get("m1"))
+    with pytest.raises(ModelLoadError, match=r"'m1' has weights of 10 bytes.*15 bytes"):
+        subject.get("m1").outcome(request.future)
+    subject.residency.release(request)
+    touch(subject, "m0")
+
+
+def test_an_idle_model_goes_after_its_keep_alive_and_others_stay() -> None:
+    subject = registry(budget=None, m0={"keep_alive": 0.05}, m1={"keep_alive": 60}, m2={"keep_alive": 0, "pin": True})
+    touch(subject, "m0", "m1", "m2")
+    held = use(subject, "m0")
+    time.sleep(0.1)
+    subject.residency.evict_idle()
+    assert resident(subject) == ["m0", "m1", "m2"]
+    subject.residency.release(held)
+    time.sleep(0.1)
+    subject.residency.evict_idle()
+    assert resident(subject) == ["m1", "m2"]
+
+
+def test_threads_that_ask_at_once_never_overdraw() -> None:
+    subject = registry(budget=20, count=6, load_seconds=0.002)
+    worst, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal worst
+        while not over.is_set():
+            entries = subject.entries.values()
+            with subject.residency._lock:
+                worst = max(worst, sum(entry.size for entry in entries if entry.is_resident or entry.is_loading))
+            time.sleep(0.001)
+
+    def ask(order: Sequence[int]) -> None:
+        for number in order:
+            touch(subject, f"m{number}")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    askers = [threading.Thread(target=ask, args=([(n * k) % 6 for n in range(12)],)) for k in (1, 5, 7)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join(timeout=60)
+        assert not asker.is_alive()
+    over.set()
+    watcher.join()
+    assert worst <= 20
+    assert all(entry.users == 0 for entry in subject.entries.values())
