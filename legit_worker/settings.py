@@ -442,7 +442,7 @@ def _peek(name: Name, environ: Mapping[str, str] | None) -> Any:
 def not_yet_in_effect(settings: Settings) -> list[str]:
     """One sentence per setting that was changed and that this release does nothing with."""
     names = [
-        *_changed(settings, ("vram_headroom", "metrics_port")),
+        *_changed(settings, ("metrics_port",)),
     ]
     return [f"{_spelled(name)} is set, and has no effect in this release." for name in names]
 

@@ -46,3 +46,21 @@ class CudaDriver:
     @property
     def _log(self) -> Path:
         return self.folder / "calls.log"
+
+
+@dataclass(frozen=True)
+class Nvml:
+    """NVML over a machine that the test makes up: `tests/stubs/nvml.c` says how it is written down."""
+
+    folder: Path
+
+    @classmethod
+    def build(cls, folder: Path) -> Nvml:
+        """Compile it."""
+        return cls(build("nvml.c", "libnvidia-ml.so.1", folder))
+
+    def environment(self, world: str) -> dict[str, str]:
+        """What a process needs to find it, and that machine."""
+        file = self.folder / "world"
+        file.write_text(world)
+        return {"LD_LIBRARY_PATH": str(self.folder), "LEGIT_TEST_NVML_WORLD": str(file)}

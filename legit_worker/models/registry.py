@@ -10,8 +10,9 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from kombu.utils.imports import symbol_by_name
 
 from legit_worker import settings
-from legit_worker.device import cuda
+from legit_worker.device import cuda, vram
 from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
 from legit_worker.models.protocol import Model
 from legit_worker.models.residency import Residency
@@ -205,7 +206,8 @@ class Entry:
         try:
             device = "simulated" if self.spec.kind == "simulated" else self._device()
             model = self._construct()
-            model.load(device)
+            with self.residency.turn():
+                model.load(device)
             self.size = int(model.memory()) if hasattr(model, "memory") else self.size
         except Exception as error:
             self._failed_at = monotonic()
@@ -247,13 +249,13 @@ def estimate(spec: settings.ModelSettings) -> int:
 
 
 class Registry:
-    """All configured models. One per process. `budget` is how many bytes their weights may take, None for any."""
+    """All configured models. One per process. `budget` says how many bytes weights may take, given what they take now."""
 
     def __init__(
         self,
         models: Mapping[str, settings.ModelSettings],
         device: Callable[[], str],
-        budget: Callable[[], int | None] = lambda: None,
+        budget: Callable[[int], int | None] = lambda _: None,
     ) -> None:
         loader = Loader()
         self.entries = {alias: Entry(alias, spec, device, loader) for alias, spec in models.items()}
@@ -307,13 +309,53 @@ def default_registry() -> Registry:
 @functools.cache
 def _default_registry() -> Registry:
     chosen = settings.load()
-    return Registry(chosen.models, functools.partial(cuda.choose, chosen.device), lambda: budget(chosen))
+    return Registry(chosen.models, functools.partial(cuda.choose, chosen.device), Budget(chosen))
 
 
-def budget(chosen: settings.Settings) -> int | None:
-    """Bytes that weights may take; None where nothing says."""
-    limit = chosen.vram_limit
-    return None if limit is None or limit.unit == "%" else limit.of(0)
+class Budget:
+    """How many bytes the weights may take, of whatever device they are on."""
+
+    def __init__(self, chosen: settings.Settings) -> None:
+        self._chosen = chosen
+        self._gpu: vram.Gpu | None = None
+        self._is_unknown = not chosen.device.startswith(("auto", "cuda"))
+
+    def __call__(self, weights: int) -> int | None:
+        """Bytes in all, of which `weights` are taken already; None where nothing bounds them.
+
+        What is free on the GPU now and what the weights have, less the headroom; at most `LEGIT_WORKER_VRAM_LIMIT`.
+        Without a GPU, or an NVML that tells, that limit alone.
+        """
+        limit = self._chosen.vram_limit
+        found = self._memory()
+        if found is None:
+            return None if limit is None or limit.unit == "%" else limit.of(0)
+        free = weights + found.free - self._chosen.vram_headroom.of(found.total)
+        return max(0, free if limit is None else min(free, limit.of(found.total)))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While a load goes on, no other worker of this machine begins one on the same GPU."""
+        if self._memory() is None or self._gpu is None:
+            yield
+        else:
+            with vram.turn(self._gpu):
+                yield
+
+    def _memory(self) -> vram.Memory | None:
+        """Of the GPU that models are on; None where there is none, or it is unknown."""
+        if self._is_unknown:
+            return None
+        try:
+            if self._gpu is None:
+                self._gpu = cuda.gpu(self._chosen.device)
+            if self._gpu is not None:
+                return vram.memory(self._gpu)
+        except vram.VramUnknownError as error:
+            if self._chosen.device != "auto":
+                logger.warning("%s", error)
+        self._is_unknown = True
+        return None
 
 
 def _after_fork() -> None:

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -98,9 +99,9 @@ class Request:
 class Residency:
     """Serves requests for one registry's models. Any thread may call it."""
 
-    def __init__(self, entries: Iterable[Entry], budget: Callable[[], int | None]) -> None:
+    def __init__(self, entries: Iterable[Entry], budget: Callable[[int], int | None]) -> None:
         self._entries = list(entries)
-        self._budget = budget
+        self._budget_for = budget
         self._waiting: deque[Request] = deque()
         #: Those that take no new request until they are gone.
         self._draining: set[str] = set()
@@ -158,12 +159,23 @@ class Residency:
         for entry in self._entries:
             entry.users = 0
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Held by the loader while weights are read."""
+        turn = getattr(self._budget_for, "turn", nullcontext)
+        return turn()
+
+    def _budget(self) -> int | None:
+        return self._budget_for(self._weights())
+
+    def _weights(self) -> int:
+        return sum(entry.size for entry in self._entries if entry.is_resident)
+
     def report(self) -> dict[str, Any]:
         """As `inspect stats` gives it: bytes, `budget` None where there is no bound."""
         with self._lock:
             return {
                 "budget": self._budget(),
-                "weights": sum(entry.size for entry in self._entries if entry.is_resident),
+                "weights": self._weights(),
                 "waiting": len(self._waiting),
             }
 

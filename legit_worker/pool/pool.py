@@ -26,6 +26,7 @@ from legit_worker import settings
 from legit_worker.apps import identify
 from legit_worker.broker.redis import reserve_messages
 from legit_worker.device.cpu import keep_freed_memory
+from legit_worker.device.cuda import count_as_nvml_does
 from legit_worker.device.memory import give_back_cached
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
@@ -111,6 +112,7 @@ class ModelPool(SoloPool):
         """Handles of this process park from now on; pinned models start to load."""
         self._thread = threading.get_ident()
         keep_freed_memory()
+        count_as_nvml_does()
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))

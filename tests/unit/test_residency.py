@@ -78,7 +78,7 @@ def registry(budget: int | None, load_seconds: float = 0.0, count: int = 3, **mo
     for alias, changes in more.items():
         models[alias] = models[alias] | changes
     specs = {alias: ModelSettings(**spec) for alias, spec in models.items()}  # type: ignore[arg-type]
-    return Registry(specs, lambda: "cpu", lambda: budget)
+    return Registry(specs, lambda: "cpu", lambda _: budget)
 
 
 def use(subject: Registry, alias: str) -> Any:

@@ -686,12 +686,12 @@ def test_is_enabled_reads_the_process_environment_where_none_is_given(monkeypatc
 # not_yet_in_effect
 
 WITHOUT_EFFECT = {
-    "VRAM_HEADROOM": "20%",
     "METRICS_PORT": "9100",
 }
 
 WITH_EFFECT = {
     "ENABLED": "1",
+    "VRAM_HEADROOM": "20%",
     "VRAM_LIMIT": "4GiB",
     "MODELS__M__KEEP_ALIVE": "60",
     "ROLE": "prep",

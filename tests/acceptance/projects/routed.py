@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from celery import current_task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 from project import app
 
 import legit_worker
@@ -121,3 +121,9 @@ def odd(kind: str) -> Any:
 def overtime() -> None:
     """Longer than any limit."""
     time.sleep(60)
+
+
+@app.task(name="rejects", bind=True, acks_late=True)
+def rejects(self: Any) -> None:
+    """Is never to run again."""
+    raise Reject("not for me", requeue=False)

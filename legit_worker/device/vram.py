@@ -1,0 +1,206 @@
+"""The memory of GPUs, by NVML, which opens no CUDA context. The only module that imports pynvml.
+
+In: the environment, as CUDA would read it. Out: the GPUs that CUDA would show, in its order, and the bytes that each
+has and has left. What can't be known is a `VramUnknownError` with the reason and the way out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from legit_worker.errors import LegitWorkerError
+
+T = TypeVar("T")
+
+#: What each of NVML's errors means for an operator, by the name of pynvml's class for it.
+REASONS = {
+    "NVMLError_LibraryNotFound": "libnvidia-ml.so.1 is not there: is this a machine with an NVIDIA driver, and does "
+    "the container get the `utility` capability?",
+    "NVMLError_DriverNotLoaded": "the NVIDIA driver is not loaded",
+    "NVMLError_LibRmVersionMismatch": "the driver and its library are of different versions, as after an update: "
+    "reboot, or start the container anew",
+    "NVMLError_NoPermission": "this user may not ask the driver: look at the permissions of /dev/nvidia*",
+    "NVMLError_GpuIsLost": "the GPU is lost, has fallen off the bus: look at the kernel's log, and reset or reboot",
+}
+
+#: What helps in every case.
+WAY_OUT = "Set LEGIT_WORKER_VRAM_LIMIT to bytes to go on without asking, or LEGIT_WORKER_DEVICE=cpu"
+
+#: The process in which NVML was started, which a forked child must do again.
+_started_in = 0
+
+
+class VramUnknownError(LegitWorkerError):
+    """The memory of a GPU can't be read; the message says why, and what to set instead."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, or one MIG instance of it."""
+
+    #: In full: `GPU-…` or `MIG-…`.
+    uuid: str
+    name: str
+    #: NVML's index of the physical GPU: the order of PCI addresses.
+    index: int
+    is_mig: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU or instance, in bytes."""
+
+    total: int
+    free: int
+    #: Of the processes that were asked about; None where NVML does not tell, as in many containers.
+    mine: int | None
+
+    @property
+    def used(self) -> int:
+        """By all, the driver's own part included."""
+        return self.total - self.free
+
+    @property
+    def others(self) -> int:
+        """By all others, as far as is known."""
+        return max(0, self.used - (self.mine or 0))
+
+
+def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[Gpu, ...]:
+    """What CUDA would show a process with this environment: the N-th is torch's `cuda:N`.
+
+    `CUDA_VISIBLE_DEVICES` is read as NVIDIA's CUDA programming guide has it: indices, unambiguous beginnings of UUIDs,
+    MIG UUIDs; the list ends before the first entry that names nothing, or something again. Of a GPU that MIG splits,
+    CUDA shows one instance. Indices are in the order of PCI addresses, which is CUDA's where `CUDA_DEVICE_ORDER` is
+    `PCI_BUS_ID` or all GPUs are alike: see `is_order_known`. Raises `VramUnknownError`.
+    """
+    environ = os.environ if environ is None else environ
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = all_gpus()
+    physical = [_first(gpus, index) for index in sorted({gpu.index for gpu in gpus})]
+    if listed is None:
+        return tuple(physical)
+    chosen: list[Gpu] = []
+    for entry in listed.split(","):
+        gpu = _named(entry.strip(), gpus, physical)
+        if gpu is None or gpu in chosen:
+            break
+        chosen.append(gpu)
+    return tuple(chosen)
+
+
+def is_order_known(gpus: Collection[Gpu], environ: Mapping[str, str] | None = None) -> bool:
+    """Whether CUDA counts these GPUs as NVML does. By default it puts the fastest first."""
+    environ = os.environ if environ is None else environ
+    by_uuid = not any(entry.strip().isdigit() for entry in environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
+    return by_uuid or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({gpu.name for gpu in gpus}) < 2
+
+
+def all_gpus() -> tuple[Gpu, ...]:
+    """Every GPU of the machine; in place of one that is split by MIG, its instances. Raises `VramUnknownError`."""
+
+    def read(nvml: Any) -> tuple[Gpu, ...]:
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            instances = _instances(nvml, handle)
+            found += [
+                Gpu(nvml.nvmlDeviceGetUUID(one), nvml.nvmlDeviceGetName(handle), index, is_mig=bool(instances))
+                for one in instances or [handle]
+            ]
+        return tuple(found)
+
+    return _ask(read)
+
+
+def memory(gpu: Gpu, pids: Collection[int] | None = None) -> Memory:
+    """Of this GPU now; of a MIG instance its own. `pids` defaults to this process. Raises `VramUnknownError`."""
+    asked = {os.getpid()} if pids is None else set(pids)
+
+    def read(nvml: Any) -> Memory:
+        handle = nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
+        info = nvml.nvmlDeviceGetMemoryInfo(handle)
+        return Memory(total=int(info.total), free=int(info.free), mine=_used_by(nvml, handle, asked))
+
+    return _ask(read)
+
+
+@contextmanager
+def turn(gpu: Gpu) -> Iterator[None]:
+    """Workers of one machine that want memory of this GPU take turns: nobody counts on bytes that another is taking."""
+    path = Path(tempfile.gettempdir()) / f"legit-worker-{gpu.uuid}.lock"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)  # and with it the lock, as when the process ends
+
+
+def _used_by(nvml: Any, handle: Any, pids: Collection[int]) -> int | None:
+    try:
+        used = [one.usedGpuMemory for one in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if one.pid in pids]
+    except nvml.NVMLError:  # memory alone is worth having
+        return None
+    return None if None in used else sum(used)
+
+
+def _instances(nvml: Any, handle: Any) -> list[Any]:
+    """The MIG instances of a GPU; none where it is not split."""
+    try:
+        if nvml.nvmlDeviceGetMigMode(handle)[0] != nvml.NVML_DEVICE_MIG_ENABLE:
+            return []
+        most = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return []
+    found = []
+    for index in range(most):
+        with suppress(nvml.NVMLError_NotFound):
+            found.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
+    return found
+
+
+def _first(gpus: Collection[Gpu], index: int) -> Gpu:
+    return next(gpu for gpu in gpus if gpu.index == index)
+
+
+def _named(entry: str, gpus: Collection[Gpu], physical: list[Gpu]) -> Gpu | None:
+    """What one entry of `CUDA_VISIBLE_DEVICES` stands for."""
+    if entry.isdigit():
+        return physical[int(entry)] if int(entry) < len(physical) else None
+    if not entry.startswith(("GPU-", "MIG-")):
+        return None
+    found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(entry.lower())]
+    return found[0] if len(found) == 1 else None
+
+
+def _ask(question: Callable[[Any], T]) -> T:
+    """Put a question to NVML. Raises `VramUnknownError`."""
+    try:
+        import pynvml
+    except ImportError:
+        raise VramUnknownError(f"free GPU memory is unknown: nvidia-ml-py is not installed. {WAY_OUT}") from None
+    try:
+        _start(pynvml)
+        try:
+            return question(pynvml)
+        except pynvml.NVMLError_Uninitialized:  # somebody else in this process has shut it down
+            _start(pynvml, again=True)
+            return question(pynvml)
+    except pynvml.NVMLError as error:
+        reason = REASONS.get(type(error).__name__, str(error))
+        raise VramUnknownError(f"free GPU memory is unknown: {reason}. {WAY_OUT}") from error
+
+
+def _start(nvml: Any, *, again: bool = False) -> None:
+    global _started_in
+    if again or _started_in != os.getpid():
+        nvml.nvmlInit()
+        _started_in = os.getpid()

@@ -1,0 +1,217 @@
+"""Free memory, by the real nvidia-ml-py, over a stub driver with machines of many kinds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import Nvml
+
+GIB = 2**30
+
+#: Two GPUs that differ, and one that is split in two.
+WORLD = f"""
+gpu GPU-aaaa-1111 T4 {16 * GIB} {1 * GIB}
+gpu GPU-bbbb-2222 H100 {80 * GIB} {30 * GIB}
+gpu GPU-bbcc-3333 A100 {40 * GIB} {3 * GIB}
+mig MIG-dddd-4444 {20 * GIB} {2 * GIB}
+mig MIG-eeee-5555 {10 * GIB} {1 * GIB}
+process GPU-bbbb-2222 0 {12 * GIB}
+process GPU-bbbb-2222 1 {17 * GIB}
+process MIG-dddd-4444 0 -1
+"""
+
+ALIKE = f"gpu GPU-aaaa H100 {80 * GIB} 0\ngpu GPU-bbbb H100 {80 * GIB} {GIB}\n"
+
+
+@pytest.fixture(scope="module")
+def nvml(tmp_path_factory: pytest.TempPathFactory) -> Nvml:
+    """The stub, compiled once."""
+    return Nvml.build(tmp_path_factory.mktemp("nvml"))
+
+
+def ask(nvml: Nvml, world: str, code: str, **variables: str) -> Any:
+    """What a line of Python gives as JSON in a process that finds the stub."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    program = f"import json\nfrom legit_worker.device.vram import *\nprint(json.dumps({code}))"
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        env=kept | {"PYTHONPATH": str(Path(__file__).parents[2])} | nvml.environment(world) | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+VISIBLE = "[gpu.uuid for gpu in visible_gpus()]"
+
+SHOWN = {
+    "0,1": ["GPU-aaaa-1111", "GPU-bbbb-2222"],
+    "1, 0": ["GPU-bbbb-2222", "GPU-aaaa-1111"],
+    "2": ["MIG-dddd-4444"],
+    "": [],
+    "-1": [],
+    "0,7,1": ["GPU-aaaa-1111"],
+    "0,0,1": ["GPU-aaaa-1111"],
+    "none": [],
+    "GPU-aaaa-1111": ["GPU-aaaa-1111"],
+    "GPU-aa": ["GPU-aaaa-1111"],
+    "GPU-ffff,0": [],
+    "GPU-bb": ["GPU-bbbb-2222"],
+    "MIG-eeee-5555,MIG-dddd-4444": ["MIG-eeee-5555", "MIG-dddd-4444"],
+    "0,-1,1": ["GPU-aaaa-1111"],
+}
+
+
+@pytest.mark.parametrize("listed", SHOWN)
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(nvml: Nvml, listed: str) -> None:
+    assert ask(nvml, WORLD, VISIBLE, CUDA_VISIBLE_DEVICES=listed) == SHOWN[listed]
+
+
+def test_without_the_variable_all_are_shown_and_of_a_split_one_an_instance(nvml: Nvml) -> None:
+    assert ask(nvml, WORLD, VISIBLE) == ["GPU-aaaa-1111", "GPU-bbbb-2222", "MIG-dddd-4444"]
+
+
+def test_the_beginning_of_two_uuids_names_neither(nvml: Nvml) -> None:
+    world = "gpu GPU-aab1 X 10 0\ngpu GPU-aab2 X 10 0\n"
+    assert ask(nvml, world, VISIBLE, CUDA_VISIBLE_DEVICES="GPU-aab") == []
+
+
+@pytest.mark.parametrize(
+    ("world", "variables", "known"),
+    [
+        (WORLD, {}, False),
+        (WORLD, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, True),
+        (WORLD, {"CUDA_VISIBLE_DEVICES": "1,0"}, False),
+        (WORLD, {"CUDA_VISIBLE_DEVICES": "GPU-bbbb,GPU-aaaa"}, True),
+        (WORLD, {"CUDA_VISIBLE_DEVICES": "1"}, True),
+        (ALIKE, {}, True),
+    ],
+)
+def test_whether_cuda_counts_as_nvml_does(nvml: Nvml, world: str, variables: dict[str, str], known: bool) -> None:
+    assert ask(nvml, world, "is_order_known(visible_gpus())", **variables) is known
+
+
+MEMORY = "[(m.total, m.free, m.mine, m.others) for m in map(memory, all_gpus())]"
+
+
+def test_memory_is_each_ones_own(nvml: Nvml) -> None:
+    assert ask(nvml, WORLD, MEMORY) == [
+        [16 * GIB, 15 * GIB, 0, 1 * GIB],
+        [80 * GIB, 50 * GIB, 12 * GIB, 18 * GIB],
+        [20 * GIB, 18 * GIB, None, 2 * GIB],
+        [10 * GIB, 9 * GIB, 0, 1 * GIB],
+    ]
+
+
+def test_other_processes_can_be_asked_about(nvml: Nvml) -> None:
+    assert ask(nvml, WORLD, "memory(all_gpus()[1], {1}).mine") == 17 * GIB
+
+
+def test_a_driver_that_does_not_tell_of_processes_tells_of_memory(nvml: Nvml) -> None:
+    found = ask(nvml, WORLD + "error nvmlDeviceGetComputeRunningProcesses_v3 4\n", MEMORY)
+    assert found[1] == [80 * GIB, 50 * GIB, None, 30 * GIB]
+
+
+def test_a_gpu_that_knows_no_mig_is_a_gpu(nvml: Nvml) -> None:
+    assert ask(nvml, "gpu GPU-old old 100 40\n", MEMORY) == [[100, 60, 0, 40]]
+
+
+@pytest.mark.parametrize(
+    ("world", "words"),
+    [
+        ("error nvmlInitWithFlags 9\n", "driver is not loaded"),
+        ("error nvmlInitWithFlags 18\n", "different versions"),
+        ("error nvmlInitWithFlags 4\n", "permissions of /dev/nvidia"),
+        ("error nvmlDeviceGetHandleByIndex_v2 15\n" + ALIKE, "fallen off the bus"),
+        ("error nvmlDeviceGetCount_v2 999\n", "Unknown Error|stub error 999"),
+    ],
+)
+def test_each_failure_says_why_and_what_to_set(nvml: Nvml, world: str, words: str) -> None:
+    check_refused(nvml.environment(world), words)
+
+
+def test_a_machine_without_nvml_says_so() -> None:
+    check_refused({"LD_LIBRARY_PATH": "/nonexistent"}, r"libnvidia-ml\.so\.1 is not there")
+
+
+def check_refused(variables: dict[str, str], words: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", "from legit_worker.device.vram import *\nvisible_gpus()"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("legit_worker.device.vram.VramUnknownError: free GPU memory is unknown: ")
+    assert "LEGIT_WORKER_VRAM_LIMIT" in last
+    assert re.search(words, last)
+
+
+BUDGET = """(lambda chosen: __import__('legit_worker.models.registry', fromlist=['x']).Budget(chosen)(2 * 2**30))(
+    __import__('legit_worker.settings', fromlist=['x']).load())"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "gib"),
+    [
+        ({"DEVICE": "cuda:1"}, 2 + 50 - 8),
+        ({"DEVICE": "cuda:1", "VRAM_HEADROOM": "20GiB"}, 2 + 50 - 20),
+        ({"DEVICE": "cuda:1", "VRAM_LIMIT": "10GiB"}, 10),
+        ({"DEVICE": "cuda:1", "VRAM_LIMIT": "25%"}, 20),
+        ({"DEVICE": "cuda"}, 2 + 15 - 1.6),
+        ({"DEVICE": "cuda:9"}, None),
+        ({"DEVICE": "cuda:9", "VRAM_LIMIT": "3GiB"}, 3),
+        ({"DEVICE": "cpu"}, None),
+        ({"DEVICE": "cpu", "VRAM_LIMIT": "3GiB"}, 3),
+        ({"DEVICE": "simulated", "VRAM_LIMIT": "50%"}, None),
+    ],
+)
+def test_weights_may_take_what_is_free_less_the_headroom(
+    nvml: Nvml, variables: dict[str, str], gib: float | None
+) -> None:
+    named = {f"LEGIT_WORKER_{name}": value for name, value in variables.items()}
+    found = ask(nvml, WORLD, BUDGET, **named)
+    assert found == (None if gib is None else pytest.approx(gib * GIB, abs=1))
+
+
+def test_workers_take_turns_on_a_gpu(nvml: Nvml, tmp_path: Path) -> None:
+    """The second waits until the first is done, or gone."""
+    code = (
+        "import sys, time\nfrom legit_worker.device.vram import *\n"
+        "with turn(all_gpus()[0]):\n    print('in', flush=True)\n    time.sleep(float(sys.argv[1]))"
+    )
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
+
+    def start(seconds: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, seconds]
+        return subprocess.Popen(command, env=variables | nvml.environment(ALIKE), stdout=subprocess.PIPE, text=True)
+
+    with start("60") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in\n"
+        with start("0") as second:
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(timeout=2)
+            first.kill()
+            assert second.wait(timeout=20) == 0
+
+
+def test_somebody_elses_shutdown_is_survived_and_a_child_asks_anew(nvml: Nvml) -> None:
+    code = "[len(all_gpus()), __import__('pynvml').nvmlShutdown(), len(all_gpus())]"
+    assert ask(nvml, ALIKE, code) == [2, None, 2]
+
+
+def test_importing_the_module_asks_nobody() -> None:
+    code = "import sys, legit_worker.device.vram; print(sorted({'pynvml', 'torch'} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
