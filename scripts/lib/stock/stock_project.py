@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from celery import Celery
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import CrossEncoder, SentenceTransformer
 
 app = Celery("stock_project")
 
@@ -27,5 +27,19 @@ def model() -> SentenceTransformer:
 
 
 @app.task(name="legit_worker.embed_text")
-def embed_text(text: str) -> list[float]:
+def embed_text(text: str | list[str]) -> list[float]:
     return model().encode(text).tolist()
+
+
+@cache
+def reranker() -> CrossEncoder:
+    """The same, of RERANKER_PATH."""
+    from sentence_transformers import CrossEncoder
+
+    return CrossEncoder(os.environ["RERANKER_PATH"])
+
+
+@app.task(name="legit_worker.rerank")
+def rerank(query: str, documents: list[str]) -> list[dict[str, int | float]]:
+    scores = reranker().predict([(query, document) for document in documents])
+    return [{"index": index, "score": float(score)} for index, score in enumerate(scores)]
