@@ -249,7 +249,7 @@ def estimate(spec: settings.ModelSettings) -> int:
 
 
 class Registry:
-    """All configured models. One per process. `budget` says how many bytes weights may take, given what they take now."""
+    """All configured models. One per process. `budget`: how many bytes weights may take, from what they take now."""
 
     def __init__(
         self,

@@ -2,22 +2,22 @@
 
 In: a string that anyone may have sent. Out: the file's bytes, or `InvalidInputError`. A string with `scheme://` is a
 URL, one that begins with `/`, `./` or `file:` is a path, all else is base64; and so is what begins with `/9j/`, as
-every JPEG does. Nothing is read from a folder or a host
-that the operator did not name, and by default there is none.
+every JPEG does. Nothing is read from a folder or a host that the operator did not name, and by default there is none.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import http.client
 import ipaddress
 import os
+import queue
 import re
 import socket
 import ssl
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +58,15 @@ def read(source: Any, limits: Limits) -> bytes:
     """The file's bytes. Raises `InvalidInputError`."""
     if not isinstance(source, str) or not source:
         raise InvalidInputError(f"expected base64, a path or a URL, got {type(source).__name__}")
-    if _is_path(source):
-        return _read_path(source, limits)
-    if is_remote(source):
-        return _read_url(source, limits)
+    try:
+        if _is_path(source):
+            return _read_path(source, limits)
+        if is_remote(source):
+            return _read_url(source, limits)
+    except InvalidInputError:
+        raise
+    except ValueError:  # an address that can't be one: brackets, surrogates, names of 64 letters
+        raise InvalidInputError("this is neither a path nor a URL that could be read") from None
     return _read_base64(source, limits)
 
 
@@ -80,25 +85,39 @@ def _read_base64(text: str, limits: Limits) -> bytes:
     if len(text) > limits.max_bytes * 4 / 3 + 4:
         raise _too_large(limits)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
         raise InvalidInputError(f"this is not base64: {error}") from None
+    if len(content) > limits.max_bytes:
+        raise _too_large(limits)
+    return content
 
 
 def _read_path(source: str, limits: Limits) -> bytes:
     if not limits.roots:
         raise InvalidInputError("files are not read from paths here: LEGIT_WORKER_PREP_ROOTS names no folder")
-    path = unquote(urlsplit(source).path) if source.startswith("file:") else source
+    named = urlsplit(source) if source.startswith("file:") else None
+    if named is not None and named.hostname not in (None, "localhost"):
+        raise _not_there(source)
+    path = unquote(named.path) if named is not None else source
     roots = [root.resolve() for root in limits.roots]
+    candidates = (Path(root, path).resolve() for root in roots)
+    for found in candidates:
+        if found.is_file() and any(found.is_relative_to(root) for root in roots):
+            return _read_file(found, roots, limits)
+    raise _not_there(source)
+
+
+def _read_file(path: Path, roots: list[Path], limits: Limits) -> bytes:
     try:
-        # One descriptor for the check and for the reading: nobody can put another file between them.
-        file = os.open(os.path.join(roots[0], path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        raise _not_there(source) from None
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        raise _not_there(str(path)) from None
     try:
+        # Looked at once more, now that it is open: nobody can put another file in its place any more.
         real = Path(os.readlink(f"/proc/self/fd/{file}"))
         if not stat.S_ISREG(os.fstat(file).st_mode) or not any(real.is_relative_to(root) for root in roots):
-            raise _not_there(source)
+            raise _not_there(str(path))
         with open(file, "rb", closefd=False) as opened:
             content = opened.read(limits.max_bytes + 1)
     finally:
@@ -109,23 +128,27 @@ def _read_path(source: str, limits: Limits) -> bytes:
 
 
 def _read_url(source: str, limits: Limits) -> bytes:
+    """Errors name the host that the client named, never one that this host redirects to."""
     deadline = monotonic() + limits.seconds
+    host = urlsplit(source).hostname or ""
     for _ in range(limits.redirects + 1):
-        url = _checked(source, limits)
+        url = _checked(source, limits, host)
         try:
-            with _connected(url, limits, deadline) as connection:
+            with _connected(url, limits, deadline, host) as connection:
                 connection.request("GET", _target(url), headers={"Accept-Encoding": "identity"})
                 response = connection.getresponse()
                 if response.status in (301, 302, 303, 307, 308):
                     source = urljoin(source, response.headers.get("Location", ""))
                     continue
-                return _body(response, connection, limits, deadline, url)
+                content = _body(response, limits, host)
+                _left(deadline)  # the end of the time looks like the end of the file
+                return content
         except (OSError, http.client.HTTPException) as error:
-            raise InvalidInputError(f"{url.hostname} did not give the file: {type(error).__name__}") from None
+            raise InvalidInputError(f"{host} did not give the file: {type(error).__name__}") from None
     raise InvalidInputError(f"the URL redirects more than {limits.redirects} times")
 
 
-def _checked(source: str, limits: Limits) -> SplitResult:
+def _checked(source: str, limits: Limits, named: str) -> SplitResult:
     """The URL's parts, if its host may be asked."""
     try:
         url = urlsplit(source)
@@ -135,9 +158,8 @@ def _checked(source: str, limits: Limits) -> SplitResult:
     if url.username is not None or url.password is not None:
         raise InvalidInputError("a URL with a user name or a password is not fetched")
     if not any(_covers(entry, url, port) for entry in limits.hosts):
-        raise InvalidInputError(
-            f"nothing is fetched from {url.hostname} here: LEGIT_WORKER_PREP_HOSTS does not name it"
-        )
+        where = named if url.hostname == named else f"where {named} redirects to"
+        raise InvalidInputError(f"nothing is fetched from {where} here: LEGIT_WORKER_PREP_HOSTS does not name it")
     return url
 
 
@@ -149,22 +171,64 @@ def _covers(entry: str, url: SplitResult, port: int) -> bool:
 
 
 @contextlib.contextmanager
-def _connected(url: SplitResult, limits: Limits, deadline: float) -> Iterator[http.client.HTTPConnection]:
-    """A connection to an address of the host that was checked; its name is resolved once."""
+def _connected(url: SplitResult, limits: Limits, deadline: float, named: str) -> Iterator[http.client.HTTPConnection]:
+    """A connection to an address of the host that was checked; its name is resolved once.
+
+    When the time is over the socket is shut down, whatever waits for it: a server that sends a byte now and then would
+    otherwise begin each wait anew.
+    """
     host, port = url.hostname or "", url.port or PORTS[url.scheme]
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [str(address[0]) for *_, address in found]
+    addresses = _resolved(host, port, deadline)
     if not all(_is_allowed(address, limits) for address in addresses):
-        raise InvalidInputError(f"{host} is in a private network, which LEGIT_WORKER_PREP_PRIVATE does not name")
-    connection = http.client.HTTPConnection(host, port)
-    plain = socket.create_connection((addresses[0], port), timeout=_left(deadline))
-    with contextlib.closing(plain):
-        secure = (
-            ssl.create_default_context().wrap_socket(plain, server_hostname=host) if url.scheme == "https" else None
-        )
-        connection.sock = secure or plain
-        with contextlib.closing(connection):
-            yield connection
+        where = named if host == named else f"where {named} redirects to"
+        raise InvalidInputError(f"{where} is in a private network, which LEGIT_WORKER_PREP_PRIVATE does not name")
+    is_secure = url.scheme == "https"
+    connection = (http.client.HTTPSConnection if is_secure else http.client.HTTPConnection)(host, port)
+    sock = socket.create_connection((addresses[0], port), timeout=_left(deadline))
+    if is_secure:
+        context = ssl.create_default_context()
+        sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    watch = threading.Timer(_left(deadline), _shut_down, (sock,))
+    watch.daemon = True
+    watch.start()
+    try:
+        if isinstance(sock, ssl.SSLSocket):
+            sock.do_handshake()
+        connection.sock = sock
+        yield connection
+    finally:
+        watch.cancel()
+        connection.close()
+        sock.close()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _resolved(host: str, port: int, deadline: float) -> list[str]:
+    """The addresses of a name. The system's resolver knows no time limit, so it is left behind where it takes long."""
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, ValueError) as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found = answer.get(timeout=_left(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, Exception):
+        raise found
+    return [str(address[0]) for *_, address in found]
+
+
+#: Networks of IPv6 that lead to IPv4 addresses of any kind, private ones too.
+TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
 
 
 def _is_allowed(address: str, limits: Limits) -> bool:
@@ -173,7 +237,9 @@ def _is_allowed(address: str, limits: Limits) -> bool:
         ip = ip.ipv4_mapped or ip.sixtofour or ip
     if any(ip in ipaddress.ip_network(network, strict=False) for network in limits.allow_private):
         return True
-    return ip.is_global and not ip.is_multicast and ip not in ipaddress.ip_network("64:ff9b::/96")
+    if ip.is_multicast or getattr(ip, "is_site_local", False) or any(ip in network for network in TRANSLATED):
+        return False
+    return ip.is_global
 
 
 def _target(url: SplitResult) -> str:
@@ -182,30 +248,18 @@ def _target(url: SplitResult) -> str:
     return f"{path}?{quote(url.query, safe='/%:@!$&()*+,;=~-._?')}" if url.query else path
 
 
-def _body(
-    response: http.client.HTTPResponse,
-    connection: http.client.HTTPConnection,
-    limits: Limits,
-    deadline: float,
-    url: SplitResult,
-) -> bytes:
+def _body(response: http.client.HTTPResponse, limits: Limits, host: str) -> bytes:
     if response.status != 200:
-        raise InvalidInputError(f"{url.hostname} answered {response.status}")
+        raise InvalidInputError(f"{host} answered {response.status}")
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise InvalidInputError(f"{url.hostname} sent the file in an encoding that was not asked for")
+        raise InvalidInputError(f"{host} sent the file in an encoding that was not asked for")
     content = bytearray()
-    while True:
-        if connection.sock is not None:
-            connection.sock.settimeout(_left(deadline))
-        chunk = response.read1(CHUNK)
-        if not chunk:
-            break
+    while chunk := response.read1(CHUNK):
         content += chunk
         if len(content) > limits.max_bytes:
             raise _too_large(limits)
-        _left(deadline)
     if response.length:
-        raise InvalidInputError(f"{url.hostname} sent {response.length} bytes less than it had said")
+        raise InvalidInputError(f"{host} sent {response.length} bytes less than it had said")
     return bytes(content)
 
 

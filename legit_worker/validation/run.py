@@ -92,6 +92,8 @@ def validate(
 def _skipped(app: Celery) -> dict[str, str]:
     if isinstance(app.backend, DisabledBackend):
         return {STOCK: "the project has no result backend"}
+    if str(app.conf.result_backend).startswith("cache+memory"):
+        return {STOCK: "the project's results stay in the worker's own memory"}
     return {}
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from harness import ANSWER_SECONDS, Broker, celery_command, project_environment
+from harness import ANSWER_SECONDS, Broker, celery_command, poll, project_environment
 
 #: A worker starts, loads a model, and embeds the golden texts by five paths.
 SECONDS = 3 * ANSWER_SECONDS
@@ -25,15 +27,22 @@ def reference(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 def validate(broker: Broker, tiny_paths: dict[str, Path], *options: str) -> subprocess.CompletedProcess[str]:
-    settings = {"LEGIT_WORKER_MODELS__TINY__PATH": str(tiny_paths["embed"])}
     return subprocess.run(
-        celery_command("legit_worker", "legit", "validate", "--model", "tiny", *options),
-        env=project_environment(broker, settings),
+        command(*options),
+        env=environment(broker, tiny_paths),
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
+
+
+def command(*options: str) -> list[str]:
+    return celery_command("legit_worker", "legit", "validate", "--model", "tiny", *options)
+
+
+def environment(broker: Broker, tiny_paths: dict[str, Path]) -> dict[str, str]:
+    return project_environment(broker, {"LEGIT_WORKER_MODELS__TINY__PATH": str(tiny_paths["embed"])})
 
 
 def test_all_formats_agree_and_nothing_is_left(broker: Broker, tiny_paths: dict[str, Path], reference: Path) -> None:
@@ -46,6 +55,53 @@ def test_all_formats_agree_and_nothing_is_left(broker: Broker, tiny_paths: dict[
     if broker.url.startswith("redis"):
         with redis.Redis.from_url(broker.url) as client:
             assert [key for key in client.scan_iter() if not key.startswith(b"_kombu")] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "paths"),
+    [("rabbitmq", "rpc://", 5), ("rabbitmq", None, 5), ("broker", "disabled://", 4), ("broker", "cache+memory://", 4)],
+)
+def test_all_formats_agree_on_other_servers(
+    request: pytest.FixtureRequest,
+    tiny_paths: dict[str, Path],
+    reference: Path,
+    kind: str,
+    backend: str | None,
+    paths: int,
+) -> None:
+    """Where no result can come back, the app's queue is looked at alone."""
+    broker = request.getfixturevalue(kind)
+    broker = replace(broker, backend=backend or broker.backend)
+    done = validate(broker, tiny_paths, "--against", str(reference), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert (report["agrees"], len(report["paths"]), len(report["skipped"])) == (True, paths, 5 - paths)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_when_it_is_stopped_nothing_is_left(
+    broker: Broker, tiny_paths: dict[str, Path], reference: Path, number: signal.Signals
+) -> None:
+    running = subprocess.Popen(
+        command("--against", str(reference)),
+        env=environment(broker, tiny_paths),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with redis.Redis.from_url(broker.url) as server:
+        poll(lambda: children(running.pid), "its worker")
+        poll(lambda: list(server.scan_iter()), "its tasks")
+        started = children(running.pid)
+        running.send_signal(number)
+        assert running.wait(timeout=ANSWER_SECONDS) != 0
+        poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "its worker's end")
+        assert [key for key in server.scan_iter() if not key.startswith(b"_kombu")] == []
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_row_that_was_changed_is_named(

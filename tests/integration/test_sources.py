@@ -7,6 +7,9 @@ import contextlib
 import gzip
 import os
 import socket
+import ssl
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from legit_worker.errors import InvalidInputError
@@ -53,11 +56,36 @@ def test_base64_of_too_much_is_refused() -> None:
     refused(base64.b64encode(b"x" * 101).decode(), Limits(max_bytes=90), "over 90 bytes")
 
 
-@given(st.text() | st.text().map(lambda text: f"https://{text}") | st.text().map(lambda text: f"/{text}"))
-def test_no_text_does_anything_but_be_refused(text: str) -> None:
-    limits = Limits(roots=(Path("/nonexistent"),), hosts=("example.org",))
+heads = st.sampled_from(
+    ["", "/", "./", "file:", "file://", "file:///", "https://", "https://a.example.org/", "http://["]
+)
+
+
+@given(heads, st.text(st.characters()))
+@example("file://", "[")
+@example("https://", "a" * 64 + ".example.org/")
+@example("https://", "a..example.org/")
+@example("https://a.example.org/", "\ud800")
+def test_no_text_does_anything_but_be_refused(head: str, text: str) -> None:
+    limits = Limits(roots=(Path("/usr/share"),), hosts=("*.example.org",), seconds=0.001)
     with contextlib.suppress(InvalidInputError):
-        assert isinstance(read(text, limits), bytes)
+        assert isinstance(read(head + text, limits), bytes)
+
+
+parts = st.lists(
+    st.sampled_from(["..", ".", "inner", "up", "link", "secret", "a picture.png", "", "%2e%2e"]), max_size=6
+)
+
+
+@given(st.sampled_from(["./", "/", "file:///", "file:"]), parts)
+def test_no_path_leads_out_of_its_root(head: str, names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_root(Path(folder))
+        (root / "up").symlink_to(root.parent)
+        (root / "link").symlink_to(root.parent / "secret")
+        for prefix in (head, head + str(root).lstrip("/") + "/"):
+            with contextlib.suppress(InvalidInputError):
+                assert read(prefix + "/".join(names), Limits(roots=(root,))) == CONTENT
 
 
 # Under a folder.
@@ -66,11 +94,26 @@ def test_no_text_does_anything_but_be_refused(text: str) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A folder that may be read, in one that may not."""
-    folder = tmp_path / "may"
+    return make_root(tmp_path)
+
+
+def make_root(outside: Path) -> Path:
+    folder = outside / "may"
     (folder / "inner").mkdir(parents=True)
     (folder / "inner" / "a picture.png").write_bytes(CONTENT)
-    (tmp_path / "secret").write_bytes(b"secret")
+    (outside / "secret").write_bytes(b"secret")
     return folder
+
+
+def test_a_second_root_is_looked_at_too(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    assert read("./inner/a picture.png", Limits(roots=(tmp_path / "other", root))) == CONTENT
+
+
+def test_what_is_outside_is_not_even_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it was opened"))
+    for name in ("/dev/null", "/etc/passwd", f"{root}/../secret", "file://elsewhere/etc/passwd"):
+        refused(name, Limits(roots=(root,)), "no file under")
 
 
 def test_a_path_under_a_root_is_read(root: Path) -> None:
@@ -88,7 +131,7 @@ def test_what_is_not_under_a_root_looks_as_if_it_were_not_there(root: Path) -> N
     (root / "up").symlink_to(root.parent)
     os.mkfifo(root / "fifo")
     names = ("/etc/passwd", f"{root}/../secret", f"{root}/link", f"{root}/up/secret", f"{root}/fifo", f"{root}/inner")
-    names += ("/dev/zero", f"{root}/missing", f"{root}/\0", f"file://{root}/%2e%2e/secret", f"{root}2/x")
+    names += ("/dev/zero", f"{root}/missing", f"file://{root}/%2e%2e/secret", f"{root}2/x")
     for name in names:
         refused(name, Limits(roots=(root,)), "no file under LEGIT_WORKER_PREP_ROOTS")
 
@@ -124,6 +167,28 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
             time.sleep(0.1)
 
 
+def drip_lines(line: bytes, before: bytes = b"HTTP/1.1 200 OK\r\n") -> Answer:
+    """So that no single wait is long."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(OSError):
+            handler.wfile.write(before)
+            for _ in range(40):
+                handler.wfile.write(line)
+                handler.wfile.flush()
+                time.sleep(0.2)
+
+    return answer
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def goes_silent(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\nthe beginning")
+    time.sleep(5)
+
+
 def hang(handler: BaseHTTPRequestHandler) -> None:
     time.sleep(5)
 
@@ -142,6 +207,12 @@ ANSWERS: dict[str, Answer] = {
     "/short": reply(body=b"x" * 10, Content_Length="100"),
     "/404": reply(404),
     "/drip": drip,
+    "/drip-header": drip_lines(b"X: y\r\n"),
+    "/drip-continue": drip_lines(b"HTTP/1.1 100 Continue\r\n\r\n", b""),
+    "/drip-size": drip_lines(b"0", CHUNKED),
+    "/drip-trailer": drip_lines(b"X: y\r\n", CHUNKED + b"1\r\nx\r\n0\r\n"),
+    "/silent": goes_silent,
+    "/broken": reply(302, Location="http://[bad"),
     "/hang": hang,
 }
 
@@ -180,7 +251,13 @@ def test_a_url_on_a_listed_host_is_fetched(port: int, local: Limits, path: str) 
 REFUSALS = {
     "/loop": "redirects more than 3 times",
     "/nowhere": "redirects more than 3 times",
-    "/metadata": "nothing is fetched from 169.254.169.254",
+    "/metadata": "nothing is fetched from where localhost redirects to",
+    "/broken": "neither a path nor a URL|not one of https",
+    "/drip-header": "did not give the file",
+    "/drip-continue": "did not give the file",
+    "/drip-size": "did not give the file",
+    "/drip-trailer": "did not give the file",
+    "/silent": "did not give the file",
     "/to-file": "not one of https or http",
     "/gzip": "encoding that was not asked for",
     "/huge": "over 1000000 bytes",
@@ -188,7 +265,7 @@ REFUSALS = {
     "/short": "90 bytes less",
     "/404": "answered 404",
     "/drip": "TimeoutError",
-    "/hang": "TimeoutError|timed out",
+    "/hang": "did not give the file",
 }
 
 
@@ -196,7 +273,7 @@ REFUSALS = {
 def test_what_a_host_may_not_do(port: int, local: Limits, path: str) -> None:
     started = time.monotonic()
     refused(f"http://localhost:{port}{path}", local, REFUSALS[path])
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 2.5
 
 
 @pytest.mark.parametrize(
@@ -229,7 +306,7 @@ def test_a_listed_host_in_a_private_network_is_refused(port: int) -> None:
 
 NOT_PUBLIC = """
 127.0.0.1 0.0.0.0 10.1.2.3 100.64.0.1 169.254.169.254 224.0.0.1
-::1 fe80::1 fd00::1 ::ffff:10.0.0.1 64:ff9b::a00:1 2002:7f00:1::
+::1 fe80::1 fec0::1 fd00::1 ::ffff:10.0.0.1 ::10.0.0.1 64:ff9b::a00:1 64:ff9b:1::a00:1 2002:7f00:1::
 """
 
 
@@ -238,6 +315,27 @@ def test_no_name_leads_to_an_address_that_is_not_public(monkeypatch: pytest.Monk
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(family, socket.SOCK_STREAM, 6, "", (address, 443))])
     refused("https://example.org/x", Limits(hosts=("example.org",)), "private network")
+
+
+def test_a_resolver_that_takes_long_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    started = time.monotonic()
+    refused("https://example.org/x", Limits(hosts=("example.org",), seconds=0.5), "TimeoutError")
+    assert time.monotonic() - started < 2
+
+
+def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*make, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    limits = Limits(hosts=(f"localhost:{server.server_port}",), allow_private=LOOPBACK)
+    refused(f"https://localhost:{server.server_port}/file", limits, "SSLCertVerificationError")
+    server.shutdown()
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_asked(
