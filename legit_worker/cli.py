@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,30 @@ def validate(ctx: click.Context, **options: Any) -> None:
     from legit_worker.validation.command import main
 
     ctx.exit(main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options))
+
+
+@legit.command(cls=CeleryCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a list.")
+@click.pass_context
+@handle_preload_options
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Look at settings, versions, broker, models, GPUs, the prep role and batches, and say what to do.
+
+    Exit code 1 where something fails.
+    """
+    from legit_worker.doctor.checks import examine
+
+    found = []
+    for finding in examine(ctx.obj.app):
+        found.append(finding)
+        if not as_json:
+            mark, colour = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}[finding.level]
+            click.echo(f"{click.style(mark, fg=colour)} {finding.about}: {finding.seen}")
+            if finding.fix:
+                click.echo(f"    → {finding.fix}")
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found]))
+    ctx.exit(int(any(finding.level == "failure" for finding in found)))
 
 
 @legit.group()

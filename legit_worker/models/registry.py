@@ -258,6 +258,8 @@ class Registry:
         budget: Callable[[int], int | None] = lambda _: None,
     ) -> None:
         loader = Loader()
+        #: Gives the name of the device that models are put on.
+        self.device = device
         self.entries = {alias: Entry(alias, spec, device, loader) for alias, spec in models.items()}
         self.residency = Residency(self.entries.values(), budget)
         for entry in self.entries.values():

@@ -1,0 +1,245 @@
+"""The checks of `celery legit doctor`, in the order in which one fails because of another.
+
+In: a Celery app, and the environment. Out: findings, each with what was seen and what to do. Whatever imports torch or
+may open a CUDA context runs in a process of its own (`probes.py`), so that looking changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from celery import Celery
+
+from legit_worker import settings
+from legit_worker.device import cuda, vram
+from legit_worker.errors import LegitWorkerError, SettingsError
+from legit_worker.prep.texts import model_folder, tokenizer_of
+
+#: The oldest and the first too new Celery, as (major, minor).
+CELERY = ((5, 5), (5, 8))
+
+#: What is reported of installed packages; a missing one is a finding only where a check needs it.
+PACKAGES = ("celery", "kombu", "redis", "greenlet", "torch", "sentence-transformers", "tokenizers", "nvidia-ml-py")
+
+#: The first Redis that has BLMOVE.
+REDIS = (6, 2)
+
+#: Seconds for the broker, and for a probe, which may load a model.
+BROKER_SECONDS, PROBE_SECONDS = 5, 300
+
+#: Vectors that a batch and a text alone must agree on.
+COSINE = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    #: The check's name.
+    about: str
+    level: Literal["ok", "warning", "failure"]
+    #: What was seen.
+    seen: str
+    #: What to do; nothing where all is well.
+    fix: str = ""
+
+
+def examine(app: Celery) -> Iterator[Finding]:
+    """All checks, one after the other. A check that breaks is a failure, and the others go on."""
+    try:
+        chosen = settings.load(enabled_by_default=True)
+    except SettingsError as error:
+        yield failure("settings", str(error), "correct these variables: nothing else can be looked at before")
+        return
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "settings": lambda: _settings(chosen),
+        "versions": _versions,
+        "broker": lambda: _broker(app),
+        "results": lambda: _results(app),
+        "models": lambda: _models(chosen),
+        "gpu": lambda: _gpu(chosen),
+        "prep": lambda: _prep(chosen),
+        "batches": lambda: _batches(chosen),
+    }
+    for about, check in checks.items():
+        yield from (replace(finding, about=about) for finding in _unbroken(check))
+
+
+def _unbroken(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:
+        yield failure("", f"{type(error).__name__}: {error}", "this check could not be made")
+
+
+def ok(seen: str) -> Finding:
+    return Finding(about="", level="ok", seen=seen)
+
+
+def warning(seen: str, fix: str) -> Finding:
+    return Finding(about="", level="warning", seen=seen, fix=fix)
+
+
+def failure(about: str, seen: str, fix: str) -> Finding:
+    return Finding(about=about, level="failure", seen=seen, fix=fix)
+
+
+def _settings(chosen: settings.Settings) -> Iterator[Finding]:
+    ours = sum(name.startswith(settings.PREFIX) for name in os.environ)
+    yield ok(f"{ours} variables, role {chosen.role}, {len(chosen.models)} models, {len(chosen.apps)} apps")
+    for sentence in settings.not_yet_in_effect(chosen):
+        yield warning(sentence, "leave it out, or wait for a release that reads it")
+
+
+def _versions() -> Iterator[Finding]:
+    found = {name: version for name in PACKAGES if (version := _version(name))}
+    yield ok(", ".join(f"{name} {version}" for name, version in {"python": sys.version.split()[0], **found}.items()))
+    celery = tuple(int(part) for part in found["celery"].split(".")[:2])
+    if not CELERY[0] <= celery < CELERY[1]:
+        yield warning(f"Celery {found['celery']} was never tried with this pool", "install one of 5.5 to 5.7")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _broker(app: Celery) -> Iterator[Finding]:
+    with app.connection_for_read() as connection:
+        name = connection.as_uri()
+        try:
+            connection.ensure_connection(max_retries=1, timeout=BROKER_SECONDS, interval_start=0)
+        except Exception as error:
+            yield failure("", f"{name} does not answer: {error}", "start it, or correct the broker's URL")
+            return
+        yield ok(f"{name} answers")
+        if connection.transport.driver_type == "redis":
+            yield from _redis(connection.default_channel.client)
+
+
+def _redis(client: Any) -> Iterator[Finding]:
+    server = client.info("server")
+    version = server.get("redis_version", "0")
+    if tuple(int(part) for part in version.split(".")[:2]) < REDIS:
+        yield warning(
+            f"Redis {version} has no BLMOVE: a message on its way to a worker that is killed is lost",
+            "take Redis 6.2 or newer, or Valkey",
+        )
+    policy = client.info("memory").get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        yield warning(
+            f"maxmemory-policy is {policy}: Redis may drop queues when it is full",
+            "CONFIG SET maxmemory-policy noeviction, for a broker",
+        )
+
+
+def _results(app: Celery) -> Iterator[Finding]:
+    backend = app.backend
+    name = type(backend).__name__
+    client = getattr(backend, "client", None)
+    if client is not None and hasattr(client, "ping"):
+        try:
+            client.ping()
+        except Exception as error:
+            yield failure("", f"{backend.as_uri()} does not answer: {error}", "correct the result backend's URL")
+            return
+    yield ok(f"{name}, {backend.as_uri()}")
+
+
+def _models(chosen: settings.Settings) -> Iterator[Finding]:
+    if not chosen.models:
+        yield warning("no model is configured", "set LEGIT_WORKER_MODELS__<ALIAS>__PATH")
+    for alias, model in chosen.models.items():
+        if model.kind not in settings.KINDS_WITH_PATH or model.path is None:
+            yield ok(f"{alias}: kind {model.kind}")
+        elif model_folder(model.path, model.revision) is None:
+            yield warning(
+                f"{alias}: {model.path} is neither a folder nor in the local cache",
+                "correct the path, or download it before the first task has to wait for that",
+            )
+        else:
+            tokenizer = tokenizer_of(model.path, model.revision) if model.kind == "embed" else None
+            prepared = f", tokenizer {tokenizer.fingerprint} can be read without it" if tokenizer else ""
+            yield ok(f"{alias}: kind {model.kind} at {model.path}{prepared}")
+
+
+def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
+    if not chosen.device.startswith(("auto", "cuda")):
+        yield ok(f"not looked for: LEGIT_WORKER_DEVICE={chosen.device}")
+        return
+    try:
+        gpus = vram.visible_gpus()
+    except vram.VramUnknownError as error:
+        yield (ok if chosen.device == "auto" else _as_failure)(str(error))
+        gpus = ()
+    for number, gpu in enumerate(gpus):
+        memory = vram.memory(gpu)
+        yield ok(f"cuda:{number} is {gpu.name} {gpu.uuid}: {memory.free:,} of {memory.total:,} bytes are free")
+    cuda.count_as_nvml_does()
+    if gpus and not vram.is_order_known(gpus):
+        yield warning("CUDA may count these GPUs in another order", "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    seen = probe("torch_gpus")
+    ours = [gpu.uuid.removeprefix("GPU-") for gpu in gpus]
+    if seen["uuids"] is None:
+        yield ok(f"torch {seen['version']} sees {seen['count']} GPUs")
+    elif seen["uuids"] == ours[: len(seen["uuids"])] and bool(ours) == bool(seen["uuids"]):
+        yield ok(f"torch {seen['version']} sees the same {seen['count']}, in the same order")
+    else:
+        yield failure(
+            "",
+            f"torch {seen['version']} sees {seen['uuids']}, and NVML {ours}",
+            "is torch a build for CUDA, and for this driver? Set CUDA_VISIBLE_DEVICES to UUIDs",
+        )
+
+
+def _as_failure(seen: str) -> Finding:
+    return failure("", seen, "see there")
+
+
+def _prep(chosen: settings.Settings) -> Iterator[Finding]:
+    alias = next((alias for alias, model in chosen.models.items() if model.kind == "embed"), "")
+    seen = probe("prep", alias, LEGIT_WORKER_ROLE="prep")
+    if seen["driver"]:
+        yield failure("", f"a prep process has loaded {seen['driver']}", "find who did, with strace -e openat")
+    elif not seen["refused"]:
+        yield failure(
+            "", "a prep process was not stopped when it asked for CUDA", "call install() before importing torch"
+        )
+    else:
+        yield ok(f"a prep process ({seen['did']}) has no driver loaded, and is refused when it asks for CUDA")
+
+
+def _batches(chosen: settings.Settings) -> Iterator[Finding]:
+    aliases = [alias for alias, model in chosen.models.items() if model.kind == "embed"]
+    if not aliases:
+        yield ok("no model of kind embed to try")
+    for alias in aliases:
+        seen = probe("batches", alias)
+        rates = f"{seen['alone']:.0f} texts/s alone, {seen['batched']:.0f} in batches"
+        if seen["cosine"] >= COSINE:
+            yield ok(f"{alias} on {seen['device']}: {rates}; worst cosine between the two {seen['cosine']:.6f}")
+        else:
+            yield failure(
+                "",
+                f"{alias} on {seen['device']}: vectors depend on the batch (worst cosine {seen['cosine']:.6f})",
+                "try DTYPE=float32; `celery legit validate` names the texts",
+            )
+
+
+def probe(name: str, *arguments: str, **variables: str) -> Any:
+    """What a function of `probes.py` gives, in a process of its own. Raises `LegitWorkerError` where it breaks."""
+    command = [sys.executable, "-m", "legit_worker.doctor.probes", name, *arguments]
+    kept = os.environ | variables
+    finished = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+    if finished.returncode:
+        raise LegitWorkerError((finished.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+    return json.loads(finished.stdout.splitlines()[-1])

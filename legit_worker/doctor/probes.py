@@ -1,0 +1,80 @@
+"""What `celery legit doctor` looks at in a process of its own: `python -m legit_worker.doctor.probes NAME [ALIAS]`.
+
+In: the environment. Out: one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+#: Texts of mixed lengths, so that a batch is padded.
+TEXTS = [" ".join(f"word{place}" for place in range(1 + number * 7 % 40)) for number in range(64)]
+
+
+def torch_gpus() -> dict[str, Any]:
+    """What torch shows. Opens a context, where there is a GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    properties = [torch.cuda.get_device_properties(number) for number in range(count)]
+    known = all(hasattr(one, "uuid") for one in properties)
+    uuids = [str(one.uuid) for one in properties] if known else None
+    return {"version": torch.__version__, "count": count, "uuids": uuids}
+
+
+def prep(alias: str = "") -> dict[str, Any]:
+    """Role prep at work: what of CUDA's driver it has loaded, and whether it is refused when it asks."""
+    from celery import Celery
+
+    import legit_worker
+    from legit_worker import tasks
+    from legit_worker.errors import CudaForbiddenError
+
+    legit_worker.install(Celery(set_as_current=False))
+    did = "tokenizing" if alias and isinstance(tasks.prep_text(TEXTS, alias), list) else "no model to prepare for"
+    mapped = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    driver = sorted({line.split()[-1] for line in mapped.splitlines() if "libcuda" in line})
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        refused = False
+    except CudaForbiddenError:
+        refused = True
+    except OSError:
+        refused = False
+    return {"did": did, "driver": driver, "refused": refused}
+
+
+def batches(alias: str) -> dict[str, Any]:
+    """A model's vectors of texts alone and together, and how many a second it gives of each."""
+    import numpy as np
+
+    import legit_worker
+    from legit_worker.models.registry import default_registry
+
+    handle = legit_worker.model(alias)
+    handle.encode(TEXTS)  # loads, and warms up
+    start = perf_counter()
+    together = handle.encode(TEXTS)
+    middle = perf_counter()
+    alone = np.stack([handle.encode(text) for text in TEXTS])
+    end = perf_counter()
+    lengths = np.linalg.norm(together, axis=1) * np.linalg.norm(alone, axis=1)
+    return {
+        "device": default_registry().device(),
+        "cosine": float(((together * alone).sum(axis=1) / lengths).min()),
+        "batched": len(TEXTS) / (middle - start),
+        "alone": len(TEXTS) / (end - middle),
+    }
+
+
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {"torch_gpus": torch_gpus, "prep": prep, "batches": batches}
+
+if __name__ == "__main__":
+    print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,84 @@
+"""`celery legit doctor` through the real command: what is well, what is not, and what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import CudaDriver, Nvml
+from harness import ANSWER_SECONDS, Broker, celery_command, project_environment
+
+GIB = 2**30
+
+HEALTHY = ("settings", "versions", "broker", "results", "models", "gpu", "prep", "batches")
+
+
+def doctor(broker: Broker, project: str = "legit_worker", **variables: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code and findings."""
+    finished = subprocess.run(
+        celery_command(project, "legit", "doctor", "--json"),
+        env=project_environment(broker, variables),
+        capture_output=True,
+        text=True,
+        timeout=3 * ANSWER_SECONDS,
+        check=False,
+    )
+    assert finished.stdout, finished.stderr
+    return finished.returncode, json.loads(finished.stdout)
+
+
+def about(found: list[dict[str, Any]], check: str, level: str) -> str:
+    """All that was seen at this level by one check."""
+    return "\n".join(one["seen"] + one["fix"] for one in found if (one["about"], one["level"]) == (check, level))
+
+
+@pytest.fixture
+def model(tiny_paths: dict[str, Path]) -> dict[str, str]:
+    """The variable of a small model."""
+    return {"LEGIT_WORKER_MODELS__TINY__PATH": str(tiny_paths["embed"])}
+
+
+def test_a_machine_without_a_gpu_is_well(broker: Broker, model: dict[str, str]) -> None:
+    code, found = doctor(broker, **model)
+    assert code == 0, found
+    assert [check for check in HEALTHY if about(found, check, "ok")] == list(HEALTHY)
+    assert "tokenizing" in about(found, "prep", "ok")
+    assert "worst cosine between the two 1.000000" in about(found, "batches", "ok")
+
+
+def test_what_is_wrong_is_named_with_its_fix(broker: Broker, model: dict[str, str]) -> None:
+    code, found = doctor(broker, "project", **model, LEGIT_WORKER_WINDOW="many")
+    assert code == 1
+    assert "LEGIT_WORKER_WINDOW='many'" in about(found, "settings", "failure")
+    code, found = doctor(broker, **model, CELERY_BROKER_URL="redis://localhost:1/0", LEGIT_WORKER_METRICS_PORT="9100")
+    assert code == 1
+    assert "localhost:1/0 does not answer" in about(found, "broker", "failure")
+    assert "METRICS_PORT" in about(found, "settings", "warning")
+    code, found = doctor(broker, LEGIT_WORKER_MODELS__GONE__PATH="/nowhere/model")
+    assert code == 1
+    assert "/nowhere/model is neither a folder" in about(found, "models", "warning")
+    assert about(found, "batches", "failure")
+
+
+def test_nvml_and_torch_are_compared(broker: Broker, tmp_path: Path) -> None:
+    """The stub's GPU is one that torch, built for the CPU, can't see."""
+    nvml = Nvml.build(tmp_path)
+    world = f"gpu GPU-aaaa-1111 H100 {80 * GIB} {GIB}\n"
+    code, found = doctor(broker, **nvml.environment(world))
+    assert code == 1
+    assert "cuda:0 is H100 GPU-aaaa-1111: 84,825,604,096 of 85,899,345,920 bytes are free" in about(found, "gpu", "ok")
+    assert "and NVML ['aaaa-1111']" in about(found, "gpu", "failure")
+    code, found = doctor(broker, LEGIT_WORKER_DEVICE="cuda")
+    assert code == 1
+    assert "libnvidia-ml.so.1 is not there" in about(found, "gpu", "failure")
+
+
+def test_looking_at_the_prep_role_asks_no_driver(broker: Broker, model: dict[str, str], tmp_path: Path) -> None:
+    driver = CudaDriver.build(tmp_path)
+    code, found = doctor(broker, **model, **driver.environment)
+    assert code == 0, found
+    assert "refused when it asks" in about(found, "prep", "ok")
+    assert driver.calls == []
