@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,6 +164,11 @@ class BellPoller(stock.MultiChannelPoller):
         """All that is polled, by file descriptor."""
         return {**super().fds, **self._bells}
 
+    def on_poll_start(self) -> None:
+        """The hub is about to wait."""
+        flush_acks()
+        super().on_poll_start()
+
     def watch(self, channel: ReservingChannel, bell: Bell) -> None:
         """Begin to poll a bell that has just been connected."""
         self._bells[bell.fileno()] = channel, bell
@@ -214,8 +220,48 @@ class ReservingTransport:
         super().register_with_event_loop(connection, loop)  # type: ignore[misc]
 
 
+#: Acks that may wait for company, in a worker's event loop. They go out before the hub waits, or when they are so many.
+MOST_ACKS = 64
+
+#: Those that have some.
+_with_acks: weakref.WeakSet[ReservingQoS] = weakref.WeakSet()
+
+
+def flush_acks() -> None:
+    """Send all acks that wait."""
+    for qos in list(_with_acks):
+        qos.flush_acks()
+
+
 class ReservingQoS(stock.QoS):
-    """kombu's accounts of what is not acked. What the script noted is not noted once more."""
+    """kombu's accounts of what is not acked. What the script noted is not noted once more, and acks go in groups."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._acked: list[str] = []
+
+    def ack(self, delivery_tag: str) -> None:
+        """A message is done with. Celery says so from the hub's queue, which the hub empties before it waits."""
+        if self.channel.connection.cycle.hub is None:
+            super().ack(delivery_tag)
+            return
+        virtual.QoS.ack(self, delivery_tag)
+        self._acked.append(delivery_tag)
+        _with_acks.add(self)
+        if len(self._acked) >= MOST_ACKS:
+            self.flush_acks()
+
+    def flush_acks(self) -> None:
+        """Send the acks that wait. Where the connection is gone they are forgotten, and their tasks run again."""
+        acked, self._acked = self._acked, []
+        _with_acks.discard(self)
+        if not acked:
+            return
+        try:
+            with self.pipe_or_acquire() as pipe:
+                pipe.zrem(self.unacked_index_key, *acked).hdel(self.unacked_key, *acked).execute()
+        except self.channel.connection_errors as error:
+            logger.critical("%d tasks that are done could not be acked, and will run again: %r", len(acked), error)
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """A message is being delivered."""
@@ -395,6 +441,7 @@ class ReservingChannel(stock.Channel):
     def close(self) -> None:
         """Give back what was not delivered."""
         self._closing = True
+        flush_acks()
         for bell in list(self._bells.values()):
             self.drop(bell)
         try:

@@ -24,7 +24,7 @@ from celery.worker.state import maybe_shutdown
 
 from legit_worker import settings
 from legit_worker.apps import identify
-from legit_worker.broker.redis import reserve_messages
+from legit_worker.broker.redis import flush_acks, reserve_messages
 from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.device.cuda import count_as_nvml_does
 from legit_worker.device.memory import give_back_cached
@@ -310,6 +310,7 @@ class ModelPool(SoloPool):
             self._hub.fire_timers()
             for callback in self._hub._pop_ready():
                 callback()
+            flush_acks()
         except Exception:
             logger.warning("an ack or a heartbeat failed while the worker was stopping", exc_info=True)
 

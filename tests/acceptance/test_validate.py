@@ -88,6 +88,8 @@ def test_when_it_is_stopped_nothing_is_left(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with redis.Redis.from_url(broker.url) as server:
         poll(lambda: children(running.pid), "its worker")

@@ -15,7 +15,7 @@ import redis
 from kombu.asynchronous import Hub
 from kombu.utils.json import loads
 
-from legit_worker.broker.redis import MOST_BYTES, UNREADABLE_KEY, ReservingConnection
+from legit_worker.broker.redis import MOST_ACKS, MOST_BYTES, UNREADABLE_KEY, ReservingConnection
 
 #: Seconds until a message that is there has been delivered, and for which one waits that must not come.
 SOON = 10
@@ -199,6 +199,82 @@ def test_with_a_key_prefix_all_keys_have_it(url: str, server: redis.Redis, taker
     assert all(key.startswith(b"mine:") for key in server.scan_iter())
     put(url, 6, options={"global_keyprefix": "mine:"})
     assert one.take(1) == [6]
+
+
+# Acks.
+
+
+@dataclass
+class Turning:
+    """A taker in an event loop, as a worker is."""
+
+    taker: Taker
+
+    def __post_init__(self) -> None:
+        hub = Hub()
+        connection = self.taker.connection
+        connection.transport.register_with_event_loop(connection.connection, hub)
+        self.loop = hub.create_loop()
+
+    def take(self, count: int) -> None:
+        deadline = time.monotonic() + SOON
+        while len(self.taker.got) < count and time.monotonic() < deadline:
+            next(self.loop)
+        assert len(self.taker.got) == count
+
+
+def test_in_an_event_loop_acks_go_out_together_before_it_waits(url: str, server: redis.Redis, taker: Any) -> None:
+    put(url, *range(10))
+    one = taker(prefetch_count=10)
+    loop = Turning(one)
+    loop.take(10)
+    for message in one.got[:4]:
+        message.ack()
+    assert len(unacked(server)) == 10
+    assert one.channel.qos.can_consume(), "there is room for others at once"
+    before = (
+        server.info("commandstats")["cmdstat_zrem"]["calls"] if "cmdstat_zrem" in server.info("commandstats") else 0
+    )
+    next(loop.loop)
+    assert unacked(server).keys() == {message.delivery_tag for message in one.got[4:]}
+    assert server.info("commandstats")["cmdstat_zrem"]["calls"] == before + 1
+
+
+def test_many_acks_do_not_wait_for_the_loop(url: str, server: redis.Redis, taker: Any) -> None:
+    put(url, *range(MOST_ACKS))
+    one = taker()
+    Turning(one).take(MOST_ACKS)
+    for message in one.got:
+        message.ack()
+    assert unacked(server) == {}
+
+
+def test_acks_that_wait_go_out_when_the_channel_closes(url: str, server: redis.Redis, taker: Any) -> None:
+    put(url, 1, 2)
+    one = taker()
+    Turning(one).take(2)
+    one.got[0].ack()
+    one.connection.close()
+    assert unacked(server) == {}
+    assert taker().take(2, NEVER) == [2], "one is given back, the other was done"
+
+
+def test_acks_without_a_connection_are_told_and_nothing_else_breaks(
+    url: str, server: redis.Redis, taker: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(url, 1)
+    one = taker()
+    Turning(one).take(1)
+    one.got[0].ack()
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise redis.ConnectionError("gone")
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", gone)
+    one.channel.qos.flush_acks()
+    monkeypatch.undo()
+    assert "1 tasks that are done could not be acked, and will run again" in caplog.text
+    assert len(unacked(server)) == 1
 
 
 # What is taken, and in which order.
