@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import select
 import weakref
 from collections import deque
 from contextlib import suppress
@@ -199,10 +200,11 @@ class BellPoller(stock.MultiChannelPoller):
 
     def maybe_check_brpop_health(self) -> None:
         """Called from time to time (kombu 5.7): drop connections on which an answer is overdue."""
-        super().maybe_check_brpop_health()
+        getattr(super(), "maybe_check_brpop_health", lambda: None)()
         for channel, bell in list(self._bells.values()):
             patience = channel._patience() + (channel.health_check_interval or 0)
-            if bell.asked_at is not None and monotonic() - bell.asked_at > patience:
+            is_overdue = bell.asked_at is not None and monotonic() - bell.asked_at > patience
+            if is_overdue and not select.select([bell], [], [], 0)[0]:  # nor has it come while the worker computed
                 logger.warning("Redis gave no answer for %.0f seconds; connecting anew", patience)
                 channel.drop(bell)
 
@@ -315,7 +317,7 @@ class ReservingChannel(stock.Channel):
     def _brpop_start(self, timeout: float | None = None) -> None:
         """kombu has room for more and awaits nothing. `timeout` is for BRPOP alone."""
         if self._kombus_way:
-            super()._brpop_start(timeout or self.connection.brpop_timeout)
+            super()._brpop_start(timeout or self._patience())
         elif self._looking:
             self._ask()
         else:
