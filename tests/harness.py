@@ -290,6 +290,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
         "upper",
         "picky",
         "poisoned",
+        "stormy",
         "unloadable",
         "slow_to_load",
         "reports",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness import Worker
 
-from legit_worker.errors import InvalidInputError, ModelLoadError
+from legit_worker.errors import DeviceOutOfMemoryError, InvalidInputError, ModelLoadError
 
 Simulated = Callable[[Any], list[float]]
 
@@ -33,6 +33,21 @@ def test_an_item_that_spoils_its_batch_fails_its_own_task_with_the_models_error(
             assert str(answer) == f"{item} can't be computed"
         else:
             assert answer == item.upper()
+
+
+def test_a_storm_of_memory_errors_loses_no_task_and_what_never_fits_fails_alone(model_pool: Worker) -> None:
+    """The device refuses every third batch, at random, and three items always."""
+    items = [f"huge {number}" if number in (5, 700, 1500) else f"good {number}" for number in range(2000)]
+    results = [model_pool.send("one", item, alias="stormy") for item in items]
+    for item, answer in zip(items, model_pool.answers(results), strict=True):
+        if item.startswith("huge"):
+            assert isinstance(answer, DeviceOutOfMemoryError)
+            assert "stormy" in str(answer)
+            assert "2.00 GiB" in str(answer)
+        else:
+            assert answer == item.upper()
+    assert model_pool.pool()["models"]["stormy"]["out_of_memory"] > 10
+    assert model_pool.ask("one", "text") is not None
 
 
 def test_a_model_that_can_not_be_loaded_fails_only_the_tasks_that_asked_for_it(

@@ -5,6 +5,7 @@ In: strings. Out: strings that say what happened.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -59,6 +60,19 @@ class Poisoned(Upper):
         poison = [item for item in batch if item.startswith("poison")]
         if poison:
             raise PoisonError(f"{poison[0]} can't be computed")
+        return super().forward(batch)
+
+
+class Stormy(Upper):
+    """Its device is out of memory for every third batch, at random, and for any batch with an item that says `huge`."""
+
+    def __init__(self) -> None:
+        self._draw = random.Random(3)
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Raises what torch raises."""
+        if self._draw.random() < 1 / 3 or any(item.startswith("huge") for item in batch):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().forward(batch)
 
 
