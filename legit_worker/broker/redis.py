@@ -244,6 +244,9 @@ class ReservingQoS(stock.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """A message is done with. Celery says so from the hub's queue, which the hub empties before it waits."""
+        if self.channel.closed:  # a connection that was lost: its messages were given back, and will be delivered again
+            virtual.QoS.ack(self, delivery_tag)
+            return
         if self.channel.connection.cycle.hub is None:
             super().ack(delivery_tag)
             return

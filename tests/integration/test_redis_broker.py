@@ -259,6 +259,16 @@ def test_acks_that_wait_go_out_when_the_channel_closes(url: str, server: redis.R
     assert taker().take(2, NEVER) == [2], "one is given back, the other was done"
 
 
+def test_an_ack_after_the_channel_closed_asks_nobody(url: str, taker: Any) -> None:
+    """A task that was parked while the connection was lost: its message was given back."""
+    put(url, 1)
+    one = taker()
+    Turning(one).take(1)
+    one.connection.close()
+    one.got[0].ack()
+    assert taker().take(1) == [1]
+
+
 def test_acks_without_a_connection_are_told_and_nothing_else_breaks(
     url: str, server: redis.Redis, taker: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
