@@ -182,6 +182,10 @@ class Residency:
     def _review(self) -> None:
         if not any(request.entry.alias not in self._draining for request in self._waiting):
             self._reopen()
+        # First, or one that has just been loaded would make room before those who waited for it had it.
+        for entry in self._entries:
+            if entry.is_resident and entry.alias not in self._draining:
+                self._serve(entry)
         budget = self._budget()
         seen: set[str] = set()
         for request in list(self._waiting):
@@ -189,9 +193,7 @@ class Residency:
             if entry.alias in seen or entry.alias in self._draining or request not in self._waiting:
                 continue
             seen.add(entry.alias)
-            if entry.is_resident:
-                self._serve(entry)
-            elif not entry.is_loading and not self._make_room(request, budget):
+            if not entry.is_loading and not self._make_room(request, budget):
                 return  # nobody overtakes the one who waited longest
 
     def _make_room(self, request: Request, budget: int | None) -> bool:
@@ -239,7 +241,9 @@ class Residency:
             self._evict(next(other for other in self._entries if other.alias == alias))
 
     def _serve(self, entry: Entry) -> None:
-        """Its load is over: all who wait for it have it, or its error."""
+        """Its load is over: all who wait for it have it, or its error. If it is gone again, they wait on."""
+        if entry.state not in ("resident", "failed"):
+            return
         error = entry.load_error
         for request in self._take(entry):
             if error is None:

@@ -192,6 +192,35 @@ def test_an_idle_model_goes_after_its_keep_alive_and_others_stay() -> None:
     assert resident(subject) == ["m1", "m2"]
 
 
+def test_a_model_does_not_go_before_those_who_waited_for_it_had_it() -> None:
+    """Its load has ended, and the loader's thread has not yet told so when another model is asked for."""
+    subject = registry(budget=10)
+    with subject.residency._lock:
+        first = subject.residency.request(subject.get("m0"))
+        deadline = time.monotonic() + 10
+        while not subject.get("m0").is_resident and time.monotonic() < deadline:
+            time.sleep(0.005)
+        second = subject.residency.request(subject.get("m1"))
+        assert first.future.done()
+        assert not second.future.done()
+    subject.residency.release(first)
+    assert second.future.result(timeout=5) is subject.get("m1").model_now
+    subject.residency.release(second)
+    assert [entry.loads for entry in subject.entries.values()] == [1, 1, 0]
+
+
+def test_a_model_that_went_too_early_comes_back_for_those_who_wait() -> None:
+    subject = registry(budget=10)
+    with subject.residency._lock:
+        waiting = subject.residency.request(subject.get("m0"))
+        deadline = time.monotonic() + 10
+        while not subject.get("m0").is_resident and time.monotonic() < deadline:
+            time.sleep(0.005)
+        subject.residency.evict_unused()
+        assert not waiting.future.done()
+    assert waiting.future.result(timeout=5)
+
+
 def test_threads_that_ask_at_once_never_overdraw() -> None:
     subject = registry(budget=20, count=6, load_seconds=0.002)
     worst, over = 0, threading.Event()
