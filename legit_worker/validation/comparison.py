@@ -131,14 +131,23 @@ def _vector(answer: Answer, dimension: int) -> tuple[Vectors | None, str]:
     if isinstance(answer, Failed):
         return None, answer.reason
     try:
-        vector: Vectors = np.asarray(answer, dtype=np.float64)
+        array = np.asarray(answer)
     except (TypeError, ValueError):
         return None, f"not a vector but {type(answer).__name__}"
+    # numpy would make numbers of texts that look like some.
+    if array.size and array.dtype.kind not in "iuf":
+        return None, f"not a vector of numbers but {type(answer).__name__} of {_kinds(answer)}"
+    vector: Vectors = array.astype(np.float64)
     if vector.shape != (dimension,):
         return None, f"shape {list(vector.shape)}, and not [{dimension}]"
     if not np.isfinite(vector).all():
         return None, f"{int((~np.isfinite(vector)).sum())} of {dimension} numbers are not finite"
     return vector, ""
+
+
+def _kinds(answer: Answer) -> str:
+    parts = answer if isinstance(answer, list) else [answer]
+    return ", ".join(sorted({type(part).__name__ for part in parts}))
 
 
 def _measured(expected: Vectors, kept: Mapping[int, Vectors]) -> Iterator[_Figures]:

@@ -6,26 +6,49 @@ In: the project's app. Out: what each format's consumer would find, and nothing 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from celery import Celery
 from kombu import Queue
+from kombu.exceptions import OperationalError
 
 from legit_worker.routing.lanes import dead_queue
 from legit_worker.routing.wires import connect, is_redis
 from legit_worker.validation.paths import ROUTES, Route
+from legit_worker.validation.reference import ValidationError
+
+
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """A server that is away or wrongly named, for which each client library has errors of its own, is one sentence."""
+    try:
+        yield
+    except ValidationError:
+        raise
+    except Exception as error:
+        raise ValidationError(
+            f"{what} can't be used: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 class Mailboxes:
-    """A context. Owns one connection to the broker; used by one thread."""
+    """A context. Owns one connection to the broker; used by one thread. Entering raises `ValidationError`."""
 
     def __init__(self, app: Celery, run: str) -> None:
         self._app = app
         self._run = run
+        with usable("the broker"):
+            self._connect()
+
+    def _connect(self) -> None:
         # As the worker's routing has it, without the prefix that the project's own queues have.
-        self._connection = connect(app, None)
+        self._connection = connect(self._app, None)
         self._is_redis = is_redis(self._connection)
+        if self._connection.transport.driver_type == "memory":
+            raise ValidationError("the broker memory:// reaches no other process, and the worker is one: name another")
+        #: What the server's absence raises.
+        self.away = (OSError, OperationalError, *self._connection.connection_errors)
 
     @property
     def tasks(self) -> str:
@@ -33,10 +56,12 @@ class Mailboxes:
         return f"{self._run}.tasks"
 
     def __enter__(self) -> Mailboxes:
-        self._channel = self._connection.channel()
-        if not self._is_redis:
-            for route in ROUTES:
-                self._queue(route.queue(self._run)).queue_declare()
+        with usable("the broker"):
+            self._connection.ensure_connection(max_retries=1, interval_start=0, reraise_as_library_errors=False)
+            self._channel = self._connection.channel()
+            if not self._is_redis:
+                for route in ROUTES:
+                    self._queue(route.queue(self._run)).queue_declare()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -63,11 +63,18 @@ ROUTES = (
 
 def opened(route: Route, content: Any) -> tuple[str, Answer]:
     """The task's id and its answer. `content`: bytes, or what kombu decoded. Raises `ValueError` without an id."""
-    value = json.loads(content) if isinstance(content, bytes | str) else content
+    value = _loaded(content) if isinstance(content, bytes | str) else content
     envelope = _UNWRAP[route.format](route, value)
     if not isinstance(envelope, Mapping) or not isinstance(envelope.get("id"), str):
         raise ValueError(f"no envelope with an id in {str(value)[:200]}")
     return envelope["id"], _answer(route, envelope)
+
+
+def _loaded(content: bytes | str) -> Any:
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
 
 
 def _json(_: Route, value: Any) -> Any:
@@ -94,8 +101,9 @@ def _answer(route: Route, envelope: Mapping[str, Any]) -> Answer:
     if envelope.get("v") != 1 or envelope.get("app") != route.app:
         return Failed(f"envelope of version {envelope.get('v')} for app {envelope.get('app')}")
     if envelope.get("status") != "SUCCESS":
-        error = envelope.get("error") or {}
-        return Failed(f"{envelope.get('status')}: {error.get('type')}: {error.get('message')}")
+        error = envelope.get("error")
+        told = f"{error.get('type')}: {error.get('message')}" if isinstance(error, Mapping) else error
+        return Failed(f"{envelope.get('status')}: {told}")
     result = envelope.get("result")
     if isinstance(result, dict) != (route.encoding == "base64"):
         return Failed(f"the result is {type(result).__name__}, with encoding {route.encoding}")
@@ -107,6 +115,13 @@ def _unpacked(packed: Mapping[str, Any]) -> Answer:
     try:
         if packed["dtype"] != "<f4":
             return Failed(f"dtype {packed['dtype']!r}, and not '<f4'")
+        if not _is_shape(packed["shape"]):
+            return Failed(f"shape {packed['shape']!r}, and not a list of lengths")
         return np.frombuffer(base64.b64decode(packed["base64"], validate=True), "<f4").reshape(packed["shape"])
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         return Failed(f"the base64 can't be read: {type(error).__name__}: {error}")
+
+
+def _is_shape(shape: Any) -> bool:
+    """numpy alone would fill in a length that is missing or negative."""
+    return isinstance(shape, list) and all(isinstance(length, int) and length >= 0 for length in shape)

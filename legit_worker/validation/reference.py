@@ -91,7 +91,8 @@ def differences(reference: Reference, model: ModelSettings) -> list[str]:
         for name in ("model", "revision", "dtype")
         if then.get(name) != now[name]
     ]
-    made_with = then.get("made_with") or {}
+    made_with = then.get("made_with")
+    made_with = made_with if isinstance(made_with, Mapping) else {}
     return sentences + [
         f"the reference was made with {package} {made_with.get(package)}, and {installed} is installed"
         for package, installed in now["made_with"].items()
@@ -118,7 +119,7 @@ def _lines(path: Path) -> list[str]:
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ValidationError(f"line {number} of {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
@@ -129,6 +130,13 @@ def _row(path: Path, number: int, value: Mapping[str, Any]) -> tuple[str, list[f
     text, vector = value.get("text"), value.get("vector")
     if not isinstance(text, str) or not isinstance(vector, list) or not vector:
         raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
-    if not all(isinstance(part, int | float) and math.isfinite(part) for part in vector):
+    if not all(_is_finite(part) for part in vector):
         raise ValidationError(f"line {number} of {path} has a vector that holds something other than finite numbers")
     return text, vector
+
+
+def _is_finite(part: Any) -> bool:
+    try:
+        return isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part)
+    except OverflowError:  # an integer that no float can be
+        return False

@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery
 from celery.backends.base import DisabledBackend
+from celery.backends.cache import CacheBackend
+from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult
 
 from legit_worker.validation.comparison import Answer, Comparison, Failed, Tolerance, compare
-from legit_worker.validation.mailboxes import Mailboxes
+from legit_worker.validation.mailboxes import Mailboxes, usable
 from legit_worker.validation.paths import ROUTES, STOCK, opened
 from legit_worker.validation.reference import Reference, ValidationError
 from legit_worker.validation.worker import PrivateWorker, ending_by_exception
@@ -72,12 +74,14 @@ def validate(
 ) -> Outcome:
     """Every text by every path. `patience`: seconds to wait for the next answer, the first one's model load included.
 
-    Raises `ValidationError` where the worker can't be started or can't do the task.
+    Raises `ValidationError` where a server can't be used, or the worker can't be started or can't do the task.
     """
     run = f"legit-validate-{uuid.uuid4().hex[:12]}"
-    skipped = _skipped(app)
+    with usable("the result backend"):
+        skipped = _skipped(app)
+        _look_into(app, run)
     letters = _Letters()
-    with ending_by_exception(), Mailboxes(app, run) as mailboxes:
+    with ending_by_exception(), Mailboxes(app, run) as mailboxes, _telling_of_loss(mailboxes):
         try:
             _send(app, mailboxes.tasks, alias, reference.texts, letters, with_stock=not skipped)
             with PrivateWorker(project, mailboxes.tasks, f"{run}@%h", _variables(run)) as worker:
@@ -92,9 +96,23 @@ def validate(
 def _skipped(app: Celery) -> dict[str, str]:
     if isinstance(app.backend, DisabledBackend):
         return {STOCK: "the project has no result backend"}
-    if str(app.conf.result_backend).startswith("cache+memory"):
+    if isinstance(app.backend, CacheBackend) and app.backend.backend == "memory":
         return {STOCK: "the project's results stay in the worker's own memory"}
     return {}
+
+
+def _look_into(app: Celery, run: str) -> None:
+    """Raises what the result backend's absence raises. Celery itself would try again for long."""
+    if not isinstance(app.backend, DisabledBackend | RPCBackend):  # rpc:// is the broker
+        app.backend.get_state(run)
+
+
+@contextmanager
+def _telling_of_loss(mailboxes: Mailboxes) -> Iterator[None]:
+    try:
+        yield
+    except mailboxes.away as error:
+        raise ValidationError(f"a server went away in mid-run: {type(error).__name__}: {error}") from error
 
 
 def _variables(run: str) -> dict[str, str]:
