@@ -16,6 +16,7 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 #: Characters of the bar that shows memory.
 BAR = 40
@@ -154,7 +155,7 @@ def _dead_letters(ctx: click.Context) -> Iterator[Any]:
 def _print(name: str, pool: dict[str, Any]) -> None:
     table = Table(
         title=f"{name}: {pool['in_flight']} of {pool['window']} tasks in flight, {pool['parked']} parked",
-        caption=_memory(pool["memory"]),
+        caption=_memory(pool),
     )
     for heading in (
         "model",
@@ -183,14 +184,34 @@ def _print(name: str, pool: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _memory(memory: dict[str, Any]) -> str:
-    """What weights take, as a bar of what they may take, where that is bounded."""
-    used, budget = memory["weights"], memory["budget"]
-    if budget is None:
-        return f"weights: {_mib(used)}, no limit"
-    filled = round(BAR * min(1, used / max(1, budget)))
-    waiting = f", {memory['waiting']} tasks wait for room" if memory["waiting"] else ""
-    return f"weights: {'█' * filled}{'░' * (BAR - filled)} {_mib(used)} of {_mib(budget)}{waiting}"
+def _memory(pool: dict[str, Any]) -> Text:
+    """Who has what of the device's memory, as a bar of all of it, or of what this worker may take of it."""
+    memory = pool["memory"]
+    if memory["budget"] is None:
+        return Text(f"weights: {_mib(memory['weights'])}, no limit")
+    parts = [(name, size, character) for name, size, character in _parts(pool["models"], memory) if size > 0]
+    whole = max(1, sum(size for _, size, _ in parts))
+    ends = [round(BAR * sum(size for _, size, _ in parts[: number + 1]) / whole) for number in range(len(parts))]
+    bar = "".join(
+        character * (end - start) for (_, _, character), start, end in zip(parts, [0, *ends], ends, strict=False)
+    )
+    legend = ", ".join(f"{character} {name} {_mib(size)}" for name, size, character in parts)
+    more = f"; on the host {_mib(memory['host_cache'])}" if memory["host_cache"] else ""
+    waiting = f"; {memory['waiting']} tasks wait for room" if memory["waiting"] else ""
+    return Text(f"{bar}\n{legend}; this worker may take {_mib(memory['budget'])}{more}{waiting}")
+
+
+def _parts(models: dict[str, Any], memory: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """Name, bytes and the character that stands for it; together they are the whole device."""
+    free = memory.get("free", memory["budget"] - memory["weights"])
+    headroom = min(memory.get("headroom", 0), free)
+    reserve = min(memory["reserve"], free - headroom)
+    yield "others", memory.get("others", 0), "▒"
+    for alias, model in models.items():
+        yield alias, model["weights"] if model["state"] == "resident" else 0, "█"
+    yield "reserve for batches", reserve, "▓"
+    yield "headroom", headroom, "·"
+    yield "free", free - headroom - reserve, "░"
 
 
 def _mib(size: int) -> str:

@@ -34,6 +34,12 @@ class DeviceOutOfMemoryError(LegitWorkerError):
     retryable = True
 
 
+class DeviceLostError(LegitWorkerError):
+    """A kernel broke the process's CUDA context: nothing can be computed there until a worker is started anew."""
+
+    retryable = True
+
+
 class CudaForbiddenError(LegitWorkerError):
     """A process that promised never to touch CUDA was asked to."""
 

@@ -243,8 +243,8 @@ class ModelSettings(_Group):
     pin: bool = False
     #: Seconds without a call after which it may be evicted; None keeps it for as long as nothing needs its room.
     keep_alive: Seconds | None = None
-    #: Of its weights; None is as the model's files have them.
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
+    #: Of its weights; None is as the model's files have them. `tf32`: float32, whose products a GPU rounds to TF32.
+    dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] | None = None
     #: The branch, tag or commit on the Hub; None is the newest.
     revision: str | None = None
 
@@ -316,6 +316,8 @@ class Settings(BaseSettings):
     vram_headroom: Memory = Amount(10, "%")
     #: The most device memory to take; None is all but the headroom.
     vram_limit: Memory | None = None
+    #: The most of the host's memory that weights may take that have left the device.
+    host_cache: Annotated[Memory, AfterValidator(_in_bytes)] = Amount(0)
     #: Tasks in flight; None is the pool's measured default.
     window: int | None = Field(default=None, ge=1, le=100_000)
     #: The longest, in seconds, that a task waits for company; None lets the pool decide.

@@ -1,6 +1,7 @@
-"""Predicts how long a batch takes, from the batches that ran. Pure: it is told the seconds, it reads no clock.
+"""Predicts what a batch takes, seconds or bytes, from the batches that ran. Pure: it is told both, it measures nothing.
 
-In: `(count, longest, seconds)` of each batch. Out: predicted seconds, and the largest batch that fits a time bound.
+In: `(count, longest, seconds)` of each batch. Out: predicted seconds, and the largest batch that fits a bound on them.
+For memory, read bytes for seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ ENOUGH = 6
 #: cores.
 PRIOR = np.array((4e-3, 1.2e-4, 1e-8))
 
+#: The same in bytes of activations: a small transformer in float32, whose kernels keep no matrix of attention.
+BYTES_PRIOR = np.array((0.0, 2e4, 1.0))
+
 #: Items in the first batch of all, which nothing is known about.
 FIRST_BATCH = 8
 
@@ -40,9 +44,10 @@ class CostModel:
     main thread, inside the engine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prior: NDArray[np.float64] = PRIOR) -> None:
+        self._prior = prior
         self._seen: deque[tuple[int, int, float]] = deque(maxlen=MEMORY)
-        self._fit = PRIOR.copy()
+        self._fit = prior
 
     def __repr__(self) -> str:
         a, b, c = self._fit
@@ -61,7 +66,17 @@ class CostModel:
         """Learn from a batch that ran."""
         self._seen.append((count, longest, seconds))
         seen = np.array(self._seen)
-        self._fit = _fit(seen) if len(seen) >= ENOUGH else _scaled_prior(seen)
+        self._fit = _fit(seen) if len(seen) >= ENOUGH else self._scaled_prior(seen)
+
+    def _scaled_prior(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The prior of a device that is so many times faster or slower. The slowest batch counts: bounds must hold."""
+        scaled: NDArray[np.float64] = self._prior * (seen[:, 2] / (_features(seen) @ self._prior)).max()
+        return scaled
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any batch was seen."""
+        return bool(self._seen)
 
     @property
     def enough_seconds(self) -> float:
@@ -81,12 +96,6 @@ def _features(seen: NDArray[np.float64]) -> NDArray[np.float64]:
     """What the three terms multiply, a row per batch."""
     count, longest, _ = seen.T
     return np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1)
-
-
-def _scaled_prior(seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The prior of a device that is so many times faster or slower. The slowest batch counts: bounds must hold."""
-    scaled: NDArray[np.float64] = PRIOR * (seen[:, 2] / (_features(seen) @ PRIOR)).max()
-    return scaled
 
 
 def _fit(seen: NDArray[np.float64]) -> NDArray[np.float64]:

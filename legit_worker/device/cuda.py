@@ -1,13 +1,30 @@
-"""The only module that asks torch about CUDA.
+"""The only module that asks torch about CUDA, and the only one that computes with it.
 
-In: `LEGIT_WORKER_DEVICE`. Out: the name of the device that models are loaded on.
+In: `LEGIT_WORKER_DEVICE`; batches. Out: the device's name; launches that return before the GPU is done, so that the
+main thread goes on to the next task meanwhile.
+
+Nothing here has run on a GPU yet. `tests/unit/test_cuda_device.py` runs it over a fake of the calls that it makes.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+from legit_worker.device.devices import Device, Launch
 from legit_worker.device.vram import Gpu, VramUnknownError, visible_gpus
+
+#: How torch's allocator is told to let its blocks grow instead of leaving holes between them. Read once, at import.
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+#: Its name from torch 2.9 on, which still reads the other.
+ALLOCATOR_ALSO = "PYTORCH_ALLOC_CONF"
 
 
 def choose(setting: str) -> str:
@@ -33,6 +50,146 @@ def gpu(setting: str) -> Gpu | None:
     return gpus[number]
 
 
-def count_as_nvml_does() -> None:
-    """Have CUDA number GPUs by their PCI addresses, unless the operator chose. Before torch is imported."""
+def prepare_environment() -> None:
+    """Before torch is imported, where the operator chose nothing else: CUDA numbers GPUs by their PCI addresses, as
+    NVML does, and torch's allocator lets blocks grow."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if ALLOCATOR_ALSO not in os.environ:
+        os.environ.setdefault(*ALLOCATOR)
+
+
+@functools.cache
+def cuda_device(name: str) -> CudaDevice:
+    """The one of this process for `cuda` or `cuda:N`."""
+    return CudaDevice(name)
+
+
+class CudaDevice(Device):
+    """A GPU. Batches are launched on the calling thread's stream, weights come by a stream of their own."""
+
+    tells_memory = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        #: The allocator counts one peak for the process: the loader's trial batches and the engine's take turns.
+        self._counting = threading.Lock()
+
+    def launch(self, compute: Callable[[], Any]) -> Launch:
+        """Queue a batch's kernels, and the copy of its outputs to the host behind them. Raises what `compute` raises.
+
+        Returns before the GPU is done, unless `compute` itself waits for it.
+        """
+        torch = _torch()
+        # Events belong to the device that is current when they are recorded, which a task may have changed.
+        with self._counting, torch.cuda.device(self.name):
+            began = torch.cuda.Event(enable_timing=True)
+            # The waiting thread sleeps instead of turning round.
+            ended = torch.cuda.Event(enable_timing=True, blocking=True)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            began.record()
+            outputs = _to_host(compute())
+            ended.record()
+            peak = torch.cuda.max_memory_allocated() - before
+        return CudaLaunch(outputs=outputs, seconds=0.0, peak=peak, is_done=False, began=began, ended=ended)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Copies of weights don't stand in the way of batches, and are over when the block is."""
+        stream = self._loading_stream
+        with _torch().cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    @functools.cached_property
+    def _loading_stream(self) -> Any:
+        """One for good: the allocator gives memory of one model's weights to the next only on the same stream."""
+        return _torch().cuda.Stream(self.name)
+
+    def taken(self) -> int:
+        """Bytes that torch's allocator has of the GPU, in use or kept."""
+        torch: Any = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return 0
+        return int(torch.cuda.memory_reserved(self.name))
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether the error broke the process's context, as an illegal address or a failed assertion in a kernel does.
+
+        CUDA then answers every later call with that error, and so the next one is asked.
+        """
+        torch: Any = sys.modules.get("torch")
+        if torch is None or not isinstance(error, RuntimeError) or not torch.cuda.is_initialized():
+            return False
+        try:
+            torch.cuda.synchronize(self.name)
+        except RuntimeError:
+            return True
+        return False
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+@dataclass(eq=False, kw_only=True)
+class CudaLaunch(Launch):
+    """A batch that the GPU may still be at. Waited for by the waiter thread, which touches no tensor."""
+
+    began: Any
+    ended: Any
+
+    def wait(self) -> None:
+        """Sleeps without the interpreter lock."""
+        try:
+            self.ended.synchronize()
+            self.seconds = self.began.elapsed_time(self.ended) / 1000
+        except Exception as error:
+            self.error = error
+        finally:
+            self.is_done = True
+
+
+def to_device(features: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """A batch's tensors on `device`; what is no tensor as it is.
+
+    To a GPU by way of pinned memory, from which the copy needs nobody's attention; torch keeps such memory until the
+    copy is over, and for the next one.
+    """
+    import torch
+
+    by_pinned = device.type == "cuda"
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.pin_memory().to(device, non_blocking=True) if by_pinned else value.to(device)
+
+    return {name: move(value) for name, value in features.items()}
+
+
+def _to_host(outputs: Any) -> Any:
+    """Tensors of a GPU, alone or in a list, as tensors in pinned memory that will have their values; others as is."""
+    import torch
+
+    if isinstance(outputs, list | tuple):
+        return [_to_host(output) for output in outputs]
+    if not isinstance(outputs, torch.Tensor) or outputs.device.type != "cuda":
+        return outputs
+    host = torch.empty(outputs.shape, dtype=outputs.dtype, pin_memory=True)
+    return host.copy_(outputs, non_blocking=True)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Within the block, factors of float32 products are rounded to TF32, 10 bits of mantissa: several times as fast."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -184,7 +184,7 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
     for number, gpu in enumerate(gpus):
         memory = vram.memory(gpu)
         yield ok(f"cuda:{number} is {gpu.name} {gpu.uuid}: {memory.free:,} of {memory.total:,} bytes are free")
-    cuda.count_as_nvml_does()
+    cuda.prepare_environment()
     if gpus and not vram.is_order_known(gpus):
         yield warning("CUDA may count these GPUs in another order", "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
     seen = probe("torch_gpus")

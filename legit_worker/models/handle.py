@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
+from legit_worker.models.entry import Entry
 from legit_worker.models.protocol import Model
-from legit_worker.models.registry import Entry, Registry, default_registry
+from legit_worker.models.registry import Registry, default_registry
 from legit_worker.models.residency import Request
 
 #: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.

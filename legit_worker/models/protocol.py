@@ -29,8 +29,10 @@ class ImageFile:
 class Model(Protocol):
     """Five methods. The constructor is given those of `alias`, `path`, `dtype` and `revision` that it names.
 
-    Two more are optional. `batch_key(prepared) -> Hashable`: items share a batch only when their keys are equal, and
+    Four more are optional. `batch_key(prepared) -> Hashable`: items share a batch only when their keys are equal, and
     without it, all do. `memory() -> int`: bytes of the loaded weights; without it, what their files have.
+    `sample(cost) -> item`: something to compute that costs about so much; with it, the memory that batches take on a
+    GPU is measured when the model is loaded. `to(device)`: moves the weights; with it, they may wait in host memory.
     """
 
     def load(self, device: str) -> None:
@@ -43,7 +45,11 @@ class Model(Protocol):
         """The size of one *preprocessed* item in whatever unit `forward` pays for: tokens, pixels. At least 1."""
 
     def forward(self, batch: Sequence[Any]) -> Sequence[Any]:
-        """Compute a batch of preprocessed items. Returns one output per item, in the same order."""
+        """Compute a batch of preprocessed items. Returns one output per item, in the same order.
+
+        A tensor of a GPU, its first dimension the items, or a list of such tensors, is brought to the host without
+        waiting for it, while other tasks go on.
+        """
 
     def postprocess(self, output: Any) -> Any:
         """Turn one output into what the task receives."""

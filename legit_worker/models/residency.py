@@ -7,6 +7,9 @@ A model that somebody uses stays. Of the others the least recently used goes fir
 that fits is in use without a pause, the model that keeps the fewest waiting gives way once someone has waited for long
 enough: it takes no new request, ends those it has, and goes. "Long enough" is several times what a load takes, so that
 swaps stay a small part of the time, however demand is spread.
+
+Beside the weights there is a reserve for what a batch needs, that of the neediest model: one batch runs at a time. What
+the weights leave free, at least that, is what batches may take.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from legit_worker.models.shelf import Shelf
+
 if TYPE_CHECKING:
-    from legit_worker.models.registry import Entry
+    from legit_worker.models.entry import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +104,16 @@ class Request:
 class Residency:
     """Serves requests for one registry's models. Any thread may call it."""
 
-    def __init__(self, entries: Iterable[Entry], budget: Callable[[int], int | None]) -> None:
+    def __init__(self, entries: Iterable[Entry], budget: Callable[[int], int | None], shelf: Shelf) -> None:
         self._entries = list(entries)
+        self._shelf = shelf
         self._budget_for = budget
         self._waiting: deque[Request] = deque()
         #: Those that take no new request until they are gone.
         self._draining: set[str] = set()
         self._lock = threading.RLock()
+        #: As it was last read.
+        self._known_budget: int | None = None
 
     def request(self, entry: Entry, *, must: bool = False) -> Request:
         """Ask for a model. What was asked for must be released."""
@@ -143,10 +151,26 @@ class Residency:
                     self._evict(entry)
 
     def evict_unused(self) -> None:
-        """Evict all that nobody uses: the device has less memory than was thought."""
+        """Evict all that nobody uses, and read the budget anew: the device has less memory than was thought."""
         with self._lock:
             for entry in self._unused():
                 self._evict(entry)
+            self._budget()
+
+    def watch(self) -> None:
+        """Read the budget anew, and evict what is over it. Called now and then: other processes grow."""
+        with self._lock:
+            self._keep_within(self._budget())
+
+    def is_loading(self) -> bool:
+        """Whether weights are being read."""
+        return any(entry.is_loading for entry in self._entries)
+
+    def room_for_activations(self) -> int | None:
+        """Bytes that a batch may take beside all weights, also those that are being read; None: nothing bounds them."""
+        if self._known_budget is None:
+            return None
+        return max(0, self._known_budget - self._weights() - self._being_read())
 
     def _unused(self) -> list[Entry]:
         return [entry for entry in self._entries if entry.is_resident and not entry.users and not entry.spec.pin]
@@ -165,18 +189,34 @@ class Residency:
         return turn()
 
     def _budget(self) -> int | None:
-        return self._budget_for(self._weights())
+        self._known_budget = self._budget_for(self._weights())
+        return self._known_budget
 
     def _weights(self) -> int:
         return sum(entry.size for entry in self._entries if entry.is_resident)
 
+    def _being_read(self) -> int:
+        return sum(entry.size for entry in self._entries if entry.is_loading)
+
+    def _reserve(self, budget: int | None, wanted: Entry | None = None) -> int:
+        """Bytes to keep for batches. Weights come first: with less than that left, batches are smaller."""
+        present = [entry for entry in self._entries if entry.is_resident or entry.is_loading or entry is wanted]
+        needed = max((entry.reserve for entry in present), default=0)
+        stays = sum(entry.size for entry in present if entry.spec.pin or entry is wanted)
+        return needed if budget is None else min(needed, max(0, budget - stays))
+
     def report(self) -> dict[str, Any]:
-        """As `inspect stats` gives it: bytes, `budget` None where there is no bound."""
+        """As `inspect stats` gives it: bytes; `budget` None where there is no bound; of the GPU, where NVML tells."""
         with self._lock:
+            budget, weights = self._budget(), self._weights()
+            device: Callable[[int], dict[str, int]] = getattr(self._budget_for, "report", lambda _: {})
             return {
-                "budget": self._budget(),
-                "weights": self._weights(),
+                "budget": budget,
+                "weights": weights,
+                "reserve": self._reserve(budget),
+                "host_cache": self._shelf.used,
                 "waiting": len(self._waiting),
+                **device(weights),
             }
 
     def _review(self) -> None:
@@ -200,7 +240,7 @@ class Residency:
         """Begin to load the request's model, if it fits or can be made to."""
         entry, now = request.entry, monotonic()
         residents = [self._seen(other) for other in self._entries if other.is_resident]
-        reserved = sum(other.size for other in self._entries if other.is_loading)
+        reserved = self._being_read() + self._reserve(budget, entry)
         evicted = to_evict(entry.size, budget, residents, reserved)
         if evicted is None and request.must:
             logger.warning("model %r is loaded over the limit of memory: a task that can't wait needs it", entry.alias)
@@ -216,7 +256,7 @@ class Residency:
             return False
         for other in self._entries:
             if other.alias in evicted:
-                self._evict(other)
+                self._evict(other, keep=True)
         # A callback of an earlier load may run below this one, on this thread: it finds the entry loading.
         entry.load().add_done_callback(lambda _: self._loaded(entry))
         return True
@@ -237,7 +277,8 @@ class Residency:
 
     def _keep_within(self, budget: int | None) -> None:
         """Weights can be larger than their files: what they take is known once they are there."""
-        for alias in to_evict(0, budget, [self._seen(other) for other in self._entries if other.is_resident]) or ():
+        residents = [self._seen(other) for other in self._entries if other.is_resident]
+        for alias in to_evict(0, budget, residents, self._being_read() + self._reserve(budget)) or ():
             self._evict(next(other for other in self._entries if other.alias == alias))
 
     def _serve(self, entry: Entry) -> None:
@@ -261,9 +302,9 @@ class Residency:
         request.entry.used_at = monotonic()
         request.future.set_result(request.entry.model_now)
 
-    def _evict(self, entry: Entry) -> None:
+    def _evict(self, entry: Entry, *, keep: bool = False) -> None:
         logger.info("model %r leaves memory: %d bytes, unused for %.1f s", entry.alias, entry.size, entry.idle_seconds)
-        entry.unload()
+        entry.unload(keep=keep)
         self._draining.discard(entry.alias)
 
     def _reopen(self) -> None:

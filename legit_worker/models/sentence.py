@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from sentence_transformers import util
 from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.device.cpu import speed_up_linear_layers
+from legit_worker.device.cuda import tf32, to_device
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.protocol import ImageFile
 from legit_worker.prep.texts import PROBES, PreparedText, fingerprint
@@ -56,7 +58,8 @@ class SentenceModel:
 
     def __init__(self, path: str, dtype: str | None = None, revision: str | None = None) -> None:
         self._path = path
-        self._dtype = dtype
+        self._dtype = "float32" if dtype == "tf32" else dtype
+        self._precision = tf32 if dtype == "tf32" else nullcontext
         self._revision = revision
         self._model: Any = None
         self._tokenize: ShortWay | None = None
@@ -74,6 +77,14 @@ class SentenceModel:
 
     def _open(self, path: str, **options: Any) -> Any:
         raise NotImplementedError
+
+    def to(self, device: str) -> None:
+        """Move the weights."""
+        self._model.to(device)
+
+    def sample(self, cost: int) -> Any:
+        """A text of about so many tokens."""
+        return "a " * cost
 
     def memory(self) -> int:
         """Bytes of its parameters and buffers."""
@@ -111,9 +122,19 @@ class SentenceModel:
         """Inputs of one modality, one image size and one prompt length share a batch."""
         return item.key
 
-    def postprocess(self, output: Any) -> Any:
-        """Nothing: `encode` and `predict` finish all outputs of a call together."""
-        return output
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[Prepared]) -> torch.Tensor:
+        """One row per item, as the model's last module leaves it: shape `[n, dim]`."""
+        with self._precision():
+            return self._output(self._model(self._features(batch)))
+
+    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+        embeddings: torch.Tensor = features["sentence_embedding"]
+        return embeddings
+
+    def postprocess(self, output: torch.Tensor) -> Any:
+        """One row as a numpy array; `encode` and `predict` finish all rows of a call together."""
+        return _to_numpy(output)
 
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         if batch[0].raw is not None:
@@ -121,8 +142,7 @@ class SentenceModel:
             features: dict[str, Any] = self._model.preprocess(inputs, prompt=batch[0].raw.prompt)
         else:
             features = _collate([item.features for item in batch], self._model.tokenizer)
-        moved: dict[str, Any] = util.batch_to_device(features, self._model.device)
-        return moved
+        return to_device(features, self._model.device)
 
     def _prompted(self, inputs: Iterable[Any], prompt_name: str | None, prompt: str | None) -> list[Prompted]:
         if prompt is None:
@@ -143,11 +163,6 @@ class TextEmbedding(SentenceModel):
 
     def _open(self, path: str, **options: Any) -> Any:
         return sentence_transformers.SentenceTransformer(path, **options)
-
-    @torch.inference_mode()
-    def forward(self, batch: Sequence[Prepared]) -> NDArray[Any]:
-        """One vector per item, shape `[n, dim]`, as the model's last module leaves it."""
-        return _to_numpy(self._model(self._features(batch))["sentence_embedding"])
 
     def encode(
         self,
@@ -206,6 +221,12 @@ class ImageEmbedding(TextEmbedding):
             prompted = Prompted({"text": prompted.input}, prompted.prompt)
         return super().preprocess(prompted)
 
+    def sample(self, cost: int) -> Any:
+        """An image, which the model's processor brings to the one size that it wants."""
+        from PIL import Image
+
+        return Image.new("RGB", (256, 256))
+
     def _check(self, value: Any) -> None:
         from PIL.Image import Image
 
@@ -221,11 +242,14 @@ class SparseEmbedding(SentenceModel):
     def _open(self, path: str, **options: Any) -> Any:
         return sentence_transformers.SparseEncoder(path, **options)
 
-    @torch.inference_mode()
-    def forward(self, batch: Sequence[Prepared]) -> list[tuple[NDArray[np.int64], NDArray[Any]]]:
-        """Per item, the places and the values that are not zero."""
-        rows = _to_numpy(self._model(self._features(batch))["sentence_embedding"].to_dense())
-        return [(places := row.nonzero()[0], row[places]) for row in rows]
+    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+        return super()._output(features).to_dense()
+
+    def postprocess(self, output: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """The places and the values that are not zero."""
+        row = _to_numpy(output)
+        places = row.nonzero()[0]
+        return places, row[places]
 
     def encode(
         self,
@@ -263,11 +287,13 @@ class Reranker(SentenceModel):
         for part in value:
             check_text(part)
 
-    @torch.inference_mode()
-    def forward(self, batch: Sequence[Prepared]) -> NDArray[Any]:
-        """One row of logits per pair, shape `[n, labels]`."""
-        scores = _to_numpy(self._model(self._features(batch))["scores"].float())
-        return scores.reshape(len(batch), -1)
+    def sample(self, cost: int) -> Any:
+        """A pair of about so many tokens."""
+        return ("a " * (cost // 2), "a " * (cost // 2))
+
+    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+        scores: torch.Tensor = features["scores"].float()
+        return scores.reshape(len(scores), -1)  # one row of logits per pair, shape `[n, labels]`
 
     def predict(
         self,
@@ -449,8 +475,8 @@ def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """On the host. numpy has no bfloat16: as the library does, that becomes float32."""
-    values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+    """numpy has no bfloat16: as the library does, that becomes float32."""
+    values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return values
 
 

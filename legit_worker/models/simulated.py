@@ -6,6 +6,7 @@ In: any strings or numbers. Out: a vector that depends on the item alone, so a t
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Sequence
 from time import sleep
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from legit_worker.device.simulated import Ledger, simulated_device
 from legit_worker.errors import InvalidInputError
 
 #: Length of the vectors.
@@ -23,22 +25,42 @@ class SimulatedModel:
     """A model for tests: `vector(item)` is its answer, `seconds_per_batch + seconds_per_cost * padded` its time.
 
     `path`, where given, is `"<seconds per batch>,<seconds per padded unit>"`, and where wanted
-    `",<bytes of weights>,<seconds to load>"`.
+    `",<bytes of weights>,<seconds to load>,<bytes per padded unit>"`. The bytes are entered in a ledger, by default
+    that of the process's simulated device.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, alias: str = "a model", ledger: Ledger | None = None) -> None:
         numbers = [float(part) for part in (path or "0,0").split(",")]
-        self.seconds_per_batch, self.seconds_per_cost, self._bytes, self._load_seconds = (*numbers, 0, 0)[:4]
+        self.seconds_per_batch, self.seconds_per_cost, weights, self._load_seconds, each = (*numbers, 0, 0, 0)[:5]
+        self._weights, self._bytes_per_cost = int(weights), int(each)
+        self._alias = alias
+        self._ledger = ledger or simulated_device().ledger
+        self._leave: Any = None
         #: The batches that ran, each a list of items: tests read it.
         self.batches: list[list[str]] = []
 
     def load(self, device: str) -> None:
-        """Nothing to read, but it takes its time."""
+        """Nothing to read, but it takes its time; then the weights are there. Raises `DeviceOutOfMemoryError`."""
         sleep(self._load_seconds)
+        self.to(device)
+
+    def to(self, device: str) -> None:
+        """Enter the weights, or give them back where the device is the CPU; they go with the model, too."""
+        if device == "cpu":
+            if self._leave is not None:
+                self._leave()
+        else:
+            self._ledger.take(self._alias, self._weights)
+            self._leave = weakref.finalize(self, self._ledger.give_back, self._alias, self._weights)
+            self._leave.atexit = False
 
     def memory(self) -> int:
         """Bytes of weights, as it was told."""
-        return int(self._bytes)
+        return self._weights
+
+    def sample(self, cost: int) -> str:
+        """An item of that cost."""
+        return "word " * cost
 
     def preprocess(self, item: Any) -> str:
         """Strings and finite numbers only. Raises `InvalidInputError`."""
@@ -51,9 +73,11 @@ class SimulatedModel:
         return max(1, len(item.split()))
 
     def forward(self, batch: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Sleep as long as the batch would take, then answer."""
+        """Sleep as long as the batch would take, holding its bytes, then answer. Raises `DeviceOutOfMemoryError`."""
         self.batches.append(list(batch))
-        sleep(self.seconds_per_batch + self.seconds_per_cost * len(batch) * max(map(self.cost, batch)))
+        padded = len(batch) * max(map(self.cost, batch))
+        with self._ledger.held(self._alias, padded * self._bytes_per_cost):
+            sleep(self.seconds_per_batch + self.seconds_per_cost * padded)
         return [vector(item) for item in batch]
 
     def postprocess(self, output: NDArray[np.float32]) -> list[float]:

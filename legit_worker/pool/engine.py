@@ -1,6 +1,9 @@
-"""Turns parked calls into batches and runs them, one at a time.
+"""Turns parked calls into batches and hands them to the device.
 
 In: calls and their items, from the fibers. Out: outputs in the calls, and a word to each call that got some.
+
+A CPU has computed a batch by the time it was handed over. A GPU is still at it: the batch is then in flight, the main
+thread goes on with other tasks, and `collect` takes what is done.
 
 Which model is next: the one that had least of the device, in seconds. Which items: the queue's first in fair order
 (`fairness`), and with that one its neighbours in length (`packer`), so the fairest item is in every batch.
@@ -12,15 +15,17 @@ import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 from typing import Any
 
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
+from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory
-from legit_worker.errors import DeviceOutOfMemoryError
-from legit_worker.models.registry import Entry
+from legit_worker.errors import DeviceLostError, DeviceOutOfMemoryError
+from legit_worker.models.entry import Entry
 from legit_worker.pool.calls import Call
 
 logger = logging.getLogger(__name__)
@@ -29,10 +34,8 @@ logger = logging.getLogger(__name__)
 #: about a millisecond per 256.
 HORIZON = 256
 
-#: The largest batch, in padded cost units, whatever the cost model says: what keeps activations of an untried model
-#: small until its memory is measured.
-MAX_BATCH_COST = 16_384
-
+#: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
+DEPTH = 2
 
 #: A batch of this part of the limit shows that the limit holds, and raises it by so much: it has doubled after 36.
 NEAR, RAISE = 0.8, 1.02
@@ -78,9 +81,9 @@ class Counters:
 
 @dataclass
 class Room:
-    """The padded cost of the batches that fit into memory, learned from those that did not."""
+    """The padded cost of the batches that fit into memory, learned from those that did not. At first, any does."""
 
-    most: float = MAX_BATCH_COST
+    most: float = inf
 
     def did_not_fit(self, cost: int) -> None:
         """A batch of this padded cost ran out of memory: half of it may fit."""
@@ -89,7 +92,7 @@ class Room:
     def did_fit(self, cost: int) -> None:
         """A batch that came near the limit went well: perhaps the memory that was short is free again."""
         if cost > self.most * NEAR:
-            self.most = min(MAX_BATCH_COST, self.most * RAISE)
+            self.most *= RAISE
 
 
 @dataclass(eq=False)
@@ -110,6 +113,15 @@ class Queue:
         return len(self.fair) + sum(map(len, self.halves))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A batch that a device is at."""
+
+    queue: Queue
+    batch: list[Item]
+    launch: Launch
+
+
 class Engine:
     """The batches' side of the pool. Lives on the main thread; owns the queues; never runs task code."""
 
@@ -119,16 +131,21 @@ class Engine:
         max_batch_seconds: float,
         weight_of: Callable[[str], float],
         free_memory: Callable[[], None] = lambda: None,
+        watch: Callable[[Launch], None] = lambda _: None,
     ) -> None:
         # Called after a batch ran out of memory, before the next one.
         self._free_memory = free_memory
+        # Told of each launch that is not done at once; whoever it is wakes the loop when it is.
+        self._watch = watch
+        self._flights: deque[Flight] = deque()
         self._max_batch_seconds = max_batch_seconds
         self._weight_of = weight_of
         self._queues: dict[str, Queue] = {}
         self.counters: dict[str, Counters] = {}
 
     def __repr__(self) -> str:
-        return f"<Engine: { ({alias: len(queue) for alias, queue in self._queues.items()}) } waiting>"
+        waiting = {alias: len(queue) for alias, queue in self._queues.items()}
+        return f"<Engine: {waiting} waiting, {len(self._flights)} batches in flight>"
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -168,24 +185,48 @@ class Engine:
             if len(queue)
         )
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch is in flight."""
+        return bool(self._flights)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a batch is worth handing over now. Behind one in flight, only one that can't get any larger."""
+        if not len(self):
+            return False
+        return not self._flights or (len(self._flights) < DEPTH and self.has_full_batch())
+
     def step(self) -> bool:
-        """Run one batch. False when nothing waits."""
+        """Hand over one batch. False when nothing waits. Raises `DeviceLostError`."""
         queue = self._next_queue()
         if queue is None:
             return False
         self._run(queue, queue.halves.popleft() if queue.halves else self._pick(queue, queue.fair.first(HORIZON)))
         return True
 
+    def collect(self) -> None:
+        """Take the outputs of the batches that are done. Raises `DeviceLostError`."""
+        while self._flights and self._flights[0].launch.is_done:
+            flight = self._flights.popleft()
+            self._land(flight.queue, flight.batch, flight.launch)
+
     def step_for(self, entry: Entry, call: Call) -> None:
-        """Run one batch with items of this call, which has some queued, whoever's turn it is."""
+        """Run one batch with items of this call, whoever's turn it is, and wait for all that is in flight.
+
+        Raises `DeviceLostError`.
+        """
         queue = self._queue(entry)
         halves = next((half for half in queue.halves if any(item.call is call for item in half)), None)
         if halves is not None:
             queue.halves.remove(halves)
             self._run(queue, halves)
-        else:
+        elif mine := queue.fair.of(call):
             others = [item for item in queue.fair.first(HORIZON) if item.call is not call]
-            self._run(queue, self._pick(queue, (queue.fair.of(call) + others)[:HORIZON]))
+            self._run(queue, self._pick(queue, (mine + others)[:HORIZON]))
+        while self._flights:
+            self._flights[0].launch.wait()
+            self.collect()
 
     def _queue(self, entry: Entry) -> Queue:
         queue = self._queues.get(entry.alias)
@@ -208,7 +249,8 @@ class Engine:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = queue.fair.first(1)[0].cost if len(queue.fair) else 1
         seconds = min(self._max_batch_seconds, queue.costs.enough_seconds)
-        return min(int(queue.room.most), longest * queue.costs.largest(longest, seconds))
+        by_memory = min(queue.room.most, queue.entry.largest_cost(longest))
+        return min(int(by_memory), longest * queue.costs.largest(longest, seconds))
 
     def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""
@@ -221,34 +263,61 @@ class Engine:
     def _run(self, queue: Queue, batch: list[Item]) -> None:
         start = monotonic()
         try:
-            outputs = queue.entry.forward([item.prepared for item in batch])
+            launch = queue.entry.launch([item.prepared for item in batch])
         except Exception as error:
             queue.seconds += monotonic() - start
-            if is_out_of_memory(error):
-                self._make_room(queue, batch, error)
-            else:
-                self._split(queue, batch, error)
+            self._failed(queue, batch, error)
             return
         except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
             queue.halves.appendleft(batch)
             raise
-        seconds = monotonic() - start
-        queue.seconds += seconds
-        self._count(queue, batch, seconds)
-        for item, output in zip(batch, outputs, strict=True):
+        if launch.is_done:
+            self._land(queue, batch, launch)
+        else:
+            self._flights.append(Flight(queue=queue, batch=batch, launch=launch))
+            self._watch(launch)
+
+    def _land(self, queue: Queue, batch: list[Item], launch: Launch) -> None:
+        """A batch is over."""
+        queue.seconds += launch.seconds
+        if launch.error is not None:
+            self._failed(queue, batch, launch.error)
+            return
+        self._count(queue, batch, launch)
+        for item, output in zip(batch, launch.outputs, strict=True):
             item.call.deliver(item.index, output)
         _tell(batch)
 
-    def _count(self, queue: Queue, batch: list[Item], seconds: float) -> None:
+    def _count(self, queue: Queue, batch: list[Item], launch: Launch) -> None:
         costs = [item.cost for item in batch]
-        queue.costs.observe(len(batch), max(costs), seconds)
+        queue.costs.observe(len(batch), max(costs), launch.seconds)
+        queue.entry.observe(len(batch), max(costs), launch)
         queue.room.did_fit(padded(costs))
         counters = self.counters[queue.entry.alias]
         counters.batches += 1
         counters.items += len(batch)
         counters.cost += sum(costs)
         counters.padded_cost += padded(costs)
-        counters.forward_seconds += seconds
+        counters.forward_seconds += launch.seconds
+
+    def _failed(self, queue: Queue, batch: list[Item], error: Exception) -> None:
+        if is_out_of_memory(error):
+            self._make_room(queue, batch, error)
+        elif queue.entry.is_lost(error):
+            self._lose(queue, batch, error)
+        else:
+            self._split(queue, batch, error)
+
+    def _lose(self, queue: Queue, batch: list[Item], error: Exception) -> None:
+        """Nothing can be computed any more. Where one item alone did it, its task is told; of several, nobody knows."""
+        if len(batch) == 1:
+            batch[0].call.fail(error)
+            _tell(batch)
+        else:
+            queue.halves.appendleft(batch)
+        raise DeviceLostError(
+            f"a batch of {len(batch)} broke model {queue.entry.alias!r}'s device for this process: {error}"
+        ) from error
 
     def _make_room(self, queue: Queue, batch: list[Item], error: Exception) -> None:
         """Too much at once: halves may fit, and from now on batches are no larger. One item alone is tried again."""
@@ -258,7 +327,7 @@ class Engine:
         if len(batch) > 1:
             queue.room.did_not_fit(cost)
             logger.warning(
-                "model %r ran out of memory with %d items, padded cost %d; batches have at most %d from now on: %s",
+                "model %r ran out of memory with %d items, padded cost %d; batches have at most %.0f from now on: %s",
                 queue.entry.alias,
                 len(batch),
                 cost,

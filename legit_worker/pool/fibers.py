@@ -27,12 +27,14 @@ class FiberPid(int):
 class Fiber(greenlet):
     """One running task. Lives on the main thread; switched to by the loop only, and back to it by `park` only."""
 
-    def __init__(self, run: Callable[[], Any], *, app: str, name: str, exclusive: bool = False) -> None:
+    def __init__(self, run: Callable[[], Any], *, app: str, name: str, task: str = "", exclusive: bool = False) -> None:
         super().__init__(run)
         # Each task sees its own copy: a Sentry scope or a log binding of one never shows in another.
         self.gr_context = copy_context()
         #: The app it works for, `""` where none is configured.
         self.app = app
+        #: The task's name alone, and with its id.
+        self.task = task
         self.name = name
         #: Above zero, model calls don't let other tasks run: see `legit_worker.exclusive`.
         self.exclusive_depth = int(exclusive)
@@ -75,8 +77,8 @@ class Fiber(greenlet):
         self.woken = False
         self.switch()
 
-    def terminate(self) -> None:
-        """Unwind it where it is parked: its `finally` blocks run, its result is never stored.
+    def terminate(self, error: BaseException | None = None) -> None:
+        """Unwind it where it is parked: its `finally` blocks run, its result is never stored; with `error`, that is.
 
         A signal handler may call this from within another fiber, so control comes back to the caller, not to the loop.
         """
@@ -85,7 +87,7 @@ class Fiber(greenlet):
             self.doomed = True
         elif not self.dead:
             self.parent = caller
-            self.throw(GreenletExit)
+            self.throw(error or GreenletExit)
 
 
 def current() -> Fiber | None:

@@ -20,14 +20,16 @@ from typing import Any
 from celery import signals
 from celery.concurrency.base import apply_target
 from celery.concurrency.solo import TaskPool as SoloPool
+from celery.worker import state
 from celery.worker.state import maybe_shutdown
 
 from legit_worker import settings
 from legit_worker.apps import identify
 from legit_worker.broker.redis import flush_acks, reserve_messages
 from legit_worker.device.cpu import keep_freed_memory
-from legit_worker.device.cuda import count_as_nvml_does
+from legit_worker.device.cuda import prepare_environment
 from legit_worker.device.memory import give_back_cached
+from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers
@@ -35,6 +37,7 @@ from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
+from legit_worker.pool.waiter import Waiter
 from legit_worker.prep import processes
 from legit_worker.routing import lanes
 from legit_worker.routing.backend import Routing
@@ -55,6 +58,9 @@ HELD_LOOK = 1.0
 IDLE_LOOK = 1.0
 WAITING_LOOK = 0.25
 STOP_LOOK = 0.1
+
+#: Seconds between two looks at what other processes have of the device's memory.
+MEMORY_LOOK = 5.0
 
 
 def window(chosen: settings.Settings) -> int:
@@ -78,6 +84,8 @@ class ModelPool(SoloPool):
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
         self._inline = bool(self.options.get("threads"))
         self._thread = 0
+        # The device is gone for good.
+        self._lost = False
         self._running: set[Fiber] = set()
         self._backlog: deque[Fiber] = deque()
         self._ready: deque[Fiber] = deque()
@@ -94,6 +102,7 @@ class ModelPool(SoloPool):
             max_batch_seconds=self._settings.max_batch_seconds,
             weight_of=lambda app: self._settings.apps[app].weight if app else 1.0,
             free_memory=_free_memory,
+            watch=Waiter(self._wakeup.set).watch,
         )
         signals.worker_ready.connect(self._meet_consumer)
 
@@ -112,10 +121,11 @@ class ModelPool(SoloPool):
         """Handles of this process park from now on; pinned models start to load."""
         self._thread = threading.get_ident()
         keep_freed_memory()
-        count_as_nvml_does()
+        prepare_environment()
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._runner_before = handle.use_runner(FiberRunner(self.engine, self._wake, self._models_of))
+        runner = FiberRunner(self.engine, wake=self._wake, give_up=self._give_up, models_of=self._models_of)
+        self._runner_before = handle.use_runner(runner)
         self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
         self._helpers_before = processes.use_waiter(self._wait_for_helper)
         self._load_pinned()
@@ -138,6 +148,7 @@ class ModelPool(SoloPool):
         self._granted = 0
         hub.call_repeatedly(IDLE_LOOK, default_registry().residency.evict_idle)
         hub.call_repeatedly(WAITING_LOOK, default_registry().residency.review)
+        hub.call_repeatedly(MEMORY_LOOK, default_registry().residency.watch)
         if isinstance(self.app.backend, Routing):
             hub.call_repeatedly(HELD_LOOK, self._replace_held)
 
@@ -169,10 +180,12 @@ class ModelPool(SoloPool):
         while self._running:
             try:
                 self._advance()
+            except DeviceLostError as error:
+                self._give_up(error)
             except Exception:  # a callback that met a lost connection must not take the other tasks with it
                 logger.exception("a task ended badly while the worker was stopping")
-            if self._running and not len(self.engine) and not self._ready:
-                self._wait_for_loader()
+            if self._running and not self.engine.can_step and not self._ready:
+                self._wait_for_others()
             # The loop no longer turns, and both must go on: what is done is acked before whoever stops us loses
             # patience and kills, and heartbeats keep the connection for the acks that follow.
             self._tend_hub()
@@ -207,6 +220,7 @@ class ModelPool(SoloPool):
             "kind": entry.spec.kind,
             "state": entry.state,
             "weights": entry.size,
+            "reserve": entry.reserve,
             "loads": entry.loads,
         }
         counters = self.engine.counters.get(alias)
@@ -229,18 +243,18 @@ class ModelPool(SoloPool):
         fiber = self._fiber(target, args, kwargs or {}, callback, accept_callback)
         if self._inline:
             self._switch_to(fiber)
-        elif self._is_full():
+        elif self._is_full() or self._lost:
             self._backlog.append(fiber)
         else:
             self._start(fiber)
 
     def _fiber(self, target: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> Fiber:
-        name, request = _describe(args)
+        task, name, request = _describe(args)
         app = identify(self._settings, request) or ""
         if app not in self._settings.apps:
             app = ""
         exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
-        return Fiber(lambda: run_task(target, args, *rest), app=app, name=name, exclusive=exclusive)
+        return Fiber(lambda: run_task(target, args, *rest), app=app, task=task, name=name, exclusive=exclusive)
 
     def _start(self, fiber: Fiber) -> None:
         self._pace.task_arrived()
@@ -268,36 +282,66 @@ class ModelPool(SoloPool):
         self._wakeup.clear()
         default_registry().residency.review()
         try:
+            self.engine.collect()
             self._resume_ready()
-            if len(self.engine) and self._should_compute():
-                self._advance()
+            if self.engine.can_step and self._should_compute():
+                self.engine.step()
+                self._resume_ready()
                 self._pace.batch_done()
+        except DeviceLostError as error:
+            self._give_up(error)
         finally:
-            if len(self.engine) or self._ready:
+            # With a batch in flight and nothing to put behind it, the hub may sleep: the waiter wakes it.
+            if self.engine.can_step or self._ready:
                 self._wakeup.set()
 
     def _should_compute(self) -> bool:
-        return self._is_full() or self._pace.should_compute(
+        # While the device is busy, a wait for company costs nothing, and is over: the batch is full.
+        if self.engine.is_busy or self._is_full():
+            return True
+        return self._pace.should_compute(
             waiting_seconds=self.engine.waiting_seconds(),
             full=self.engine.has_full_batch,
             look=functools.partial(listen, self._hub.poller.poll),
         )
 
-    def _advance(self) -> None:
-        """One batch, and whatever it lets go on."""
-        self.engine.step()
-        self._resume_ready()
+    def _give_up(self, error: DeviceLostError) -> None:
+        """The process is of no more use: hand back what it holds, take no more, and end with an exit code that says so.
+
+        Tasks whose messages were acked early can't be handed back. They fail with the error.
+        """
+        if self._lost:
+            return
+        self._lost = True
+        logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
+        self._resume_ready()  # the one whose item it was
+        self._backlog.clear()
+        for fiber in list(self._running):
+            if fiber is not fibers.current():
+                fiber.terminate(None if self._acks_late(fiber.task) else DeviceLostError(*error.args))
+                self._running.discard(fiber)
+        state.should_stop = os.EX_SOFTWARE
+
+    def _acks_late(self, task: str) -> bool:
+        return bool(getattr(self.app.tasks.get(task), "acks_late", True))
 
     def _resume_ready(self) -> None:
         for _ in range(len(self._ready)):
             fiber = self._ready.popleft()
             if not fiber.dead:
                 self._switch_to(fiber)
-        while self._backlog and not self._is_full():
+        while self._backlog and not self._is_full() and not self._lost:
             self._start(self._backlog.popleft())
 
-    def _wait_for_loader(self) -> None:
-        """All that still runs waits for a model to load."""
+    def _advance(self) -> None:
+        """What can be done by now, and whatever it lets go on."""
+        self.engine.collect()
+        if self.engine.can_step:
+            self.engine.step()
+        self._resume_ready()
+
+    def _wait_for_others(self) -> None:
+        """All that still runs waits for a model to load, or for the device."""
         select.select([self._wakeup], [], [], WAITING_LOOK)
         self._wakeup.clear()
         default_registry().residency.review()
@@ -385,8 +429,9 @@ def _free_memory() -> None:
     give_back_cached()
 
 
-def _describe(args: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:
-    """The task's name and its request, from the arguments of Celery's `trace_task_ret` (celery.app.trace, 5.7)."""
+def _describe(args: tuple[Any, ...]) -> tuple[str, str, Mapping[str, Any]]:
+    """The task's name, that with its id, and its request, from the arguments of Celery's `trace_task_ret`
+    (celery.app.trace, 5.7)."""
     if len(args) >= 3 and isinstance(args[2], Mapping):
-        return f"{args[0]}[{args[1]}]", args[2]
-    return "a call", {}
+        return args[0], f"{args[0]}[{args[1]}]", args[2]
+    return "", "a call", {}

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from greenlet import GreenletExit
+
 from legit_worker.device import modes
-from legit_worker.errors import UnknownModelError
+from legit_worker.errors import DeviceLostError, UnknownModelError
+from legit_worker.models.entry import Entry
 from legit_worker.models.handle import DirectRunner
 from legit_worker.models.protocol import Model
-from legit_worker.models.registry import Entry
 from legit_worker.pool import fibers
 from legit_worker.pool.calls import Call
 from legit_worker.pool.engine import Engine
@@ -28,10 +30,16 @@ class FiberRunner:
     """Runs handles of the fibers' thread; those of any other thread are computed directly, beside the engine."""
 
     def __init__(
-        self, engine: Engine, wake: Callable[[Fiber], None], models_of: Callable[[str], tuple[str, ...] | None]
+        self,
+        engine: Engine,
+        *,
+        wake: Callable[[Fiber], None],
+        give_up: Callable[[DeviceLostError], None],
+        models_of: Callable[[str], tuple[str, ...] | None],
     ) -> None:
         self._engine = engine
         self._wake = wake
+        self._give_up = give_up
         self._models_of = models_of
         self._direct = DirectRunner(must=True)
 
@@ -88,6 +96,11 @@ class FiberRunner:
         restore = modes.suspend()
         try:
             self._engine.step_for(entry, call)
+        except DeviceLostError as error:
+            if call.error is None:  # this task goes back with the others
+                self._give_up(error)
+                raise GreenletExit from error
+            self._give_up(error)
         finally:
             restore()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Sequence
 
@@ -17,12 +18,20 @@ MODELS, FIT = 12, 4
 TASKS = 1500
 
 
+#: Bytes that a batch takes for each unit of its padded cost, and what is reserved for that, at most.
+EACH, RESERVE = 8 * 2**10, 40 * MIB
+
+
 def models(count: int, *, load_seconds: float, limit: int = FIT) -> dict[str, str]:
-    """So many models of 100 MiB, a millisecond a batch, and room for a few."""
-    variables = {"LEGIT_WORKER_ENABLED": "1", "LEGIT_WORKER_VRAM_LIMIT": f"{100 * limit}MiB"}
+    """So many models of 100 MiB, a millisecond a batch, and room for a few and a batch."""
+    variables = {
+        "LEGIT_WORKER_ENABLED": "1",
+        "LEGIT_WORKER_DEVICE": "simulated",
+        "LEGIT_WORKER_VRAM_LIMIT": str(100 * MIB * limit + RESERVE),
+    }
     for number in range(count):
         variables[f"LEGIT_WORKER_MODELS__M{number}__KIND"] = "simulated"
-        variables[f"LEGIT_WORKER_MODELS__M{number}__PATH"] = f"0.001,0,{100 * MIB},{load_seconds}"
+        variables[f"LEGIT_WORKER_MODELS__M{number}__PATH"] = f"0.001,0,{100 * MIB},{load_seconds},{EACH}"
     return variables
 
 
@@ -67,10 +76,41 @@ def test_skewed_demand_for_more_models_than_fit(start_worker: StartWorker, windo
     pool = worker.pool()
     assert {model["items"] for model in pool["models"].values()} != {0}
     assert sum(model["items"] for model in pool["models"].values()) == TASKS
-    assert max(seen["weights"] for seen in memory) <= FIT * 100 * MIB == pool["memory"]["budget"]
+    assert max(seen["weights"] for seen in memory) <= FIT * 100 * MIB
+    # The device refuses to be overdrawn, and never had to.
+    assert pool["memory"]["peak"] <= pool["memory"]["total"] == pool["memory"]["budget"]
+    assert "out_of_memory" not in pool
     loads = sum(model["loads"] for model in pool["models"].values())
     print(f"window {window}: {loads} loads; in turn, at least {least_loads(wanted, FIT)}")
     assert MODELS <= loads <= 1.5 * least_loads(wanted, FIT)
+
+
+def test_batches_are_as_large_as_memory_allows_and_never_larger(start_worker: StartWorker) -> None:
+    """A hundred items of 40 units would be one batch; there is room for 50 units, and then for 150."""
+    for room, largest in ((50, 1), (150, 3)):
+        variables = models(1, load_seconds=1.0, limit=1) | {
+            "LEGIT_WORKER_VRAM_LIMIT": str(100 * MIB + round(1.2 * EACH * room)),
+        }
+        worker = start_worker("project", environment=variables)
+        results = [worker.send("one", f"{number} {'word ' * 39}", "m0") for number in range(100)]
+        worker.answers(results)
+        assert all(result.successful() for result in results)
+        pool = worker.pool()
+        assert "out_of_memory" not in pool
+        assert 100 / largest <= pool["batches"] < 100 / largest + 3
+        assert pool["memory"]["peak"] <= pool["memory"]["total"]
+
+
+def test_evicted_weights_may_wait_in_the_hosts_memory(start_worker: StartWorker) -> None:
+    variables = models(2, load_seconds=1.0, limit=1) | {"LEGIT_WORKER_HOST_CACHE": "1GiB"}
+    worker = start_worker("project", environment=variables)
+    for alias in ("m0", "m1"):
+        worker.ask("one", "a task", alias)
+    for alias in ("m0", "m1", "m0"):
+        worker.ask("one", "a task", alias)
+    seconds = re.findall(r"model '(m\d)' loaded on simulated in (\S+) s", worker.log)
+    assert [float(took) >= 1.0 for _, took in seconds] == [True, True, False, False, False]
+    assert worker.pool()["memory"]["host_cache"] == 100 * MIB
 
 
 def latencies(worker: Worker, seconds: float) -> list[float]:
@@ -123,7 +163,9 @@ def test_an_idle_model_is_unloaded_and_comes_back(start_worker: StartWorker) -> 
 
 
 def test_a_task_in_an_exclusive_section_gets_its_model_whoever_holds_the_memory(start_worker: StartWorker) -> None:
-    variables = models(2, load_seconds=0.2, limit=1) | {"LEGIT_WORKER_APPS__ALONE__BATCHING": "off"}
+    # A simulated device would refuse: it has no more than the limit.
+    variables = models(2, load_seconds=0.2, limit=1) | {"LEGIT_WORKER_DEVICE": "cpu"}
+    variables["LEGIT_WORKER_APPS__ALONE__BATCHING"] = "off"
     worker = start_worker("project", environment=variables)
     many = [worker.send("one", f"task {number}", "m0") for number in range(200)]
     alone = worker.client.send_task("one", ["alone", "m1"], headers={"app": "alone"})

@@ -157,7 +157,7 @@ def check_refused(variables: dict[str, str], words: str) -> None:
     assert re.search(words, last)
 
 
-BUDGET = """(lambda chosen: __import__('legit_worker.models.registry', fromlist=['x']).Budget(chosen)(2 * 2**30))(
+BUDGET = """(lambda chosen: __import__('legit_worker.models.budget', fromlist=['x']).Budget(chosen)(2 * 2**30))(
     __import__('legit_worker.settings', fromlist=['x']).load())"""
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from legit_worker.errors import DeviceOutOfMemoryError
+from legit_worker.device.devices import Device, Launch
+from legit_worker.errors import DeviceLostError, DeviceOutOfMemoryError
 from legit_worker.pool.calls import Call
 from legit_worker.pool.engine import Engine
 
@@ -28,6 +29,18 @@ class FakeEntry:
 
     def cost(self, item: str) -> int:
         return len(item)
+
+    def launch(self, batch: Sequence[str]) -> Launch:
+        return Device("cpu").launch(lambda: self.forward(batch))
+
+    def observe(self, count: int, longest: int, launch: Launch) -> None:
+        pass
+
+    def largest_cost(self, longest: int) -> int:
+        return 16_384
+
+    def is_lost(self, error: BaseException) -> bool:
+        return False
 
     def batch_key(self, item: str) -> Hashable:
         return item.isupper()
@@ -246,3 +259,124 @@ def test_counters_say_how_much_was_padding() -> None:
     counters = subject.counters["letters"]
     assert (counters.batches, counters.items) == (1, 2)
     assert counters.waste == pytest.approx(1 - 6 / 8)
+
+
+class GpuEntry(FakeEntry):
+    """One whose batches are in flight until the test lands them; `?` breaks the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def launch(self, batch: Sequence[str]) -> Launch:
+        self.batches.append(list(batch))
+        outputs = [item * 2 for item in batch]
+        self.launches.append(Launch(outputs=outputs, seconds=0.01, is_done=False))
+        return self.launches[-1]
+
+    def land(self, error: Exception | None = None) -> None:
+        launch = next(launch for launch in self.launches if not launch.is_done)
+        launch.error, launch.is_done = error, True
+
+    def is_lost(self, error: BaseException) -> bool:
+        return "device-side assert" in str(error)
+
+
+#: Two batches of these are full, and a third is not.
+FULL = ["x" * 4096] * 4
+
+
+def test_a_batch_in_flight_is_collected_when_it_is_done() -> None:
+    subject, entry = engine(), GpuEntry()
+    watched: list[Launch] = []
+    subject._watch = watched.append
+    call = ask(subject, entry, ["one", "two"])
+    assert subject.step()
+    assert subject.is_busy
+    subject.collect()
+    assert call.computed == 0
+    assert watched == entry.launches
+    entry.land()
+    subject.collect()
+    assert call.outputs == ["oneone", "twotwo"]
+    assert not subject.is_busy
+    assert subject.counters["letters"].batches == 1
+
+
+def test_behind_a_batch_in_flight_only_a_full_one_is_worth_handing_over() -> None:
+    subject, entry = engine(), GpuEntry()
+    ask(subject, entry, ["one"])
+    assert subject.can_step
+    subject.step()
+    ask(subject, entry, ["two"])
+    assert not subject.can_step, "while the device is busy, more may come"
+    ask(subject, entry, FULL * 3)
+    assert subject.can_step
+    subject.step()
+    assert not subject.can_step, "the device has enough to do"
+    entry.land()
+    subject.collect()
+    assert subject.can_step
+
+
+def test_one_that_waits_alone_gets_what_is_in_flight_first() -> None:
+    subject, entry = engine(), GpuEntry()
+    other = ask(subject, entry, ["other"])
+    subject.step()
+    mine = ask(subject, entry, ["mine"])
+    for launch in entry.launches:
+        launch.wait = entry.land  # type: ignore[method-assign]
+    entry.launch = landing(entry.launch)  # type: ignore[method-assign]
+    subject.step_for(entry, mine)  # type: ignore[arg-type]
+    assert (other.outputs, mine.outputs) == (["otherother"], ["minemine"])
+
+
+def landing(launch_of: Any) -> Any:
+    """Launches that are done once they are waited for."""
+
+    def launch(batch: Sequence[str]) -> Launch:
+        made: Launch = launch_of(batch)
+        made.wait = lambda: setattr(made, "is_done", True)  # type: ignore[method-assign]
+        return made
+
+    return launch
+
+
+def test_a_batch_that_fails_in_flight_is_split_as_any_other() -> None:
+    subject, entry = engine(), GpuEntry()
+    calls = [ask(subject, entry, [text]) for text in ("one", "two")]
+    subject.step()
+    entry.land(MemoryError("CUDA out of memory"))
+    subject.collect()
+    for _ in range(2):
+        subject.step()
+        entry.land()
+        subject.collect()
+    assert [len(batch) for batch in entry.batches] == [2, 1, 1]
+    assert [call.outputs for call in calls] == [["oneone"], ["twotwo"]]
+
+
+def test_a_lost_device_fails_the_item_that_was_alone_and_no_other() -> None:
+    subject, entry = engine(), GpuEntry()
+    broken = RuntimeError("CUDA error: device-side assert triggered")
+    call = ask(subject, entry, ["one"])
+    subject.step()
+    entry.land(broken)
+    with pytest.raises(DeviceLostError, match=r"a batch of 1 broke model 'letters'.*device-side assert"):
+        subject.collect()
+    assert call.error is broken
+    several = [ask(subject, entry, [text]) for text in ("two", "three")]
+    subject.step()
+    entry.land(broken)
+    with pytest.raises(DeviceLostError):
+        subject.collect()
+    assert [call.error for call in several] == [None, None]
+    assert len(subject) == 2
+
+
+def test_a_batch_is_no_larger_than_memory_allows() -> None:
+    subject, entry = engine(), FakeEntry()
+    entry.largest_cost = lambda longest: 64  # type: ignore[method-assign]
+    ask(subject, entry, ["x" * 8] * 100)
+    run_all(subject)
+    assert max(map(len, entry.batches)) == 8

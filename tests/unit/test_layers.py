@@ -31,7 +31,7 @@ ALLOWED = {
     "validation": {"errors", "routing", "settings"},
     "doctor": {"device", "errors", "models", "prep", "settings", "tasks"},
     "cli": {"doctor", "errors", "routing", "settings", "validation"},
-    "testing": {"errors", "models", "settings"},
+    "testing": {"device", "models", "settings"},
     "__init__": {"install", "models", "pool"},
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 import legit_worker
 from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
-from legit_worker.models import registry
+from legit_worker.models import entry, registry
+from legit_worker.models.entry import MAX_COST
 from legit_worker.models.simulated import vector
 from legit_worker.testing import use_models
 
@@ -86,7 +87,7 @@ def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(monkeypatc
             with pytest.raises(ModelLoadError, match=r"'mine'.*/weights.*OSError: no such weights"):
                 legit_worker.model("mine").map([1])
         assert Broken.loads == 1
-        monkeypatch.setattr(registry, "LOAD_RETRY_AFTER", -1.0)
+        monkeypatch.setattr(entry, "LOAD_RETRY_AFTER", -1.0)
         with pytest.raises(ModelLoadError):
             legit_worker.model("mine").map([1])
         assert Broken.loads == 2
@@ -111,7 +112,7 @@ def test_costs_are_at_least_one_and_within_the_packers_reach(monkeypatch: pytest
     with use_models({"mine": spec("Named")}) as models:
         entry = models.get("mine")
         entry.load().result()
-        for said, taken in ((0, 1), (-3, 1), (7.9, 7), (2**80, registry.MAX_COST)):
+        for said, taken in ((0, 1), (-3, 1), (7.9, 7), (2**80, MAX_COST)):
             monkeypatch.setattr(entry.model_now, "cost", lambda item, said=said: said)
             assert entry.cost("an item") == taken
 

@@ -249,3 +249,114 @@ def test_threads_that_ask_at_once_never_overdraw() -> None:
     watcher.join()
     assert worst <= 20
     assert all(entry.users == 0 for entry in subject.entries.values())
+
+
+# What batches need beside the weights.
+
+
+def test_there_is_room_for_batches_beside_the_weights_and_a_model_makes_it() -> None:
+    """Each has 10 bytes and batches that take 3 a unit; a reserve of a batch of 16 times 256."""
+    reserve = round(1.2 * 3 * 16 * 256)
+    path = {"path": "0,0,10,0,3"}
+    subject = registry(budget=25 + reserve, m0=path, m1=path, m2=path)
+    touch(subject, "m0", "m1")
+    assert subject.get("m0").reserve == pytest.approx(reserve, rel=0.01)
+    assert subject.residency.room_for_activations() == 5 + reserve
+    touch(subject, "m2")
+    assert resident(subject) == ["m1", "m2"]
+    assert subject.residency.report()["reserve"] == subject.get("m2").reserve
+
+
+def test_weights_come_first_where_there_is_not_room_for_both() -> None:
+    path = {"path": "0,0,10,0,3"}
+    subject = registry(budget=105, m0=path, m1=path)
+    touch(subject, "m0", "m1", "m0")
+    assert resident(subject) == ["m0"]
+    assert subject.residency.room_for_activations() == 95
+    assert subject.get("m0").largest_cost(5) == 25  # 95 bytes, 3 a unit, 1.2 for the unforeseen: five items of five
+
+
+def test_a_budget_that_shrinks_evicts_what_nobody_uses() -> None:
+    subject = registry(budget=30)
+    held = use(subject, "m0")
+    touch(subject, "m1", "m2")
+    subject.residency._budget_for = lambda _: 20
+    subject.residency.watch()
+    assert resident(subject) == ["m0", "m2"]
+    subject.residency.release(held)
+
+
+# Weights that wait in the host's memory.
+
+
+class Movable:
+    """A model that notes where it was read from and moved to."""
+
+    def __init__(self, alias: str) -> None:
+        self.moves = [f"made {alias}"]
+
+    def load(self, device: str) -> None:
+        self.moves.append(f"load {device}")
+
+    def to(self, device: str) -> None:
+        self.moves.append(f"to {device}")
+
+    def memory(self) -> int:
+        return 10
+
+    preprocess = cost = forward = postprocess = None
+
+
+def movable(budget: int, host_cache: int) -> Registry:
+    """Three of them, whose sizes are known from an earlier load."""
+    specs = {alias: ModelSettings(kind=f"{__name__}:Movable") for alias in ("m0", "m1", "m2")}
+    subject = Registry(specs, lambda: "simulated", lambda _: budget, host_cache)
+    for entry in subject.entries.values():
+        entry.size = 10
+    return subject
+
+
+def moves(subject: Registry, alias: str) -> list[str]:
+    request = use(subject, alias)
+    subject.residency.release(request)
+    found: list[str] = request.future.result().moves
+    return found
+
+
+def test_evicted_weights_wait_on_the_host_and_come_back_without_being_read_again() -> None:
+    subject = movable(budget=10, host_cache=20)
+    touch(subject, "m0", "m1")
+    assert subject.shelf.used == 10
+    assert moves(subject, "m0") == ["made m0", "load simulated", "to cpu", "to simulated"]
+
+
+def test_the_host_keeps_no_more_than_its_limit_and_the_least_recently_used_go() -> None:
+    subject = movable(budget=10, host_cache=10)
+    touch(subject, "m0", "m1", "m2")
+    assert subject.shelf.used == 10
+    assert moves(subject, "m0") == ["made m0", "load simulated"]
+
+
+def test_without_a_limit_for_the_host_nothing_is_kept() -> None:
+    subject = movable(budget=10, host_cache=0)
+    touch(subject, "m0", "m1")
+    assert moves(subject, "m0") == ["made m0", "load simulated"]
+
+
+def test_what_was_evicted_for_another_reason_than_room_is_not_kept() -> None:
+    """It ran out of use, or memory ran out."""
+    subject = movable(budget=10, host_cache=20)
+    touch(subject, "m0")
+    subject.residency.evict_unused()
+    assert moves(subject, "m0") == ["made m0", "load simulated"]
+
+
+def test_a_host_without_room_forgets_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Movable, device: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Movable, "to", refuse)
+    subject = movable(budget=10, host_cache=20)
+    touch(subject, "m0", "m1")
+    assert subject.shelf.used == 0
+    assert moves(subject, "m0") == ["made m0", "load simulated"]

@@ -111,6 +111,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         ("VRAM_LIMIT", "4GiB", "vram_limit", Amount(4, "GiB")),
         ("VRAM_LIMIT", "512MiB", "vram_limit", Amount(512, "MiB")),
         ("VRAM_LIMIT", "1000000", "vram_limit", Amount(1_000_000, "B")),
+        ("HOST_CACHE", "8GiB", "host_cache", Amount(8, "GiB")),
         ("WINDOW", "1", "window", 1),
         ("WINDOW", "100000", "window", 100_000),
         ("MAX_QUEUE_DELAY", "auto", "max_queue_delay", None),
@@ -336,6 +337,7 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
         ("VRAM_LIMIT", "-1", "GiB"),
         ("VRAM_LIMIT", "4GB", "GiB"),
         ("VRAM_LIMIT", "4.GiB", "GiB"),
+        ("HOST_CACHE", "10%", "should be bytes"),
         ("WINDOW", "lots", "Input should be a valid integer"),
         ("WINDOW", "0", "greater than or equal to 1"),
         ("WINDOW", "100001", "less than or equal to 100000"),
@@ -690,6 +692,7 @@ WITHOUT_EFFECT = {
 }
 
 WITH_EFFECT = {
+    "HOST_CACHE": "4GiB",
     "ENABLED": "1",
     "VRAM_HEADROOM": "20%",
     "VRAM_LIMIT": "4GiB",

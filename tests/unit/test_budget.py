@@ -1,0 +1,60 @@
+"""What a worker may take of its device, as others take theirs."""
+
+from __future__ import annotations
+
+import pytest
+
+from legit_worker.device import cuda, vram
+from legit_worker.models import budget
+from legit_worker.models.budget import Budget
+from legit_worker.settings import Amount, Settings
+
+GPU = vram.Gpu("GPU-1", "a GPU", 0)
+
+
+class World:
+    """A GPU of 1,000 bytes, as NVML and torch's allocator would tell."""
+
+    def __init__(self) -> None:
+        self.others = 0
+        self.reserved = 0
+        self.now = 0.0
+
+    def memory(self, gpu: vram.Gpu) -> vram.Memory:
+        return vram.Memory(total=1000, free=1000 - self.others - self.reserved, mine=None)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """The one GPU."""
+    one = World()
+    monkeypatch.setattr(cuda, "gpu", lambda setting: GPU)
+    monkeypatch.setattr(vram, "memory", one.memory)
+    monkeypatch.setattr(cuda.CudaDevice, "taken", lambda device: one.reserved)
+    monkeypatch.setattr(budget, "monotonic", lambda: one.now)
+    return one
+
+
+def test_what_torch_keeps_for_later_is_not_lost(world: World) -> None:
+    subject = Budget(Settings(device="cuda"))
+    world.reserved = 400
+    assert subject(weights=100) == 900
+
+
+def test_what_others_had_lately_is_left_to_them_for_a_while(world: World) -> None:
+    subject = Budget(Settings(device="cuda"))
+    world.others = 300
+    assert subject(0) == 600
+    world.others = 100
+    assert subject(0) == 600
+    world.now = budget.GROWTH_SECONDS + 1
+    assert subject(0) == 800
+    world.others = 500
+    assert subject(0) == 400
+
+
+def test_it_is_told_in_parts_that_make_the_whole(world: World) -> None:
+    world.others, world.reserved = 300, 200
+    subject = Budget(Settings(device="cuda", vram_headroom=Amount(5, "%")))
+    report = subject.report(weights=150)
+    assert report == {"total": 1000, "others": 300, "headroom": 50, "free": 500}

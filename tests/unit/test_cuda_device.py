@@ -1,0 +1,193 @@
+"""The CUDA path over a fake of the calls that it makes of torch. No GPU has seen it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from fakecuda import FakeCuda, OnGpu
+
+from legit_worker.device import cuda
+from legit_worker.device.cuda import CudaDevice, prepare_environment, tf32, to_device
+from legit_worker.models.registry import Registry
+from legit_worker.settings import ModelSettings
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A GPU that waits for the test to say that it is done."""
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    cuda.cuda_device.cache_clear()
+    return fake
+
+
+def test_a_launch_returns_before_the_gpu_is_done_and_has_its_outputs_afterwards(gpu: FakeCuda) -> None:
+    launch = CudaDevice("cuda:1").launch(lambda: OnGpu(torch.tensor([[1.0], [2.0]])))
+    assert not launch.is_done
+    assert gpu.calls == ["[cuda:1", "record began", "pinned", "record ended", "cuda:1]"]
+    gpu.done.set()
+    launch.wait()
+    assert (launch.is_done, launch.error, launch.seconds) == (True, None, 0.25)
+    assert launch.outputs.tolist() == [[1.0], [2.0]]
+    assert launch.outputs.device.type == "cpu"
+
+
+def test_outputs_may_be_a_list_of_tensors_or_no_tensors_at_all(gpu: FakeCuda) -> None:
+    gpu.done.set()
+    several = CudaDevice("cuda").launch(lambda: [OnGpu(torch.tensor([1.0])), torch.tensor([2.0])])
+    assert [output.tolist() for output in several.outputs] == [[1.0], [2.0]]
+    assert CudaDevice("cuda").launch(lambda: ["a", 3]).outputs == ["a", 3]
+
+
+def test_a_launch_knows_what_it_took_beside_what_was_there(gpu: FakeCuda) -> None:
+    def compute() -> list[str]:
+        gpu.peak = gpu.allocated + 64
+        return ["output"]
+
+    assert CudaDevice("cuda").launch(compute).peak == 64
+
+
+def test_what_compute_raises_is_raised_at_once(gpu: FakeCuda) -> None:
+    def compute() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    device = CudaDevice("cuda")
+    for _ in range(2):  # and nothing stays locked
+        with pytest.raises(torch.OutOfMemoryError):
+            device.launch(compute)
+
+
+def test_an_error_that_the_gpu_meets_later_is_the_launchs(gpu: FakeCuda) -> None:
+    device = CudaDevice("cuda")
+    launch = device.launch(lambda: OnGpu(torch.tensor([1.0])))
+    gpu.broken = "CUDA error: an illegal memory access was encountered"
+    gpu.done.set()
+    launch.wait()
+    assert launch.is_done
+    assert "illegal memory access" in str(launch.error)
+    assert launch.error is not None
+    assert device.is_lost(launch.error)
+
+
+def test_an_error_after_which_the_gpu_still_answers_is_only_its_batchs(gpu: FakeCuda) -> None:
+    device = CudaDevice("cuda")
+    assert not device.is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert "synchronize" in gpu.calls
+    gpu.calls.clear()
+    assert not device.is_lost(ValueError("no business of the GPU's"))
+    assert gpu.calls == []
+
+
+def test_weights_come_by_a_stream_of_their_own_and_are_there_in_the_end(gpu: FakeCuda) -> None:
+    device = CudaDevice("cuda")
+    for _ in range(2):
+        with device.loading():
+            gpu.note("copy weights")
+    assert gpu.calls == ["[stream of cuda", "copy weights", "stream of cuda]", "stream done"] * 2
+    assert device._loading_stream is device._loading_stream
+
+
+def test_what_torchs_allocator_keeps_is_ours(gpu: FakeCuda) -> None:
+    assert CudaDevice("cuda").taken() == 1500
+
+
+def test_without_cuda_nothing_is_taken_and_nothing_is_lost() -> None:
+    assert CudaDevice("cuda").taken() == 0
+    assert not CudaDevice("cuda").is_lost(RuntimeError("CUDA error"))
+
+
+class Destination:
+    """A `torch.device` of CUDA, to which a tensor of this torch can't go."""
+
+    type = "cuda"
+
+
+def test_features_go_to_a_gpu_by_pinned_memory(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[Any, bool]] = []
+
+    def to(tensor: torch.Tensor, device: Any, non_blocking: bool = False) -> torch.Tensor:
+        moved.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    device = Destination()
+    features = to_device({"input_ids": torch.tensor([[1, 2]]), "modality": "text"}, device)
+    assert features["modality"] == "text"
+    assert moved == [(device, True)]
+    assert gpu.calls == ["pinned"]
+
+
+def test_features_on_a_cpu_are_not_pinned(gpu: FakeCuda) -> None:
+    to_device({"input_ids": torch.tensor([[1, 2]])}, torch.device("cpu"))
+    assert gpu.calls == []
+
+
+def test_tf32_is_for_the_block_alone() -> None:
+    before = torch.get_float32_matmul_precision()
+    with tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_operators_choice_of_allocator_and_order_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_DEVICE_ORDER", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    prepare_environment()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    prepare_environment()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+class Measured:
+    """A user's model on the GPU, of 100 bytes, that takes 20 bytes for each padded unit of a batch."""
+
+    fake: FakeCuda
+
+    def load(self, device: str) -> None:
+        assert device == "cuda"
+        assert threading.current_thread().name == "legit-loader"
+        Measured.fake.note("load")
+
+    def memory(self) -> int:
+        return 100
+
+    def sample(self, cost: int) -> str:
+        return "x" * cost
+
+    def preprocess(self, item: str) -> str:
+        return item
+
+    def cost(self, item: str) -> int:
+        return len(item)
+
+    def forward(self, batch: Sequence[str]) -> OnGpu:
+        Measured.fake.peak = Measured.fake.allocated + 20 * len(batch) * max(map(len, batch))
+        return OnGpu(torch.tensor([[len(item)] for item in batch]))
+
+    def postprocess(self, output: torch.Tensor) -> Any:
+        return output.tolist()
+
+
+def test_a_models_batches_are_measured_when_it_is_loaded_and_bounded_by_what_is_left(gpu: FakeCuda) -> None:
+    gpu.done.set()
+    Measured.fake = gpu
+    budget = 100 + 120_000
+    spec = ModelSettings(kind=f"{__name__}:Measured")
+    registry = Registry({"mine": spec}, lambda: "cuda", lambda _: budget)
+    entry = registry.get("mine")
+    request = registry.residency.request(entry)
+    entry.outcome(request.future)
+    assert entry.reserve == pytest.approx(1.2 * 20 * 16 * 256, rel=0.01)
+    # 120,000 bytes are left, 20 bytes a unit, 1.2 for the unforeseen.
+    assert 4800 <= entry.largest_cost(100) <= 5000
+    assert entry.forward(["one", "three"]).tolist() == [[3], [5]]
+    assert [call for call in gpu.calls if "stream" in call] == ["[stream of cuda", "stream of cuda]", "stream done"]
+    assert gpu.calls.index("[stream of cuda") < gpu.calls.index("load") < gpu.calls.index("stream of cuda]")
