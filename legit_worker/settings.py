@@ -347,6 +347,8 @@ class Settings(BaseSettings):
     result_max_bytes: Annotated[Memory, AfterValidator(_in_bytes)] = Amount(16, "MiB")
     #: Seconds for which an envelope is tried again before it goes to the dead letters.
     result_retry_seconds: Seconds = 300.0
+    #: Seconds for which a task may hold the main thread, while others wait, before the log says so.
+    stall_seconds: float = Field(default=5.0, gt=0)
     #: Where Prometheus metrics and health are served; None is nowhere.
     metrics_port: Annotated[Annotated[int, Field(ge=1, le=65535)] | None, _nothing_if("off")] = None
 

@@ -103,6 +103,9 @@ class FakeCuda:
             def synchronize(self) -> None:
                 fake.note("stream done")
 
+            def wait_stream(self, other: str) -> None:
+                fake.note(f"wait for stream {other}")
+
         def empty(*size: Any, **options: Any) -> torch.Tensor:
             if options.pop("pin_memory", False):
                 fake.note("pinned")
@@ -120,8 +123,10 @@ class FakeCuda:
             "device": lambda name: fake.scope(name),
             "is_initialized": lambda: True,
             "reset_peak_memory_stats": lambda: setattr(fake, "peak", fake.allocated),
-            "memory_allocated": lambda: fake.allocated,
-            "max_memory_allocated": lambda: fake.peak,
+            "memory_stats_as_nested_dict": lambda name: {
+                "allocated_bytes": {"all": {"current": fake.allocated, "peak": fake.peak}}
+            },
+            "current_stream": lambda name: f"of the batches on {name}",
             "memory_reserved": lambda name: fake.allocated + 500,
             "synchronize": lambda name: fake.note("synchronize"),
             "empty_cache": lambda: fake.note("empty cache"),

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from legit_worker.device.devices import Device, Launch
+from legit_worker.device.loaded import started_cuda
 from legit_worker.device.vram import Gpu, VramUnknownError, visible_gpus
 
 #: How torch's allocator is told to let its blocks grow instead of leaving holes between them. Read once, at import.
@@ -71,58 +72,74 @@ class CudaDevice(Device):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        #: The allocator counts one peak for the process: the loader's trial batches and the engine's take turns.
-        self._counting = threading.Lock()
+        #: With its number: without one, torch means whichever is current, which a task may have changed.
+        self._numbered = name if ":" in name else f"{name}:0"
+        #: The allocator counts one peak for the process: the loader's trial batches and the engine's take turns. A
+        #: model's `forward` may call another model.
+        self._counting = threading.RLock()
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
         """Queue a batch's kernels, and the copy of its outputs to the host behind them. Raises what `compute` raises.
 
         Returns before the GPU is done, unless `compute` itself waits for it.
         """
-        torch = _torch()
-        # Events belong to the device that is current when they are recorded, which a task may have changed.
-        with self._counting, torch.cuda.device(self.name):
-            began = torch.cuda.Event(enable_timing=True)
+        cuda = _torch().cuda
+        start = monotonic()
+        # Events belong to the device that is current when they are recorded.
+        with self._counting, cuda.device(self._numbered):
+            began = cuda.Event(enable_timing=True)
             # The waiting thread sleeps instead of turning round.
-            ended = torch.cuda.Event(enable_timing=True, blocking=True)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            ended = cuda.Event(enable_timing=True, blocking=True)
+            cuda.reset_peak_memory_stats()
+            before = self._allocated()["current"]
             began.record()
             outputs = _to_host(compute())
             ended.record()
-            peak = torch.cuda.max_memory_allocated() - before
-        return CudaLaunch(outputs=outputs, seconds=0.0, peak=peak, is_done=False, began=began, ended=ended)
+            peak = self._allocated()["peak"] - before
+        return CudaLaunch(
+            outputs=outputs,
+            seconds=0.0,
+            peak=peak,
+            host_seconds=monotonic() - start,
+            is_done=False,
+            began=began,
+            ended=ended,
+        )
+
+    def _allocated(self) -> Any:
+        """Bytes in use now, as `current`, and at most, as `peak`. `memory_allocated` makes a dictionary of hundreds."""
+        return _torch().cuda.memory_stats_as_nested_dict(self._numbered)["allocated_bytes"]["all"]
 
     @contextmanager
     def loading(self) -> Iterator[None]:
         """Copies of weights don't stand in the way of batches, and are over when the block is."""
-        stream = self._loading_stream
-        with _torch().cuda.stream(stream):
+        cuda, stream = _torch().cuda, self._loading_stream
+        # Memory of evicted weights is used again here, and a batch that nobody waits for any more may still read it.
+        stream.wait_stream(cuda.current_stream(self._numbered))
+        with cuda.stream(stream):
             yield
         stream.synchronize()
 
     @functools.cached_property
     def _loading_stream(self) -> Any:
         """One for good: the allocator gives memory of one model's weights to the next only on the same stream."""
-        return _torch().cuda.Stream(self.name)
+        return _torch().cuda.Stream(self._numbered)
 
     def taken(self) -> int:
         """Bytes that torch's allocator has of the GPU, in use or kept."""
-        torch: Any = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_initialized():
-            return 0
-        return int(torch.cuda.memory_reserved(self.name))
+        cuda = started_cuda()
+        return 0 if cuda is None else int(cuda.memory_reserved(self._numbered))
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether the error broke the process's context, as an illegal address or a failed assertion in a kernel does.
 
         CUDA then answers every later call with that error, and so the next one is asked.
         """
-        torch: Any = sys.modules.get("torch")
-        if torch is None or not isinstance(error, RuntimeError) or not torch.cuda.is_initialized():
+        cuda = started_cuda()
+        if cuda is None or not isinstance(error, RuntimeError):
             return False
         try:
-            torch.cuda.synchronize(self.name)
+            cuda.synchronize(self._numbered)
         except RuntimeError:
             return True
         return False
@@ -184,7 +201,10 @@ def _to_host(outputs: Any) -> Any:
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Within the block, factors of float32 products are rounded to TF32, 10 bits of mantissa: several times as fast."""
+    """Within the block, factors of float32 products are rounded to TF32, 10 bits of mantissa: several times as fast.
+
+    For the whole process: one batch is launched at a time.
+    """
     import torch
 
     before = torch.get_float32_matmul_precision()

@@ -22,6 +22,8 @@ class Launch:
     seconds: float
     #: The most bytes that it had of the device beside the weights; None where the device does not tell.
     peak: int | None = None
+    #: That the calling thread took to hand it over.
+    host_seconds: float = 0.0
     #: Whether it is over. Any thread may ask.
     is_done: bool = True
     #: Why it failed; only for one that was not done when it was handed over, whose `forward` raises otherwise.

@@ -5,9 +5,7 @@ In: an exception from a model. Out: whether it says that memory is short, whoeve
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
+from legit_worker.device.loaded import started_cuda
 from legit_worker.errors import DeviceOutOfMemoryError
 
 #: torch says so in a `RuntimeError` where it has no class of its own: host memory, cuBLAS, older releases.
@@ -23,6 +21,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def give_back_cached() -> None:
     """Have torch return the device memory that it keeps for later: blocks of the wrong sizes are of no use to it."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    cuda = started_cuda()
+    if cuda is not None:
+        cuda.empty_cache()

@@ -6,16 +6,16 @@ thread's defaults while other code runs, and the task's own modes again when it 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from legit_worker.device.loaded import loaded_torch
 
 
 def suspend() -> Callable[[], None]:
     """Put the thread's defaults back. Returns what restores the caller's modes. Does nothing until torch is loaded."""
-    torch: Any = sys.modules.get("torch")
-    # The loader thread may be in the middle of importing it; then no task has set a mode yet.
-    if torch is None or torch.__spec__._initializing:
+    torch = loaded_torch()
+    if torch is None:  # then no task has set a mode yet
         return _nothing
     undo: list[Callable[[], None]] = []
     if torch.is_inference_mode_enabled():

@@ -7,15 +7,19 @@ has and has left. What can't be known is a `VramUnknownError` with the reason an
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 from legit_worker.errors import LegitWorkerError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -32,6 +36,9 @@ REASONS = {
 
 #: What helps in every case.
 WAY_OUT = "Set LEGIT_WORKER_VRAM_LIMIT to bytes to go on without asking, or LEGIT_WORKER_DEVICE=cpu"
+
+#: Seconds for which a worker waits for another that loads, and between two tries.
+TURN_SECONDS, TURN_LOOK = 300.0, 0.05
 
 #: The process in which NVML was started, which a forked child must do again.
 _started_in = 0
@@ -134,14 +141,41 @@ def memory(gpu: Gpu, pids: Collection[int] | None = None) -> Memory:
 
 @contextmanager
 def turn(gpu: Gpu) -> Iterator[None]:
-    """Workers of one machine that want memory of this GPU take turns: nobody counts on bytes that another is taking."""
+    """Workers of one machine that want memory of this GPU take turns: nobody counts on bytes that another is taking.
+
+    One that has waited for `TURN_SECONDS`, or can't have the file, goes on without.
+    """
     path = Path(tempfile.gettempdir()) / f"legit-worker-{gpu.uuid}.lock"
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        file = _open(path)
+    except OSError as error:
+        logger.warning("workers can't take turns at loading: %s", error)
+        yield
+        return
+    try:
+        if not _lock(file):
+            logger.warning("another worker has been loading onto %s for %.0f s: going on", gpu.uuid, TURN_SECONDS)
         yield
     finally:
         os.close(file)  # and with it the lock, as when the process ends
+
+
+def _open(path: Path) -> int:
+    """For reading, which is enough for a lock, where it is another user's."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _lock(file: int) -> bool:
+    until = monotonic() + TURN_SECONDS
+    while monotonic() < until:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        sleep(TURN_LOOK)
+    return False
 
 
 def _used_by(nvml: Any, handle: Any, pids: Collection[int]) -> int | None:

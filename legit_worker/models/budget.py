@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from legit_worker.device import cuda, vram
+from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
 from legit_worker.settings import Settings
 
@@ -29,8 +30,9 @@ class Budget:
         self._chosen = chosen
         self._gpu: vram.Gpu | None = None
         self._is_unknown = not chosen.device.startswith(("auto", "cuda"))
-        self._device = cuda.cuda_device("cuda" if chosen.device == "auto" else chosen.device)
-        #: When others had how many bytes.
+        #: As NVML told last.
+        self._seen: vram.Memory | None = None
+        #: When others had how many bytes, each more than all that came later: the first is the most.
         self._others: deque[tuple[float, int]] = deque()
 
     def __call__(self, weights: int) -> int | None:
@@ -40,13 +42,21 @@ class Budget:
         at most `LEGIT_WORKER_VRAM_LIMIT`. Without a GPU, or an NVML that tells, that limit alone.
         """
         limit = self._chosen.vram_limit
+        # NVML and torch are asked one after the other: what torch gives back in between is not another's.
+        before = self._taken()
         found = self._memory()
         if found is None:
             return None if limit is None or limit.unit == "%" else limit.of(0)
-        ours = max(weights, self._device.taken())
+        ours = max(weights, before, self._taken())
         headroom = self._chosen.vram_headroom.of(found.total)
+        if found.free < headroom and ours > weights:
+            give_back_cached()  # what torch keeps for later may be in the wrong places
         most = max(0, found.free + ours - headroom - self._growth(found.used - ours))
         return most if limit is None else min(most, limit.of(found.total))
+
+    def _taken(self) -> int:
+        device = self._chosen.device
+        return 0 if self._is_unknown else cuda.cuda_device("cuda" if device == "auto" else device).taken()
 
     def report(self, weights: int) -> dict[str, int]:
         """Of the whole device, in bytes: `total`, what `others` have, what is `free`, and the `headroom` in that.
@@ -60,7 +70,7 @@ class Budget:
         found = self._memory()
         if found is None:
             return {}
-        ours = max(weights, self._device.taken(), found.mine or 0)
+        ours = max(weights, self._taken(), found.mine or 0)
         return {
             "total": found.total,
             "others": max(0, found.used - ours),
@@ -80,10 +90,12 @@ class Budget:
     def _growth(self, others: int) -> int:
         """How many bytes more others had lately than they have now."""
         now = monotonic()
+        while self._others and self._others[-1][1] <= others:
+            self._others.pop()
         self._others.append((now, others))
         while self._others[0][0] < now - GROWTH_SECONDS:
             self._others.popleft()
-        return max(had for _, had in self._others) - others
+        return self._others[0][1] - others
 
     def _memory(self) -> vram.Memory | None:
         """Of the GPU that models are on; None where there is none, or it is unknown."""
@@ -93,8 +105,12 @@ class Budget:
             if self._gpu is None:
                 self._gpu = cuda.gpu(self._chosen.device)
             if self._gpu is not None:
-                return vram.memory(self._gpu)
+                self._seen = vram.memory(self._gpu)
+                return self._seen
         except vram.VramUnknownError as error:
+            if self._seen is not None:  # it told before, and may again
+                logger.warning("%s; going by what it told last", error)
+                return self._seen
             if self._chosen.device != "auto":
                 logger.warning("%s", error)
         self._is_unknown = True

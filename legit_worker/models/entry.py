@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,9 +23,9 @@ from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.device.simulated import simulated_device
-from legit_worker.errors import LegitWorkerError, ModelLoadError
+from legit_worker.errors import DeviceLostError, LegitWorkerError, ModelLoadError
 from legit_worker.models.protocol import Model
-from legit_worker.models.residency import Residency
+from legit_worker.models.residency import NotNowError, Residency
 from legit_worker.models.shelf import Kept, Shelf
 from legit_worker.models.simulated import SimulatedModel
 
@@ -130,11 +131,15 @@ class Entry:
     @property
     def state(self) -> str:
         """`unloaded`, `loading`, `resident` or `failed`."""
-        if self._future is None:
+        future = self._future  # which another thread may replace between two looks
+        if future is None:
             return "unloaded"
-        if not self._future.done():
+        if not future.done():
             return "loading"
-        return "failed" if self._future.exception() else "resident"
+        error = future.exception()
+        if isinstance(error, NotNowError):
+            return "unloaded"
+        return "failed" if error else "resident"
 
     def load(self) -> Future[Model]:
         """The model, now or soon. Fails with `ModelLoadError`; asked again after a while, it tries again."""
@@ -163,7 +168,8 @@ class Entry:
     @property
     def load_error(self) -> BaseException | None:
         """Why its last load failed; None where it did not."""
-        return None if self._future is None else self._future.exception(timeout=0)
+        future = self._future
+        return None if future is None else future.exception(timeout=0)
 
     @property
     def idle_seconds(self) -> float:
@@ -179,11 +185,11 @@ class Entry:
 
     @staticmethod
     def outcome(future: Future[Model]) -> Model:
-        """What a request's future has; waits for it. Raises `ModelLoadError`."""
+        """What a request's future has; waits for it. Raises `ModelLoadError`, `DeviceLostError`."""
         error = future.exception()
         if error is not None:
             # One of its own for each asker: tasks that share an exception would share its traceback.
-            raise ModelLoadError(*error.args) from error.__cause__
+            raise type(error)(*error.args) from error.__cause__
         return future.result()
 
     def batch_key(self, prepared: Any) -> Hashable:
@@ -212,7 +218,10 @@ class Entry:
         return int(MARGIN * self.activations.predict(*RESERVE)) if self.activations.is_known else 0
 
     def largest_cost(self, longest: int) -> int:
-        """The largest padded cost of a batch whose items cost `longest`, by the memory that there is now."""
+        """The largest padded cost of a batch whose longest item costs so much, by the memory that there is now.
+
+        Longer items take more for each unit: it is less for them.
+        """
         room = self.residency.room_for_activations()
         if room is None or not self.activations.is_known:
             return UNMEASURED_COST
@@ -232,12 +241,16 @@ class Entry:
     def launch(self, batch: Sequence[Any]) -> Launch:
         """Hand a batch to the device: one output per item. Raises what the model raises."""
         model = self.model_now
+        was_loading = self.residency.is_loading()
         with self._lock:
-            return self._device.launch(lambda: self._checked(model, batch))
+            launch = self._device.launch(lambda: self._checked(model, batch))
+        if was_loading or self.residency.is_loading():  # whose bytes are in the peak, too
+            launch.peak = None
+        return launch
 
     def observe(self, count: int, longest: int, launch: Launch) -> None:
         """A batch is over: learn from it where it took more memory than was expected of it."""
-        if not launch.peak or self.residency.is_loading():  # whose bytes are in the peak, too
+        if not launch.peak:
             return
         if not self.activations.is_known or launch.peak > self.activations.predict(count, longest):
             self.activations.observe(count, longest, launch.peak)
@@ -258,18 +271,32 @@ class Entry:
         return self._future.result(timeout=0)
 
     def _may_retry(self, future: Future[Model]) -> bool:
-        return future.done() and future.exception() is not None and monotonic() - self._failed_at > LOAD_RETRY_AFTER
+        if not future.done() or future.exception() is None:
+            return False
+        return isinstance(future.exception(), NotNowError) or monotonic() - self._failed_at > LOAD_RETRY_AFTER
 
     def _load(self) -> Model:
         start = monotonic()
+        model: Any = None
         try:
             self._device = device_of("simulated" if self.spec.kind == "simulated" else self._device_name())
-            with self.residency.turn(), self._device.loading():
-                model = self._bring()
+            with self.residency.turn():
+                self.residency.check_room(self)
+                with self._device.loading():
+                    model = self._bring()
+                # Where batches run: torch's allocator keeps what it freed for the stream that it was for.
                 self._calibrate(model)
             self.size = int(model.memory()) if hasattr(model, "memory") else self.size
+        except NotNowError:
+            raise
         except Exception as error:
             self._failed_at = monotonic()
+            is_lost = self._device.is_lost(error)
+            # Or the error, which is kept, would keep the weights on the device.
+            traceback.clear_frames(error.__traceback__)
+            model = None
+            if is_lost:
+                raise DeviceLostError(f"model {self.alias!r} was to be loaded on a lost device: {error}") from error
             logger.exception("model %r could not be loaded", self.alias)
             raise ModelLoadError(
                 f"model {self.alias!r} (kind {self.spec.kind}, path {self.spec.path}) could not be loaded: "
@@ -280,7 +307,7 @@ class Entry:
         logger.info(
             "model %r loaded on %s in %.1f s, %d bytes", self.alias, self._device.name, self.load_seconds, self.size
         )
-        return model
+        return model  # type: ignore[no-any-return]
 
     def _bring(self) -> Model:
         """From the host's memory where it is there, else from its files; after those that leave have left."""
@@ -297,7 +324,7 @@ class Entry:
         """Measure what batches take, where the device tells, the model has samples, and it was not done before."""
         if not self._device.tells_memory or not hasattr(model, "sample") or self.activations.is_known:
             return
-        for count, cost in (CALIBRATION[0], *CALIBRATION):
+        for number, (count, cost) in enumerate((CALIBRATION[0], *CALIBRATION)):
             batch = [model.preprocess(model.sample(cost)) for _ in range(count)]
             try:
                 launch = self._compute(model, batch)
@@ -305,7 +332,7 @@ class Entry:
                 if not is_out_of_memory(error):
                     raise
                 continue  # a device this full says by the smaller ones what it can take
-            if launch.peak:
+            if launch.peak and number:
                 self.activations.observe(count, max(map(model.cost, batch)), launch.peak)
 
     def _compute(self, model: Model, batch: Sequence[Any]) -> Launch:

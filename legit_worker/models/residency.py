@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,13 @@ PATIENCE = 4.0
 
 #: And never in less than this, seconds.
 LEAST_PATIENCE = 0.5
+
+#: Seconds for which a budget that was read is good enough to decide who has to wait.
+BUDGET_SECONDS = 0.25
+
+
+class NotNowError(Exception):
+    """Another process took the memory that a load counted on, before it had its turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,7 @@ class Residency:
         self._lock = threading.RLock()
         #: As it was last read.
         self._known_budget: int | None = None
+        self._budget_read_at = -inf
 
     def request(self, entry: Entry, *, must: bool = False) -> Request:
         """Ask for a model. What was asked for must be released."""
@@ -123,7 +132,11 @@ class Residency:
                 self._admit(request)
             else:
                 self._waiting.append(request)
-                self._review()
+                try:
+                    self._review()
+                except BaseException:  # nobody will release what was never handed out
+                    self._waiting.remove(request)
+                    raise
         return request
 
     def release(self, request: Request) -> None:
@@ -155,12 +168,23 @@ class Residency:
         with self._lock:
             for entry in self._unused():
                 self._evict(entry)
-            self._budget()
+            self._read_budget()
 
     def watch(self) -> None:
         """Read the budget anew, and evict what is over it. Called now and then: other processes grow."""
         with self._lock:
-            self._keep_within(self._budget())
+            self._keep_within(self._read_budget())
+
+    def check_room(self, entry: Entry) -> None:
+        """Called by the loader when it has its turn: whether the room that its load counted on is still there.
+
+        Raises `NotNowError`; those who wait for it wait on, and room is looked for again.
+        """
+        with self._lock:
+            budget = self._read_budget()
+            is_must = any(request.must for request in self._waiting if request.entry is entry)
+            if budget is not None and not is_must and self._weights() + self._being_read() > budget:
+                raise NotNowError(entry.alias)
 
     def is_loading(self) -> bool:
         """Whether weights are being read."""
@@ -189,7 +213,14 @@ class Residency:
         return turn()
 
     def _budget(self) -> int | None:
+        """As it was read just now: each load reads it anew, and who waits is looked after many times a second."""
+        if monotonic() - self._budget_read_at > BUDGET_SECONDS:
+            self._read_budget()
+        return self._known_budget
+
+    def _read_budget(self) -> int | None:
         self._known_budget = self._budget_for(self._weights())
+        self._budget_read_at = monotonic()
         return self._known_budget
 
     def _weights(self) -> int:
@@ -208,7 +239,7 @@ class Residency:
     def report(self) -> dict[str, Any]:
         """As `inspect stats` gives it: bytes; `budget` None where there is no bound; of the GPU, where NVML tells."""
         with self._lock:
-            budget, weights = self._budget(), self._weights()
+            budget, weights = self._read_budget(), self._weights()
             device: Callable[[int], dict[str, int]] = getattr(self._budget_for, "report", lambda _: {})
             return {
                 "budget": budget,
@@ -272,14 +303,20 @@ class Residency:
     def _loaded(self, entry: Entry) -> None:
         with self._lock:
             self._serve(entry)
-            self._keep_within(self._budget())
+            self._keep_within(self._read_budget())
             self._review()
 
     def _keep_within(self, budget: int | None) -> None:
         """Weights can be larger than their files: what they take is known once they are there."""
         residents = [self._seen(other) for other in self._entries if other.is_resident]
-        for alias in to_evict(0, budget, residents, self._being_read() + self._reserve(budget)) or ():
-            self._evict(next(other for other in self._entries if other.alias == alias))
+        chosen = to_evict(0, budget, residents, self._being_read() + self._reserve(budget))
+        if chosen is None:  # then at least the weights
+            chosen = to_evict(0, budget, residents, self._being_read())
+        if chosen is None:
+            chosen = [one.alias for one in residents if not one.users and not one.pinned]
+        for entry in self._entries:
+            if entry.alias in chosen:
+                self._evict(entry)
 
     def _serve(self, entry: Entry) -> None:
         """Its load is over: all who wait for it have it, or its error. If it is gone again, they wait on."""

@@ -22,6 +22,8 @@ class Call:
     low_water: int
     #: Called when the task may have something to do: take the outputs or the error, or bring more items.
     on_progress: Callable[[], None]
+    #: The model's `postprocess`: at once, since an output may hold on to its whole batch.
+    postprocess: Callable[[Any], Any] = lambda output: output
     outputs: list[Any] = field(default_factory=list)
     error: BaseException | None = None
     #: Items handed to the engine and not yet computed.
@@ -44,9 +46,13 @@ class Call:
 
     def deliver(self, index: int, output: Any) -> None:
         """One output came out of a batch."""
-        self.outputs[index] = output
-        self.queued -= 1
-        self.computed += 1
+        try:
+            self.outputs[index] = self.postprocess(output)
+        except Exception as error:
+            self.fail(error)
+        else:
+            self.queued -= 1
+            self.computed += 1
 
     def fail(self, error: BaseException) -> None:
         """One item could not be computed: the call ends with the first such error."""

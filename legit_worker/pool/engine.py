@@ -12,11 +12,12 @@ Which model is next: the one that had least of the device, in seconds. Which ite
 from __future__ import annotations
 
 import logging
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from legit_worker.batching.costmodel import CostModel
@@ -36,6 +37,12 @@ HORIZON = 256
 
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
+
+#: A `forward` behind another batch that keeps this thread for more than this part of its own time waits for the device.
+BLOCKING = 0.5
+
+#: Seconds between two looks whether a batch is done that nobody waits for any more.
+FLIGHT_LOOK = 0.01
 
 #: A batch of this part of the limit shows that the limit holds, and raises it by so much: it has doubled after 36.
 NEAR, RAISE = 0.8, 1.02
@@ -108,6 +115,8 @@ class Queue:
     seconds: float = 0.0
     #: What memory was seen to hold.
     room: Room = field(default_factory=Room)
+    #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
+    waits: bool = False
 
     def __len__(self) -> int:
         return len(self.fair) + sum(map(len, self.halves))
@@ -120,6 +129,8 @@ class Flight:
     queue: Queue
     batch: list[Item]
     launch: Launch
+    #: Whether another batch was in flight when it was handed over.
+    is_behind: bool
 
 
 class Engine:
@@ -164,10 +175,16 @@ class Engine:
 
     def drop(self, entry: Entry, call: Call) -> None:
         """Forget what is left of a call whose task is gone."""
-        queue = self._queue(entry)
+        queue = self._queues.get(entry.alias)
+        if queue is None:
+            return
         queue.fair.drop(call)
         halves = ([item for item in half if item.call is not call] for half in queue.halves)
         queue.halves = deque(half for half in halves if half)
+
+    def forget(self) -> None:
+        """Nothing that waits will be computed any more."""
+        self._queues.clear()
 
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were the items of each model of one length."""
@@ -179,11 +196,10 @@ class Engine:
 
     def has_full_batch(self) -> bool:
         """Whether waiting longer would not make the next batch larger."""
-        return any(
-            queue.halves or sum(item.cost for item in queue.fair.first(HORIZON)) >= self._budget(queue)
-            for queue in self._queues.values()
-            if len(queue)
-        )
+        return any(self._is_full(queue) for queue in self._queues.values() if len(queue))
+
+    def _is_full(self, queue: Queue) -> bool:
+        return bool(queue.halves) or sum(item.cost for item in queue.fair.first(HORIZON)) >= self._budget(queue)
 
     @property
     def is_busy(self) -> bool:
@@ -193,9 +209,10 @@ class Engine:
     @property
     def can_step(self) -> bool:
         """Whether a batch is worth handing over now. Behind one in flight, only one that can't get any larger."""
-        if not len(self):
+        queue = self._next_queue()
+        if queue is None or len(self._flights) >= DEPTH:
             return False
-        return not self._flights or (len(self._flights) < DEPTH and self.has_full_batch())
+        return not self._flights or (not queue.waits and self._is_full(queue))
 
     def step(self) -> bool:
         """Hand over one batch. False when nothing waits. Raises `DeviceLostError`."""
@@ -205,11 +222,22 @@ class Engine:
         self._run(queue, queue.halves.popleft() if queue.halves else self._pick(queue, queue.fair.first(HORIZON)))
         return True
 
-    def collect(self) -> None:
-        """Take the outputs of the batches that are done. Raises `DeviceLostError`."""
+    def collect(self) -> bool:
+        """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
+        found = False
         while self._flights and self._flights[0].launch.is_done:
-            flight = self._flights.popleft()
-            self._land(flight.queue, flight.batch, flight.launch)
+            flight, found = self._flights.popleft(), True
+            self._land(flight)
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """Until nothing is in flight, at most so long; whoever it was for is gone."""
+        until = monotonic() + seconds
+        while self._flights and monotonic() < until:
+            if self._flights[0].launch.is_done:
+                self._flights.popleft()
+            else:
+                sleep(FLIGHT_LOOK)
 
     def step_for(self, entry: Entry, call: Call) -> None:
         """Run one batch with items of this call, whoever's turn it is, and wait for all that is in flight.
@@ -254,11 +282,18 @@ class Engine:
 
     def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""
-        candidates = _same_key(candidates)
-        cuts = pack([item.cost for item in candidates], self._budget(queue), queue.costs)
-        batch = [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
+        first = candidates[0]
+        batch = self._cut(queue, _same_key(candidates), self._budget(queue))
+        by_memory = queue.entry.largest_cost(max(item.cost for item in batch))
+        if padded([item.cost for item in batch]) > by_memory:  # longer ones take more for each unit
+            batch = self._cut(queue, [first, *(item for item in batch if item is not first)], by_memory)
         queue.fair.take(batch)
         return batch
+
+    @staticmethod
+    def _cut(queue: Queue, candidates: list[Item], budget: int) -> list[Item]:
+        cuts = pack([item.cost for item in candidates], budget, queue.costs)
+        return [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
 
     def _run(self, queue: Queue, batch: list[Item]) -> None:
         start = monotonic()
@@ -271,15 +306,18 @@ class Engine:
         except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
             queue.halves.appendleft(batch)
             raise
+        flight = Flight(queue=queue, batch=batch, launch=launch, is_behind=bool(self._flights))
         if launch.is_done:
-            self._land(queue, batch, launch)
+            self._land(flight)
         else:
-            self._flights.append(Flight(queue=queue, batch=batch, launch=launch))
+            self._flights.append(flight)
             self._watch(launch)
 
-    def _land(self, queue: Queue, batch: list[Item], launch: Launch) -> None:
+    def _land(self, flight: Flight) -> None:
         """A batch is over."""
+        queue, batch, launch = flight.queue, flight.batch, flight.launch
         queue.seconds += launch.seconds
+        queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)
         if launch.error is not None:
             self._failed(queue, batch, launch.error)
             return
@@ -301,16 +339,16 @@ class Engine:
         counters.forward_seconds += launch.seconds
 
     def _failed(self, queue: Queue, batch: list[Item], error: Exception) -> None:
-        if is_out_of_memory(error):
-            self._make_room(queue, batch, error)
-        elif queue.entry.is_lost(error):
+        if queue.entry.is_lost(error):  # which can look as if memory were short
             self._lose(queue, batch, error)
+        elif is_out_of_memory(error):
+            self._split_and_free(queue, batch, error)
         else:
             self._split(queue, batch, error)
 
     def _lose(self, queue: Queue, batch: list[Item], error: Exception) -> None:
         """Nothing can be computed any more. Where one item alone did it, its task is told; of several, nobody knows."""
-        if len(batch) == 1:
+        if len(batch) == 1 and not self._flights:
             batch[0].call.fail(error)
             _tell(batch)
         else:
@@ -319,11 +357,15 @@ class Engine:
             f"a batch of {len(batch)} broke model {queue.entry.alias!r}'s device for this process: {error}"
         ) from error
 
-    def _make_room(self, queue: Queue, batch: list[Item], error: Exception) -> None:
+    def _split_and_free(self, queue: Queue, batch: list[Item], error: Exception) -> None:
         """Too much at once: halves may fit, and from now on batches are no larger. One item alone is tried again."""
         cost = padded([item.cost for item in batch])
         self.counters[queue.entry.alias].out_of_memory += 1
-        self._free_memory()
+        traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
+        try:
+            self._free_memory()
+        except Exception:
+            logger.exception("memory could not be freed after model %r ran out of it", queue.entry.alias)
         if len(batch) > 1:
             queue.room.did_not_fit(cost)
             logger.warning(

@@ -16,6 +16,8 @@ from celery.concurrency.base import apply_target
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from legit_worker.device import modes
+from legit_worker.pool.limits import Limit, TimeLimitPassed
+from legit_worker.pool.transactions import in_django_transaction
 
 
 class FiberPid(int):
@@ -27,15 +29,18 @@ class FiberPid(int):
 class Fiber(greenlet):
     """One running task. Lives on the main thread; switched to by the loop only, and back to it by `park` only."""
 
-    def __init__(self, run: Callable[[], Any], *, app: str, name: str, task: str = "", exclusive: bool = False) -> None:
+    def __init__(
+        self, run: Callable[[], Any], *, app: str, name: str, acks_late: bool = True, exclusive: bool = False
+    ) -> None:
         super().__init__(run)
         # Each task sees its own copy: a Sentry scope or a log binding of one never shows in another.
         self.gr_context = copy_context()
         #: The app it works for, `""` where none is configured.
         self.app = app
-        #: The task's name alone, and with its id.
-        self.task = task
+        #: The task's name and id.
         self.name = name
+        #: Whether its message is still the broker's, who gives it to another worker if this one ends.
+        self.acks_late = acks_late
         #: Above zero, model calls don't let other tasks run: see `legit_worker.exclusive`.
         self.exclusive_depth = int(exclusive)
         #: What it waits for, in words; None while it runs.
@@ -44,6 +49,14 @@ class Fiber(greenlet):
         self.woken = False
         #: Revoked before it began: it ends where its own code would start.
         self.doomed = False
+        #: How long it may take.
+        self.limit: Limit | None = None
+        #: Its own code is over, and is not to be interrupted any more.
+        self.is_over = False
+        #: What is to be raised in it as soon as its own code can take it. Set by any thread.
+        self.overdue: BaseException | None = None
+        #: Above zero, what runs is this package's code on its behalf, which is not interrupted.
+        self.shielded = 0
         self.pid = FiberPid(os.getpid())
         self.pid.fiber = self
 
@@ -63,19 +76,39 @@ class Fiber(greenlet):
     def may_park(self) -> bool:
         """Whether other tasks may run while this one waits.
 
-        Not inside `exclusive()`; nor below an asyncio loop or another library's greenlet, which other tasks would
-        find running.
+        Not inside `exclusive()` or a transaction of Django's; nor below an asyncio loop or another library's greenlet,
+        which other tasks would find running.
         """
-        return not self.exclusive_depth and self.is_innermost()
+        return not self.exclusive_depth and self.is_innermost() and not in_django_transaction()
 
     def is_innermost(self) -> bool:
         """Whether the code that runs is the fiber's own, with nothing below it that others would find running."""
         return getcurrent() is self and asyncio._get_running_loop() is None
 
-    def resume(self) -> None:
-        """Start it, or let it go on. Called by the loop."""
+    def resume(self, error: BaseException | None = None) -> None:
+        """Start it, or let it go on, or raise `error` where it is parked. Called by the loop."""
         self.woken = False
-        self.switch()
+        if error is None:
+            self.switch()
+        else:
+            self.throw(error)
+
+    def raise_overdue(self) -> None:
+        """End, or warn, a task whose time is over. Called from inside it, where its own code can take it."""
+        if self.overdue is not None and not self.is_over:
+            error, self.overdue = self.overdue, None
+            raise error
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """What runs inside is not interrupted; what came due meanwhile is raised at its end."""
+        self.shielded += 1
+        try:
+            yield
+        finally:
+            self.shielded -= 1
+        if not self.shielded:
+            self.raise_overdue()
 
     def terminate(self, error: BaseException | None = None) -> None:
         """Unwind it where it is parked: its `finally` blocks run, its result is never stored; with `error`, that is.
@@ -83,8 +116,8 @@ class Fiber(greenlet):
         A signal handler may call this from within another fiber, so control comes back to the caller, not to the loop.
         """
         caller = getcurrent()
-        if caller is self:
-            self.doomed = True
+        if caller is self:  # the watcher interrupts it, once the handler is over
+            self.doomed, self.overdue = True, error or GreenletExit()
         elif not self.dead:
             self.parent = caller
             self.throw(error or GreenletExit)
@@ -114,7 +147,12 @@ def run_task(
             raise GreenletExit
         return target(*args, **kwargs)
 
-    apply_target(run, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
+    try:
+        apply_target(run, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
+    except TimeLimitPassed:
+        limit, fiber.limit = fiber.limit, None
+        if limit is not None and limit.hard is not None:
+            limit.on_timeout(False, limit.hard)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
+from math import inf
+from time import monotonic
 from typing import Any
 
 from celery import signals
@@ -35,9 +37,12 @@ from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
+from legit_worker.pool.limits import Limit
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
+from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.waiter import Waiter
+from legit_worker.pool.watcher import Turn, Watcher
 from legit_worker.prep import processes
 from legit_worker.routing import lanes
 from legit_worker.routing.backend import Routing
@@ -58,6 +63,9 @@ HELD_LOOK = 1.0
 IDLE_LOOK = 1.0
 WAITING_LOOK = 0.25
 STOP_LOOK = 0.1
+
+#: Seconds that a worker waits, at its end, for batches that nobody waits for any more.
+FLIGHT_SECONDS = 5.0
 
 #: Seconds between two looks at what other processes have of the device's memory.
 MEMORY_LOOK = 5.0
@@ -84,12 +92,16 @@ class ModelPool(SoloPool):
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
         self._inline = bool(self.options.get("threads"))
         self._thread = 0
-        # The device is gone for good.
-        self._lost = False
+        self._soft = SoftShutdown(self.app)
+        # The device is gone, and every task was told.
+        self._has_given_up = False
         self._running: set[Fiber] = set()
         self._backlog: deque[Fiber] = deque()
         self._ready: deque[Fiber] = deque()
         self._wakeup = Wakeup()
+        self._watcher = Watcher(
+            running=self._running, wake=self._wakeup.set, stall_seconds=self._settings.stall_seconds
+        )
         self._pace = Pace(self._settings.max_queue_delay)
         self._hub: Any = None
         self._consumer: Any = None
@@ -104,6 +116,7 @@ class ModelPool(SoloPool):
             free_memory=_free_memory,
             watch=Waiter(self._wakeup.set).watch,
         )
+        self._runner = FiberRunner(self.engine, wake=self._wake, on_lost=self._wakeup.set, models_of=self._models_of)
         signals.worker_ready.connect(self._meet_consumer)
 
     def __repr__(self) -> str:
@@ -120,12 +133,12 @@ class ModelPool(SoloPool):
     def on_start(self) -> None:
         """Handles of this process park from now on; pinned models start to load."""
         self._thread = threading.get_ident()
+        self._watcher.start()
         keep_freed_memory()
         prepare_environment()
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        runner = FiberRunner(self.engine, wake=self._wake, give_up=self._give_up, models_of=self._models_of)
-        self._runner_before = handle.use_runner(runner)
+        self._runner_before = handle.use_runner(self._runner)
         self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
         self._helpers_before = processes.use_waiter(self._wait_for_helper)
         self._load_pinned()
@@ -172,39 +185,54 @@ class ModelPool(SoloPool):
             self._running.discard(fiber)
 
     def on_stop(self) -> None:
-        """Warm shutdown. Each step stands where it does because an earlier place would lose something."""
+        """Warm shutdown: what has started ends."""
+        self._shut_down(until=inf)
+
+    def on_terminate(self) -> None:
+        """Cold shutdown, and a soft one before it, where the project has one."""
+        self._shut_down(until=self._soft.until)
+
+    def _shut_down(self, until: float) -> None:
+        """The one way out. Each step stands where it does because an earlier place would lose something."""
         # The consumer has stopped before the pool, so no task arrives any more. Those not started were not accepted:
         # the broker has them still, and gives them to another worker once this one's connection closes.
         self._backlog.clear()
-        # Those that started run to their end.
-        while self._running:
-            try:
-                self._advance()
-            except DeviceLostError as error:
-                self._give_up(error)
-            except Exception:  # a callback that met a lost connection must not take the other tasks with it
-                logger.exception("a task ended badly while the worker was stopping")
-            if self._running and not self.engine.can_step and not self._ready:
-                self._wait_for_others()
-            # The loop no longer turns, and both must go on: what is done is acked before whoever stops us loses
-            # patience and kills, and heartbeats keep the connection for the acks that follow.
-            self._tend_hub()
-        # Only now does nobody need the way back from the loader thread, nor a runner that parks.
-        self._wakeup.close()
-        self._stop_parking()
-
-    def on_terminate(self) -> None:
-        """Cold shutdown: every task unwinds where it stands. Its message, acked late, goes back to the broker."""
-        self._backlog.clear()
+        # Those that started run to their end: in a warm shutdown all, in a soft one those that can in its time, in a
+        # cold one none. A signal that comes meanwhile can turn the first into one of the others.
+        while self._running and monotonic() < min(until, self._soft.until_if_begun):
+            self._drain()
+        # Celery tells the rest that they are cancelled, which is when their ends would be wrong afterwards.
+        self._soft.cancel_rest()
+        # Whoever is left unwinds where it stands. Its message, acked late, goes back to the broker.
         for fiber in list(self._running):
             fiber.terminate()
         self._running.clear()
+        # A thread that waits for the device must not come back to an interpreter that is gone.
+        self.engine.wait(FLIGHT_SECONDS)
+        # Only now does nobody need the way back from the loader thread, nor a runner that parks; and nobody is late.
+        self._watcher.stop()
+        self._wakeup.close()
         self._stop_parking()
+
+    def _drain(self) -> None:
+        """What the loop would do, once."""
+        try:
+            self._advance()
+        except DeviceLostError as error:
+            self._give_up(error)
+        except Exception:  # a callback that met a lost connection must not take the other tasks with it
+            logger.exception("a task ended badly while the worker was stopping")
+        if self._running and not self.engine.can_step and not self._ready:
+            self._wait_for_others()
+        # The loop no longer turns, and both must go on: what is done is acked before whoever stops us loses
+        # patience and kills, and heartbeats keep the connection for the acks that follow.
+        self._tend_hub()
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
         return info | {
             "max-concurrency": self.limit,
+            "timeouts": (self.options.get("soft_timeout") or 0, self.options.get("timeout") or 0),
             "window": self.limit,
             "in_flight": len(self._running),
             "parked": self._parked(),
@@ -235,15 +263,21 @@ class ModelPool(SoloPool):
         kwargs: dict[str, Any] | None = None,
         callback: Callable[[Any], Any] = lambda _: None,
         accept_callback: Callable[[int, float], Any] | None = None,
+        timeout_callback: Callable[[bool, float], None] = lambda is_soft, seconds: None,
+        soft_timeout: float | None = None,
+        timeout: float | None = None,
         **_: Any,
     ) -> None:
         if threading.get_ident() != self._thread:  # a timer thread: greenlets can't leave theirs
             apply_target(target, args, kwargs, callback, accept_callback)
             return
         fiber = self._fiber(target, args, kwargs or {}, callback, accept_callback)
+        soft, hard = soft_timeout or self.options.get("soft_timeout"), timeout or self.options.get("timeout")
+        if soft or hard:
+            fiber.limit = Limit(soft=soft, hard=hard, on_timeout=timeout_callback)
         if self._inline:
-            self._switch_to(fiber)
-        elif self._is_full() or self._lost:
+            self._start(fiber)
+        elif self._is_full() or self._has_given_up:
             self._backlog.append(fiber)
         else:
             self._start(fiber)
@@ -254,19 +288,26 @@ class ModelPool(SoloPool):
         if app not in self._settings.apps:
             app = ""
         exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
-        return Fiber(lambda: run_task(target, args, *rest), app=app, task=task, name=name, exclusive=exclusive)
+        acks_late = bool(getattr(self.app.tasks.get(task), "acks_late", True))
+        run = functools.partial(run_task, target, args, *rest)
+        return Fiber(run, app=app, name=name, acks_late=acks_late, exclusive=exclusive)
 
     def _start(self, fiber: Fiber) -> None:
         self._pace.task_arrived()
         self._running.add(fiber)
+        if fiber.limit is not None:
+            fiber.limit.since = monotonic()
+            self._watcher.look_often()
         self._switch_to(fiber)
         self._wakeup.set()
 
-    def _switch_to(self, fiber: Fiber) -> None:
+    def _switch_to(self, fiber: Fiber, error: BaseException | None = None) -> None:
         """Run a fiber until it parks or ends. What Celery's own callbacks raise goes up to the worker, as in solo."""
+        self._watcher.turn = Turn(fiber=fiber, since=monotonic())
         try:
-            fiber.resume()
+            fiber.resume(error)
         finally:
+            self._watcher.turn = None
             if fiber.dead:
                 self._running.discard(fiber)
 
@@ -280,9 +321,12 @@ class ModelPool(SoloPool):
     def _turn(self) -> None:
         """The hub came round: look for more tasks, or compute one batch."""
         self._wakeup.clear()
-        default_registry().residency.review()
         try:
-            self.engine.collect()
+            default_registry().residency.review()
+            self._give_up_if_lost()
+            if self.engine.collect():
+                self._pace.batch_done()
+            self._end_overdue()
             self._resume_ready()
             if self.engine.can_step and self._should_compute():
                 self.engine.step()
@@ -310,31 +354,49 @@ class ModelPool(SoloPool):
 
         Tasks whose messages were acked early can't be handed back. They fail with the error.
         """
-        if self._lost:
+        if self._has_given_up:
             return
-        self._lost = True
-        logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
-        self._resume_ready()  # the one whose item it was
-        self._backlog.clear()
-        for fiber in list(self._running):
-            if fiber is not fibers.current():
-                fiber.terminate(None if self._acks_late(fiber.task) else DeviceLostError(*error.args))
-                self._running.discard(fiber)
+        self._has_given_up = True
+        # First, so that whatever happens below, the worker ends.
         state.should_stop = os.EX_SOFTWARE
-
-    def _acks_late(self, task: str) -> bool:
-        return bool(getattr(self.app.tasks.get(task), "acks_late", True))
+        if self._consumer is not None:  # in the middle of a warm shutdown, that comes too late
+            self._consumer.controller.exitcode = os.EX_SOFTWARE
+        self._runner.lost = error
+        logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
+        self._backlog.clear()
+        self.engine.forget()
+        self._resume_ready()  # the one whose item it was
+        for fiber in self._running - self._held:
+            try:
+                fiber.terminate(None if fiber.acks_late else DeviceLostError(*error.args))
+            except Exception:
+                logger.exception("task %s ended badly", fiber.name)
+            if fiber.dead:
+                self._running.discard(fiber)
 
     def _resume_ready(self) -> None:
         for _ in range(len(self._ready)):
             fiber = self._ready.popleft()
             if not fiber.dead:
                 self._switch_to(fiber)
-        while self._backlog and not self._is_full() and not self._lost:
+        while self._backlog and not self._is_full() and not self._has_given_up:
             self._start(self._backlog.popleft())
+
+    def _end_overdue(self) -> None:
+        """Tell parked tasks whose time is over."""
+        for fiber in [fiber for fiber in self._running if fiber.overdue is not None]:
+            if fiber.waits_for is not None and not fiber.is_over:
+                error, fiber.overdue = fiber.overdue, None
+                self._switch_to(fiber, error)
+
+    def _give_up_if_lost(self) -> None:
+        if self._runner.lost is not None:
+            self._give_up(self._runner.lost)
 
     def _advance(self) -> None:
         """What can be done by now, and whatever it lets go on."""
+        self._give_up_if_lost()
+        self._end_overdue()
         self.engine.collect()
         if self.engine.can_step:
             self.engine.step()
@@ -376,6 +438,7 @@ class ModelPool(SoloPool):
         if fiber is None or self._inline or not fiber.is_innermost():
             return False
         done.add_done_callback(lambda _: self._wake(fiber))
+        fiber.is_over = True
         self._held.add(fiber)
         try:
             while not done.done():
@@ -391,8 +454,9 @@ class ModelPool(SoloPool):
             futures.wait([done])
             return
         done.add_done_callback(lambda _: self._wake(fiber))
-        while not done.done():
-            fiber.park("a helper process")
+        with fiber.shield():
+            while not done.done():
+                fiber.park("a helper process")
 
     def _replace_held(self) -> None:
         """Other apps' tasks are not to wait for a server that is away: fetch one more for each that is held for long.
@@ -416,6 +480,7 @@ class ModelPool(SoloPool):
         if sender.pool is not self:
             return
         self._consumer = sender
+        self._soft.meet(sender)
         missing = int(self.limit) - sender.initial_prefetch_count
         if missing > 0:
             sender.initial_prefetch_count += missing

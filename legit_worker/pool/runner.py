@@ -6,16 +6,18 @@ In: items, from a task's fiber. Out: their outputs, after however many turns of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from greenlet import GreenletExit
 
 from legit_worker.device import modes
 from legit_worker.errors import DeviceLostError, UnknownModelError
 from legit_worker.models.entry import Entry
-from legit_worker.models.handle import DirectRunner
+from legit_worker.models.handle import REVIEW_SECONDS, DirectRunner
 from legit_worker.models.protocol import Model
+from legit_worker.models.residency import Request
 from legit_worker.pool import fibers
 from legit_worker.pool.calls import Call
 from legit_worker.pool.engine import Engine
@@ -34,13 +36,15 @@ class FiberRunner:
         engine: Engine,
         *,
         wake: Callable[[Fiber], None],
-        give_up: Callable[[DeviceLostError], None],
+        on_lost: Callable[[], None],
         models_of: Callable[[str], tuple[str, ...] | None],
     ) -> None:
         self._engine = engine
         self._wake = wake
-        self._give_up = give_up
+        self._on_lost = on_lost
         self._models_of = models_of
+        #: The device is gone for good: every fiber that comes is sent back.
+        self.lost: DeviceLostError | None = None
         self._direct = DirectRunner(must=True)
 
     @contextmanager
@@ -52,28 +56,50 @@ class FiberRunner:
                 yield model
             return
         self._check_allowed(fiber, entry)
-        request = entry.residency.request(entry, must=not fiber.may_park())
-        try:
-            if not request.future.done() and fiber.may_park():
-                request.future.add_done_callback(lambda _: self._wake(fiber))
-                while not request.future.done():
-                    fiber.park(f"model {entry.alias} to load")
-            yield entry.outcome(request.future)
-        finally:
-            entry.residency.release(request)
+        if self.lost is not None:
+            self._send_back(fiber, self.lost)
+        with fiber.shield():
+            request = entry.residency.request(entry, must=not fiber.may_park())
+            try:
+                self._wait_for_load(fiber, request)
+                try:
+                    model = entry.outcome(request.future)
+                except DeviceLostError as error:
+                    self._send_back(fiber, error)
+                yield model
+            finally:
+                entry.residency.release(request)
+
+    def _wait_for_load(self, fiber: Fiber, request: Request) -> None:
+        if request.future.done():
+            return
+        request.future.add_done_callback(lambda _: self._wake(fiber))
+        while not request.future.done():
+            if fiber.may_park():
+                fiber.park(f"model {request.entry.alias} to load")
+            else:
+                wait([request.future], timeout=REVIEW_SECONDS)
+                request.entry.residency.review()
+                fiber.raise_overdue()
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """Parks while the engine computes. Raises what `preprocess` or `forward` raised for one of the items."""
         fiber = fibers.current()
         if fiber is None:
             return self._direct.run(entry, items)
-        call = Call(app=fiber.app, size=len(items), low_water=CHUNK // 2, on_progress=lambda: self._wake(fiber))
+        call = Call(
+            app=fiber.app,
+            size=len(items),
+            low_water=CHUNK // 2,
+            on_progress=lambda: self._wake(fiber),
+            postprocess=entry.model_now.postprocess,
+        )
         try:
             self._compute(fiber, entry, call, items)
         finally:
             if call.queued:
                 self._engine.drop(entry, call)
-        return [entry.model_now.postprocess(output) for output in call.outputs]
+        return call.outputs
 
     def _compute(self, fiber: Fiber, entry: Entry, call: Call, items: list[Any]) -> None:
         for start in range(0, len(items), CHUNK):
@@ -84,25 +110,37 @@ class FiberRunner:
 
     def _wait(self, fiber: Fiber, entry: Entry, call: Call, until: Callable[[], bool]) -> None:
         while call.error is None and not until():
+            fiber.raise_overdue()
             if fiber.may_park():
                 fiber.park(f"model {entry.alias}")
             else:
-                self._step_alone(entry, call)
+                self._step_alone(fiber, entry, call)
         if call.error is not None:
             raise call.error
 
-    def _step_alone(self, entry: Entry, call: Call) -> None:
+    def _step_alone(self, fiber: Fiber, entry: Entry, call: Call) -> None:
         """One batch of this call without letting other tasks run; their items may ride along."""
         restore = modes.suspend()
         try:
             self._engine.step_for(entry, call)
         except DeviceLostError as error:
-            if call.error is None:  # this task goes back with the others
-                self._give_up(error)
-                raise GreenletExit from error
-            self._give_up(error)
+            if call.error is None:
+                self._send_back(fiber, error)
+            self.note_lost(error)  # and this task is the one whose item it was
         finally:
             restore()
+
+    def note_lost(self, error: DeviceLostError) -> None:
+        """The device is gone. The loop hears of it at its next turn: it can't end fibers from within one."""
+        self.lost = self.lost or error
+        self._on_lost()
+
+    def _send_back(self, fiber: Fiber, error: DeviceLostError) -> NoReturn:
+        """End a task whose device is gone: its message goes back, or, where it was acked early, it fails."""
+        self.note_lost(error)
+        if fiber.acks_late:
+            raise GreenletExit from error
+        raise DeviceLostError(*error.args) from error
 
     def _check_allowed(self, fiber: Fiber, entry: Entry) -> None:
         allowed = self._models_of(fiber.app)

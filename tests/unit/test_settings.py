@@ -692,6 +692,7 @@ WITHOUT_EFFECT = {
 }
 
 WITH_EFFECT = {
+    "STALL_SECONDS": "2",
     "HOST_CACHE": "4GiB",
     "ENABLED": "1",
     "VRAM_HEADROOM": "20%",

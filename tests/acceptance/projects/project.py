@@ -39,6 +39,8 @@ if "PROJECT_POOL" in os.environ:
     app.conf.worker_pool = os.environ["PROJECT_POOL"]
 if "PROJECT_ACKS_LATE" in os.environ:
     app.conf.task_acks_late = os.environ["PROJECT_ACKS_LATE"] == "1"
+if "PROJECT_ACKS_ON_TIMEOUT" in os.environ:
+    app.conf.task_acks_on_failure_or_timeout = os.environ["PROJECT_ACKS_ON_TIMEOUT"] == "1"
 if os.environ.get("PROJECT_INSTALL", "1") == "1":
     legit_worker.install(app)
 

@@ -1,0 +1,69 @@
+"""Time limits of tasks: when they are over, and where a task's own code may be interrupted.
+
+In: the seconds that Celery was told, per task. Out: what is raised in the task, as the prefork pool would have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from types import FrameType
+
+from celery.exceptions import SoftTimeLimitExceeded
+from greenlet import GreenletExit
+
+#: Seconds after which a task that outlived its hard limit, since it caught what ended it, is ended again.
+AGAIN = 1.0
+
+#: Modules whose code below a task's trace is Celery's bookkeeping, and not the task.
+BOOKKEEPING = ("celery.", "kombu.", "legit_worker.routing.")
+
+
+class TimeLimitPassed(GreenletExit):
+    """Ends a task that ran into its hard time limit. Its `finally` blocks run, its result is never stored."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Limit:
+    """One running task's. The watcher thread asks it what is due."""
+
+    #: Seconds from the task's start; None is no limit.
+    soft: float | None
+    hard: float | None
+    #: Celery's `Request.on_timeout(is_soft, seconds)`.
+    on_timeout: Callable[[bool, float], None]
+    since: float = field(default_factory=monotonic)
+
+    def due(self, now: float) -> BaseException | None:
+        """What is to be raised in the task by now, once each; the hard limit's again and again."""
+        if self.hard is not None and now - self.since >= self.hard:
+            self.soft, self.since = None, now - self.hard + AGAIN
+            return TimeLimitPassed()
+        if self.soft is not None and now - self.since >= self.soft:
+            self.on_timeout(True, self.soft)  # which logs
+            self.soft = None
+            error: BaseException = SoftTimeLimitExceeded()
+            return error
+        return None
+
+
+def is_in_body(frame: FrameType | None) -> bool:
+    """Whether this code runs below a task's own function, and not in what Celery does before and after that.
+
+    Looks for the frame of `celery.app.trace.build_tracer.<locals>.trace_task` (5.7), which knows no state until the
+    function is over. Without one, the task is not traced by Celery, and all of it is its own.
+    """
+    above: FrameType | None = None
+    while frame is not None:
+        if frame.f_code.co_name == "trace_task" and "retval" in frame.f_locals:
+            return bool(frame.f_locals["state"] is None) and not _is_bookkeeping(above)
+        above, frame = frame, frame.f_back
+    return True
+
+
+def _is_bookkeeping(frame: FrameType | None) -> bool:
+    """Whether `trace_task` called this for its own purposes: signals, an error's handling, the state `STARTED`."""
+    if frame is None or frame.f_code.co_name in ("__call__", "__protected_call__"):
+        return frame is None
+    return str(frame.f_globals.get("__name__", "")).startswith(BOOKKEEPING)

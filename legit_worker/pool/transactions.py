@@ -1,0 +1,18 @@
+"""Transactions that belong to the thread, and so to all tasks.
+
+In: Django, where the project uses it. Out: whether a transaction is open that another task's queries would join.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def in_django_transaction() -> bool:
+    """Whether this thread is inside `transaction.atomic`, on any connection. Imports nothing, connects nowhere."""
+    db: Any = sys.modules.get("django.db")
+    conf: Any = sys.modules.get("django.conf")
+    if db is None or conf is None or not conf.settings.configured:
+        return False
+    return any(connection.in_atomic_block for connection in db.connections.all(initialized_only=True))

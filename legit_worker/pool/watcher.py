@@ -1,0 +1,135 @@
+"""Looks at the main thread from outside: tasks that run into their time limits, and tasks that hold everything up.
+
+In: the running fibers, and which of them has the main thread. Out: what is due, noted in the fibers; a signal to the
+main thread, where the one that runs is to be interrupted; and a log line when others wait for it for too long.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+from legit_worker.pool import fibers
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.limits import is_in_body
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks, while a running task has a limit, and otherwise.
+LIMIT_LOOK, STALL_LOOK = 0.1, 1.0
+
+#: Nobody uses it: Celery has its own meanings for the others that a program may choose, and `SIGALRM` is tasks'.
+SIGNAL = signal.SIGVTALRM
+
+#: Of a stalled task's stack, the innermost frames that are logged.
+FRAMES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A fiber has the main thread."""
+
+    fiber: Fiber
+    since: float
+
+
+class Watcher:
+    """A thread of its own, from `start` to `stop`. Never runs task code, takes no lock that the main thread holds."""
+
+    def __init__(self, *, running: Collection[Fiber], wake: Callable[[], None], stall_seconds: float) -> None:
+        self._running = running
+        self._wake = wake
+        self._stall_seconds = stall_seconds
+        self._main = 0
+        self._poke = threading.Event()
+        self._is_over = False
+        self._signal_before: Any = None
+        self._told: Turn | None = None
+        #: Which fiber has the main thread. Set by it.
+        self.turn: Turn | None = None
+
+    def start(self) -> None:
+        """Called on the main thread."""
+        self._main = threading.get_ident()
+        if threading.current_thread() is threading.main_thread():  # elsewhere, running code can't be interrupted
+            self._signal_before = signal.signal(SIGNAL, interrupt)
+        threading.Thread(target=self._run, name="legit-watcher", daemon=True).start()
+
+    def stop(self) -> None:
+        """Called on the main thread; twice is as good as once."""
+        self._is_over = True
+        self._poke.set()
+        if self._signal_before is not None:
+            signal.signal(SIGNAL, self._signal_before)
+            self._signal_before = None
+
+    def look_often(self) -> None:
+        """A task with a limit begins."""
+        self._poke.set()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            running = tuple(self._running)
+            limited = [fiber for fiber in running if fiber.limit is not None]
+            self._note_due(limited)
+            self._interrupt_overdue()
+            self._notice_stall(running)
+            self._poke.wait(LIMIT_LOOK if limited else STALL_LOOK)
+            self._poke.clear()
+
+    def _note_due(self, limited: Collection[Fiber]) -> None:
+        now = monotonic()
+        for fiber in limited:
+            limit = fiber.limit
+            due = None if limit is None else limit.due(now)
+            if due is not None:
+                fiber.overdue = due
+                self._wake()
+
+    def _interrupt_overdue(self) -> None:
+        turn = self.turn
+        if turn is not None and turn.fiber.overdue is not None and self._signal_before is not None:
+            signal.pthread_kill(self._main, SIGNAL)
+
+    def _notice_stall(self, running: Collection[Fiber]) -> None:
+        turn = self.turn
+        if turn is None or turn is self._told or monotonic() - turn.since < self._stall_seconds:
+            return
+        parked = sum(fiber.waits_for is not None for fiber in running)
+        if parked:
+            self._told = turn
+            logger.warning(STALLED, turn.fiber.name, monotonic() - turn.since, parked, self._stack())
+
+    def _stack(self) -> str:
+        frame = sys._current_frames().get(self._main)
+        return "".join(traceback.format_stack(frame)[-FRAMES:])
+
+
+#: What an operator reads when one task keeps all others from going on.
+STALLED = """%s has held the main thread for %.1f s, and %d parked tasks can't go on.
+If it waits for something that a parked task holds, a lock or a connection of a small pool, neither ever will. Ways out:
+- `with legit_worker.exclusive():` around a model call and what is held across it;
+- give it back, or commit, before the call;
+- LEGIT_WORKER_WINDOW no larger than the pool of connections;
+- LEGIT_WORKER_APPS__<APP>__BATCHING=off for an app whose tasks do this.
+This is where it stands:
+%s"""
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """The signal's handler: raises what is due in the task that runs, where its own code can take it.
+
+    Inside a model call it can't: it is told at the next place where it would park. One that parked meanwhile is told by
+    the loop.
+    """
+    fiber = fibers.current()
+    if fiber is not None and fiber.overdue is not None and not fiber.shielded and is_in_body(frame):
+        fiber.raise_overdue()

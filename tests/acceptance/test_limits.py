@@ -1,0 +1,145 @@
+"""Time limits end a task as under prefork: parked in a model call, in its own code, and only the one that is late.
+
+Stock solo has none, so the stock side of these tests is prefork.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
+from harness import SIMULATED, StartWorker, Worker, poll
+
+MODELS = SIMULATED | {
+    "LEGIT_WORKER_DEVICE": "cpu",
+    "LEGIT_WORKER_MODELS__NEVER__KIND": "simulated",
+    "LEGIT_WORKER_MODELS__NEVER__PATH": "0,0,0,600",
+}
+
+#: A pool that has time limits, and ours.
+POOLS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "prefork": (["--pool=prefork", "--concurrency=2"], {}),
+    "modelpool": (["--pool=solo"], {"LEGIT_WORKER_ENABLED": "1"}),
+}
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tasks note."""
+    return tmp_path_factory.mktemp("journal") / "journal.txt"
+
+
+@pytest.fixture(scope="module", params=POOLS)
+def limited(request: pytest.FixtureRequest, start_module_worker: StartWorker, journal: Path) -> Worker:
+    """A worker under prefork and then one under ModelPool."""
+    return start(start_module_worker, request.param, journal)
+
+
+def start(start_worker: StartWorker, pool: str, journal: Path, *arguments: str, **settings: str) -> Worker:
+    pool_arguments, environment = POOLS[pool]
+    variables = MODELS | environment | {"PROJECT_JOURNAL": str(journal)} | settings
+    return start_worker("limited", *pool_arguments, *arguments, pool=None, environment=variables)
+
+
+def noted(journal: Path, line: str) -> int:
+    return journal.read_text().splitlines().count(line) if journal.exists() else 0
+
+
+PLACES = ["in_a_model_call", "in_its_own_code", "in_a_loop"]
+
+
+def failure(worker: Worker, task: str, *args: Any, **options: Any) -> Any:
+    """How a task with these options ends that is expected to fail."""
+    result = worker.client.send_task(task, args, **options)
+    worker.settle([result])
+    assert result.state == "FAILURE", result.result
+    return result
+
+
+@pytest.mark.parametrize("task", [*PLACES, "in_an_exclusive_section"])
+def test_a_soft_limit_is_an_error_in_the_task(limited: Worker, journal: Path, task: str) -> None:
+    item = f"{task} softly on {limited.name}"
+    result = failure(limited, task, item, soft_time_limit=1)
+    assert isinstance(result.result, SoftTimeLimitExceeded)
+    assert f"Soft time limit (1s) exceeded for {task}[{result.id}]" in limited.log
+    if task in PLACES[:2]:
+        assert noted(journal, f"{item} cleaned up") == 1
+
+
+@pytest.mark.parametrize("task", [*PLACES, "in_an_exclusive_section", "ignores_the_warning"])
+def test_a_hard_limit_ends_the_task_and_tells_all_who_are_to_know(limited: Worker, journal: Path, task: str) -> None:
+    before = noted(journal, "signal TimeLimitExceeded"), noted(journal, "errback called")
+    soft = 0.5 if task == "ignores_the_warning" else None
+    errback = limited.client.signature("told", immutable=True)
+    result = failure(limited, task, task, soft_time_limit=soft, time_limit=1, link_error=errback)
+    assert isinstance(result.result, TimeLimitExceeded)
+    assert result.result.args == (1,)
+    assert f"Hard time limit (1s) exceeded for {task}[{result.id}]" in limited.log
+    poll(lambda: noted(journal, "signal TimeLimitExceeded") > before[0], "the signal")
+    poll(lambda: noted(journal, "errback called") > before[1], "the errback")
+
+
+def test_a_task_may_take_the_warning_and_end_in_its_own_way(limited: Worker) -> None:
+    result = limited.client.send_task("saves_what_it_can", ["text"], soft_time_limit=1)
+    assert limited.answer(result) == "text saved with 8 numbers"
+
+
+def test_a_task_may_limit_itself_and_a_message_beats_it(limited: Worker) -> None:
+    assert isinstance(failure(limited, "limited_by_itself", "text").result, SoftTimeLimitExceeded)
+    longer = failure(limited, "limited_by_itself", "text", soft_time_limit=2)
+    assert f"Soft time limit (2s) exceeded for limited_by_itself[{longer.id}]" in limited.log
+
+
+def test_a_task_that_ends_in_time_is_not_touched(limited: Worker) -> None:
+    results = [
+        limited.client.send_task("in_its_own_code", [f"text {number}", 0], soft_time_limit=30, time_limit=60)
+        for number in range(20)
+    ]
+    assert limited.answers(results) == [f"text {number}" for number in range(20)]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_limits_of_the_whole_worker_hold_where_a_task_has_none(
+    start_worker: StartWorker, tmp_path: Path, pool: str
+) -> None:
+    worker = start(start_worker, pool, tmp_path / "journal", "--soft-time-limit=1", "--time-limit=30")
+    assert isinstance(failure(worker, "in_a_model_call", "text").result, SoftTimeLimitExceeded)
+    assert [round(limit) for limit in worker.pool()["timeouts"]] == [1, 30]
+
+
+def test_of_two_hundred_parked_tasks_only_the_late_one_ends(start_worker: StartWorker, tmp_path: Path) -> None:
+    worker = start(
+        start_worker,
+        "modelpool",
+        tmp_path / "journal",
+        LEGIT_WORKER_MODELS__SLOW__KIND="simulated",
+        LEGIT_WORKER_MODELS__SLOW__PATH="0,0,0,4",
+    )
+    arguments = [f"text {number}" for number in range(200)]
+    results = [worker.send("in_a_model_call", item, "slow") for item in arguments]
+    late = [worker.client.send_task("in_a_model_call", ["late", "slow"], soft_time_limit=1) for _ in range(2)]
+    worker.settle([*results, *late])
+    assert all(result.successful() for result in results)
+    assert [type(result.result) for result in late] == [SoftTimeLimitExceeded] * 2
+
+
+def test_a_task_with_a_hard_limit_that_is_not_to_be_acked_is_sent_again(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start(start_worker, "modelpool", tmp_path / "journal", PROJECT_ACKS_ON_TIMEOUT="0")
+    worker.client.send_task("in_a_model_call", ["text"], time_limit=0.5)
+    poll(lambda: worker.log.count("received") >= 3, "the task to come again")
+
+
+@pytest.mark.parametrize("transport", ["filesystem"])
+def test_a_task_on_a_transport_without_an_event_loop_has_limits_too(
+    start_worker: StartWorker, servers: Any, tmp_path: Path, transport: str
+) -> None:
+    broker = servers.fresh(broker_url="filesystem://")
+    variables = MODELS | {"LEGIT_WORKER_ENABLED": "1", "PROJECT_JOURNAL": str(tmp_path / "journal")}
+    worker = start_worker("limited", broker=broker, environment=variables)
+    for task in ("in_its_own_code", "in_an_exclusive_section"):
+        assert isinstance(failure(worker, task, "text", soft_time_limit=1).result, SoftTimeLimitExceeded)
+        assert isinstance(failure(worker, task, "text", time_limit=1).result, TimeLimitExceeded)
