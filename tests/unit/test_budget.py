@@ -58,3 +58,22 @@ def test_it_is_told_in_parts_that_make_the_whole(world: World) -> None:
     subject = Budget(Settings(device="cuda", vram_headroom=Amount(5, "%")))
     report = subject.report(weights=150)
     assert report == {"total": 1000, "others": 300, "headroom": 50, "free": 500}
+
+
+def test_what_is_remembered_of_others_stays_small(world: World) -> None:
+    subject = Budget(Settings(device="cuda"))
+    for number in range(10_000):
+        world.now, world.others = number / 100, 300 + number % 7
+        subject(0)
+    assert len(subject._others) <= 7
+    assert subject(0) == 1000 - 306 - 100
+
+
+def test_an_nvml_that_fails_for_once_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Budget(Settings(device="cuda"))
+    assert subject(0) == 900
+    with monkeypatch.context() as broken:
+        broken.setattr(vram, "memory", lambda gpu: (_ for _ in ()).throw(vram.VramUnknownError("GPU is lost")))
+        assert subject(0) == 900
+    world.others = 200
+    assert subject(0) == 700

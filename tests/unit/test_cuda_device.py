@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
+import sys
 import threading
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +16,7 @@ from fakecuda import FakeCuda, OnGpu
 
 from legit_worker.device import cuda
 from legit_worker.device.cuda import CudaDevice, prepare_environment, tf32, to_device
+from legit_worker.device.memory import give_back_cached
 from legit_worker.models.registry import Registry
 from legit_worker.settings import ModelSettings
 
@@ -193,3 +197,14 @@ def test_a_models_batches_are_measured_when_it_is_loaded_and_bounded_by_what_is_
     assert entry.forward(["one", "three"]).tolist() == [[3], [5]]
     assert gpu.calls.index("[stream of cuda:0") < gpu.calls.index("load") < gpu.calls.index("stream of cuda:0]")
     assert gpu.calls.index("stream done") < gpu.calls.index("record began"), "batches are tried where they will run"
+
+
+def test_a_torch_that_is_being_imported_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader thread imports it, while the main thread looks what CUDA has."""
+    half = types.ModuleType("torch")
+    half.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    half.__spec__._initializing = True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", half)
+    assert CudaDevice("cuda").taken() == 0
+    assert not CudaDevice("cuda").is_lost(RuntimeError("CUDA error"))
+    give_back_cached()

@@ -380,3 +380,72 @@ def test_a_batch_is_no_larger_than_memory_allows() -> None:
     ask(subject, entry, ["x" * 8] * 100)
     run_all(subject)
     assert max(map(len, entry.batches)) == 8
+
+
+def test_a_broken_device_that_looks_like_memory_is_broken() -> None:
+    subject, entry = engine(), GpuEntry()
+    several = [ask(subject, entry, [text]) for text in ("one", "two")]
+    subject.step()
+    entry.land(RuntimeError("device-side assert; CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    with pytest.raises(DeviceLostError):
+        subject.collect()
+    assert [call.error for call in several] == [None, None]
+
+
+def test_who_was_launched_behind_the_one_that_broke_the_device_is_not_blamed() -> None:
+    subject, entry = engine(), GpuEntry()
+    culprits = ask(subject, entry, ["one", "two"])
+    subject.step()
+    bystander = ask(subject, entry, ["three"])
+
+    def refuse(batch: Sequence[str]) -> Launch:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    entry.launch = refuse  # type: ignore[method-assign]
+    with pytest.raises(DeviceLostError):
+        subject.step()
+    assert (culprits.error, bystander.error) == (None, None)
+
+
+def test_a_batch_stays_where_memory_can_not_be_freed() -> None:
+    def refuse() -> None:
+        raise RuntimeError("empty_cache failed")
+
+    subject = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0, free_memory=refuse)
+    call = ask(subject, SmallEntry(most=8), ["four", "four", "four"])
+    run_all(subject)
+    assert call.outputs == ["fourfour"] * 3
+
+
+def test_longer_items_are_bounded_by_their_own_need_of_memory() -> None:
+    """A long item takes more for each unit than the short one that is first in line."""
+    subject, entry = engine(), FakeEntry()
+    entry.largest_cost = lambda longest: 4000 if longest < 100 else 400  # type: ignore[method-assign]
+    for text in ("x" * 8, *["x" * 200] * 20):
+        ask(subject, entry, [text])
+    run_all(subject)
+    assert all(len(batch) * max(map(len, batch)) <= 400 for batch in entry.batches if max(map(len, batch)) >= 100)
+
+
+def test_a_model_whose_forward_waits_for_the_device_is_not_put_behind_another_batch() -> None:
+    subject, entry = engine(), GpuEntry()
+    ask(subject, entry, FULL * 4)
+    subject.step()
+    assert subject.can_step
+    subject.step()
+    entry.launches[1].host_seconds = 10.0
+    for _ in range(2):
+        entry.land()
+        subject.collect()
+    subject.step()
+    assert len(subject)
+    assert not subject.can_step
+
+
+def test_an_output_that_can_not_be_finished_fails_its_own_call() -> None:
+    subject, entry = engine(), FakeEntry()
+    call, other = ask(subject, entry, ["one"]), ask(subject, entry, ["two"])
+    call.postprocess = lambda output: 1 / 0
+    run_all(subject)
+    assert isinstance(call.error, ZeroDivisionError)
+    assert other.outputs == ["twotwo"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -361,3 +363,61 @@ def test_a_host_without_room_forgets_the_model(monkeypatch: pytest.MonkeyPatch) 
     touch(subject, "m0", "m1")
     assert subject.shelf.used == 0
     assert moves(subject, "m0") == ["made m0", "load simulated"]
+
+
+class Shared:
+    """The budget of two workers on one device, whose loads take turns."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.taken: dict[int, int] = {}
+        self._turn = threading.Lock()
+
+    def of(self, worker: int) -> SharedBudget:
+        return SharedBudget(self, worker)
+
+
+@dataclass
+class SharedBudget:
+    """One worker's part in it."""
+
+    shared: Shared
+    worker: int
+
+    def __call__(self, weights: int) -> int:
+        self.shared.taken[self.worker] = weights
+        others = sum(size for worker, size in self.shared.taken.items() if worker != self.worker)
+        return self.shared.total - others
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self.shared._turn:
+            yield
+            self.shared.taken[self.worker] = 12
+
+
+def test_a_load_counts_again_once_it_has_its_turn() -> None:
+    """Two workers find the same room, one after the other begins to fill it, and there is not room for both."""
+    shared = Shared(total=20)
+    spec = ModelSettings(kind="simulated", path="0,0,12,0.2")
+    workers = [Registry({"m0": spec}, lambda: "cpu", shared.of(number)) for number in range(2)]
+    requests = [worker.residency.request(worker.get("m0")) for worker in workers]
+    deadline = time.monotonic() + 5
+    while not any(request.future.done() for request in requests) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert sorted(worker.get("m0").loads for worker in workers) == [0, 1]
+    assert sum(shared.taken.values()) == 12
+
+
+def test_a_request_that_could_not_be_made_leaves_nothing_behind() -> None:
+    def refuse(weights: int) -> int:
+        raise OSError("NVML")
+
+    subject = registry(budget=10)
+    subject.residency._budget_for = refuse
+    with pytest.raises(OSError, match="NVML"):
+        subject.residency.request(subject.get("m0"))
+    subject.residency._budget_for = lambda _: 10
+    touch(subject, "m0")
+    assert subject.get("m0").users == 0
