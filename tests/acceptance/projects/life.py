@@ -396,6 +396,13 @@ def total(numbers: list[int]) -> int:
     return sum(numbers)
 
 
+@app.task(name="flat_total")
+def flat_total(numbers: Any) -> int:
+    """The sum of lists in lists."""
+    call_model()
+    return sum(map(flat_total.run, numbers)) if isinstance(numbers, list) else numbers
+
+
 @app.task(name="gather", bind=True, base=Noted)
 def gather(self: Noted, *args: Any) -> Any:
     """Notes what it was given, and gives it back."""
@@ -412,10 +419,10 @@ def fails(*_: Any) -> None:
 
 
 @app.task(name="errback")
-def errback(request: Any, exc: Exception, traceback: str) -> None:
+def errback(request: Any, exc: Exception, traceback: str | None) -> None:
     """Run by the failing task's own worker, within that task, as it is registered there."""
     call_model()
-    note(request.id, "errback", type(exc).__name__, str(exc), "ValueError" in traceback)
+    note(request.id, "errback", type(exc).__name__, str(exc), "ValueError" in (traceback or ""))
     call_model()
 
 
@@ -432,6 +439,13 @@ def canvas_inside(self: Any, count: int) -> Any:
     call_model()
     parts = group(chain(add.s(number, 1), add.s(10)) for number in range(count))
     return self.replace(chord(parts, total.s()))
+
+
+@app.task(name="chunks_inside", bind=True)
+def chunks_inside(self: Any, count: int, size: int) -> Any:
+    """The same with chunks."""
+    call_model()
+    return self.replace(chain(add.chunks(((i, i) for i in range(count)), size).group(), flat_total.s()))
 
 
 @app.task(name="sends_chord")
