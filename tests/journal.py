@@ -92,15 +92,16 @@ def begin_life(
     side: str,
     *arguments: str,
     broker: Broker | None = None,
+    project: str = "life",
     conf: dict[str, Any] | None = None,
     wait: bool = True,
     **settings: str,
 ) -> Life:
     """A worker on this side. `conf` is more of Celery's settings."""
     journal = Journal(folder / f"{side}.journal")
-    project = {"PROJECT_JOURNAL": str(journal.path), "PROJECT_CONF": json.dumps(conf or {})}
-    environment = SIMULATED | SAME | SIDES[side] | project | settings
-    return Life(start("life", *arguments, broker=broker, wait=wait, environment=environment), journal)
+    ours = {"PROJECT_JOURNAL": str(journal.path), "PROJECT_CONF": json.dumps(conf or {})}
+    environment = SIMULATED | SAME | SIDES[side] | ours | settings
+    return Life(start(project, *arguments, broker=broker, wait=wait, environment=environment), journal)
 
 
 def begin_both(start: StartWorker, folder: Path, *arguments: str, **options: Any) -> dict[str, Life]:

@@ -164,6 +164,9 @@ def test_a_task_that_is_due_later_does_not_run_before(life: Life) -> None:
 
 
 def test_a_task_that_expired_is_revoked_and_one_that_did_not_runs(lives: dict[str, Life]) -> None:
+    if not lives["stock"].worker.broker.url.startswith("redis"):
+        pytest.skip("RabbitMQ drops an expired message by itself")
+
     def ask(life: Life) -> Any:
         late = life.send("ends", "returns", 1, expires=datetime.now(timezone.utc) - timedelta(seconds=1))
         early = life.send("ends", "returns", 1, expires=60)
