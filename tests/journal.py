@@ -58,6 +58,7 @@ class Journal:
 class Life:
     """A worker on the project `life`, and its journal."""
 
+    side: str
     worker: Worker
     journal: Journal
 
@@ -101,7 +102,7 @@ def begin_life(
     journal = Journal(folder / f"{side}.journal")
     ours = {"PROJECT_JOURNAL": str(journal.path), "PROJECT_CONF": json.dumps(conf or {})}
     environment = SIMULATED | SAME | SIDES[side] | ours | settings
-    return Life(start(project, *arguments, broker=broker, wait=wait, environment=environment), journal)
+    return Life(side, start(project, *arguments, broker=broker, wait=wait, environment=environment), journal)
 
 
 def begin_both(start: StartWorker, folder: Path, *arguments: str, **options: Any) -> dict[str, Life]:
