@@ -279,6 +279,15 @@ def quiet(number: int) -> int:
     return number
 
 
+@app.task(name="overruns")
+def overruns(seconds: float) -> str:
+    """Calls a model for so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        call_model()
+    return "nobody minded"
+
+
 @app.task(name="runs_at")
 def runs_at() -> float:
     """When it began."""
