@@ -46,7 +46,8 @@ def test_each_tasks_spans_are_in_its_own_trace_below_their_parents(life: Life, t
     ]
     park_together(life, results, gate)
     children = [AsyncResult(result.result, app=life.worker.client) for result in results]
-    life.worker.settle(children)
+    for child in children:
+        life.end(child)
     spans = life.ask("spans")
     for item, (trace, origin), task, child in zip(ITEMS, origins, results, children, strict=True):
         own = {span["name"]: span for span in spans if span["item"] == item or span["task"] in (task.id, child.id)}

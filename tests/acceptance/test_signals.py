@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -79,9 +79,8 @@ def lives(start_module_worker: StartWorker, tmp_path_factory: pytest.TempPathFac
 def test_each_task_has_the_signals_that_it_has_under_stock_solo(lives: dict[str, Life]) -> None:
     """All are on their way at once. The table says which signals; in their arguments, the sides are compared."""
     heard = {side: signals_of_all(life) for side, life in lives.items()}
-    for row, (_, expected) in TABLE.items():
-        for of_one in heard["stock"][row]:
-            assert [name for name, _ in of_one] == expected
+    for row, all_of_them in heard["stock"].items():
+        assert [[name for name, _ in of_one] for of_one in all_of_them] == [TABLE[row][1]] * COPIES
     assert heard["modelpool"] == heard["stock"]
 
 
@@ -90,8 +89,7 @@ def test_they_have_them_under_rabbitmq_too(
     start_worker: StartWorker, tmp_path: Path, rabbitmq: Broker, side: str
 ) -> None:
     life = begin_life(start_worker, tmp_path, side, broker=rabbitmq, project="signalled")
-    # One that expired, RabbitMQ drops by itself.
-    for row, all_of_them in signals_of_all(life, TABLE.keys() - {"expired"}).items():
+    for row, all_of_them in signals_of_all(life).items():
         assert [[name for name, _ in of_one] for of_one in all_of_them] == [TABLE[row][1]] * COPIES
 
 
@@ -117,8 +115,10 @@ def test_a_worker_has_its_own_signals_in_their_order(start_worker: StartWorker, 
     assert heard["modelpool"] == heard["stock"]
 
 
-def signals_of_all(life: Life, rows: Iterable[str] = TABLE) -> dict[str, list[list[Any]]]:
-    """Send these rows of the table, several times, and wait until each has its signals."""
+def signals_of_all(life: Life) -> dict[str, list[list[Any]]]:
+    """Send all rows of the table, several times, and wait until each has its signals."""
+    # A message that expired, RabbitMQ drops by itself.
+    rows = TABLE if life.worker.broker.url.startswith("redis") else TABLE.keys() - {"expired"}
     ids = {row: [uuid() for _ in range(COPIES)] for row in rows}
     for number in range(COPIES):
         for row, tasks in ids.items():

@@ -63,7 +63,7 @@ def traced(self: Noted, item: str, path: str) -> str:
     return str(child.id)
 
 
-@app.task(name="traced_child")
+@app.task(name="traced_child", base=Noted)
 def traced_child(item: str) -> None:
     """Has a span of its own."""
     call_model()
