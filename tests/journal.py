@@ -95,7 +95,7 @@ class Life:
         for number, result in enumerate(results):
             text = text.replace(result.id, f"id {number}")
         text = text.replace(self.worker.name, "worker").replace(self.worker.broker.queue, "queue")
-        return json.loads(re.sub(rf"\b{self.worker.pid}\b", "pid", text))
+        return json.loads(re.sub(rf"\b{self.worker.pid}\b", "0", text))
 
 
 def begin_life(

@@ -181,9 +181,10 @@ def test_a_task_that_expired_is_revoked_and_one_that_did_not_runs(lives: dict[st
 
 
 def test_no_more_tasks_begin_in_a_second_than_the_rate_limit_lets(life: Life) -> None:
-    results = [life.send("slowly") for _ in range(6)]
+    """Ten a second; some of Celery's releases let the first two begin together."""
+    results = [life.send("slowly") for _ in range(8)]
     moments = life.worker.answers(results)
-    assert max(moments) - min(moments) > 0.1 * 5 * 0.9
+    assert max(moments) - min(moments) > 0.1 * 6 * 0.9
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -313,19 +314,19 @@ def test_stamps_are_there_after_a_park_and_reach_what_the_task_sends(lives: dict
     assert on_both(lives, ask) == [[{"customer": "shop"}, ["customer"]]] * 2
 
 
-def test_a_result_that_is_ignored_is_not_kept(life: Life) -> None:
-    kept, quiet, by_option = (
-        life.send("unkept", 1),
-        life.send("quiet", 1),
-        life.send("ends", "returns", 1, ignore_result=True),
-    )
-    assert life.worker.answer(kept) == 2
-    notes = [life.end(quiet), life.end(by_option)]
-    assert [note for of_one in notes for note in of_one if note[0] == "on_success"] == [
-        ["on_success", 1],
-        ["on_success", "after 0 retries"],
-    ]
-    assert (quiet.state, by_option.state) == ("PENDING", "PENDING")
+def test_a_result_that_is_ignored_is_kept_no_more_than_under_stock_solo(lives: dict[str, Life]) -> None:
+    """Celery's releases differ in what they keep of a task that says so itself, and a client that does not."""
+
+    def ask(life: Life) -> Any:
+        by_task, by_option = life.send("quiet", 1), life.send("ends", "returns", 1, ignore_result=True)
+        notes = [life.end(by_task), life.end(by_option)]
+        return life.anonymous([by_task.state, by_option.state, by_option.result, *notes], by_task, by_option)
+
+    _, state, kept, by_task, by_option = on_both(lives, ask)
+    assert state in ("PENDING", "STARTED")
+    assert kept != "after 0 retries"
+    assert ["on_success", 1] in by_task
+    assert ["on_success", "after 0 retries"] in by_option
 
 
 def test_a_start_is_announced_where_the_task_says_so(life: Life, tmp_path: Path) -> None:
