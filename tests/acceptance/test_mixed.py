@@ -45,7 +45,7 @@ SHARES = {
 #: Seconds for all of them. Stock solo takes ten; a machine that does much else takes longer.
 ALL_SECONDS = 120
 
-Send = Callable[[Life, int, str], AsyncResult[Any]]
+Send = Callable[[Life, int, str], Any]
 End = tuple[str, str]
 
 
