@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
 
+from celery._state import _set_task_join_will_block, task_join_will_block
 from celery.concurrency.base import apply_target
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -59,6 +60,8 @@ class Fiber(greenlet):
         self.shielded = 0
         self.pid = FiberPid(os.getpid())
         self.pid.fiber = self
+        # The worker's own answer to whether `result.get()` is refused: it is what the other tasks are to find.
+        self._joins_block = task_join_will_block()
 
     def __repr__(self) -> str:
         return f"<Fiber {self.name}: {self.waits_for or ('ended' if self.dead else 'running')}>"
@@ -67,9 +70,13 @@ class Fiber(greenlet):
         """Give control back to the loop until it resumes this fiber. Called from inside it."""
         self.waits_for = waits_for
         restore = modes.suspend()
+        # One flag for the whole process: inside `allow_join_result()`, it is this task's alone (celery.result, 5.7).
+        joins_block = task_join_will_block()
+        _set_task_join_will_block(self._joins_block)
         try:
             self.parent.switch()
         finally:
+            _set_task_join_will_block(joins_block)
             restore()
             self.waits_for = None
 

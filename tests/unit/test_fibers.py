@@ -8,6 +8,7 @@ import os
 from contextvars import ContextVar
 
 import pytest
+from celery.result import allow_join_result, denied_join_result, task_join_will_block
 from greenlet import greenlet
 
 import legit_worker
@@ -43,6 +44,29 @@ def test_the_pid_is_the_process_and_leads_back_to_the_fiber() -> None:
     assert subject.pid == os.getpid()
     assert json.dumps(subject.pid) == str(os.getpid())
     assert subject.pid.fiber is subject
+
+
+def test_leave_to_join_results_stays_with_the_task_that_took_it() -> None:
+    """Celery keeps it in one flag for the process. The blocks overlap, and the one that began first ends first."""
+    seen = []
+
+    def task() -> None:
+        with allow_join_result():
+            here.park("a model")
+            seen.append(task_join_will_block())
+        seen.append(task_join_will_block())
+
+    with denied_join_result():
+        tasks = []
+        for _ in range(2):
+            here = fiber(task)
+            here.resume()
+            tasks.append(here)
+            assert task_join_will_block()
+        for here in tasks:
+            here.resume()
+            assert task_join_will_block()
+    assert seen == [False, True] * 2
 
 
 def test_a_terminated_fiber_runs_its_finally_and_goes_no_further() -> None:
