@@ -310,11 +310,12 @@ class Sides:
     """Starts workers that differ in one variable only."""
 
     start: StartWorker
+    project: str = "project"
 
     def worker(self, side: str, *arguments: str, broker: Broker | None = None, **settings: str) -> Worker:
         """A worker with all models, on this side."""
         environment = SIMULATED | CUSTOM | SIDES[side] | settings
-        return self.start("project", *arguments, broker=broker, environment=environment)
+        return self.start(self.project, *arguments, broker=broker, environment=environment)
 
 
 #: The workers that are running for the current test: its report shows their logs where it fails.
