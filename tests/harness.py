@@ -301,6 +301,9 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     )
 }
 
+#: A model that takes four seconds to load, and none to compute: its tasks are parked for as long as a test needs them.
+LATE = {"LEGIT_WORKER_MODELS__LATE__KIND": "simulated", "LEGIT_WORKER_MODELS__LATE__PATH": "0,0,0,4"}
+
 #: The same project under Celery's own solo pool, and under ModelPool.
 SIDES = {"stock": {}, "modelpool": {"LEGIT_WORKER_ENABLED": "1"}}
 
@@ -311,11 +314,14 @@ class Sides:
 
     start: StartWorker
     project: str = "project"
+    #: Instead of `Worker`'s own, where given.
+    options: Sequence[str] | None = None
 
     def worker(self, side: str, *arguments: str, broker: Broker | None = None, **settings: str) -> Worker:
         """A worker with all models, on this side."""
         environment = SIMULATED | CUSTOM | SIDES[side] | settings
-        return self.start(self.project, *arguments, broker=broker, environment=environment)
+        options = {} if self.options is None else {"options": self.options}
+        return self.start(self.project, *arguments, broker=broker, environment=environment, **options)
 
 
 #: The workers that are running for the current test: its report shows their logs where it fails.

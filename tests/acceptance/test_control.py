@@ -17,6 +17,7 @@ from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from harness import (
     INSPECT_SECONDS,
+    LATE,
     SIDES,
     Broker,
     Sides,
@@ -41,9 +42,6 @@ HALF_SECONDS = {
     "LEGIT_WORKER_MAX_BATCH_SECONDS": "2",
     "LEGIT_WORKER_WINDOW": "8",
 }
-
-#: A model that takes four seconds to load, and none to compute: its tasks are parked for as long as a test needs them.
-LATE = {"LEGIT_WORKER_MODELS__LATE__KIND": "simulated", "LEGIT_WORKER_MODELS__LATE__PATH": "0,0,0,4"}
 
 
 @pytest.fixture(scope="module", params=SIDES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery.exceptions import Reject
 from celery.worker.control import control_command, inspect_command
 from project import app
 
@@ -41,6 +42,13 @@ def works_on(item: str, times: int) -> None:
             print(f"{item} did step {number}", flush=True)
     finally:
         print(f"{item} tidied up", flush=True)
+
+
+@app.task(name="rejects", bind=True, acks_late=True)
+def rejects(self: Any, item: str) -> None:
+    """Wants to be heard of no more, after a model call."""
+    legit_worker.model("sim").map([item])
+    raise Reject("not for me", requeue=False)
 
 
 @app.task(name="revokes_itself", bind=True)
