@@ -202,10 +202,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     one = Server(tmp_path / "own")
     one.start()
     yield one
-    with contextlib.suppress(Exception):
-        one.thaw()
-    with contextlib.suppress(Exception):
-        one.stop()
+    one.end()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ In: a folder. Out: a running Valkey that keeps what it was given.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,11 @@ class Server:
         self.server.start()
         self.port = self.server.port
 
+    def start_empty(self) -> None:
+        """Another server in its place, which has never heard of anything."""
+        shutil.rmtree(self.folder)
+        self.start()
+
     def stop(self) -> None:
         """Really."""
         self.server.stop()
@@ -39,6 +46,12 @@ class Server:
     def thaw(self) -> None:
         """It goes on where it was."""
         self.server._process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        for step in (self.thaw, self.stop):
+            with contextlib.suppress(Exception):
+                step()
 
     @property
     def url(self) -> str:

@@ -76,9 +76,9 @@ def worker(request: pytest.FixtureRequest, start_module_worker: StartWorker) -> 
     return Sides(start_module_worker, "controlled", OPTIONS).worker(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def watcher(worker: Worker) -> Iterator[Watcher]:
-    """Sees what the worker tells from now on."""
+    """Sees what the worker tells."""
     with Watcher(worker.broker).watching() as watcher:
         # A monitor hears what is sent once it listens; a heartbeat shows that it does.
         poll(lambda: watcher.workers("worker-heartbeat"), "a heartbeat")

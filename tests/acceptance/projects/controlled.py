@@ -5,6 +5,7 @@ In: the same environment as `project`. Out: its tasks and a few more, and two re
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from celery.exceptions import Reject
@@ -14,6 +15,11 @@ from project import app
 import legit_worker
 
 __all__ = ["app"]
+
+if "PROJECT_CANCEL" in os.environ:
+    app.conf.worker_cancel_long_running_tasks_on_connection_loss = os.environ["PROJECT_CANCEL"] == "1"
+if os.environ.get("PROJECT_RETRY_RESULTS") == "1":
+    app.conf.result_backend_always_retry = True
 
 
 @app.task(name="limited")
