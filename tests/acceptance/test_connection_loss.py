@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ import pytest
 from celery.result import AsyncResult
 from conftest import missing
 from harness import LATE, SIDES, Broker, Sides, StartWorker, Worker, poll
-from ownserver import Server
+from ownserver import RABBITMQ, RabbitServer, Server
 
 #: A dead connection's messages are given to a worker again after so many seconds.
 OPTIONS = {"visibility_timeout": 2, "unacked_restore_throttle": 1, "unacked_restore_interval": 1}
 
 #: How a server goes away, and how it comes back.
-OUTAGES: dict[str, tuple[Callable[[Server], None], Callable[[Server], None]]] = {
-    "restarted": (Server.stop, Server.start),
-    "paused": (Server.freeze, Server.thaw),
-    "replaced by an empty one": (Server.stop, Server.start_empty),
+OUTAGES: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
+    "restarted": (methodcaller("stop"), methodcaller("start")),
+    "paused": (methodcaller("freeze"), methodcaller("thaw")),
+    "replaced by an empty one": (methodcaller("stop"), methodcaller("start_empty")),
 }
 
 WHICH = ("broker", "backend", "both")
@@ -60,7 +61,13 @@ class Outlived:
         return both if which == "both" else {which: both[which]}
 
 
-def own_broker(broker: Server, backend: Server) -> Broker:
+def late_models() -> dict[str, str]:
+    """Their settings."""
+    kinds = {f"LEGIT_WORKER_MODELS__{alias.upper()}__KIND": "simulated" for alias in MODELS}
+    return kinds | {f"LEGIT_WORKER_MODELS__{alias.upper()}__PATH": path for alias, path in MODELS.items()}
+
+
+def own_broker(broker: Server | RabbitServer, backend: Server) -> Broker:
     return Broker(
         url=broker.url,
         backend=backend.url,
@@ -77,9 +84,11 @@ def outlived(
     """One worker a side goes through all outages, one after the other."""
     folder = tmp_path_factory.mktemp("servers")
     broker, backend = Server(folder / "broker"), Server(folder / "backend")
-    models = {f"LEGIT_WORKER_MODELS__{alias.upper()}__KIND": "simulated" for alias in MODELS}
-    models |= {f"LEGIT_WORKER_MODELS__{alias.upper()}__PATH": path for alias, path in MODELS.items()}
-    settings = models | {"LEGIT_WORKER_WINDOW": str(TASKS), "PROJECT_ACKS_LATE": "1", "PROJECT_RETRY_RESULTS": "1"}
+    settings = late_models() | {
+        "LEGIT_WORKER_WINDOW": str(TASKS),
+        "PROJECT_ACKS_LATE": "1",
+        "PROJECT_RETRY_RESULTS": "1",
+    }
     try:
         broker.start()
         backend.start()
@@ -223,3 +232,33 @@ def test_tasks_in_flight_outlive_their_connections_to_rabbitmq(
     assert worker.log.count(f"{worker.name} ready.") == 1
     if side == "modelpool":  # stock solo reconnects with a smaller one
         poll(lambda: worker.stats()["prefetch_count"] == TASKS, "the whole window")
+
+
+def test_tasks_in_flight_outlive_rabbitmq_itself(
+    start_worker: StartWorker, server: Server, tmp_path: Path, simulated: Callable[[Any], list[float]]
+) -> None:
+    """Paused, restarted, and replaced by an empty one, one after the other, under the same worker."""
+    if not RABBITMQ.exists():
+        missing(f"{RABBITMQ} is not there")
+    rabbit = RabbitServer(tmp_path / "rabbit")
+    try:
+        rabbit.start()
+        broker = Broker(url=rabbit.url, backend=server.url, queue="work")
+        settings = {"LEGIT_WORKER_WINDOW": str(TASKS)} | late_models()
+        worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, **settings)
+        for alias, outage in zip(MODELS, ("paused", "restarted", "replaced by an empty one"), strict=False):
+            away, back = OUTAGES[outage]
+            results = in_flight(worker, alias)
+            away(rabbit)
+            worker.wait_for_log(f"model {alias!r} loaded")
+            back(rabbit)
+            results = reconnect(worker, results)
+            new = [worker.send("one", f"new {number}") for number in range(TASKS)]
+            assert worker.answers([*results, *new]) == [
+                *(simulated(f"text {number}") for number in range(TASKS)),
+                *(simulated(f"new {number}") for number in range(TASKS)),
+            ], outage
+        assert worker.log.count(f"{worker.name} ready.") == 1
+        poll(lambda: worker.stats()["prefetch_count"] == TASKS, "the whole window")
+    finally:
+        rabbit.end()

@@ -294,7 +294,7 @@ def test_a_ping_is_answered_within_a_second_while_batches_of_half_a_second_run(
     controlled: Sides, request: pytest.FixtureRequest, kind: str
 ) -> None:
     worker = controlled.worker("modelpool", broker=request.getfixturevalue(kind), **HALF_SECONDS)
-    results = [worker.send("one", f"text {number}") for number in range(80)]
+    results = [worker.send("one", f"text {number}") for number in range(56)]
     poll(lambda: results[0].ready(), "the first batch")
     pongs = 0
     while not results[-1].ready():
