@@ -61,9 +61,10 @@ class Watcher:
         """What happened to this task."""
         return [event["type"] for event in self.of(result)]
 
-    def beats(self) -> list[dict[str, Any]]:
-        """The regular heartbeats: the one that a new monitor asks for counts nothing."""
-        return [event for event in self.workers("worker-heartbeat") if "processed" in event]
+    def beats(self, worker: Worker) -> list[dict[str, Any]]:
+        """Its regular ones: what a new monitor asks for counts nothing, and RabbitMQ brings other workers', too."""
+        beats = self.workers("worker-heartbeat")
+        return [event for event in beats if "processed" in event and event["hostname"] == worker.name]
 
     def workers(self, kind: str) -> list[dict[str, Any]]:
         """The events of a worker of this kind."""
@@ -154,10 +155,11 @@ def test_a_task_that_expired_and_one_that_was_revoked_are_told_as_such(worker: W
 
 
 def test_heartbeats_count_what_was_done_and_what_runs(worker: Worker, watcher: Watcher) -> None:
-    before = poll(watcher.beats, "a heartbeat that counts")[-1]["processed"]
+    before = sum(worker.stats()["total"].values())
     worker.settle([worker.send("one", f"text {number}") for number in range(20)])
     beat = poll(
-        lambda: [beat for beat in watcher.beats() if beat["processed"] >= before + 20], "a heartbeat that counts them"
+        lambda: [beat for beat in watcher.beats(worker) if beat["processed"] >= before + 20],
+        "a heartbeat that counts them",
     )[0]
     assert beat["processed"] == before + 20
     assert beat["active"] == 0
@@ -209,7 +211,7 @@ def test_a_parked_task_that_is_terminated_is_told_as_such(start_worker: StartWor
         poll(lambda: watcher.workers("worker-heartbeat"), "a heartbeat")
         result = worker.send("one", "text", alias="late")
         poll(lambda: watcher.types_of(result) == ATTEMPT, "its start")
-        beat = poll(lambda: [beat for beat in watcher.beats() if beat["active"]], "an active task counted")[0]
+        beat = poll(lambda: [beat for beat in watcher.beats(worker) if beat["active"]], "an active task counted")[0]
         assert beat["active"] == 1
         worker.client.control.revoke(result.id, terminate=True, signal="SIGKILL", destination=[worker.name])
         poll(lambda: watcher.types_of(result) == [*ATTEMPT, "task-revoked"], "its end")
@@ -280,5 +282,7 @@ def test_flower_counts_tasks_for_prometheus(worker: Worker, flower: Flower) -> N
 
 
 def test_flower_sends_a_task_and_gets_its_result(worker: Worker, flower: Flower) -> None:
+    if worker.broker.backend.startswith("rpc"):
+        pytest.skip("a result by rpc is for the thread that sent the task, and Flower reads it in another")
     sent = flower.post("api/task/send-task/no_model", args=[41])
     assert flower.get(f"api/task/result/{sent['task-id']}", timeout=30)["result"] == 42
