@@ -212,10 +212,14 @@ def rabbitmqctl(*arguments: str) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 def test_tasks_in_flight_outlive_their_connections_to_rabbitmq(
-    start_worker: StartWorker, own_vhost: Broker, side: str, simulated: Callable[[Any], list[float]]
+    start_worker: StartWorker, own_vhost: Broker, server: Server, side: str, simulated: Callable[[Any], list[float]]
 ) -> None:
     worker = Sides(start_worker, "controlled").worker(
-        side, broker=own_vhost, PROJECT_ACKS_LATE="1", LEGIT_WORKER_WINDOW=str(TASKS), **LATE
+        side,
+        broker=replace(own_vhost, backend=server.url),
+        PROJECT_ACKS_LATE="1",
+        LEGIT_WORKER_WINDOW=str(TASKS),
+        **LATE,
     )
     results = in_flight(worker, "late")
     vhost = own_vhost.url.rpartition("/")[2]
