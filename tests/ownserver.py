@@ -1,14 +1,21 @@
 """A server of one test's own, which it may stop and freeze as it likes.
 
-In: a folder. Out: a running Valkey that keeps what it was given.
+In: a folder. Out: a running Valkey, or RabbitMQ, that keeps what it was given.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import signal
+import socket
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness import START_SECONDS, poll
 
 
 @dataclass
@@ -28,6 +35,11 @@ class Server:
         self.server.start()
         self.port = self.server.port
 
+    def start_empty(self) -> None:
+        """Another server in its place, which has never heard of anything."""
+        shutil.rmtree(self.folder)
+        self.start()
+
     def stop(self) -> None:
         """Really."""
         self.server.stop()
@@ -40,7 +52,97 @@ class Server:
         """It goes on where it was."""
         self.server._process.send_signal(signal.SIGCONT)
 
+    def end(self) -> None:
+        """Whatever state it is in."""
+        for step in (self.thaw, self.stop):
+            with contextlib.suppress(Exception):
+                step()
+
     @property
     def url(self) -> str:
         """Where it is."""
         return f"redis://127.0.0.1:{self.port}/0"
+
+
+#: Where Debian has the server itself, rather than what changes to its own user first.
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+
+@dataclass
+class RabbitServer:
+    """A RabbitMQ beside the machine's own. It takes some eight seconds to start."""
+
+    folder: Path
+    process: Any = None
+    port: int = 0
+
+    def start(self) -> None:
+        """At the same address each time."""
+        self.folder.mkdir(exist_ok=True)
+        self.port = self.port or free_port()
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(RABBITMQ)],
+                env=os.environ | self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        poll(self._is_up, "RabbitMQ to start", START_SECONDS)
+
+    def start_empty(self) -> None:
+        """Another server in its place, which has never heard of anything."""
+        shutil.rmtree(self.folder)
+        self.start()
+
+    def stop(self) -> None:
+        """Really, and with everything on disk."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(START_SECONDS)
+
+    def freeze(self) -> None:
+        """The kernel goes on accepting connections for it, and nobody answers."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on where it was."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        with contextlib.suppress(Exception):
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(START_SECONDS)
+
+    def _is_up(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def _environment(self) -> dict[str, str]:
+        nowhere = str(self.folder / "none")
+        return {
+            "HOME": str(self.folder),
+            "RABBITMQ_NODENAME": f"tests{self.port}@localhost",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.folder / "logs"),
+            "RABBITMQ_PID_FILE": str(self.folder / "pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": nowhere,
+            "RABBITMQ_CONFIG_FILE": nowhere,
+            "RABBITMQ_CONF_ENV_FILE": nowhere,
+        }
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+
+def free_port() -> int:
+    """One that the system picks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -79,9 +79,14 @@ class CostModel:
         return bool(self._seen)
 
     @property
+    def launch_seconds(self) -> float:
+        """What any batch takes, however small."""
+        return float(self._fit[0])
+
+    @property
     def enough_seconds(self) -> float:
         """How long a batch must be for its launch to matter little."""
-        return max(SHORT, float(self._fit[0]) / LAUNCH_SHARE)
+        return max(SHORT, self.launch_seconds / LAUNCH_SHARE)
 
     def largest(self, longest: int, seconds: float) -> int:
         """The most items padded to `longest` whose batch is predicted to end within `seconds`; at least 1."""

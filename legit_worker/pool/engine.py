@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 #: about a millisecond per 256.
 HORIZON = 256
 
+#: Any batch may take as long as so many launches, whatever the bound: of a model whose launch takes half a second, a
+#: bound of half a second would have every item launched alone.
+LAUNCHES = 2.0
+
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
 
@@ -276,7 +280,8 @@ class Engine:
     def _budget(self, queue: Queue) -> int:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = queue.fair.first(1)[0].cost if len(queue.fair) else 1
-        seconds = min(self._max_batch_seconds, queue.costs.enough_seconds)
+        # A launch that takes as long as the bound alone is not worth it for one item.
+        seconds = max(min(self._max_batch_seconds, queue.costs.enough_seconds), queue.costs.launch_seconds * LAUNCHES)
         by_memory = min(queue.room.most, queue.entry.largest_cost(longest))
         return min(int(by_memory), longest * queue.costs.largest(longest, seconds))
 

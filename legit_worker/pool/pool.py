@@ -110,6 +110,7 @@ class ModelPool(SoloPool):
         self._held: set[Fiber] = set()
         self._held_before = 0
         self._granted = 0
+        self._gave_way = False
         self.engine = Engine(
             max_batch_seconds=self._settings.max_batch_seconds,
             weight_of=lambda app: self._settings.apps[app].weight if app else 1.0,
@@ -340,6 +341,11 @@ class ModelPool(SoloPool):
                 self._wakeup.set()
 
     def _should_compute(self) -> bool:
+        # The hub calls those that can be read in the order in which they could: without this, an operator's command
+        # that came during a batch would wait for the next one, too. Once in a row, so that no flood stops the batches.
+        self._gave_way = not self._gave_way and listen(self._hub.poller.poll, 0)
+        if self._gave_way:
+            return False
         # While the device is busy, a wait for company costs nothing, and is over: the batch is full.
         if self.engine.is_busy or self._is_full():
             return True

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import shutil
 import sqlite3
 import subprocess
 import uuid
@@ -16,7 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import envelopes
 import kombu
@@ -24,74 +21,12 @@ import numpy as np
 import pytest
 import redis
 from celery.result import AsyncResult
-from conftest import missing
+from foreign import UNICODE, amqp_server, finish, php, redis_server, run_php, start_php
 from harness import ANSWER_SECONDS, ROOT, Broker, Sides, Worker, poll
-
-SCRIPTS = Path(__file__).parent / "php"
-
-#: What the scripts load, and the Debian package that has it.
-NEEDED = """
-foreach (['redis' => 'php-redis', 'pdo_sqlite' => 'php-sqlite3'] as $extension => $package) {
-    extension_loaded($extension) or exit($package);
-}
-$packages = ['Illuminate/Queue', 'Illuminate/Redis', 'Illuminate/Events', 'PhpAmqpLib'];
-foreach ($packages as $package) {
-    stream_resolve_include_path("$package/autoload.php") or exit($package);
-}
-"""
-
-#: Every byte length of UTF-8, a quote, a backslash, and what JSON must escape.
-UNICODE = 'naïve café — 東京 🚆 "\\" \u2028\t𝔘'
 
 META = {"video": 7, "title": UNICODE, "tags": ["🎬", None, 0.1], UNICODE: {}}
 
 APP = "LEGIT_WORKER_APPS__VODMANAGER__"
-
-
-@functools.cache
-def php() -> str:
-    """The command. Where it, or something that the scripts load, is not there: skip at a desk, fail in CI."""
-    command = shutil.which("php")
-    if command is None:
-        missing("php is not on PATH")
-    assert command
-    lacks = subprocess.run([command, "-r", NEEDED], capture_output=True, text=True, check=True).stdout
-    if lacks:
-        missing(f"php lacks {lacks}")
-    return command
-
-
-def start_php(script: str, **given: Any) -> subprocess.Popen[str]:
-    """Start a script, and don't wait for it."""
-    # E_DEPRECATED off: Debian's Laravel is older than its PHP, and says so in a hundred lines.
-    settings = ["-d", "error_reporting=E_ALL & ~E_DEPRECATED", "-d", "display_errors=stderr"]
-    return subprocess.Popen(
-        [php(), *settings, str(SCRIPTS / script), json.dumps(given)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """What a script said, line by line."""
-    try:
-        out, errors = process.communicate(timeout=ANSWER_SECONDS)
-    finally:
-        process.kill()
-    assert process.returncode == 0, f"{out}\n{errors}"
-    return [json.loads(line) for line in out.splitlines()]
-
-
-def run_php(script: str, **given: Any) -> list[dict[str, Any]]:
-    """Run a script to its end."""
-    return finish(start_php(script, **given))
-
-
-def redis_server(url: str) -> dict[str, Any]:
-    """Where a script finds the server."""
-    parts = urlsplit(url)
-    return {"host": parts.hostname, "port": parts.port, "database": int(parts.path.strip("/") or 0)}
 
 
 def example_settings() -> dict[str, str]:
@@ -356,16 +291,7 @@ Consume = Callable[[int], list[dict[str, Any]]]
 @pytest.fixture
 def consume(rabbitmq: Broker, amqp_queue: str) -> Consume:
     php()
-    parts = urlsplit(rabbitmq.url)
-    given = {
-        "host": parts.hostname,
-        "port": parts.port or 5672,
-        "user": parts.username or "guest",
-        "password": parts.password or "guest",
-        "vhost": unquote(parts.path[1:]) or "/",
-        "queue": amqp_queue,
-    }
-    return lambda count: run_php("consume.php", **given, count=count)
+    return lambda count: run_php("consume.php", **amqp_server(rabbitmq.url), queue=amqp_queue, count=count)
 
 
 def test_php_reads_json_from_rabbitmq(sides: Sides, rabbitmq: Broker, amqp_queue: str, consume: Consume) -> None:

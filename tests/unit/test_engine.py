@@ -449,3 +449,13 @@ def test_an_output_that_can_not_be_finished_fails_its_own_call() -> None:
     run_all(subject)
     assert isinstance(call.error, ZeroDivisionError)
     assert other.outputs == ["twotwo"]
+
+
+def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() -> None:
+    subject, entry = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0), FakeEntry()
+    ask(subject, entry, ["x"] * 100)
+    subject.step()
+    for count in (8, 16, 32, 64, 8, 16, 32):
+        subject._queues["letters"].costs.observe(count, 1, 0.6 + 0.001 * count)
+    subject.step()
+    assert len(entry.batches[-1]) == 92
