@@ -28,7 +28,7 @@ NOISE = (
     (re.compile(r"\b[0-9a-f]{32}\b"), "<random>"),
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?([+-]\d\d:\d\d|Z)?"), "<time>"),
     (re.compile(r"\b1[6-9]\d{8}(\.\d+)?\b"), "<time>"),
-    (re.compile(r"worker\d+@tests"), "<worker>"),
+    (re.compile(r"worker[\d-]+@tests"), "<worker>"),
     (re.compile(r"\btests-[0-9a-f]{12}"), "<queue>"),
     (re.compile(r"\bgen\d+@[\w.-]+"), "<origin>"),
     (re.compile(r'"pid": \d+'), '"pid": <pid>'),

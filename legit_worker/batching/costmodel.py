@@ -7,6 +7,7 @@ For memory, read bytes for seconds.
 from __future__ import annotations
 
 from collections import deque
+from itertools import combinations
 from typing import Any, overload
 
 import numpy as np
@@ -35,6 +36,10 @@ LAUNCH_SHARE = 0.05
 #: Seconds of a batch that is short enough for anyone. On a CPU larger batches gain by more than the launch they save,
 #: which the model doesn't know: with MiniLM, batches this long are about 5 % faster per item than ones of a third.
 SHORT = 0.15
+
+
+#: All choices of the three terms, the whole of them first.
+TERMS = tuple(terms for size in (3, 2, 1) for terms in combinations(range(3), size))
 
 
 class CostModel:
@@ -104,13 +109,16 @@ def _features(seen: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _fit(seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares on relative errors, dropping the terms that come out negative (c first, then a)."""
-    seconds = seen[:, 2]
-    features = _features(seen) / seconds[:, None]
-    for terms in ([0, 1, 2], [0, 1], [1]):
-        solution = np.linalg.lstsq(features[:, terms], np.ones_like(seconds), rcond=None)[0]
-        if (solution >= 0).all():
-            break
-    fit = np.zeros(3)
-    fit[terms] = np.maximum(solution, 0.0)
-    return fit
+    """Least squares on relative errors with no term below zero: of all choices of terms, the best that has none."""
+    features = _features(seen) / seen[:, 2][:, None]
+    best, error = np.zeros(3), np.inf
+    for terms in TERMS:
+        chosen = list(terms)
+        solution = np.linalg.lstsq(features[:, chosen], np.ones(len(seen)), rcond=None)[0]
+        off = float(((features[:, chosen] @ solution - 1) ** 2).sum())
+        if (solution >= 0).all() and off < error:
+            best, error = np.zeros(3), off
+            best[chosen] = solution
+        if len(chosen) == 3 and error < np.inf:
+            break  # nothing with fewer terms is better
+    return best

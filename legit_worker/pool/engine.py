@@ -39,6 +39,9 @@ HORIZON = 256
 #: bound of half a second would have every item launched alone.
 LAUNCHES = 2.0
 
+#: A batch is at most so many times as large as any before it: what is known of small ones may not hold for larger.
+GROWTH = 4
+
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
 
@@ -117,6 +120,8 @@ class Queue:
     halves: deque[list[Item]] = field(default_factory=deque)
     #: Device seconds this model had: the least goes first.
     seconds: float = 0.0
+    #: The padded cost of the largest batch that ran.
+    largest: int = 0
     #: What memory was seen to hold.
     room: Room = field(default_factory=Room)
     #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
@@ -283,7 +288,8 @@ class Engine:
         # A launch that takes as long as the bound alone is not worth it for one item.
         seconds = max(min(self._max_batch_seconds, queue.costs.enough_seconds), queue.costs.launch_seconds * LAUNCHES)
         by_memory = min(queue.room.most, queue.entry.largest_cost(longest))
-        return min(int(by_memory), longest * queue.costs.largest(longest, seconds))
+        by_growth = queue.largest * GROWTH if queue.largest else inf
+        return int(min(by_memory, max(by_growth, longest), longest * queue.costs.largest(longest, seconds)))
 
     def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""
@@ -336,6 +342,7 @@ class Engine:
         queue.costs.observe(len(batch), max(costs), launch.seconds)
         queue.entry.observe(len(batch), max(costs), launch)
         queue.room.did_fit(padded(costs))
+        queue.largest = max(queue.largest, padded(costs))
         counters = self.counters[queue.entry.alias]
         counters.batches += 1
         counters.items += len(batch)

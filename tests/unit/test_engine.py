@@ -454,8 +454,33 @@ def test_an_output_that_can_not_be_finished_fails_its_own_call() -> None:
 def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() -> None:
     subject, entry = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0), FakeEntry()
     ask(subject, entry, ["x"] * 100)
-    subject.step()
     for count in (8, 16, 32, 64, 8, 16, 32):
         subject._queues["letters"].costs.observe(count, 1, 0.6 + 0.001 * count)
     subject.step()
-    assert len(entry.batches[-1]) == 92
+    assert len(entry.batches[-1]) == 100
+
+
+def test_a_model_that_takes_as_long_for_many_items_as_for_one_soon_gets_them_all() -> None:
+    """Half a second for any batch, give or take; nothing smaller than what already ran tells more about it."""
+    subject, entry = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0), FakeEntry()
+    draw, sizes = random.Random(1), []
+
+    def launch(batch: Sequence[str]) -> Launch:
+        sizes.append(len(batch))
+        return Launch(outputs=[item * 2 for item in batch], seconds=0.5 + draw.uniform(0, 1e-3))
+
+    entry.launch = launch  # type: ignore[method-assign]
+    ask(subject, entry, ["text 10"] * 300)
+    run_all(subject)
+    assert len(sizes) < 15
+    assert max(sizes) > 100
+
+
+def test_a_batch_is_never_much_larger_than_any_before_it() -> None:
+    subject, entry = engine(), FakeEntry()
+    ask(subject, entry, ["xxxx"] * 1000)
+    run_all(subject)
+    sizes = [len(batch) for batch in entry.batches]
+    assert sizes[0] == 8
+    assert all(size <= 4 * max(sizes[: number + 1]) for number, size in enumerate(sizes[1:]))
+    assert max(sizes) == 256
