@@ -45,8 +45,9 @@ TERMS = tuple(terms for size in (3, 2, 1) for terms in combinations(range(3), si
 class CostModel:
     """`seconds = a + b * padded + c * padded * longest`, all three never negative.
 
-    `a` is the launch, `b` the matrix products, `c` the attention, quadratic in length. One per model; lives on the
-    main thread, inside the engine.
+    `a` is the launch, `b` the matrix products, `c` the attention, quadratic in length. Two per model: the engine's, in
+    seconds, on the main thread; and the entry's, in bytes, taught by the loader thread before the model is there, and
+    by the main thread afterwards.
     """
 
     def __init__(self, prior: NDArray[np.float64] = PRIOR) -> None:
