@@ -84,6 +84,17 @@ class CostModel:
         """Whether any batch was seen."""
         return bool(self._seen)
 
+    def worth_a_try(self, seconds: float) -> int:
+        """How many items to try, where all batches had about as many and what more of them take is not known; else 0.
+
+        Not where they took longer than `seconds` already.
+        """
+        counts = [count for count, _, _ in self._seen]
+        if not counts or max(counts) >= 2 * min(counts):
+            return 0
+        slowest = max(took for _, _, took in self._seen)
+        return 2 * max(counts) if slowest <= seconds or max(counts) == 1 else 0
+
     @property
     def launch_seconds(self) -> float:
         """What any batch takes, however small."""

@@ -39,8 +39,9 @@ HORIZON = 256
 #: bound of half a second would have every item launched alone.
 LAUNCHES = 2.0
 
-#: A batch is at most so many times as large as any before it: what is known of small ones may not hold for larger.
-GROWTH = 4
+#: Where more than this part of a batch's time is its launch, what more items cost is hardly known: then it is at most
+#: so many times as large as any before it.
+UNVARIED, GROWTH = 0.25, 4
 
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
@@ -288,8 +289,10 @@ class Engine:
         # A launch that takes as long as the bound alone is not worth it for one item.
         seconds = max(min(self._max_batch_seconds, queue.costs.enough_seconds), queue.costs.launch_seconds * LAUNCHES)
         by_memory = min(queue.room.most, queue.entry.largest_cost(longest))
-        by_growth = queue.largest * GROWTH if queue.largest else inf
-        return int(min(by_memory, max(by_growth, longest), longest * queue.costs.largest(longest, seconds)))
+        count = max(queue.costs.largest(longest, seconds), queue.costs.worth_a_try(seconds))
+        if queue.largest and queue.costs.launch_seconds > queue.costs.predict(count, longest) * UNVARIED:
+            count = min(count, max(1, queue.largest * GROWTH // longest))
+        return int(min(by_memory, longest * count))
 
     def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""

@@ -454,8 +454,10 @@ def test_an_output_that_can_not_be_finished_fails_its_own_call() -> None:
 def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() -> None:
     subject, entry = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0), FakeEntry()
     ask(subject, entry, ["x"] * 100)
+    queue = subject._queues["letters"]
     for count in (8, 16, 32, 64, 8, 16, 32):
-        subject._queues["letters"].costs.observe(count, 1, 0.6 + 0.001 * count)
+        queue.costs.observe(count, 1, 0.6 + 0.001 * count)
+    queue.largest = 64
     subject.step()
     assert len(entry.batches[-1]) == 100
 
@@ -476,11 +478,20 @@ def test_a_model_that_takes_as_long_for_many_items_as_for_one_soon_gets_them_all
     assert max(sizes) > 100
 
 
-def test_a_batch_is_never_much_larger_than_any_before_it() -> None:
+def test_a_model_that_was_only_asked_for_single_items_learns_what_more_of_them_take() -> None:
+    """Each batch takes as long: what the first ones show fits a model of which each item takes that long, too."""
     subject, entry = engine(), FakeEntry()
-    ask(subject, entry, ["xxxx"] * 1000)
-    run_all(subject)
-    sizes = [len(batch) for batch in entry.batches]
-    assert sizes[0] == 8
-    assert all(size <= 4 * max(sizes[: number + 1]) for number, size in enumerate(sizes[1:]))
-    assert max(sizes) == 256
+    sizes: list[int] = []
+
+    def launch(batch: Sequence[str]) -> Launch:
+        sizes.append(len(batch))
+        return Launch(outputs=list(batch), seconds=0.2)
+
+    entry.launch = launch  # type: ignore[method-assign]
+    for count in [1] * 80 + [1000]:
+        ask(subject, entry, ["xxxx"] * count)
+        run_all(subject)
+    grown = sizes[80:]
+    assert grown[0] == 2
+    assert max(grown) == 256
+    assert all(after <= 4 * max(2, *grown[: number + 1]) for number, after in enumerate(grown[1:]))
