@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import celery
 import harness
 import kombu
 import pytest
@@ -52,9 +53,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Which servers this run uses."""
-    chosen = {kind: _named_url(config, kind) for kind in ("broker", "backend")}
-    return ", ".join(f"{kind}: {url}" for kind, url in chosen.items())
+    """Which Celery and which servers this run uses."""
+    chosen = {module.__name__: module.__version__ for module in (celery, kombu)}
+    chosen |= {kind: _named_url(config, kind) for kind in ("broker", "backend")}
+    return ", ".join(f"{name}: {value}" for name, value in chosen.items())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,19 +5,29 @@ In: the seconds that Celery was told, per task. Out: what is raised in the task,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from types import FrameType
+from typing import Any
 
-from celery.exceptions import SoftTimeLimitExceeded
+import celery
+from billiard.einfo import ExceptionInfo
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from greenlet import GreenletExit
+
+logger = logging.getLogger(__name__)
 
 #: Seconds after which a task that outlived its hard limit, since it caught what ended it, is ended again.
 AGAIN = 1.0
 
 #: Modules whose code below a task's trace is Celery's bookkeeping, and not the task.
 BOOKKEEPING = ("celery.", "kombu.", "legit_worker.routing.")
+
+#: From this release on, `Request.on_timeout` tells all who are to know of a hard limit. Before, it leaves the signal,
+#: the event and whether the message goes back to `Request.on_failure`, which prefork calls, too (billiard.pool).
+TELLS_ALL = (5, 7)
 
 
 class TimeLimitPassed(GreenletExit):
@@ -48,11 +58,32 @@ class Limit:
         return None
 
 
+def timeout_callback(
+    name: str, on_timeout: Callable[[bool, float], None], on_failure: Callable[[Any], Any]
+) -> Callable[[bool, float], None]:
+    """What to call when a limit of this task is over: once each, what prefork brings about."""
+    if celery.VERSION[:2] >= TELLS_ALL:
+        return on_timeout
+
+    def tell(is_soft: bool, seconds: float) -> None:
+        if is_soft:
+            on_timeout(True, seconds)
+            return
+        # Not `on_timeout` as well: both store the failure, and would call the task's errbacks twice.
+        logger.error("Hard time limit (%ss) exceeded for %s", seconds, name)
+        try:
+            raise TimeLimitExceeded(seconds)
+        except TimeLimitExceeded:
+            on_failure(ExceptionInfo())
+
+    return tell
+
+
 def is_in_body(frame: FrameType | None) -> bool:
     """Whether this code runs below a task's own function, and not in what Celery does before and after that.
 
-    Looks for the frame of `celery.app.trace.build_tracer.<locals>.trace_task` (5.7), which knows no state until the
-    function is over. Without one, the task is not traced by Celery, and all of it is its own.
+    Looks for the frame of `celery.app.trace.build_tracer.<locals>.trace_task` (5.5 to 5.7), which knows no state until
+    the function is over. Without one, the task is not traced by Celery, and all of it is its own.
     """
     above: FrameType | None = None
     while frame is not None:

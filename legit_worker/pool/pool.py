@@ -34,7 +34,7 @@ from legit_worker.device.memory import give_back_cached
 from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers
+from legit_worker.pool import fibers, limits
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.limits import Limit
@@ -265,6 +265,7 @@ class ModelPool(SoloPool):
         callback: Callable[[Any], Any] = lambda _: None,
         accept_callback: Callable[[int, float], Any] | None = None,
         timeout_callback: Callable[[bool, float], None] = lambda is_soft, seconds: None,
+        error_callback: Callable[[Any], Any] = lambda _: None,
         soft_timeout: float | None = None,
         timeout: float | None = None,
         **_: Any,
@@ -275,7 +276,8 @@ class ModelPool(SoloPool):
         fiber = self._fiber(target, args, kwargs or {}, callback, accept_callback)
         soft, hard = soft_timeout or self.options.get("soft_timeout"), timeout or self.options.get("timeout")
         if soft or hard:
-            fiber.limit = Limit(soft=soft, hard=hard, on_timeout=timeout_callback)
+            on_timeout = limits.timeout_callback(fiber.name, timeout_callback, error_callback)
+            fiber.limit = Limit(soft=soft, hard=hard, on_timeout=on_timeout)
         if self._inline:
             self._start(fiber)
         elif self._is_full() or self._has_given_up:

@@ -21,6 +21,9 @@ from celery.worker import state
 
 logger = logging.getLogger(__name__)
 
+#: What a consumer calls it to cancel all that runs: since Celery 5.6, and in 5.5.
+CANCEL = ("cancel_active_requests", "cancel_all_unacked_requests")
+
 
 class SoftShutdown:
     """One worker's. Lives on the main thread, and is called by its signal handlers."""
@@ -39,8 +42,9 @@ class SoftShutdown:
     def meet(self, consumer: Any) -> None:
         """Have a worker's handlers, which are installed by now, come here."""
         consumer.controller.wait_for_soft_shutdown = self._begin
-        cancel = consumer.cancel_active_requests
-        consumer.cancel_active_requests = lambda: self._cancel_active(cancel)
+        name = next(name for name in CANCEL if hasattr(consumer, name))
+        cancel = getattr(consumer, name)
+        setattr(consumer, name, lambda: self._cancel_active(cancel))
 
     def cancel_rest(self) -> None:
         """What the handler would have done after its sleep."""
@@ -49,7 +53,7 @@ class SoftShutdown:
             cancel()
 
     def _begin(self) -> None:
-        """In place of `WorkController.wait_for_soft_shutdown` (celery.worker.worker, 5.7)."""
+        """In place of `WorkController.wait_for_soft_shutdown` (celery.worker.worker, 5.5 to 5.7)."""
         conf = self._app.conf
         timeout = conf.worker_soft_shutdown_timeout
         if timeout > 0 and (state.active_requests or conf.worker_enable_soft_shutdown_on_idle):
@@ -57,7 +61,7 @@ class SoftShutdown:
             self.until = monotonic() + timeout
 
     def _cancel_active(self, cancel: Callable[[], None]) -> None:
-        """In place of `Consumer.cancel_active_requests`: at once, unless a soft shutdown has just begun. Another signal
+        """In place of the consumer's method in `CANCEL`: at once, unless a soft shutdown has just begun. Another signal
         ends it."""
         if monotonic() < self.until and self._cancel is None:
             self._cancel = cancel

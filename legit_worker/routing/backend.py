@@ -27,7 +27,7 @@ from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
 from legit_worker import settings
 from legit_worker.apps import carrier, header
 from legit_worker.models import handle
-from legit_worker.routing.endings import STARTED_AT, Request, app_of, destination, endings, never_run
+from legit_worker.routing.endings import GOES_ON, STARTED_AT, Request, app_of, destination, endings, never_run
 from legit_worker.routing.envelope import Ending, seal
 from legit_worker.routing.lanes import lanes_of
 from legit_worker.routing.wires import Delivery, connect, is_redis, push_all
@@ -341,6 +341,7 @@ def _connect_signals() -> None:
 
 def _remember_start(task: Any = None, **_: Any) -> None:
     setattr(task.request, STARTED_AT, time())
+    setattr(task.request, GOES_ON, bool(task.request.chain))
     handle.last_called.set(None)
 
 

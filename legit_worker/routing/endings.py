@@ -22,6 +22,10 @@ INTERNAL = ("celery.chord_unlock", "celery.backend_cleanup", "celery.accumulate"
 #: Where a request keeps the time at which its task began, seconds since the epoch.
 STARTED_AT = "legit_worker_started_at"
 
+#: Where it keeps whether a chain was to go on after its task. Celery 5.5 takes the next step out of the chain before it
+#: says that this one is done, which makes the last but one look like the last.
+GOES_ON = "legit_worker_goes_on"
+
 Request = Mapping[str, Any]
 Status = Literal["SUCCESS", "FAILURE", "REVOKED"]
 
@@ -43,7 +47,7 @@ def endings(
         return
     route = header("route", request)
     chain = request.get("chain")
-    is_inner = bool(chain or request.get("chord"))
+    is_inner = bool(chain or request.get(GOES_ON) or request.get("chord"))
     if route == "always" or (route != "never" and not is_inner):
         yield _ending(app, task_id, request, status, value, model)
     if chain and status != "SUCCESS":

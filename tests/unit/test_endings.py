@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group, signature
 
-from legit_worker.routing.endings import Status, endings, never_run
+from legit_worker.routing.endings import GOES_ON, Status, endings, never_run
 from legit_worker.routing.envelope import Ending
 
 ERROR = KeyError("no")
@@ -37,6 +37,7 @@ def last(name: str, **options: Any) -> dict[str, Any]:
         ({"route": "never"}, False),
         ({"headers": {"route": "never"}}, False),
         ({"chain": [last("c")]}, False),
+        ({"chain": [], GOES_ON: True}, False),
         ({"chord": last("body")}, False),
         ({"chain": [last("c")], "route": "always"}, True),
         ({"chord": last("body"), "route": "always"}, True),
