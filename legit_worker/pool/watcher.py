@@ -101,12 +101,14 @@ class Watcher:
 
     def _notice_stall(self, running: Collection[Fiber]) -> None:
         turn = self.turn
-        if turn is None or turn is self._told or monotonic() - turn.since < self._stall_seconds:
+        # Inside a model call, what it waits for is this package's to bring: a batch, or a load.
+        if turn is None or turn is self._told or turn.fiber.shielded:
             return
+        seconds = monotonic() - max(turn.since, turn.fiber.served_at)
         parked = sum(fiber.waits_for is not None for fiber in running)
-        if parked:
+        if seconds >= self._stall_seconds and parked:
             self._told = turn
-            logger.warning(STALLED, turn.fiber.name, monotonic() - turn.since, parked, self._stack())
+            logger.warning(STALLED, turn.fiber.name, seconds, parked, self._stack())
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main)
