@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from time import monotonic
 from typing import Any
 
 from celery._state import _set_task_join_will_block, task_join_will_block
@@ -58,6 +59,8 @@ class Fiber(greenlet):
         self.overdue: BaseException | None = None
         #: Above zero, what runs is this package's code on its behalf, which is not interrupted.
         self.shielded = 0
+        #: When that was last over, by the monotonic clock: the task's own code has run since.
+        self.served_at = 0.0
         self.pid = FiberPid(os.getpid())
         self.pid.fiber = self
         # The worker's own answer to whether `result.get()` is refused: it is what the other tasks are to find.
@@ -113,6 +116,7 @@ class Fiber(greenlet):
         try:
             yield
         finally:
+            self.served_at = monotonic()
             self.shielded -= 1
         if not self.shielded:
             self.raise_overdue()

@@ -100,7 +100,10 @@ class ModelPool(SoloPool):
         self._ready: deque[Fiber] = deque()
         self._wakeup = Wakeup()
         self._watcher = Watcher(
-            running=self._running, wake=self._wakeup.set, stall_seconds=self._settings.stall_seconds
+            running=self._running,
+            wake=self._wakeup.set,
+            stall_seconds=self._settings.stall_seconds,
+            ends_at=lambda: self._soft.until_if_begun,
         )
         self._pace = Pace(self._settings.max_queue_delay)
         self._hub: Any = None
@@ -187,7 +190,8 @@ class ModelPool(SoloPool):
 
     def on_stop(self) -> None:
         """Warm shutdown: what has started ends."""
-        self._shut_down(until=inf)
+        if not self._soft.is_called_by_handler():
+            self._shut_down(until=inf)
 
     def on_terminate(self) -> None:
         """Cold shutdown, and a soft one before it, where the project has one."""
@@ -280,7 +284,7 @@ class ModelPool(SoloPool):
             fiber.limit = Limit(soft=soft, hard=hard, on_timeout=on_timeout)
         if self._inline:
             self._start(fiber)
-        elif self._is_full() or self._has_given_up:
+        elif self._is_full() or self._is_ending():
             self._backlog.append(fiber)
         else:
             self._start(fiber)
@@ -387,7 +391,7 @@ class ModelPool(SoloPool):
             fiber = self._ready.popleft()
             if not fiber.dead:
                 self._switch_to(fiber)
-        while self._backlog and not self._is_full() and not self._has_given_up:
+        while self._backlog and not self._is_full() and not self._is_ending():
             self._start(self._backlog.popleft())
 
     def _end_overdue(self) -> None:
@@ -436,6 +440,10 @@ class ModelPool(SoloPool):
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""
         return len(self._running) - len(self._held) >= self.limit
+
+    def _is_ending(self) -> bool:
+        """Whether a task that began now would only be ended: one that did not is still the broker's."""
+        return self._has_given_up or self._soft.has_begun
 
     def _wait_for_delivery(self, done: Future[Any]) -> bool:
         """Park the task until its result is where it belongs; False where it can't. Its own code is over, so an

@@ -10,9 +10,15 @@ from typing import Any
 
 
 def in_django_transaction() -> bool:
-    """Whether this thread is inside `transaction.atomic`, on any connection. Imports nothing, connects nowhere."""
+    """Whether this thread has a transaction open, on any connection. Imports nothing, connects nowhere."""
     db: Any = sys.modules.get("django.db")
     conf: Any = sys.modules.get("django.conf")
     if db is None or conf is None or not conf.settings.configured:
         return False
-    return any(connection.in_atomic_block for connection in db.connections.all(initialized_only=True))
+    return any(map(_is_open, db.connections.all(initialized_only=True)))
+
+
+def _is_open(connection: Any) -> bool:
+    """Inside `transaction.atomic`, or where the project manages transactions by hand: then the first query opens one,
+    and nobody can say when it is over."""
+    return bool(connection.in_atomic_block or (connection.connection is not None and not connection.autocommit))

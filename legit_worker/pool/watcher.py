@@ -13,9 +13,12 @@ import threading
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from types import FrameType
 from typing import Any
+
+from greenlet import GreenletExit
 
 from legit_worker.pool import fibers
 from legit_worker.pool.fibers import Fiber
@@ -44,10 +47,19 @@ class Turn:
 class Watcher:
     """A thread of its own, from `start` to `stop`. Never runs task code, takes no lock that the main thread holds."""
 
-    def __init__(self, *, running: Collection[Fiber], wake: Callable[[], None], stall_seconds: float) -> None:
+    def __init__(
+        self,
+        *,
+        running: Collection[Fiber],
+        wake: Callable[[], None],
+        stall_seconds: float,
+        ends_at: Callable[[], float] = lambda: inf,
+    ) -> None:
         self._running = running
         self._wake = wake
         self._stall_seconds = stall_seconds
+        # When a soft or a cold shutdown lets no task go on any longer.
+        self._ends_at = ends_at
         self._main = 0
         self._poke = threading.Event()
         self._is_over = False
@@ -80,9 +92,10 @@ class Watcher:
             running = tuple(self._running)
             limited = [fiber for fiber in running if fiber.limit is not None]
             self._note_due(limited)
+            self._note_end()
             self._interrupt_overdue()
             self._notice_stall(running)
-            self._poke.wait(LIMIT_LOOK if limited else STALL_LOOK)
+            self._poke.wait(LIMIT_LOOK if limited or self._ends_at() < inf else STALL_LOOK)
             self._poke.clear()
 
     def _note_due(self, limited: Collection[Fiber]) -> None:
@@ -94,6 +107,12 @@ class Watcher:
                 fiber.overdue = due
                 self._wake()
 
+    def _note_end(self) -> None:
+        """The main thread ends the parked tasks, and can't get to it while another one has it."""
+        turn = self.turn
+        if turn is not None and monotonic() >= self._ends_at():
+            turn.fiber.overdue = turn.fiber.overdue or GreenletExit()
+
     def _interrupt_overdue(self) -> None:
         turn = self.turn
         if turn is not None and turn.fiber.overdue is not None and self._signal_before is not None:
@@ -101,12 +120,14 @@ class Watcher:
 
     def _notice_stall(self, running: Collection[Fiber]) -> None:
         turn = self.turn
-        if turn is None or turn is self._told or monotonic() - turn.since < self._stall_seconds:
+        # Inside a model call, what it waits for is this package's to bring: a batch, or a load.
+        if turn is None or turn is self._told or turn.fiber.shielded:
             return
+        seconds = monotonic() - max(turn.since, turn.fiber.served_at)
         parked = sum(fiber.waits_for is not None for fiber in running)
-        if parked:
+        if seconds >= self._stall_seconds and parked:
             self._told = turn
-            logger.warning(STALLED, turn.fiber.name, monotonic() - turn.since, parked, self._stack())
+            logger.warning(STALLED, turn.fiber.name, seconds, parked, self._stack())
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main)

@@ -1,0 +1,67 @@
+"""The project with tasks that hold something of the thread across a model call: a connection of a small pool.
+
+In: `PROJECT_POOL_SECONDS`, how long SQLAlchemy lets one wait for a connection; its pool has two. Out: a number from the
+database.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from custom_models import Upper
+from project import app
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import QueuePool
+
+import legit_worker
+
+__all__ = ["app"]
+
+engine = create_engine(
+    "sqlite:///:memory:",
+    poolclass=QueuePool,
+    pool_size=2,
+    max_overflow=0,
+    pool_timeout=float(os.environ["PROJECT_POOL_SECONDS"]),
+    connect_args={"check_same_thread": False},
+)
+
+
+class Lengthy(Upper):
+    """Takes long for a batch."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As the others, later."""
+        time.sleep(1.5)
+        return super().forward(batch)
+
+
+@app.task(name="holds_a_connection")
+def holds_a_connection(number: int) -> int:
+    """Under stock solo no other task runs meanwhile, and two connections are plenty."""
+    with engine.connect() as connection:
+        legit_worker.model("sim").map([number])
+        return int(connection.execute(text(f"select {number:d}")).scalar_one())
+
+
+@app.task(name="holds_one_alone")
+def holds_one_alone(number: int) -> int:
+    """The way out."""
+    with legit_worker.exclusive():
+        return int(holds_a_connection.run(number))
+
+
+@app.task(name="alone")
+def alone(item: str, alias: str) -> Any:
+    """Model calls in an exclusive section, during which nobody else can go on, and which end by themselves."""
+    with legit_worker.exclusive():
+        return [legit_worker.model(alias).map([f"{item} {number}"])[0] for number in range(2)]
+
+
+@app.task(name="computes")
+def computes(seconds: float) -> None:
+    """Its own code, for so long."""
+    time.sleep(seconds)
