@@ -63,7 +63,7 @@ def test_a_soft_limit_is_an_error_in_the_task(limited: Worker, journal: Path, ta
     item = f"{task} softly on {limited.name}"
     result = failure(limited, task, item, soft_time_limit=1)
     assert isinstance(result.result, SoftTimeLimitExceeded)
-    assert f"Soft time limit (1s) exceeded for {task}[{result.id}]" in limited.log
+    limited.wait_for_log(f"Soft time limit (1s) exceeded for {task}[{result.id}]")
     if task in PLACES[:2]:
         assert noted(journal, f"{item} cleaned up") == 1
 
@@ -76,7 +76,7 @@ def test_a_hard_limit_ends_the_task_and_tells_all_who_are_to_know(limited: Worke
     result = failure(limited, task, task, soft_time_limit=soft, time_limit=1, link_error=errback)
     assert isinstance(result.result, TimeLimitExceeded)
     assert result.result.args == (1,)
-    assert f"Hard time limit (1s) exceeded for {task}[{result.id}]" in limited.log
+    limited.wait_for_log(f"Hard time limit (1s) exceeded for {task}[{result.id}]")
     poll(lambda: noted(journal, "signal TimeLimitExceeded") > before[0], "the signal")
     poll(lambda: noted(journal, "errback called") > before[1], "the errback")
 
@@ -89,7 +89,7 @@ def test_a_task_may_take_the_warning_and_end_in_its_own_way(limited: Worker) -> 
 def test_a_task_may_limit_itself_and_a_message_beats_it(limited: Worker) -> None:
     assert isinstance(failure(limited, "limited_by_itself", "text").result, SoftTimeLimitExceeded)
     longer = failure(limited, "limited_by_itself", "text", soft_time_limit=2)
-    assert f"Soft time limit (2s) exceeded for limited_by_itself[{longer.id}]" in limited.log
+    limited.wait_for_log(f"Soft time limit (2s) exceeded for limited_by_itself[{longer.id}]")
 
 
 def test_a_task_that_ends_in_time_is_not_touched(limited: Worker) -> None:
