@@ -22,6 +22,9 @@ from celery.worker import state
 
 logger = logging.getLogger(__name__)
 
+#: The consumer's method that a cold shutdown cancels the running tasks with: Celery 5.6's name for it, and 5.5's.
+CANCEL = ("cancel_active_requests", "cancel_all_unacked_requests")
+
 
 class SoftShutdown:
     """One worker's. Lives on the main thread, and is called by its signal handlers."""
@@ -49,8 +52,9 @@ class SoftShutdown:
     def meet(self, consumer: Any) -> None:
         """Have a worker's handlers, which are installed by now, come here."""
         consumer.controller.wait_for_soft_shutdown = self._begin
-        cancel = consumer.cancel_active_requests
-        consumer.cancel_active_requests = lambda: self._cancel_active(cancel)
+        name = next(name for name in CANCEL if hasattr(consumer, name))
+        cancel = getattr(consumer, name)
+        setattr(consumer, name, lambda: self._cancel_active(cancel))
 
     def is_called_by_handler(self) -> bool:
         """Whether this `pool.stop()` is the handler's own: the loop is yet to end, and the pool to be terminated."""
