@@ -22,7 +22,7 @@ from celery.worker import state
 
 logger = logging.getLogger(__name__)
 
-#: What a consumer calls it to cancel all that runs: since Celery 5.6, and in 5.5.
+#: The consumer's method that a cold shutdown cancels the running tasks with: Celery 5.6's name for it, and 5.5's.
 CANCEL = ("cancel_active_requests", "cancel_all_unacked_requests")
 
 
