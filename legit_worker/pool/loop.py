@@ -6,6 +6,7 @@ work: messages, acks, heartbeats, remote control.
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,6 +53,12 @@ class Wakeup:
         """Have the hub call back soon. Twice is as good as once; after `close`, nobody is called."""
         with suppress(OSError):
             self._writer.send(b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Until it is set, at most so long. `select.select` would take no descriptor from 1,024 on."""
+        poller = select.poll()
+        poller.register(self._reader, select.POLLIN)
+        poller.poll(seconds * 1000)
 
     def clear(self) -> None:
         """Until the next `set`, let the hub sleep."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import select
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -416,7 +415,7 @@ class ModelPool(SoloPool):
 
     def _wait_for_others(self) -> None:
         """All that still runs waits for a model to load, or for the device."""
-        select.select([self._wakeup], [], [], WAITING_LOOK)
+        self._wakeup.wait(WAITING_LOOK)
         self._wakeup.clear()
         default_registry().residency.review()
 

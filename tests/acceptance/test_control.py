@@ -306,15 +306,19 @@ def test_a_ping_is_answered_within_a_second_while_batches_of_half_a_second_run(
 
 
 def test_tasks_that_are_parked_are_active(model_pool: Worker) -> None:
-    results = [model_pool.send("one", f"text {number}", alias="slow") for number in range(100)]
+    results = [model_pool.send("one", f"text {number}", alias="slow") for number in range(200)]
     active = poll(lambda: ask(model_pool, "active"), "tasks that are active")
     assert ids(active) <= {result.id for result in results}
     info = active[0]
     assert (info["name"], info["hostname"], info["worker_pid"]) == ("one", model_pool.name, model_pool.pid)
     assert (info["kwargs"], info["acknowledged"]) == ({"alias": "slow"}, False)
     assert info["time_start"]
-    state, same = ask(model_pool, "query_task", ids=[active[-1]["id"]])[active[-1]["id"]]
-    assert (state, same["id"]) == ("active", active[-1]["id"])
+    found = poll(lambda: ask(model_pool, "query_task", ids=[result.id for result in results]), "one that still is")
+    known = {task: state for task, (state, _) in found.items()}
+    assert set(known) <= {result.id for result in results}
+    assert set(known.values()) <= {"active", "reserved"}
+    assert "active" in known.values()
+    assert all(same["id"] == task for task, (_, same) in found.items())
     model_pool.settle(results)
     assert ask(model_pool, "active") == []
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import resource
+import socket
+
+import pytest
+
 from legit_worker.pool import loop
-from legit_worker.pool.loop import Pace
+from legit_worker.pool.loop import Pace, Wakeup
 
 
 class Listener:
@@ -109,3 +115,17 @@ def test_listening_for_longer_leaves_the_waiting_to_the_poller() -> None:
     listener = Listener(hears=True)
     assert loop.listen(listener, 0.01)
     assert listener.asked == [0.01]
+
+
+def test_a_wakeup_is_waited_for_whatever_its_descriptors_number() -> None:
+    """A worker with a thousand connections has larger numbers than `select.select` takes."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 1500:
+        pytest.skip("this shell allows no such number: ulimit -n")
+    subject = Wakeup()
+    with subject._reader as low:
+        subject._reader = socket.socket(fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD, 1500))
+    subject.wait(0.01)
+    subject.set()
+    subject.wait(10)
+    subject.clear()
+    subject.close()
