@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from celery import Celery
+from celery.backends.rpc import RPCBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult, GroupResult
 
@@ -102,6 +104,16 @@ class LooksAgain:
 class ClientResult(LooksAgain, AsyncResult):  # type: ignore[type-arg]  # not generic before Celery 5.7
     """What a client's task gives."""
 
+    def ready(self) -> bool:
+        """As Celery's, and with results by message also where a `get` or a group has made the client a consumer.
+
+        From then on the messages come to that consumer, and Celery's own `ready` looks for them on the queue alone.
+        """
+        if isinstance(self.backend, RPCBackend):
+            with contextlib.suppress(TimeoutError):
+                self.backend.result_consumer.drain_events(timeout=POLL_SECONDS)
+        return bool(super().ready())
+
 
 class ClientGroupResult(LooksAgain, GroupResult):
     """What a client's group gives."""
@@ -139,6 +151,16 @@ class Broker:
     #: More of a project's environment: the filesystem transport's folders, a visibility timeout.
     environment: Mapping[str, str] = field(default_factory=dict)
     transport_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stores_results(self) -> bool:
+        """Whether results are where anybody finds them."""
+        return not self.backend.startswith("rpc")
+
+    def needs_stored_results(self) -> None:
+        """Skip a test of results that others than the task's sender look at, where results are messages to that one."""
+        if not self.stores_results:
+            pytest.skip("rpc:// gives a result to who a message names in reply_to only, and has no chords")
 
     def client(self) -> Client:
         """An app that knows no task, as any other program's would."""

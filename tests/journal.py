@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from celery.result import AsyncResult
 from harness import SIDES, SIMULATED, Broker, StartWorker, Worker, poll
 
@@ -78,16 +77,6 @@ class Life:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.journal.of(result.id)}\n{self.worker.tail()}") from None
         return self.journal.of(result.id)
-
-    @property
-    def stores_results(self) -> bool:
-        """Whether results are where anybody finds them."""
-        return not self.worker.broker.backend.startswith("rpc")
-
-    def needs_stored_results(self) -> None:
-        """Skip a test of results that others than the task's sender look at, where results are messages to that one."""
-        if not self.stores_results:
-            pytest.skip("rpc:// gives a result to the task's sender only, and has no chords")
 
     def anonymous(self, value: Any, *results: AsyncResult[Any]) -> Any:
         """Without what must differ between two workers: their names, queues and processes, and these tasks' ids."""

@@ -133,7 +133,7 @@ CHORDS: dict[str, tuple[Callable[[Steps, int], Signature], Callable[[int], Any]]
 @pytest.mark.parametrize("name", [*CANVASES, *CHORDS])
 def test_a_canvas_answers_as_under_stock_solo(life: Life, name: str) -> None:
     if name in CHORDS:
-        life.needs_stored_results()
+        life.worker.broker.needs_stored_results()
     check_canvas(life, *(CANVASES | CHORDS)[name])
 
 
@@ -147,7 +147,7 @@ def test_chords_answer_under_rabbitmq_too(
     start_worker: StartWorker, tmp_path: Path, rabbitmq: Broker, side: str
 ) -> None:
     life = begin_life(start_worker, tmp_path, side, broker=rabbitmq)
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     for canvas in CHORDS.values():
         check_canvas(life, *canvas)
 
@@ -175,7 +175,7 @@ def check_failing_chain(life: Life) -> None:
     middle = AsyncResult(failing.options["task_id"], app=steps.app)
     poll(lambda: life.journal.of(middle.id), "the errback")
     assert life.journal.of(middle.id) == [["errback", "ValueError", "a step failed", True]]
-    if life.stores_results:
+    if life.worker.broker.stores_results:
         for result in (middle, last):
             life.worker.settle([result])
             assert (result.state, str(result.result)) == ("FAILURE", "a step failed")
@@ -192,7 +192,7 @@ def test_the_members_of_a_group_fail_alone(life: Life) -> None:
 
 @pytest.mark.parametrize("failing", [1, 3])
 def test_errors_in_a_chords_header_are_its_bodys_error(life: Life, failing: int) -> None:
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     steps = Steps(life.worker.client)
     body = steps.app.signature("gather").on_error(steps.app.signature("errback"))
     header = [steps.add(1, 1), *[steps.fails()] * failing, steps.add(1, 2)]
@@ -208,7 +208,7 @@ def test_errors_in_a_chords_header_are_its_bodys_error(life: Life, failing: int)
 
 
 def test_a_chords_body_that_fails_calls_its_errback(life: Life) -> None:
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     steps = Steps(life.worker.client)
     body = steps.fails().on_error(steps.app.signature("errback"))
     result = steps.chord([steps.add(1, 1), steps.add(1, 2)], body).apply_async()

@@ -116,7 +116,7 @@ def test_a_thousand_tasks_of_all_kinds_end_as_they_must_under_rabbitmq(
 
 def check_ends(life: Life) -> None:
     """Each task by its kind, its state and its result."""
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     kinds = plan()
     ids = [uuid() for _ in kinds]
     revoke(life, [task_id for task_id, kind in zip(ids, kinds, strict=True) if kind == "is revoked"])

@@ -340,7 +340,7 @@ def test_a_start_is_announced_where_the_task_says_so(life: Life, tmp_path: Path)
 
 
 def test_a_task_run_inside_another_keeps_its_result_where_it_says_so(life: Life) -> None:
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     (kept, first), (unkept, second) = life.ask("runs_here", 4)
     assert first == second == 8
     assert [AsyncResult(task, app=life.worker.client).state for task in (kept, unkept)] == ["SUCCESS", "PENDING"]
@@ -353,7 +353,7 @@ def test_a_project_may_have_its_tasks_subtasks_run_at_once(start_worker: StartWo
 
 
 def test_tasks_sent_after_a_park_are_the_children_of_the_one_that_sent_them(life: Life) -> None:
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     parents = [life.send("sends_children", 3) for _ in range(10)]
     for parent, children in zip(parents, life.worker.answers(parents), strict=True):
         assert len(set(children)) == 3
@@ -401,7 +401,7 @@ def test_links_are_called_with_the_result_and_errbacks_with_the_error(lives: dic
 
 
 def test_joining_within_a_task_is_refused_before_and_after_a_park(life: Life) -> None:
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     done = life.send("unkept", 1)
     life.worker.answer(done)
     results = [life.send("joins", done.id) for _ in range(20)]
@@ -410,7 +410,7 @@ def test_joining_within_a_task_is_refused_before_and_after_a_park(life: Life) ->
 
 
 def test_joining_is_allowed_where_the_task_says_so_and_refused_again_after_it(life: Life, tmp_path: Path) -> None:
-    life.needs_stored_results()
+    life.worker.broker.needs_stored_results()
     done = life.send("unkept", 1)
     life.worker.answer(done)
     (tmp_path / "is there").touch()

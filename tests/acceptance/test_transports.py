@@ -7,9 +7,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from harness import Broker, Sides
 
 Simulated = Callable[[Any], list[float]]
+
+
+@pytest.fixture
+def filesystem(servers: Any) -> Broker:
+    """A folder as a broker. Results are elsewhere: a client that looks for them there reads half-written messages."""
+    broker: Broker = servers.fresh(broker_url="filesystem://")
+    broker.needs_stored_results()
+    return broker
 
 
 def test_batches_form_under_rabbitmq(sides: Sides, rabbitmq: Broker, simulated: Simulated) -> None:
@@ -32,9 +41,9 @@ def test_a_bad_item_fails_alone_under_rabbitmq(sides: Sides, rabbitmq: Broker) -
 
 
 def test_a_transport_without_an_event_loop_runs_one_task_after_the_other(
-    sides: Sides, servers: Any, simulated: Simulated
+    sides: Sides, filesystem: Broker, simulated: Simulated
 ) -> None:
-    worker = sides.worker("modelpool", broker=servers.fresh(broker_url="filesystem://"))
+    worker = sides.worker("modelpool", broker=filesystem)
     results = [worker.send("one", f"text {number}") for number in range(20)]
     results += [worker.send("two_models", "text"), worker.send("no_model", 1), worker.send("fails_between", "text")]
     answers = worker.answers(results)
@@ -45,10 +54,10 @@ def test_a_transport_without_an_event_loop_runs_one_task_after_the_other(
 
 
 def test_tasks_that_are_due_later_are_run_without_an_event_loop_too(
-    sides: Sides, servers: Any, simulated: Simulated
+    sides: Sides, filesystem: Broker, simulated: Simulated
 ) -> None:
     """A thread of Celery's starts them, beside the worker's own."""
-    worker = sides.worker("modelpool", broker=servers.fresh(broker_url="filesystem://"))
+    worker = sides.worker("modelpool", broker=filesystem)
     due = [worker.client.send_task("one", [f"due {number}"], countdown=0.5) for number in range(10)]
     now = [worker.send("one", f"now {number}") for number in range(20)]
     assert worker.answers(now) == [simulated(f"now {number}") for number in range(20)]
@@ -56,9 +65,9 @@ def test_tasks_that_are_due_later_are_run_without_an_event_loop_too(
 
 
 def test_one_call_of_many_items_is_a_batch_without_an_event_loop_too(
-    sides: Sides, servers: Any, simulated: Simulated
+    sides: Sides, filesystem: Broker, simulated: Simulated
 ) -> None:
-    worker = sides.worker("modelpool", broker=servers.fresh(broker_url="filesystem://"))
+    worker = sides.worker("modelpool", broker=filesystem)
     outputs = [simulated(f"item {number}") for number in range(1000)]
     assert worker.ask("many", 1000) == hashlib.sha256(json.dumps(outputs).encode()).hexdigest()
     assert worker.ask("one", "a text", alias="reports")["batch"] == 1
