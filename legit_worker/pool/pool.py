@@ -463,13 +463,16 @@ class ModelPool(SoloPool):
         return True
 
     def _wait_for_helper(self, done: Future[Any]) -> None:
-        """Park the task until a helper process is done with its input."""
+        """Park the task until a helper process is done with its input; in an exclusive section, wait there."""
         fiber = fibers.current()
-        if fiber is None or not fiber.may_park():
+        if fiber is None:
             futures.wait([done])
             return
-        done.add_done_callback(lambda _: self._wake(fiber))
         with fiber.shield():
+            if not fiber.may_park():
+                futures.wait([done])
+                return
+            done.add_done_callback(lambda _: self._wake(fiber))
             while not done.done():
                 fiber.park("a helper process")
 

@@ -50,7 +50,7 @@ class Watcher:
     def __init__(
         self,
         *,
-        running: Collection[Fiber],
+        running: set[Fiber],
         wake: Callable[[], None],
         stall_seconds: float,
         ends_at: Callable[[], float] = lambda: inf,
@@ -89,7 +89,7 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._is_over:
-            running = tuple(self._running)
+            running = self._running.copy()  # in one step, unlike tuple(): the main thread changes it
             limited = [fiber for fiber in running if fiber.limit is not None]
             self._note_due(limited)
             self._note_end()

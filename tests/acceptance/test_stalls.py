@@ -96,3 +96,10 @@ def test_long_batches_and_loads_are_no_stall(start_worker: StartWorker, task: st
     worker.settle([*parked, *served])
     assert all(result.successful() for result in served)
     assert WARNING not in worker.log
+
+
+def test_a_helper_that_takes_long_is_no_stall(start_worker: StartWorker) -> None:
+    worker = start(start_worker, LEGIT_WORKER_PREP_PROCESSES="1")
+    parked = [worker.send("one", f"text {number}", "late") for number in range(3)]
+    worker.answers([*parked, worker.send("helped_alone", 2.5)])
+    assert WARNING not in worker.log

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
 
 import legit_worker
+from legit_worker.prep import processes
 
 __all__ = ["app"]
 
@@ -59,6 +60,13 @@ def alone(item: str, alias: str) -> Any:
     """Model calls in an exclusive section, during which nobody else can go on, and which end by themselves."""
     with legit_worker.exclusive():
         return [legit_worker.model(alias).map([f"{item} {number}"])[0] for number in range(2)]
+
+
+@app.task(name="helped_alone")
+def helped_alone(seconds: float) -> None:
+    """A helper process, waited for in an exclusive section."""
+    with legit_worker.exclusive():
+        processes.run(time.sleep, seconds, size=1)
 
 
 @app.task(name="computes")
