@@ -375,12 +375,12 @@ def test_the_backend_alone_tells_apps_under_any_pool(start_worker: StartWorker, 
     assert apps.only(apps.send("fails"))["error"]["type"] == "ValueError"
     assert apps.only(apps.send("no_such_task"))["error"]["type"] == "NotRegistered"
     assert apps.only(apps.send("double", 1, expires=-10))["status"] == "REVOKED"
-    child = worker.answer(apps.send("sends", 4))
-    apps.queues["alpha"].wait_for([child])
     if broker.stores_results:
         parts = [apps.task("double", number) for number in (1, 2)]
         sent = chord(parts, apps.task("total"), app=apps.client).apply_async()
         assert apps.only(sent)["result"] == 6
+    child = worker.answer(apps.send("sends", 4))
+    apps.queues["alpha"].wait_for([child])
 
 
 def test_time_limits_are_told_as_failures(start_worker: StartWorker, broker: Broker) -> None:

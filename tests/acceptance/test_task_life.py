@@ -301,7 +301,7 @@ def test_results_and_messages_are_pickled_where_the_project_says_so(start_worker
 
 
 def test_stamps_are_there_after_a_park_and_reach_what_the_task_sends(lives: dict[str, Life]) -> None:
-    lives["stock"].needs_stored_results()
+    lives["stock"].worker.broker.needs_stored_results()
 
     def ask(life: Life) -> Any:
         signature = life.worker.client.signature("sees", [1])
@@ -423,7 +423,7 @@ def test_joining_is_allowed_where_the_task_says_so_and_refused_again_after_it(li
 
 def test_joining_is_refused_to_others_while_tasks_that_may_are_parked(lives: dict[str, Life], tmp_path: Path) -> None:
     """Celery has one flag for the whole process, and here its blocks overlap, and are left in any order."""
-    lives["modelpool"].needs_stored_results()
+    lives["modelpool"].worker.broker.needs_stored_results()
     life = lives["modelpool"]
     done = life.send("unkept", 1)
     life.worker.answer(done)
