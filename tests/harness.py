@@ -111,7 +111,7 @@ class ClientResult(LooksAgain, AsyncResult):  # type: ignore[type-arg]  # not ge
         """
         if isinstance(self.backend, RPCBackend):
             with contextlib.suppress(TimeoutError):
-                self.backend.result_consumer.drain_events(timeout=POLL_SECONDS)
+                self.backend.result_consumer.drain_events(timeout=0.001)
         return bool(super().ready())
 
 
