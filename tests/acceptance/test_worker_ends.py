@@ -163,7 +163,7 @@ def test_no_task_is_lost_and_none_that_began_early_or_ended_runs_again(
     """All moments at once, each with a worker of its own."""
     way, heir = WAYS[name], heirs.of(pool)
     if (pool, name) == ("prefork", SOFT) and not heir.worker.broker.stores_results:
-        pytest.skip("after the soft shutdown prefork says RETRY of tasks that ended, and of messages the last one counts")
+        pytest.skip("after it prefork says RETRY of tasks that ended, and of messages the last one counts")
     moments = MOMENTS_OF.get(pool, MOMENTS)
     lives, sent = {}, {}
     for moment, (seconds, _) in moments.items():
