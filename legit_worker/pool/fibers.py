@@ -72,16 +72,24 @@ class Fiber(greenlet):
     def park(self, waits_for: str) -> None:
         """Give control back to the loop until it resumes this fiber. Called from inside it."""
         self.waits_for = waits_for
+        try:
+            with self._others_run():
+                self.parent.switch()
+        finally:
+            self.waits_for = None
+
+    @contextmanager
+    def _others_run(self) -> Iterator[None]:
+        """What the thread has only once is as others are to find it, and then again as it was here."""
         restore = modes.suspend()
-        # One flag for the whole process: inside `allow_join_result()`, it is this task's alone (celery.result, 5.7).
+        # One flag for the whole process: inside `allow_join_result()`, it is one task's alone (celery.result, 5.7).
         joins_block = task_join_will_block()
         _set_task_join_will_block(self._joins_block)
         try:
-            self.parent.switch()
+            yield
         finally:
             _set_task_join_will_block(joins_block)
             restore()
-            self.waits_for = None
 
     def may_park(self) -> bool:
         """Whether other tasks may run while this one waits.
@@ -131,7 +139,8 @@ class Fiber(greenlet):
             self.doomed, self.overdue = True, error or GreenletExit()
         elif not self.dead:
             self.parent = caller
-            self.throw(error or GreenletExit)
+            with self._others_run():
+                self.throw(error or GreenletExit)
 
 
 def current() -> Fiber | None:

@@ -8,6 +8,7 @@ import os
 from contextvars import ContextVar
 
 import pytest
+import torch
 from celery.result import allow_join_result, denied_join_result, task_join_will_block
 from greenlet import greenlet
 
@@ -86,18 +87,24 @@ def test_a_terminated_fiber_runs_its_finally_and_goes_no_further() -> None:
     assert subject.dead
 
 
-def test_a_fiber_can_be_terminated_from_within_another_which_then_goes_on() -> None:
-    steps = []
-    parked = fiber(lambda: parked.park("a model"))
-    parked.resume()
+def test_a_fiber_can_be_terminated_from_within_another_which_then_goes_on_as_it_was() -> None:
+    seen = []
+
+    def task() -> None:
+        with denied_join_result():
+            parked.park("a model")
 
     def other() -> None:
-        parked.terminate()
-        steps.append("went on")
+        with allow_join_result(), torch.inference_mode():
+            parked.terminate()
+            seen.append((task_join_will_block(), torch.is_inference_mode_enabled()))
 
-    fiber(other).resume()
+    with denied_join_result():
+        parked = fiber(task)
+        parked.resume()
+        fiber(other).resume()
     assert parked.dead
-    assert steps == ["went on"]
+    assert seen == [(False, True)]
 
 
 def test_a_task_that_is_revoked_as_it_is_accepted_never_runs_its_own_code() -> None:
