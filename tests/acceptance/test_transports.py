@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import Broker, Sides
+from harness import Broker, Sides, poll
 
 Simulated = Callable[[Any], list[float]]
 
@@ -71,3 +72,25 @@ def test_one_call_of_many_items_is_a_batch_without_an_event_loop_too(
     outputs = [simulated(f"item {number}") for number in range(1000)]
     assert worker.ask("many", 1000) == hashlib.sha256(json.dumps(outputs).encode()).hexdigest()
     assert worker.ask("one", "a text", alias="reports")["batch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "signals"),
+    [
+        pytest.param("stock", [signal.SIGTERM], id="stock warm"),
+        pytest.param("modelpool", [signal.SIGTERM], id="modelpool warm"),
+        pytest.param("modelpool", [signal.SIGTERM, signal.SIGQUIT], id="modelpool cold"),
+    ],
+)
+def test_a_worker_without_an_event_loop_leaves_the_rest_to_the_next(
+    sides: Sides, filesystem: Broker, side: str, signals: list[signal.Signals]
+) -> None:
+    first = sides.worker(side, broker=filesystem)
+    sent = [first.send("one", f"text {number}", alias="slow") for number in range(20)]
+    poll(lambda: any(result.ready() for result in sent), "the first answer")
+    for number in signals:
+        first.signal(number)
+        first.wait_for_log("Warm shutdown")
+    assert first.wait() == 0
+    assert not all(result.ready() for result in sent)
+    assert sides.worker(side, broker=filesystem).answers(sent) == [f"TEXT {number}" for number in range(20)]
