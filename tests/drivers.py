@@ -21,6 +21,13 @@ def build(source: str, library: str, folder: Path) -> Path:
     return folder
 
 
+def torch_has_cuda() -> bool:
+    """Whether torch is built for CUDA, with a GPU or without."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
 @dataclass(frozen=True)
 class CudaDriver:
     """A driver that has no device and logs who calls it."""
@@ -42,6 +49,11 @@ class CudaDriver:
     def calls(self) -> list[str]:
         """The functions that were called, by whatever process, and `loaded` for each that loaded the library."""
         return [line.partition(" ")[2] for line in self._log.read_text().splitlines()] if self._log.exists() else []
+
+    @property
+    def asked(self) -> list[str]:
+        """Without the loads, where the linker has torch do that: one that is built for CUDA names the library."""
+        return [call for call in self.calls if call != "loaded" or not torch_has_cuda()]
 
     @property
     def _log(self) -> Path:

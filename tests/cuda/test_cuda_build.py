@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from drivers import CudaDriver
+from drivers import CudaDriver, torch_has_cuda
 
 torch = pytest.importorskip("torch")
 
-if torch.version.cuda is None:
+if not torch_has_cuda():
     if os.environ.get("LEGIT_TEST_CUDA_BUILD"):
         pytest.fail(f"torch {torch.__version__} is not built for CUDA", pytrace=False)
     pytest.skip("torch is not built for CUDA", allow_module_level=True)
@@ -49,21 +49,16 @@ def run(driver: CudaDriver, code: str, **variables: str) -> subprocess.Completed
     )
 
 
-def asked(driver: CudaDriver) -> list[str]:
-    """The functions that were called. That the library is loaded is the linker's doing: torch names it."""
-    return [call for call in driver.calls if call != "loaded"]
-
-
 def test_the_driver_hears_of_the_question_that_began_it_all(driver: CudaDriver) -> None:
     """Without the guard: otherwise the other tests would show nothing."""
     run(driver, QUESTIONS["properties"])
-    assert asked(driver)
+    assert driver.asked
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_prep_process_never_asks_the_driver(driver: CudaDriver, question: str) -> None:
     finished = run(driver, INSTALL + QUESTIONS[question], LEGIT_WORKER_ROLE="prep")
-    assert asked(driver) == []
+    assert driver.asked == []
     if question in ("properties", "to"):
         assert "CudaForbiddenError" in finished.stderr
     else:
@@ -77,11 +72,11 @@ def test_preparing_never_asks_the_driver(driver: CudaDriver) -> None:
     model = {"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path())}
     finished = run(driver, code, LEGIT_WORKER_ROLE="prep", **model)
     assert finished.returncode == 0, finished.stderr
-    assert asked(driver) == []
+    assert driver.asked == []
 
 
 def test_a_device_worker_process_asks_nobody_before_it_loads_a_model(driver: CudaDriver) -> None:
     code = INSTALL + "from legit_worker import settings, pool\nsettings.load()\nimport torch, legit_worker.tasks"
     finished = run(driver, code, LEGIT_WORKER_ENABLED="1")
     assert finished.returncode == 0, finished.stderr
-    assert asked(driver) == []
+    assert driver.asked == []
