@@ -162,13 +162,13 @@ def run_task(
     fiber = current()
     assert fiber is not None
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def call_target(*args: Any, **kwargs: Any) -> Any:  # limits.TARGET
         if fiber.doomed:
             raise GreenletExit
         return target(*args, **kwargs)
 
     try:
-        apply_target(run, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
+        apply_target(call_target, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
     except TimeLimitPassed:
         limit, fiber.limit = fiber.limit, None
         if limit is not None and limit.hard is not None:

@@ -25,6 +25,9 @@ AGAIN = 1.0
 #: Modules whose code below a task's trace is Celery's bookkeeping, and not the task.
 BOOKKEEPING = ("celery.", "kombu.", "legit_worker.routing.")
 
+#: The frame, by module and name, that calls what Celery handed to the pool: `legit_worker.pool.fibers.run_task`.
+TARGET = ("legit_worker.pool.fibers", "call_target")
+
 #: From this release on, `Request.on_timeout` tells all who are to know of a hard limit. Before, it leaves the signal,
 #: the event and whether the message goes back to `Request.on_failure`, which prefork calls, too (billiard.pool).
 TELLS_ALL = (5, 7)
@@ -83,14 +86,20 @@ def is_in_body(frame: FrameType | None) -> bool:
     """Whether this code runs below a task's own function, and not in what Celery does before and after that.
 
     Looks for the frame of `celery.app.trace.build_tracer.<locals>.trace_task` (5.5 to 5.7), which knows no state until
-    the function is over. Without one, the task is not traced by Celery, and all of it is its own.
+    the function is over. Without one, Celery is about to trace the task or has done so, or tells how it ended; or what
+    runs is no task of Celery's, and all of it is its own.
     """
     above: FrameType | None = None
+    is_traced = False
     while frame is not None:
-        if frame.f_code.co_name == "trace_task" and "retval" in frame.f_locals:
+        module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if name == "trace_task" and "retval" in frame.f_locals:
             return bool(frame.f_locals["state"] is None) and not _is_bookkeeping(above)
+        if (module, name) == TARGET:
+            return above is not None and not is_traced
+        is_traced = is_traced or module == "celery.app.trace"
         above, frame = frame, frame.f_back
-    return True
+    return False
 
 
 def _is_bookkeeping(frame: FrameType | None) -> bool:

@@ -18,7 +18,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from greenlet import GreenletExit
+from greenlet import GreenletExit, getcurrent
 
 from legit_worker.pool import fibers
 from legit_worker.pool.fibers import Fiber
@@ -152,5 +152,8 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     the loop.
     """
     fiber = fibers.current()
-    if fiber is not None and fiber.overdue is not None and not fiber.shielded and is_in_body(frame):
+    if fiber is None or fiber.overdue is None or fiber.shielded:
+        return
+    # Another library's greenlet is one that the task's own code went to.
+    if getcurrent() is not fiber or is_in_body(frame):
         fiber.raise_overdue()
