@@ -114,27 +114,22 @@ class ClientResult(LooksAgain, AsyncResult):  # type: ignore[type-arg]  # not ge
                 self.backend.result_consumer.drain_events(timeout=0.001)
         return bool(super().ready())
 
+    def __del__(self) -> None:
+        """Nothing. Celery's unsubscribes, and waits for the server there, which a test may have stopped."""
+
 
 class ClientGroupResult(LooksAgain, GroupResult):
     """What a client's group gives."""
 
 
 class Client(Celery):
-    """An ordinary Celery client that can be closed before its results are gone.
-
-    Celery's results unsubscribe when they are collected, and raise there if the server is gone by then.
-    """
+    """An ordinary Celery client, but for its results."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.AsyncResult = self.subclass_with_self(ClientResult)
         self.GroupResult = self.subclass_with_self(ClientGroupResult)
         clients.append(self)
-
-    def close(self) -> None:
-        """Results stay as they were last seen."""
-        self.backend.remove_pending_result = lambda result: result
-        super().close()
 
 
 #: All clients of this process. They are closed before the servers are.
