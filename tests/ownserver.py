@@ -64,8 +64,9 @@ class Server:
         return f"redis://127.0.0.1:{self.port}/0"
 
 
-#: Where Debian has the server itself, rather than what changes to its own user first.
+#: Where Debian has the server itself, and its operator's command, rather than what changes to another user first.
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+RABBITMQCTL = RABBITMQ.with_name("rabbitmqctl")
 
 
 @dataclass
@@ -96,6 +97,15 @@ class RabbitServer:
         shutil.rmtree(self.folder)
         self.start()
 
+    def close_connections(self) -> None:
+        """All of them, as its operator would."""
+        subprocess.run(
+            [str(RABBITMQCTL), "close_all_connections", "--quiet", "a test cuts all connections"],
+            env=os.environ | self._name(),
+            timeout=START_SECONDS,
+            check=True,
+        )
+
     def stop(self) -> None:
         """Really, and with everything on disk."""
         os.killpg(self.process.pid, signal.SIGTERM)
@@ -120,11 +130,13 @@ class RabbitServer:
             return True
         return False
 
+    def _name(self) -> dict[str, str]:
+        """By which it is known to its operator's command, and where the secret is that both know."""
+        return {"HOME": str(self.folder), "RABBITMQ_NODENAME": f"tests{self.port}@localhost"}
+
     def _environment(self) -> dict[str, str]:
         nowhere = str(self.folder / "none")
-        return {
-            "HOME": str(self.folder),
-            "RABBITMQ_NODENAME": f"tests{self.port}@localhost",
+        return self._name() | {
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
             "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),

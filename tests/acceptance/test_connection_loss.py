@@ -8,11 +8,9 @@ a task whose result it can't store otherwise.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -202,40 +200,32 @@ def test_tasks_in_flight_are_cancelled_with_their_connection_where_the_project_w
 
 
 @pytest.fixture
-def own_vhost(rabbitmq: Broker) -> Iterator[Broker]:
-    """A part of RabbitMQ that no other test uses, so that all of its connections are this test's."""
-    name = f"tests-{uuid.uuid4().hex[:12]}"
-    rabbitmqctl("add_vhost", name)
-    rabbitmqctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
-    yield replace(rabbitmq, url=f"{rabbitmq.url.rstrip('/')}/{name}")
-    rabbitmqctl("delete_vhost", name)
-
-
-def rabbitmqctl(*arguments: str) -> None:
-    """Its operator's command, which root may use where the server runs."""
-    command = "/usr/sbin/rabbitmqctl"
-    if not Path(command).exists():
-        missing("rabbitmqctl is not there")
-    finished = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=60, check=False)
-    if finished.returncode:
-        missing(f"rabbitmqctl {arguments[0]}: {finished.stderr}")
+def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
+    """A RabbitMQ that no other test uses."""
+    if not RABBITMQ.exists():
+        missing(f"{RABBITMQ} is not there")
+    server = RabbitServer(tmp_path / "rabbit")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.end()
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_tasks_in_flight_outlive_their_connections_to_rabbitmq(
-    start_worker: StartWorker, own_vhost: Broker, server: Server, side: str, simulated: Callable[[Any], list[float]]
+    start_worker: StartWorker, rabbit: RabbitServer, server: Server, side: str, simulated: Callable[[Any], list[float]]
 ) -> None:
     worker = Sides(start_worker, "controlled").worker(
         side,
-        broker=replace(own_vhost, backend=server.url),
+        broker=Broker(url=rabbit.url, backend=server.url, queue="work"),
         PROJECT_ACKS_LATE="1",
         LEGIT_WORKER_WINDOW=str(TASKS),
         **LATE,
     )
     results = in_flight(worker, "late")
-    vhost = own_vhost.url.rpartition("/")[2]
     for _ in range(2):
-        rabbitmqctl("close_all_connections", "--vhost", vhost, "--quiet", "a test cuts all connections")
+        rabbit.close_connections()
         kombu.pools.reset()
     results = reconnect(worker, results)
     new = [worker.send("one", f"new {number}") for number in range(TASKS)]
@@ -250,30 +240,23 @@ def test_tasks_in_flight_outlive_their_connections_to_rabbitmq(
 
 
 def test_tasks_in_flight_outlive_rabbitmq_itself(
-    start_worker: StartWorker, server: Server, tmp_path: Path, simulated: Callable[[Any], list[float]]
+    start_worker: StartWorker, rabbit: RabbitServer, server: Server, simulated: Callable[[Any], list[float]]
 ) -> None:
     """Paused, restarted, and replaced by an empty one, one after the other, under the same worker."""
-    if not RABBITMQ.exists():
-        missing(f"{RABBITMQ} is not there")
-    rabbit = RabbitServer(tmp_path / "rabbit")
-    try:
-        rabbit.start()
-        broker = Broker(url=rabbit.url, backend=server.url, queue="work")
-        settings = {"LEGIT_WORKER_WINDOW": str(TASKS)} | late_models()
-        worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, **settings)
-        for alias, outage in zip(MODELS, ("paused", "restarted", "replaced by an empty one"), strict=False):
-            away, back = OUTAGES[outage]
-            results = in_flight(worker, alias)
-            away(rabbit)
-            worker.wait_for_log(f"model {alias!r} loaded")
-            back(rabbit)
-            results = reconnect(worker, results)
-            new = [worker.send("one", f"new {number}") for number in range(TASKS)]
-            assert worker.answers([*results, *new]) == [
-                *(simulated(f"text {number}") for number in range(TASKS)),
-                *(simulated(f"new {number}") for number in range(TASKS)),
-            ], outage
-        assert worker.log.count(f"{worker.name} ready.") == 1
-        poll(lambda: worker.stats()["prefetch_count"] == TASKS, "the whole window")
-    finally:
-        rabbit.end()
+    broker = Broker(url=rabbit.url, backend=server.url, queue="work")
+    settings = {"LEGIT_WORKER_WINDOW": str(TASKS)} | late_models()
+    worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, **settings)
+    for alias, outage in zip(MODELS, ("paused", "restarted", "replaced by an empty one"), strict=False):
+        away, back = OUTAGES[outage]
+        results = in_flight(worker, alias)
+        away(rabbit)
+        worker.wait_for_log(f"model {alias!r} loaded")
+        back(rabbit)
+        results = reconnect(worker, results)
+        new = [worker.send("one", f"new {number}") for number in range(TASKS)]
+        assert worker.answers([*results, *new]) == [
+            *(simulated(f"text {number}") for number in range(TASKS)),
+            *(simulated(f"new {number}") for number in range(TASKS)),
+        ], outage
+    assert worker.log.count(f"{worker.name} ready.") == 1
+    poll(lambda: worker.stats()["prefetch_count"] == TASKS, "the whole window")

@@ -144,7 +144,7 @@ def test_tasks_that_overlap_are_told_apart(worker: Worker, watcher: Watcher) -> 
 
 def test_a_task_that_expired_and_one_that_was_revoked_are_told_as_such(worker: Worker, watcher: Watcher) -> None:
     expired = worker.client.send_task("no_model", [1], expires=-1)
-    revoked = worker.client.send_task("no_model", [1], countdown=1)
+    revoked = worker.client.send_task("no_model", [1], countdown=4)
     poll(lambda: watcher.types_of(revoked) == ["task-received"], "the one that is due later")
     worker.client.control.revoke(revoked.id, destination=[worker.name])
     poll(lambda: watcher.types_of(revoked) == ["task-received", "task-revoked"], "its end")
