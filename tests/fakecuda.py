@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,11 @@ class FakeCuda:
     done: threading.Event = field(default_factory=threading.Event)
     #: What every call answers from now on; the context is broken.
     broken: str | None = None
+    total: int = 1_000_000
     allocated: int = 1000
     peak: int = 1000
+    #: Of all its memory, what the allocator may have.
+    share: float = 1.0
     #: How long it takes over each batch, one after another, and until when it has work.
     seconds: float = 0.0
     busy_until: float = 0.0
@@ -127,6 +131,8 @@ class FakeCuda:
                 "allocated_bytes": {"all": {"current": fake.allocated, "peak": fake.peak}}
             },
             "current_stream": lambda name: f"of the batches on {name}",
+            "get_device_properties": lambda name: types.SimpleNamespace(total_memory=fake.total),
+            "set_per_process_memory_fraction": lambda share, name: setattr(fake, "share", share),
             "memory_reserved": lambda name: fake.allocated + 500,
             "synchronize": lambda name: fake.note("synchronize"),
             "empty_cache": lambda: fake.note("empty cache"),

@@ -24,6 +24,9 @@ from legit_worker.device.vram import Gpu, VramUnknownError, visible_gpus
 #: How torch's allocator is told to let its blocks grow instead of leaving holes between them. Read once, at import.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+#: Bytes of weights that are copied at once.
+PART = 16 * 2**20
+
 #: Its name from torch 2.9 on, which still reads the other.
 ALLOCATOR_ALSO = "PYTORCH_ALLOC_CONF"
 
@@ -77,6 +80,9 @@ class CudaDevice(Device):
         #: The allocator counts one peak for the process: the loader's trial batches and the engine's take turns. A
         #: model's `forward` may call another model.
         self._counting = threading.RLock()
+        #: The most that torch's allocator may have, and whether weights are being read, when that does not count.
+        self._limit: int | None = None
+        self._is_loading = False
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
         """Queue a batch's kernels, and the copy of its outputs to the host behind them. Raises what `compute` raises.
@@ -114,16 +120,36 @@ class CudaDevice(Device):
     def loading(self) -> Iterator[None]:
         """Copies of weights don't stand in the way of batches, and are over when the block is."""
         cuda, stream = _torch().cuda, self._loading_stream
-        # Memory of evicted weights is used again here, and a batch that nobody waits for any more may still read it.
-        stream.wait_stream(cuda.current_stream(self._numbered))
-        with cuda.stream(stream):
-            yield
-        stream.synchronize()
+        # Weights can be larger than their files, and then others leave for them, once that is known.
+        self._hold(is_loading=True)
+        try:
+            # Memory of evicted weights is used again here, and a batch that nobody waits for may still read it.
+            stream.wait_stream(cuda.current_stream(self._numbered))
+            with cuda.stream(stream):
+                yield
+            stream.synchronize()
+        finally:
+            self._hold(is_loading=False)
 
     @functools.cached_property
     def _loading_stream(self) -> Any:
         """One for good: the allocator gives memory of one model's weights to the next only on the same stream."""
         return _torch().cuda.Stream(self._numbered)
+
+    def hold(self, limit: int | None) -> None:
+        """Torch's allocator gives back what it keeps for later before it has more; if that is not enough, it raises."""
+        self._limit = limit
+        self._hold(is_loading=self._is_loading)
+
+    def _hold(self, *, is_loading: bool) -> None:
+        self._is_loading = is_loading
+        cuda = started_cuda()
+        if cuda is None:
+            return
+        share = 1.0
+        if self._limit is not None and not is_loading:
+            share = min(1.0, self._limit / cuda.get_device_properties(self._numbered).total_memory)
+        cuda.set_per_process_memory_fraction(share, self._numbered)
 
     def taken(self) -> int:
         """Bytes that torch's allocator has of the GPU, in use or kept."""
@@ -197,6 +223,46 @@ def _to_host(outputs: Any) -> Any:
         return outputs
     host = torch.empty(outputs.shape, dtype=outputs.dtype, pin_memory=True)
     return host.copy_(outputs, non_blocking=True)
+
+
+def move(module: Any, device: str) -> None:
+    """Put a `torch.nn.Module` on `device`.
+
+    Between the host and a GPU, part by part through a little pinned memory: while the driver is at a copy of memory
+    that is not pinned, it takes no launch, and torch's `to` copies whole tensors so.
+    """
+    import torch
+
+    there = torch.device(device)
+    if there.type == "cuda" or any(tensor.device.type == "cuda" for tensor in module.parameters()):
+        pinned = torch.empty(PART, dtype=torch.uint8, pin_memory=True)
+        module._apply(lambda tensor: copied(tensor, there, pinned))  # as `to` does it
+    module.to(device)
+
+
+def copied(tensor: Any, device: Any, pinned: Any) -> Any:
+    """A tensor's values on `device`, as many at once as have room in the bytes of `pinned`."""
+    import torch
+
+    if not tensor.is_contiguous():
+        return tensor.to(device)
+    new = torch.empty_like(tensor, device=device)
+    source, target = tensor.detach().view(-1), new.view(-1)
+    each = pinned.numel() // tensor.element_size()
+    for begin in range(0, source.numel(), each):
+        part = source[begin : begin + each]
+        room = pinned[: part.numel() * part.element_size()].view(part.dtype)
+        room.copy_(part, non_blocking=True)
+        _finish(tensor)
+        target[begin : begin + each].copy_(room, non_blocking=True)
+        _finish(new)
+    return new
+
+
+def _finish(tensor: Any) -> None:
+    """Wait for the copies from and to this tensor, where it is on a GPU."""
+    if tensor.device.type == "cuda":
+        _torch().cuda.current_stream(tensor.device).synchronize()
 
 
 @contextmanager

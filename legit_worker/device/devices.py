@@ -59,6 +59,9 @@ class Device:
         """Bytes that this process has of the device, in use or kept for later; 0 where that is unknown."""
         return 0
 
+    def hold(self, limit: int | None) -> None:
+        """Have at most so many bytes of the device from now on, where it can be held to that; None: what it has."""
+
     def is_lost(self, error: BaseException) -> bool:
         """Whether nothing can be computed here any more, after a batch ended in this error."""
         return False

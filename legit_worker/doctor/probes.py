@@ -15,6 +15,9 @@ from typing import Any
 #: Texts of mixed lengths, so that a batch is padded.
 TEXTS = [" ".join(f"word{place}" for place in range(1 + number * 7 % 40)) for number in range(64)]
 
+#: Times that they are computed before it counts.
+WARM_UP = 5
+
 
 def torch_gpus() -> dict[str, Any]:
     """What torch shows. Opens a context, where there is a GPU."""
@@ -59,7 +62,8 @@ def batches(alias: str) -> dict[str, Any]:
     from legit_worker.models.registry import default_registry
 
     handle = legit_worker.model(alias)
-    handle.encode(TEXTS)  # loads, and warms up
+    for _ in range(WARM_UP):  # loads, and learns what batches take
+        together = handle.encode(TEXTS)
     start = perf_counter()
     together = handle.encode(TEXTS)
     middle = perf_counter()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from legit_worker.device import cuda, vram
+from legit_worker.device.devices import Device
 from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
 from legit_worker.settings import Settings
@@ -54,9 +55,17 @@ class Budget:
         most = max(0, found.free + ours - headroom - self._growth(found.used - ours))
         return most if limit is None else min(most, limit.of(found.total))
 
+    def hold(self, limit: int | None) -> None:
+        """Keep the device's allocator within so many bytes; None: let it have what there is."""
+        if not self._is_unknown:
+            self._device().hold(limit)
+
     def _taken(self) -> int:
+        return 0 if self._is_unknown else self._device().taken()
+
+    def _device(self) -> Device:
         device = self._chosen.device
-        return 0 if self._is_unknown else cuda.cuda_device("cuda" if device == "auto" else device).taken()
+        return cuda.cuda_device("cuda" if device == "auto" else device)
 
     def report(self, weights: int) -> dict[str, int]:
         """Of the whole device, in bytes: `total`, what `others` have, what is `free`, and the `headroom` in that.

@@ -21,7 +21,7 @@ from legit_worker import settings
 from legit_worker.batching.costmodel import BYTES_PRIOR, CostModel
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device, Launch
-from legit_worker.device.memory import is_out_of_memory
+from legit_worker.device.memory import give_back_cached, is_out_of_memory
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import DeviceLostError, LegitWorkerError, ModelLoadError
 from legit_worker.models.protocol import Model
@@ -151,8 +151,10 @@ class Entry:
     def unload(self, *, keep: bool = False) -> None:
         """Take the weights, which nobody uses, off the device. `keep` says that they may wait in the host's memory."""
         with self._lock:
-            if keep and self._device.tells_memory and self._future is not None:
-                self._shelf.put(self.alias, Kept(model=self._future.result(timeout=0), size=self.size))
+            if keep and self._device.tells_memory:
+                self._shelf.put(self.alias, Kept(model=self.model_now, size=self.size))
+            else:
+                self._shelf.forget(self.model_now)
             self._future = None
 
     @property
@@ -280,13 +282,16 @@ class Entry:
         model: Any = None
         try:
             self._device = device_of("simulated" if self.spec.kind == "simulated" else self._device_name())
+            # Before the turn: a first import of torch and of a library on it takes many seconds.
+            cls = symbol_by_name(KINDS.get(self.spec.kind, self.spec.kind))
             with self.residency.turn():
                 self.residency.check_room(self)
                 with self._device.loading():
-                    model = self._bring()
+                    model = self._bring(cls)
+                self.size = int(model.memory()) if hasattr(model, "memory") else self.size
+                self.residency.hold()
                 # Where batches run: torch's allocator keeps what it freed for the stream that it was for.
                 self._calibrate(model)
-            self.size = int(model.memory()) if hasattr(model, "memory") else self.size
         except NotNowError:
             raise
         except Exception as error:
@@ -309,12 +314,12 @@ class Entry:
         )
         return model  # type: ignore[no-any-return]
 
-    def _bring(self) -> Model:
+    def _bring(self, cls: Any) -> Model:
         """From the host's memory where it is there, else from its files; after those that leave have left."""
         model: Model | None = self._shelf.take(self.alias)
         self._shelf.clear_device()
         if model is None:
-            model = self._construct()
+            model = self._construct(cls)
             model.load(self._device.name)
         else:
             model.to(self._device.name)  # type: ignore[attr-defined]  # or it would not have been kept
@@ -334,6 +339,7 @@ class Entry:
                 continue  # a device this full says by the smaller ones what it can take
             if launch.peak and number:
                 self.activations.observe(count, max(map(model.cost, batch)), launch.peak)
+        give_back_cached()  # the next batch may be a small one, and other processes may want the rest
 
     def _compute(self, model: Model, batch: Sequence[Any]) -> Launch:
         """A batch, and its end. Raises what the model raises."""
@@ -343,8 +349,7 @@ class Entry:
             raise launch.error
         return launch
 
-    def _construct(self) -> Model:
-        cls = symbol_by_name(KINDS.get(self.spec.kind, self.spec.kind))
+    def _construct(self, cls: Any) -> Model:
         offered = {
             "alias": self.alias,
             "path": self.spec.path,

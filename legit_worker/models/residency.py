@@ -221,7 +221,17 @@ class Residency:
     def _read_budget(self) -> int | None:
         self._known_budget = self._budget_for(self._weights())
         self._budget_read_at = monotonic()
+        self.hold()
         return self._known_budget
+
+    def hold(self) -> None:
+        """Have the device's allocator keep within the budget: what it keeps for later is not in ours. Any thread.
+
+        Not where weights alone are over it, because a task could not wait or their files were smaller.
+        """
+        hold: Callable[[int | None], None] = getattr(self._budget_for, "hold", lambda _: None)
+        weights = self._weights() + self._being_read()
+        hold(None if self._known_budget is None or weights > self._known_budget else self._known_budget)
 
     def _weights(self) -> int:
         return sum(entry.size for entry in self._entries if entry.is_resident)

@@ -22,7 +22,7 @@ from sentence_transformers import util
 from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.device.cpu import speed_up_linear_layers
-from legit_worker.device.cuda import tf32, to_device
+from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.protocol import ImageFile
 from legit_worker.prep.texts import PROBES, PreparedText, fingerprint
@@ -68,10 +68,11 @@ class SentenceModel:
         """Read the weights from the path, or the local cache, and put them on `device`."""
         self._model = self._open(
             self._path,
-            device=device,
+            device="cpu",
             revision=self._revision,
             model_kwargs={"dtype": self._dtype} if self._dtype else None,
         ).eval()
+        move(self._model, device)
         self._tokenize = short_way(self._model)
         speed_up_linear_layers(self._model)
 
@@ -80,7 +81,7 @@ class SentenceModel:
 
     def to(self, device: str) -> None:
         """Move the weights."""
-        self._model.to(device)
+        move(self._model, device)
 
     def sample(self, cost: int) -> Any:
         """A text of about so many tokens."""

@@ -5,13 +5,23 @@ In: models that leave the device. Out: the same ones, in host memory, for as lon
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic, sleep
 from typing import Any
 
 from cachetools import LRUCache
 
 logger = logging.getLogger(__name__)
+
+#: Seconds for which a load waits until a model that was evicted is out of everybody's hands, since who used it last has
+#: it for a moment more; the same once Python's collector has looked for it; and between two looks.
+GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, 1.0, 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +34,16 @@ class Kept:
 
 
 class Shelf:
-    """Any thread may `put`; all else happens on the loader thread. Never holds more than `limit` bytes of the host."""
+    """Never holds more than `limit` bytes of the host.
+
+    Any thread may `put` and `forget`; all else happens on the loader thread.
+    """
 
     def __init__(self, limit: int) -> None:
         #: Evicted, and on the device until the next load begins. They go one by one: anybody may add another.
         self._leaving: dict[str, Kept] = {}
+        #: Evicted and forgotten: somebody may still have them.
+        self._going: deque[weakref.ref[Any]] = deque()
         self._here: LRUCache[str, Kept] = LRUCache(limit, getsizeof=lambda kept: kept.size)
 
     def __repr__(self) -> str:
@@ -43,6 +58,13 @@ class Shelf:
         """A model leaves the device. It is forgotten where it can't be moved, or is larger than the shelf."""
         if hasattr(kept.model, "to") and kept.size <= self._here.maxsize:
             self._leaving[alias] = kept
+        else:
+            self.forget(kept.model)
+
+    def forget(self, model: Any) -> None:
+        """A model leaves the device for good."""
+        with suppress(TypeError):  # a class with slots need not know weak references
+            self._going.append(weakref.ref(model))
 
     def take(self, alias: str) -> Any:
         """The model, wherever its weights are by now; None where it is not here."""
@@ -50,7 +72,7 @@ class Shelf:
         return kept and kept.model
 
     def clear_device(self) -> None:
-        """Move what leaves to the host: the next load needs its room. The least recently used make place here."""
+        """Have what leaves on the host, or gone: the next load needs its room. The least recently used make place."""
         while self._leaving:
             alias, kept = self._leaving.popitem()
             try:
@@ -58,8 +80,21 @@ class Shelf:
                 self._here[alias] = kept
             except Exception:  # the host is short of memory: the model is then read from its files again
                 logger.warning("model %r does not fit into the host's memory, and is forgotten", alias, exc_info=True)
+        going = [self._going.popleft() for _ in range(len(self._going))]
+        if not _are_gone(going, GONE_SOON):
+            gc.collect()  # a failed task's traceback has frames that had it, and Celery leaves those to the collector
+            _are_gone(going, GONE_LATE)
 
     def clear(self) -> None:
         """Forget them all."""
         self._leaving.clear()
         self._here.clear()
+
+
+def _are_gone(models: Sequence[weakref.ref[Any]], seconds: float) -> bool:
+    until = monotonic() + seconds
+    while any(model() is not None for model in models):
+        if monotonic() > until:
+            return False
+        sleep(GONE_LOOK)
+    return True

@@ -11,6 +11,7 @@ Which model is next: the one that had least of the device, in seconds. Which ite
 
 from __future__ import annotations
 
+import gc
 import logging
 import traceback
 from collections import deque
@@ -377,6 +378,8 @@ class Engine:
         cost = padded([item.cost for item in batch])
         self.counters[queue.entry.alias].out_of_memory += 1
         traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
+        if len(batch) == 1:
+            gc.collect()  # as do the tracebacks of tasks that failed otherwise, which Celery leaves to the collector
         try:
             self._free_memory()
         except Exception:

@@ -6,9 +6,11 @@ is done, as the solo pool would have called them.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -372,6 +374,7 @@ class ModelPool(SoloPool):
         state.should_stop = os.EX_SOFTWARE
         if self._consumer is not None:  # in the middle of a warm shutdown, that comes too late
             self._consumer.controller.exitcode = os.EX_SOFTWARE
+        atexit.register(_leave)
         self._runner.lost = error
         logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
         self._backlog.clear()
@@ -518,3 +521,15 @@ def _describe(args: tuple[Any, ...]) -> tuple[str, str, Mapping[str, Any]]:
     if len(args) >= 3 and isinstance(args[2], Mapping):
         return args[0], f"{args[0]}[{args[1]}]", args[2]
     return "", "a call", {}
+
+
+def _leave() -> None:
+    """End a process whose device is lost, when nothing but Python's own end is left.
+
+    That would free tensors, which torch then answers by an abort and another exit code.
+    """
+    atexit.unregister(_leave)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(os.EX_SOFTWARE)

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from harness import StartWorker, Worker, poll
@@ -83,6 +84,24 @@ def test_skewed_demand_for_more_models_than_fit(start_worker: StartWorker, windo
     loads = sum(model["loads"] for model in pool["models"].values())
     print(f"window {window}: {loads} loads; in turn, at least {least_loads(wanted, FIT)}")
     assert MODELS <= loads <= 1.5 * least_loads(wanted, FIT)
+
+
+def test_an_evicted_model_is_out_of_everybodys_hands_before_the_next_is_loaded(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """A failed task's traceback has it, and Celery's own frames are in a cycle with that."""
+    (tmp_path / "weights.bin").write_bytes(b"1")
+    variables = {"LEGIT_WORKER_ENABLED": "1", "LEGIT_WORKER_DEVICE": "cpu", "LEGIT_WORKER_VRAM_LIMIT": str(FIT)}
+    for number in range(MODELS):
+        variables[f"LEGIT_WORKER_MODELS__M{number}__KIND"] = "custom_models:Alive"
+        variables[f"LEGIT_WORKER_MODELS__M{number}__PATH"] = str(tmp_path)
+    worker = start_worker("project", environment=variables)
+    items = ("a task", "a bad task")
+    answers = worker.answers([worker.send("one", items[model % 2], f"m{model}") for model in skewed(TASKS)])
+    answers = [answer.args[0] if isinstance(answer, Exception) else answer for answer in answers]
+    assert set(answers) <= set(range(1, FIT + 1))
+    loads = sum(model["loads"] for model in worker.pool()["models"].values())
+    assert loads > MODELS, "nothing was evicted: this shows nothing"
 
 
 def test_batches_are_as_large_as_memory_allows_and_never_larger(start_worker: StartWorker) -> None:

@@ -98,6 +98,38 @@ def test_weights_come_by_a_stream_of_their_own_and_are_there_in_the_end(gpu: Fak
     assert device._loading_stream is device._loading_stream
 
 
+def test_the_allocator_is_held_to_the_limit_but_while_weights_are_read(gpu: FakeCuda) -> None:
+    device = CudaDevice("cuda")
+    device.hold(250_000)
+    assert gpu.share == 0.25
+    with device.loading():
+        assert gpu.share == 1.0
+        device.hold(500_000)
+        assert gpu.share == 1.0
+    assert gpu.share == 0.5
+    device.hold(None)
+    assert gpu.share == 1.0
+    device.hold(2 * gpu.total)
+    assert gpu.share == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7, 3), (100, 33)], ids=str)
+def test_a_tensor_is_copied_part_by_part(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = torch.randint(0, 2, shape).to(dtype)
+    copy = cuda.copied(values, torch.device("cpu"), torch.empty(64, dtype=torch.uint8))
+    assert copy.dtype == dtype
+    assert torch.equal(copy, values)
+    assert copy.data_ptr() != values.data_ptr() or not values.numel()
+
+
+def test_a_module_on_a_cpu_is_moved_as_torch_does_it() -> None:
+    module = torch.nn.Linear(3, 2)
+    weight = module.weight
+    cuda.move(module, "cpu")
+    assert module.weight is weight
+
+
 def test_what_torchs_allocator_keeps_is_ours(gpu: FakeCuda) -> None:
     assert CudaDevice("cuda").taken() == 1500
 

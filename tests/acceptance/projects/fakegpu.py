@@ -29,6 +29,17 @@ gpu.done.set()
 gpu.install(pytest.MonkeyPatch())
 
 
+class Weights:
+    """As a tensor of a real GPU: freeing it after the GPU broke aborts the process."""
+
+    def __del__(self, gpu: FakeCuda = gpu, abort: Any = os.abort) -> None:
+        if gpu.broken:
+            abort()
+
+
+weights = Weights()
+
+
 class OnFakeGpu:
     """Launches, and returns before the GPU is done."""
 
