@@ -101,9 +101,14 @@ class CostModel:
         return float(self._fit[0])
 
     @property
+    def launch_share_seconds(self) -> float:
+        """Of what lasts so long, the launch is `LAUNCH_SHARE`."""
+        return self.launch_seconds / LAUNCH_SHARE
+
+    @property
     def enough_seconds(self) -> float:
         """How long a batch must be for its launch to matter little."""
-        return max(SHORT, self.launch_seconds / LAUNCH_SHARE)
+        return max(SHORT, self.launch_share_seconds)
 
     def largest(self, longest: int, seconds: float) -> int:
         """The most items padded to `longest` whose batch is predicted to end within `seconds`; at least 1."""

@@ -205,6 +205,11 @@ class Engine:
             if (count := len(queue.fair))
         )
 
+    def worth_fetching_seconds(self) -> float:
+        """How long fetching may take for the next launch to matter little beside it, however short its batch is."""
+        queue = self._next_queue()
+        return queue.costs.launch_share_seconds if queue else 0.0
+
     def has_full_batch(self) -> bool:
         """Whether waiting longer would not make the next batch larger."""
         return any(self._is_full(queue) for queue in self._queues.values() if len(queue))

@@ -85,7 +85,8 @@ class Pace:
     """Decides, each time the hub comes round, whether to look for more tasks first. Lives on the main thread.
 
     Fetching fills the window, and a full window packs into even batches; but it must not take longer than computing
-    what was fetched, or tasks wait for nothing. With `max_delay` set by the user, that bounds the wait instead.
+    what was fetched, or tasks wait for nothing. Only where tasks stand waiting, and a batch takes as long for one item
+    as for many, as on a GPU, does it go on until that is a small part of the time. With `max_delay` set by the user, that bounds the wait instead.
     """
 
     def __init__(self, max_delay: float | None) -> None:
@@ -106,12 +107,18 @@ class Pace:
         self._batch_done_at, self._began = monotonic(), None
 
     def should_compute(
-        self, *, waiting_seconds: float, full: Callable[[], bool], look: Callable[[float], bool]
+        self,
+        *,
+        waiting_seconds: float,
+        worth_seconds: float,
+        full: Callable[[], bool],
+        look: Callable[[float], bool],
     ) -> bool:
         """Whether to run a batch now; else let the hub go round once more.
 
-        `waiting_seconds` is how long all that waits would take to compute. `full` says whether more tasks would not
-        make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
+        `waiting_seconds` is how long all that waits would take to compute, and `worth_seconds` how long fetching pays
+        where tasks come one right after the other. `full` says whether more tasks would not make the next batch larger.
+        `look(seconds)` listens that long and says whether the hub has something to do.
         """
         now = monotonic()
         arrived, self._arrived = self._arrived, False
@@ -120,7 +127,10 @@ class Pace:
             self._backlog = self._backlog or (arrived and now - self._batch_done_at < AT_ONCE)
         elapsed = now - self._began
         if self._is_over(elapsed, waiting_seconds, full):
-            return True
+            pays = self._backlog and elapsed < min(MAX_FETCH_SECONDS, worth_seconds)
+            if not pays or self._max_delay is not None or waiting_seconds > ENOUGH_SECONDS:
+                return True
+            return not arrived and not look(GLANCE)
         if arrived:  # go round first: the hub asks the broker for the next task only then
             return False
         if self._max_delay is not None:

@@ -24,8 +24,12 @@ class Listener:
         return self.hears
 
 
-def ask(pace: Pace, listener: Listener, *, waiting_seconds: float = 1.0, full: bool = False) -> bool:
-    return pace.should_compute(waiting_seconds=waiting_seconds, full=lambda: full, look=listener)
+def ask(
+    pace: Pace, listener: Listener, *, waiting_seconds: float = 1.0, worth_seconds: float = 0.0, full: bool = False
+) -> bool:
+    return pace.should_compute(
+        waiting_seconds=waiting_seconds, worth_seconds=worth_seconds, full=lambda: full, look=listener
+    )
 
 
 def test_a_lone_task_is_computed_after_one_glance() -> None:
@@ -49,6 +53,24 @@ def test_fetching_takes_no_longer_than_computing_what_was_fetched() -> None:
     pace.task_arrived()
     ask(pace, listener)
     assert ask(pace, listener, waiting_seconds=0.0)
+
+
+def test_where_launches_are_dear_and_tasks_stand_waiting_it_goes_on_fetching() -> None:
+    pace, listener = Pace(None), Listener(hears=True)
+    dear = {"waiting_seconds": 0.0, "worth_seconds": 60.0}
+    pace.task_arrived()
+    assert not ask(pace, listener), "the first of a burst"
+    assert ask(pace, listener, **dear), "whether more stand waiting is not known"
+    pace.batch_done()
+    pace.task_arrived()
+    assert not ask(pace, listener, **dear)
+    listener.asked.clear()
+    assert not ask(pace, listener, **dear)
+    assert listener.asked == [loop.GLANCE]
+    listener.hears = False
+    assert ask(pace, listener, **dear), "nothing more came at once"
+    pace.task_arrived()
+    assert ask(pace, listener, waiting_seconds=0.0, worth_seconds=0.0)
 
 
 def test_with_plenty_of_work_waiting_it_leaves_the_rest_to_other_workers() -> None:
