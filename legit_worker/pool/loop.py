@@ -86,7 +86,8 @@ class Pace:
 
     Fetching fills the window, and a full window packs into even batches; but it must not take longer than computing
     what was fetched, or tasks wait for nothing. Only where tasks stand waiting, and a batch takes as long for one item
-    as for many, as on a GPU, does it go on until that is a small part of the time. With `max_delay` set by the user, that bounds the wait instead.
+    as for many, as on a GPU, does it go on until that is a small part of the time. With `max_delay` set by the user,
+    that bounds the wait instead.
     """
 
     def __init__(self, max_delay: float | None) -> None:
