@@ -3,7 +3,7 @@
 In: `LEGIT_WORKER_DEVICE`; batches. Out: the device's name; launches that return before the GPU is done, so that the
 main thread goes on to the next task meanwhile.
 
-Nothing here has run on a GPU yet. `tests/unit/test_cuda_device.py` runs it over a fake of the calls that it makes.
+`tests/gpu` runs it on a GPU, and `tests/unit/test_cuda_device.py` over a fake of the calls that it makes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CUDA path over a fake of the calls that it makes of torch. No GPU has seen it."""
+"""The CUDA path over a fake of the calls that it makes of torch; `tests/gpu` has a real one."""
 
 from __future__ import annotations
 
