@@ -68,8 +68,17 @@ class FakeCuda:
     def note(self, call: str) -> None:
         """One call of the driver."""
         self.calls.append(call)
+        self.answer()
+
+    def answer(self) -> None:
+        """What it says to any call."""
         if self.broken:
             raise torch.AcceleratorError(self.broken)
+
+    def hold(self, share: float) -> None:
+        """The allocator is told what it may have."""
+        self.answer()
+        self.share = share
 
     @contextlib.contextmanager
     def scope(self, call: str) -> Iterator[None]:
@@ -132,7 +141,7 @@ class FakeCuda:
             },
             "current_stream": lambda name: f"of the batches on {name}",
             "get_device_properties": lambda name: types.SimpleNamespace(total_memory=fake.total),
-            "set_per_process_memory_fraction": lambda share, name: setattr(fake, "share", share),
+            "set_per_process_memory_fraction": lambda share, name: fake.hold(share),
             "memory_reserved": lambda name: fake.allocated + 500,
             "synchronize": lambda name: fake.note("synchronize"),
             "empty_cache": lambda: fake.note("empty cache"),

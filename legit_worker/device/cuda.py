@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -83,6 +83,7 @@ class CudaDevice(Device):
         #: The most that torch's allocator may have, and whether weights are being read, when that does not count.
         self._limit: int | None = None
         self._is_loading = False
+        self._holding = threading.Lock()
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
         """Queue a batch's kernels, and the copy of its outputs to the host behind them. Raises what `compute` raises.
@@ -121,7 +122,7 @@ class CudaDevice(Device):
         """Copies of weights don't stand in the way of batches, and are over when the block is."""
         cuda, stream = _torch().cuda, self._loading_stream
         # Weights can be larger than their files, and then others leave for them, once that is known.
-        self._hold(is_loading=True)
+        self._set_loading(True)
         try:
             # Memory of evicted weights is used again here, and a batch that nobody waits for may still read it.
             stream.wait_stream(cuda.current_stream(self._numbered))
@@ -129,7 +130,7 @@ class CudaDevice(Device):
                 yield
             stream.synchronize()
         finally:
-            self._hold(is_loading=False)
+            self._set_loading(False)
 
     @functools.cached_property
     def _loading_stream(self) -> Any:
@@ -138,18 +139,24 @@ class CudaDevice(Device):
 
     def hold(self, limit: int | None) -> None:
         """Torch's allocator gives back what it keeps for later before it has more; if that is not enough, it raises."""
-        self._limit = limit
-        self._hold(is_loading=self._is_loading)
+        with self._holding:
+            self._limit = limit
+            self._hold()
 
-    def _hold(self, *, is_loading: bool) -> None:
-        self._is_loading = is_loading
+    def _set_loading(self, is_loading: bool) -> None:
+        with self._holding:
+            self._is_loading = is_loading
+            self._hold()
+
+    def _hold(self) -> None:
         cuda = started_cuda()
         if cuda is None:
             return
         share = 1.0
-        if self._limit is not None and not is_loading:
+        if self._limit is not None and not self._is_loading:
             share = min(1.0, self._limit / cuda.get_device_properties(self._numbered).total_memory)
-        cuda.set_per_process_memory_fraction(share, self._numbered)
+        with suppress(RuntimeError):  # of a broken context, which the next batch will tell
+            cuda.set_per_process_memory_fraction(share, self._numbered)
 
     def taken(self) -> int:
         """Bytes that torch's allocator has of the GPU, in use or kept."""
@@ -236,7 +243,8 @@ def move(module: Any, device: str) -> None:
     there = torch.device(device)
     if there.type == "cuda" or any(tensor.device.type == "cuda" for tensor in module.parameters()):
         pinned = torch.empty(PART, dtype=torch.uint8, pin_memory=True)
-        module._apply(lambda tensor: copied(tensor, there, pinned))  # as `to` does it
+        # As `to` does it, which sees tensors that two modules share twice.
+        module._apply(lambda tensor: tensor if tensor.device.type == there.type else copied(tensor, there, pinned))
     module.to(device)
 
 

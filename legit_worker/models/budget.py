@@ -57,7 +57,7 @@ class Budget:
 
     def hold(self, limit: int | None) -> None:
         """Keep the device's allocator within so many bytes; None: let it have what there is."""
-        if not self._is_unknown:
+        if self._chosen.device.startswith(("auto", "cuda")):
             self._device().hold(limit)
 
     def _taken(self) -> int:

@@ -29,10 +29,12 @@ class ImageFile:
 class Model(Protocol):
     """Five methods. The constructor is given those of `alias`, `path`, `dtype` and `revision` that it names.
 
-    Four more are optional. `batch_key(prepared) -> Hashable`: items share a batch only when their keys are equal, and
+    Five more are optional. `batch_key(prepared) -> Hashable`: items share a batch only when their keys are equal, and
     without it, all do. `memory() -> int`: bytes of the loaded weights; without it, what their files have.
     `sample(cost) -> item`: something to compute that costs about so much; with it, the memory that batches take on a
     GPU is measured when the model is loaded. `to(device)`: moves the weights; with it, they may wait in host memory.
+    `unload()`: the model is evicted, nobody uses it any more, and its weights' memory is wanted; without it, that is
+    free once Python has collected the model.
     """
 
     def load(self, device: str) -> None:

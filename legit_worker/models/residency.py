@@ -227,11 +227,18 @@ class Residency:
     def hold(self) -> None:
         """Have the device's allocator keep within the budget: what it keeps for later is not in ours. Any thread.
 
-        Not where weights alone are over it, because a task could not wait or their files were smaller.
+        Or within the weights and what batches need beside them, where that is more: others have grown, or a task could
+        not wait. Not while a model is there that does not tell its size.
         """
         hold: Callable[[int | None], None] = getattr(self._budget_for, "hold", lambda _: None)
-        weights = self._weights() + self._being_read()
-        hold(None if self._known_budget is None or weights > self._known_budget else self._known_budget)
+        with self._lock:
+            budget = self._known_budget
+            present = [entry for entry in self._entries if entry.is_resident or entry.is_loading]
+            if budget is None or not all(entry.size for entry in present):
+                hold(None)
+            else:
+                needed = max((entry.reserve for entry in present), default=0)
+                hold(max(budget, sum(entry.size for entry in present) + needed))
 
     def _weights(self) -> int:
         return sum(entry.size for entry in self._entries if entry.is_resident)

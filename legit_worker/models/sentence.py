@@ -83,6 +83,10 @@ class SentenceModel:
         """Move the weights."""
         move(self._model, device)
 
+    def unload(self) -> None:
+        """Give the weights' memory back: the library's objects are in cycles, and failed tasks may have this one."""
+        self._model.to("meta")
+
     def sample(self, cost: int) -> Any:
         """A text of about so many tokens."""
         return "a " * cost

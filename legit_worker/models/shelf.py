@@ -33,6 +33,24 @@ class Kept:
     size: int
 
 
+class Here(LRUCache[str, Kept]):
+    """Models in the host's memory."""
+
+    def popitem(self) -> tuple[str, Kept]:
+        """The one that makes place."""
+        alias, kept = super().popitem()
+        unload(kept.model)
+        return alias, kept
+
+
+def unload(model: Any) -> None:
+    """Have a model give its weights' memory back, where it knows how to."""
+    try:
+        getattr(model, "unload", lambda: None)()
+    except Exception:
+        logger.exception("a model's unload() failed")
+
+
 class Shelf:
     """Never holds more than `limit` bytes of the host.
 
@@ -44,7 +62,7 @@ class Shelf:
         self._leaving: dict[str, Kept] = {}
         #: Evicted and forgotten: somebody may still have them.
         self._going: deque[weakref.ref[Any]] = deque()
-        self._here: LRUCache[str, Kept] = LRUCache(limit, getsizeof=lambda kept: kept.size)
+        self._here: LRUCache[str, Kept] = Here(limit, getsizeof=lambda kept: kept.size)
 
     def __repr__(self) -> str:
         return f"<Shelf: {list(self._here)}, {self._here.currsize:.0f} of {self._here.maxsize:.0f} bytes>"
@@ -63,8 +81,11 @@ class Shelf:
 
     def forget(self, model: Any) -> None:
         """A model leaves the device for good."""
-        with suppress(TypeError):  # a class with slots need not know weak references
-            self._going.append(weakref.ref(model))
+        if hasattr(model, "unload"):
+            unload(model)
+        else:
+            with suppress(TypeError):  # a class with slots need not know weak references
+                self._going.append(weakref.ref(model))
 
     def take(self, alias: str) -> Any:
         """The model, wherever its weights are by now; None where it is not here."""
@@ -80,6 +101,7 @@ class Shelf:
                 self._here[alias] = kept
             except Exception:  # the host is short of memory: the model is then read from its files again
                 logger.warning("model %r does not fit into the host's memory, and is forgotten", alias, exc_info=True)
+                self.forget(kept.model)
         going = [self._going.popleft() for _ in range(len(self._going))]
         if not _are_gone(going, GONE_SOON):
             gc.collect()  # a failed task's traceback has frames that had it, and Celery leaves those to the collector

@@ -383,7 +383,7 @@ class Engine:
         cost = padded([item.cost for item in batch])
         self.counters[queue.entry.alias].out_of_memory += 1
         traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
-        if len(batch) == 1:
+        if len(batch) == 1 and not batch[0].tries:
             gc.collect()  # as do the tracebacks of tasks that failed otherwise, which Celery leaves to the collector
         try:
             self._free_memory()

@@ -129,7 +129,7 @@ class Pace:
         elapsed = now - self._began
         if self._is_over(elapsed, waiting_seconds, full):
             pays = self._backlog and elapsed < min(MAX_FETCH_SECONDS, worth_seconds)
-            if not pays or self._max_delay is not None or waiting_seconds > ENOUGH_SECONDS:
+            if not pays or self._max_delay is not None or waiting_seconds > ENOUGH_SECONDS or full():
                 return True
             return not arrived and not look(GLANCE)
         if arrived:  # go round first: the hub asks the broker for the next task only then

@@ -531,6 +531,8 @@ def _leave() -> None:
     """
     atexit.unregister(_leave)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(os.EX_SOFTWARE)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(os.EX_SOFTWARE)

@@ -39,6 +39,13 @@ def weighty(*aliases: str, weights: int, activations: float = 0.01) -> dict[str,
     return variables
 
 
+#: One of 1 GiB, whose batches take 16 MiB for each unit, with 2 GiB for them.
+UNMEASURED = weighty("a", weights=1024, activations=16) | {
+    "LEGIT_WORKER_MODELS__A__KIND": "ongpu:Unmeasured",
+    "LEGIT_WORKER_VRAM_LIMIT": str(3 * GIB),
+}
+
+
 def start(start_worker: StartWorker, variables: dict[str, str], broker: Broker | None = None, **more: str) -> Worker:
     return start_worker("ongpu", broker=broker, environment=variables | more)
 
@@ -83,10 +90,10 @@ def test_each_task_gets_its_own_part_and_the_gpu_is_shared_by_batches(start_work
 def test_what_a_batch_takes_stays_within_the_limit(start_worker: StartWorker) -> None:
     """Batches are cut to the memory that the model was measured to need, for short and long items alike."""
     limit = 4 * GIB
-    worker = start(start_worker, weighty("a", weights=1024, activations=8), LEGIT_WORKER_VRAM_LIMIT=str(limit))
+    worker = start(start_worker, weighty("a", weights=1024, activations=0.5), LEGIT_WORKER_VRAM_LIMIT=str(limit))
     worker.ask("one", "x", alias="a")
     shuffled = random.Random(1)
-    items = ["x" * shuffled.choice([1, 2, 5, 20, 60, 100]) for _ in range(600)]
+    items = ["x" * shuffled.choice([1, 2, 5, 20, 60, 100, 1000]) for _ in range(600)]
     with Gauge(worker.pid).watching() as gauge:
         answers = worker.answers([worker.send("one", item, alias="a") for item in items])
     assert [answer[0] for answer in answers] == list(map(len, items))
@@ -100,9 +107,8 @@ def test_what_a_batch_takes_stays_within_the_limit(start_worker: StartWorker) ->
 
 
 def test_running_out_of_memory_loses_no_task(start_worker: StartWorker) -> None:
-    """torch raises long before what NVML says is free is used up."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    worker = start(start_worker, weighty("a", weights=1024, activations=16), PROJECT_SHARE=str(3 * GIB / total))
+    """A model that was not measured, and a limit that its first batch does not keep."""
+    worker = start(start_worker, UNMEASURED)
     shuffled = random.Random(2)
     items = ["x" * shuffled.choice([1, 2, 5, 20, 40]) for _ in range(600)]
     answers = worker.answers([worker.send("one", item, alias="a") for item in items])
@@ -114,8 +120,7 @@ def test_running_out_of_memory_loses_no_task(start_worker: StartWorker) -> None:
 
 
 def test_an_item_that_does_not_fit_alone_fails_alone(start_worker: StartWorker) -> None:
-    total = torch.cuda.get_device_properties(0).total_memory
-    worker = start(start_worker, weighty("a", weights=1024, activations=16), PROJECT_SHARE=str(3 * GIB / total))
+    worker = start(start_worker, UNMEASURED)
     items = ["x" * 5] * 20 + ["x" * 2000] + ["x" * 5] * 20
     answers = worker.answers([worker.send("one", item, alias="a") for item in items])
     assert "DeviceOutOfMemoryError" in repr(answers.pop(20))

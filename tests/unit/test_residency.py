@@ -194,10 +194,16 @@ def test_an_idle_model_goes_after_its_keep_alive_and_others_stay() -> None:
     assert resident(subject) == ["m1", "m2"]
 
 
+def unlocked_loads(subject: Registry) -> Registry:
+    """Its loads end while a test has the lock."""
+    subject.residency.check_room = lambda entry: None  # type: ignore[method-assign]
+    subject.residency.hold = lambda: None  # type: ignore[method-assign]
+    return subject
+
+
 def test_a_model_does_not_go_before_those_who_waited_for_it_had_it() -> None:
     """Its load has ended, and the loader's thread has not yet told so when another model is asked for."""
-    subject = registry(budget=10)
-    subject.residency.check_room = lambda entry: None  # type: ignore[method-assign]  # it waits for the lock, too
+    subject = unlocked_loads(registry(budget=10))
     with subject.residency._lock:
         first = subject.residency.request(subject.get("m0"))
         deadline = time.monotonic() + 10
@@ -213,11 +219,12 @@ def test_a_model_does_not_go_before_those_who_waited_for_it_had_it() -> None:
 
 
 def test_a_model_that_went_too_early_comes_back_for_those_who_wait() -> None:
-    subject = registry(budget=10)
+    subject = unlocked_loads(registry(budget=10))
     with subject.residency._lock:
         waiting = subject.residency.request(subject.get("m0"))
         deadline = time.monotonic() + 10
-        while not subject.get("m0").is_resident and time.monotonic() < deadline:
+        while not subject.get("m0").is_resident:
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         subject.residency.evict_unused()
         assert not waiting.future.done()
@@ -292,6 +299,10 @@ def test_a_budget_that_shrinks_evicts_what_nobody_uses() -> None:
 # Weights that wait in the host's memory.
 
 
+#: The notes of those that were unloaded.
+gone: list[list[str]] = []
+
+
 class Movable:
     """A model that notes where it was read from and moved to."""
 
@@ -304,6 +315,11 @@ class Movable:
     def to(self, device: str) -> None:
         self.moves.append(f"to {device}")
 
+    def unload(self) -> None:
+        self.moves.append("unload")
+        gone.append(self.moves)
+        raise RuntimeError("which is the model's own affair")
+
     def memory(self) -> int:
         return 10
 
@@ -312,6 +328,7 @@ class Movable:
 
 def movable(budget: int, host_cache: int) -> Registry:
     """Three of them, whose sizes are known from an earlier load."""
+    gone.clear()
     specs = {alias: ModelSettings(kind=f"{__name__}:Movable") for alias in ("m0", "m1", "m2")}
     subject = Registry(specs, lambda: "simulated", lambda _: budget, host_cache)
     for entry in subject.entries.values():
@@ -337,12 +354,14 @@ def test_the_host_keeps_no_more_than_its_limit_and_the_least_recently_used_go() 
     subject = movable(budget=10, host_cache=10)
     touch(subject, "m0", "m1", "m2")
     assert subject.shelf.used == 10
+    assert gone == [["made m0", "load simulated", "to cpu", "unload"]]
     assert moves(subject, "m0") == ["made m0", "load simulated"]
 
 
 def test_without_a_limit_for_the_host_nothing_is_kept() -> None:
     subject = movable(budget=10, host_cache=0)
     touch(subject, "m0", "m1")
+    assert gone == [["made m0", "load simulated", "unload"]]
     assert moves(subject, "m0") == ["made m0", "load simulated"]
 
 
@@ -362,7 +381,40 @@ def test_a_host_without_room_forgets_the_model(monkeypatch: pytest.MonkeyPatch) 
     subject = movable(budget=10, host_cache=20)
     touch(subject, "m0", "m1")
     assert subject.shelf.used == 0
+    assert gone == [["made m0", "load simulated", "unload"]]
     assert moves(subject, "m0") == ["made m0", "load simulated"]
+
+
+class Held:
+    """A budget that notes what the device's allocator is held to."""
+
+    def __init__(self, bytes_: int) -> None:
+        self.bytes = bytes_
+        self.limit: int | None = None
+
+    def __call__(self, weights: int) -> int:
+        return self.bytes
+
+    def hold(self, limit: int | None) -> None:
+        self.limit = limit
+
+
+def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there() -> None:
+    budget = Held(1000)
+    specs = {alias: ModelSettings(kind=f"{__name__}:Movable") for alias in ("m0", "m1")}
+    subject = Registry(specs, lambda: "simulated", budget)
+    first = use(subject, "m0")
+    assert budget.limit == 1000
+    subject.get("m0").activations.observe(1, 16 * 256, 100)
+    reserve = subject.get("m0").reserve
+    assert reserve > 0
+    budget.bytes = 10 + reserve - 1  # others have grown: a batch still finds what it was measured to need
+    subject.residency.watch()
+    assert budget.limit == 10 + reserve
+    subject.get("m0").size = 0
+    subject.residency.watch()
+    assert budget.limit is None, "nobody knows what its weights take"
+    subject.residency.release(first)
 
 
 class Shared:

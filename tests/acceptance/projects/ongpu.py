@@ -2,8 +2,7 @@
 
 In: `PATH=weights,activations`, MiB of weights and MiB that each unit of cost takes in a batch; strings, whose cost is
 their length. Out: of each string its length, and the size of its batch. One that begins with `poison` breaks the GPU
-where `PROJECT_POISON=1`. `PROJECT_SHARE` is what torch may take of the whole GPU: beyond that it raises, whatever NVML
-says is free.
+where `PROJECT_POISON=1`.
 """
 
 from __future__ import annotations
@@ -25,16 +24,14 @@ MIB = 2**20
 PART = 64 * MIB
 
 
-class Weighty:
-    """Adds up ones."""
+class Unmeasured:
+    """Adds up ones. What its batches take is known when one has run, or has not fitted."""
 
     def __init__(self, path: str) -> None:
         self._weights_size, self._unit = (int(float(number) * MIB) for number in path.split(","))
 
     def load(self, device: str) -> None:
         """From the host, part by part."""
-        if "PROJECT_SHARE" in os.environ:
-            torch.cuda.set_per_process_memory_fraction(float(os.environ["PROJECT_SHARE"]))
         self._device = torch.device(device)
         parts = max(1, self._weights_size // PART)
         size = self._weights_size // parts // 4
@@ -57,10 +54,6 @@ class Weighty:
         """Its length."""
         return len(item)
 
-    def sample(self, cost: int) -> str:
-        """A string of that length."""
-        return "x" * cost
-
     @torch.inference_mode()
     def forward(self, batch: Sequence[str]) -> torch.Tensor:
         """Shape `[n, 2]`."""
@@ -77,6 +70,14 @@ class Weighty:
         """Two numbers."""
         assert output.device.type == "cpu"
         return [int(number) for number in output]
+
+
+class Weighty(Unmeasured):
+    """What they take is measured at its load."""
+
+    def sample(self, cost: int) -> str:
+        """A string of that length."""
+        return "x" * cost
 
 
 @app.task(name="allocator")
