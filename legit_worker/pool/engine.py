@@ -383,8 +383,10 @@ class Engine:
         cost = padded([item.cost for item in batch])
         self.counters[queue.entry.alias].out_of_memory += 1
         traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
-        if len(batch) == 1 and not batch[0].tries:
-            gc.collect()  # as do the tracebacks of tasks that failed otherwise, which Celery leaves to the collector
+        if len(batch) == 1 and batch[0].tries == TRIES_ALONE - 2:
+            # Before the last try, since it takes long: tracebacks of tasks that failed otherwise hold what they had,
+            # too, and Celery leaves those to the collector.
+            gc.collect()
         try:
             self._free_memory()
         except Exception:
