@@ -24,11 +24,11 @@ from legit_worker.device.vram import Gpu, VramUnknownError, visible_gpus
 #: How torch's allocator is told to let its blocks grow instead of leaving holes between them. Read once, at import.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-#: Bytes of weights that are copied at once.
-PART = 16 * 2**20
-
 #: Its name from torch 2.9 on, which still reads the other.
 ALLOCATOR_ALSO = "PYTORCH_ALLOC_CONF"
+
+#: Bytes of weights that are copied at once.
+PART = 16 * 2**20
 
 
 def choose(setting: str) -> str:

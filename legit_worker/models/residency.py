@@ -233,12 +233,10 @@ class Residency:
         hold: Callable[[int | None], None] = getattr(self._budget_for, "hold", lambda _: None)
         with self._lock:
             budget = self._known_budget
-            present = [entry for entry in self._entries if entry.is_resident or entry.is_loading]
-            if budget is None or not all(entry.size for entry in present):
+            if budget is None or any(not one.size for one in self._entries if one.is_resident or one.is_loading):
                 hold(None)
             else:
-                needed = max((entry.reserve for entry in present), default=0)
-                hold(max(budget, sum(entry.size for entry in present) + needed))
+                hold(max(budget, self._weights() + self._being_read() + self._reserve(None)))
 
     def _weights(self) -> int:
         return sum(entry.size for entry in self._entries if entry.is_resident)
