@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 
 from legit_worker.batching.costmodel import CostModel
 
+#: Seconds that count for each batch besides what the model predicts: of equally good cuts, the one with fewer batches.
+EACH = 1e-6
+
+#: Sums of seconds that differ by this part of them are equal: they were added up in another order.
+SAME = 1e-9
+
 
 def padded(costs: Sequence[int]) -> int:
     """The size of one batch in cost units, padding included."""
@@ -43,8 +49,9 @@ def _cheapest_runs(lengths: NDArray[np.int64], budget: int, model: CostModel) ->
     for end in range(1, total + 1):
         longest = int(lengths[end - 1])
         first = max(0, end - max(1, budget // longest))
-        seconds = best[first:end] + model.predict(np.arange(end - first, 0, -1), longest)
-        choice = int(np.argmin(seconds))
+        seconds = best[first:end] + model.predict(np.arange(end - first, 0, -1), longest) + EACH
+        # Of equally good cuts the one whose last batch is the smallest: of equal items, the first batches are full.
+        choice = int(np.flatnonzero(seconds <= seconds.min() * (1 + SAME))[-1])
         best[end], cut[end] = seconds[choice], first + choice
     return _walk_back(cut)
 

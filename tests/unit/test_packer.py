@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -90,3 +91,11 @@ def test_no_other_cut_is_faster(costs: list[int], budget: int) -> None:
 
 def test_an_empty_list_makes_no_batches() -> None:
     assert pack([], 100, CostModel()) == []
+
+
+@pytest.mark.parametrize("launch", [0.0, 0.5])
+def test_of_equal_items_the_first_batches_are_full_and_the_last_has_the_rest(launch: float) -> None:
+    model = CostModel()
+    for count in (1, 2, 4, 8):
+        model.observe(count, 3, launch + 0.01 * count)
+    assert [len(batch) for batch in pack([3] * 70, 3 * 32, model)] == [32, 32, 6]
