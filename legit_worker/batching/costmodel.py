@@ -6,7 +6,6 @@ For memory, read bytes for seconds.
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import combinations
 from typing import Any, overload
 
@@ -16,30 +15,24 @@ from numpy.typing import NDArray
 #: Batches remembered per model: enough to see several lengths, few enough to follow a device that slows down.
 MEMORY = 64
 
-#: Below this many batches a fit would follow noise; the prior answers, scaled to the batches that ran.
+#: Batches that tell all three terms apart; a fit to fewer would follow noise.
 ENOUGH = 6
 
 #: The prior, in seconds per batch, per padded unit, and per padded unit times length: a small transformer on two CPU
 #: cores.
 PRIOR = np.array((4e-3, 1.2e-4, 1e-8))
 
+#: Items in a batch that nothing bounds.
+UNBOUNDED = 1_000_000
+
 #: The same in bytes of activations: a small transformer in float32, whose kernels keep no matrix of attention.
 BYTES_PRIOR = np.array((0.0, 2e4, 1.0))
 
-#: Items in the first batch of all, which nothing is known about.
-FIRST_BATCH = 8
+#: How much larger the largest must be than the smallest before the batches tell a term of the formula apart.
+VARIED = 2
 
-#: The share of a batch's time that its launch may take. A smaller share would mean longer batches, which the next
-#: task waits for, for less than this much more throughput.
-LAUNCH_SHARE = 0.05
-
-#: Seconds of a batch that is short enough for anyone. On a CPU larger batches gain by more than the launch they save,
-#: which the model doesn't know: with MiniLM, batches this long are about 5 % faster per item than ones of a third.
-SHORT = 0.15
-
-
-#: All choices of the three terms, the whole of them first.
-TERMS = tuple(terms for size in (3, 2, 1) for terms in combinations(range(3), size))
+#: The three terms.
+LAUNCH, UNIT, LENGTH = range(3)
 
 
 class CostModel:
@@ -48,12 +41,18 @@ class CostModel:
     `a` is the launch, `b` the matrix products, `c` the attention, quadratic in length. Two per model: the engine's, in
     seconds, on the main thread; and the entry's, in bytes, taught by the loader thread before the model is there, and
     by the main thread afterwards.
+
+    Fewer than `enough` batches, or batches of one size, don't tell the launch from the rest. `predict` then follows the
+    prior, and whatever bounds a batch (`at_most`, `largest`, `launch_seconds`) counts all of the time as the items'.
     """
 
-    def __init__(self, prior: NDArray[np.float64] = PRIOR) -> None:
+    def __init__(self, prior: NDArray[np.float64] = PRIOR, enough: int = 2) -> None:
         self._prior = prior
-        self._seen: deque[tuple[int, int, float]] = deque(maxlen=MEMORY)
-        self._fit = prior
+        # Batches from which on a fit is better than the prior.
+        self._enough = enough
+        # A row per batch, as it was observed.
+        self._seen = np.empty((0, 3))
+        self._fit = self._cautious = prior
 
     def __repr__(self) -> str:
         a, b, c = self._fit
@@ -68,55 +67,61 @@ class CostModel:
         a, b, c = (float(term) for term in self._fit)
         return a + count * (longest * (b + c * longest))
 
+    def at_most(self, count: int, longest: int) -> float:
+        """The same, and what the batches have not shown counts as the items' time."""
+        return float(self._cautious @ (1, count * longest, count * longest**2))
+
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""
-        self._seen.append((count, longest, seconds))
-        seen = np.array(self._seen)
-        self._fit = _fit(seen) if len(seen) >= ENOUGH else self._scaled_prior(seen)
-
-    def _scaled_prior(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The prior of a device that is so many times faster or slower. The slowest batch counts: bounds must hold."""
-        scaled: NDArray[np.float64] = self._prior * (seen[:, 2] / (_features(seen) @ self._prior)).max()
-        return scaled
+        self._seen = seen = np.vstack([self._seen, (count, longest, seconds)])[-MEMORY:]
+        if len(seen) >= self._enough and _differ(seen[:, 0] * seen[:, 1]):
+            self._fit = self._cautious = _fit(seen, self._prior)
+        else:
+            # The slowest of the last ones counts, since bounds must hold. A first batch that was slow by itself is
+            # soon not among them.
+            last = seen[-ENOUGH:]
+            self._fit = self._prior * _slowest(last, self._prior)
+            each = self._prior * (0, 1, 1)
+            self._cautious = each * _slowest(last, each)
 
     @property
     def is_known(self) -> bool:
         """Whether any batch was seen."""
-        return bool(self._seen)
-
-    def worth_a_try(self, seconds: float) -> int:
-        """How many items to try, where all batches had about as many and what more of them take is not known; else 0.
-
-        Not where they took longer than `seconds` already.
-        """
-        counts = [count for count, _, _ in self._seen]
-        if not counts or max(counts) >= 2 * min(counts):
-            return 0
-        slowest = max(took for _, _, took in self._seen)
-        return 2 * max(counts) if slowest <= seconds or max(counts) == 1 else 0
+        return len(self._seen) > 0
 
     @property
     def launch_seconds(self) -> float:
-        """What any batch takes, however small."""
-        return float(self._fit[0])
+        """What any batch takes, however small; 0 until batches of several sizes have shown it."""
+        return float(self._cautious[LAUNCH])
 
-    @property
-    def launch_share_seconds(self) -> float:
-        """Of what lasts so long, the launch is `LAUNCH_SHARE`."""
-        return self.launch_seconds / LAUNCH_SHARE
+    def worth_a_try(self, longest: int, seconds: float) -> int:
+        """How many items to try, padded to `longest`, if all batches had about as many items; else 0.
 
-    @property
-    def enough_seconds(self) -> float:
-        """How long a batch must be for its launch to matter little."""
-        return max(SHORT, self.launch_share_seconds)
+        Twice as many as before: what more items take is not known. 0 also if batches took longer than `seconds`
+        already, unless single items did: then only a batch of two tells whether that is the launch.
+        """
+        counts, lengths, took = self._seen.T
+        if not len(counts) or _differ(counts):
+            return 0
+        most, padded = int(counts.max()), int((counts * lengths).max())
+        if most > 1 and took.max() > seconds:
+            return 0
+        return min(2 * most, max(2, 2 * padded // longest))
 
     def largest(self, longest: int, seconds: float) -> int:
-        """The most items padded to `longest` whose batch is predicted to end within `seconds`; at least 1."""
-        if not self._seen:
-            return FIRST_BATCH
-        a, b, c = self._fit
+        """The most items padded to `longest` whose batch takes `seconds` at most; at least 1."""
+        a, b, c = self._cautious
         each = longest * (b + c * longest)
-        return max(1, int((seconds - a) / each)) if each > 0 else 1_000_000
+        return max(1, int((seconds - a) / each)) if each > 0 else UNBOUNDED
+
+
+def _differ(sizes: NDArray[np.float64]) -> bool:
+    return bool(sizes.max() >= VARIED * sizes.min())
+
+
+def _slowest(seen: NDArray[np.float64], prior: NDArray[np.float64]) -> float:
+    """How many times slower than the prior the slowest batch was."""
+    return float((seen[:, 2] / (_features(seen) @ prior)).max())
 
 
 def _features(seen: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -125,17 +130,27 @@ def _features(seen: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1)
 
 
-def _fit(seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares on relative errors with no term below zero: of all choices of terms, the best that has none."""
+def _fit(seen: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares on relative errors with no term below zero: of all choices of terms, the best that has none.
+
+    Few batches, or batches of one length, don't tell attention from the rest: it keeps the prior's ratio to the rest.
+    """
     features = _features(seen) / seen[:, 2][:, None]
+    told = [LAUNCH, UNIT, LENGTH]
+    if len(seen) < ENOUGH or not _differ(seen[:, 1]):
+        told.remove(LENGTH)
+        ratio = prior[LENGTH] / prior[UNIT]
+        features[:, UNIT] += ratio * features[:, LENGTH]
     best, error = np.zeros(3), np.inf
-    for terms in TERMS:
-        chosen = list(terms)
-        solution = np.linalg.lstsq(features[:, chosen], np.ones(len(seen)), rcond=None)[0]
-        off = float(((features[:, chosen] @ solution - 1) ** 2).sum())
-        if (solution >= 0).all() and off < error:
-            best, error = np.zeros(3), off
-            best[chosen] = solution
-        if len(chosen) == 3 and error < np.inf:
+    for size in range(len(told), 0, -1):
+        for chosen in map(list, combinations(told, size)):
+            solution = np.linalg.lstsq(features[:, chosen], np.ones(len(seen)), rcond=None)[0]
+            off = float(((features[:, chosen] @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and off < error:
+                best, error = np.zeros(3), off
+                best[chosen] = solution
+        if size == len(told) and error < np.inf:
             break  # nothing with fewer terms is better
+    if LENGTH not in told:
+        best[LENGTH] = ratio * best[UNIT]
     return best

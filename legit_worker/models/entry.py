@@ -18,7 +18,7 @@ from typing import Any
 from kombu.utils.imports import symbol_by_name
 
 from legit_worker import settings
-from legit_worker.batching.costmodel import BYTES_PRIOR, CostModel
+from legit_worker.batching.costmodel import BYTES_PRIOR, ENOUGH, CostModel
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.memory import give_back_cached, is_out_of_memory
@@ -117,7 +117,7 @@ class Entry:
         self.load_seconds = 0.0
         self.loads = 0
         #: Bytes of activations that a batch takes, measured at the load and corrected by the batches that ran.
-        self.activations = CostModel(BYTES_PRIOR)
+        self.activations = CostModel(BYTES_PRIOR, enough=ENOUGH)
 
     def __repr__(self) -> str:
         return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"

@@ -21,9 +21,9 @@ from math import inf
 from time import monotonic, sleep
 from typing import Any
 
-from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
+from legit_worker.batching.sizing import Sizing
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import DeviceLostError, DeviceOutOfMemoryError
@@ -35,14 +35,6 @@ logger = logging.getLogger(__name__)
 #: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
 #: about a millisecond per 256.
 HORIZON = 256
-
-#: Any batch may take as long as so many launches, whatever the bound: of a model whose launch takes half a second, a
-#: bound of half a second would have every item launched alone.
-LAUNCHES = 2.0
-
-#: Where more than this part of a batch's time is its launch, what more items cost is hardly known: then it is at most
-#: so many times as large as any before it.
-UNVARIED, GROWTH = 0.25, 4
 
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
@@ -117,13 +109,11 @@ class Queue:
 
     entry: Entry
     fair: FairQueue
-    costs: CostModel = field(default_factory=CostModel)
+    sizing: Sizing
     #: Halves of a batch that failed, to be tried again on their own before anything new.
     halves: deque[list[Item]] = field(default_factory=deque)
     #: Device seconds this model had: the least goes first.
     seconds: float = 0.0
-    #: The padded cost of the largest batch that ran.
-    largest: int = 0
     #: What memory was seen to hold.
     room: Room = field(default_factory=Room)
     #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
@@ -200,7 +190,7 @@ class Engine:
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were the items of each model of one length."""
         return sum(
-            queue.costs.predict(count, round(queue.fair.cost / count))
+            queue.sizing.costs.predict(count, round(queue.fair.cost / count))
             for queue in self._queues.values()
             if (count := len(queue.fair))
         )
@@ -208,7 +198,7 @@ class Engine:
     def worth_fetching_seconds(self) -> float:
         """How long fetching may take for the next launch to matter little beside it, however short its batch is."""
         queue = self._next_queue()
-        return queue.costs.launch_share_seconds if queue else 0.0
+        return queue.sizing.launch_share_seconds if queue else 0.0
 
     def has_full_batch(self) -> bool:
         """Whether waiting longer would not make the next batch larger."""
@@ -275,7 +265,9 @@ class Engine:
     def _queue(self, entry: Entry) -> Queue:
         queue = self._queues.get(entry.alias)
         if queue is None:
-            queue = self._queues[entry.alias] = Queue(entry, FairQueue(self._weight_of))
+            queue = self._queues[entry.alias] = Queue(
+                entry, FairQueue(self._weight_of), Sizing(self._max_batch_seconds)
+            )
             self.counters[entry.alias] = Counters()
         return queue
 
@@ -292,13 +284,8 @@ class Engine:
     def _budget(self, queue: Queue) -> int:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = queue.fair.first(1)[0].cost if len(queue.fair) else 1
-        # A launch that takes as long as the bound alone is not worth it for one item.
-        seconds = max(min(self._max_batch_seconds, queue.costs.enough_seconds), queue.costs.launch_seconds * LAUNCHES)
         by_memory = min(queue.room.most, queue.entry.largest_cost(longest))
-        count = max(queue.costs.largest(longest, seconds), queue.costs.worth_a_try(seconds))
-        if queue.largest and queue.costs.launch_seconds > queue.costs.predict(count, longest) * UNVARIED:
-            count = min(count, max(1, queue.largest * GROWTH // longest))
-        return int(min(by_memory, longest * count))
+        return int(min(by_memory, longest * queue.sizing.items(longest)))
 
     def _pick(self, queue: Queue, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""
@@ -312,7 +299,7 @@ class Engine:
 
     @staticmethod
     def _cut(queue: Queue, candidates: list[Item], budget: int) -> list[Item]:
-        cuts = pack([item.cost for item in candidates], budget, queue.costs)
+        cuts = pack([item.cost for item in candidates], budget, queue.sizing.costs)
         return [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
 
     def _run(self, queue: Queue, batch: list[Item]) -> None:
@@ -348,10 +335,9 @@ class Engine:
 
     def _count(self, queue: Queue, batch: list[Item], launch: Launch) -> None:
         costs = [item.cost for item in batch]
-        queue.costs.observe(len(batch), max(costs), launch.seconds)
+        queue.sizing.observe(len(batch), max(costs), launch.seconds)
         queue.entry.observe(len(batch), max(costs), launch)
         queue.room.did_fit(padded(costs))
-        queue.largest = max(queue.largest, padded(costs))
         counters = self.counters[queue.entry.alias]
         counters.batches += 1
         counters.items += len(batch)

@@ -80,7 +80,7 @@ def test_the_model_is_loaded_by_the_loader_thread_and_computes_in_the_main_threa
 def test_a_delay_that_the_user_allows_is_used_to_gather_tasks(sides: Sides, broker: Any) -> None:
     """Fetching a hundred tasks takes a small part of a second; the worker was told to wait for one."""
     worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_QUEUE_DELAY="1")
-    worker.ask("one", "a first text, from which the worker learns the model's speed", alias="counting")
+    worker.ask("many", 500, alias="counting")  # from which the worker learns that the model takes large batches
     worker.settle([worker.send("one", f"text {number}", alias="counting") for number in range(100)])
     assert "computes 100 items" in worker.log
 

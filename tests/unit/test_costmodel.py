@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.batching.costmodel import FIRST_BATCH, CostModel
+from legit_worker.batching.costmodel import ENOUGH, CostModel
 
 BATCHES = [(1, 8), (4, 8), (16, 32), (64, 8), (2, 256), (8, 85), (1, 128), (32, 16)]
 
@@ -34,8 +34,37 @@ def test_one_batch_is_enough_to_know_how_much_slower_a_device_is() -> None:
     assert model.predict(8, 64) == pytest.approx(expected * 50)
 
 
-def test_of_an_untried_model_only_a_few_items_are_computed_at_first() -> None:
-    assert CostModel().largest(1, 60.0) == FIRST_BATCH
+def test_batches_of_one_size_don_t_tell_a_launch_from_the_items() -> None:
+    model = CostModel()
+    for _ in range(100):
+        model.observe(4, 8, 2.0)
+    assert model.launch_seconds == 0
+    assert model.at_most(8, 8) == pytest.approx(4.0)
+    assert model.predict(8, 8) < 3.0, "the prior's guess"
+
+
+def test_two_batches_of_different_size_tell_a_launch_from_the_items() -> None:
+    model = CostModel()
+    model.observe(8, 8, 2.5)
+    model.observe(1, 8, 2.5)
+    assert model.launch_seconds == pytest.approx(2.5)
+    assert model.at_most(100, 8) == model.predict(100, 8) == pytest.approx(2.5)
+
+
+def test_a_model_of_memory_waits_for_more_batches_before_it_trusts_a_fit() -> None:
+    model = CostModel(enough=ENOUGH)
+    for _ in range(ENOUGH // 2 - 1):
+        model.observe(8, 8, 2.5)
+        model.observe(1, 8, 2.5)
+    assert model.launch_seconds == 0
+    assert model.largest(8, 10.0) == 4
+
+
+def test_longer_items_than_any_seen_take_longer_by_the_priors_share() -> None:
+    model = CostModel()
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        model.observe(count, 10, 1e-4 * count * 10)
+    assert model.predict(1, 1000) > 1e-4 * 1000 * 1.05
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512), st.floats(1e-4, 5.0)), min_size=1, max_size=70))

@@ -246,10 +246,11 @@ def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
     subject, entry = Engine(max_batch_seconds=0.05, weight_of=lambda app: 1.0), FakeEntry()
     ask(subject, entry, ["x" * 50] * 100)
     subject.step()
-    costs = subject._queues["letters"].costs
-    costs.observe(10, 50, 0.1)
+    sizing = subject._queues["letters"].sizing
+    sizing.observe(10, 50, 0.1)
+    within = sizing.costs.largest(50, 0.05)
     subject.step()
-    assert len(entry.batches[1]) == costs.largest(50, 0.05) < 10
+    assert len(entry.batches[1]) == within < 10
 
 
 def test_counters_say_how_much_was_padding() -> None:
@@ -456,8 +457,7 @@ def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() ->
     ask(subject, entry, ["x"] * 100)
     queue = subject._queues["letters"]
     for count in (8, 16, 32, 64, 8, 16, 32):
-        queue.costs.observe(count, 1, 0.6 + 0.001 * count)
-    queue.largest = 64
+        queue.sizing.observe(count, 1, 0.6 + 0.001 * count)
     subject.step()
     assert len(entry.batches[-1]) == 100
 

@@ -133,8 +133,8 @@ class Even(Slow):
         time.sleep(1)
 
     def cost(self, item: Any) -> int:
-        """About what a text of so many tokens takes, so that nobody is surprised by the first batch."""
-        return 160
+        """The same for each: one."""
+        return 1
 
     def forward(self, batch: Sequence[Any]) -> list[Any]:
         """Says how many there are."""

@@ -1,0 +1,79 @@
+"""How large a model's next batch may be, in time. Pure; memory is bounded elsewhere.
+
+In: what each batch took, and the user's bound on the seconds of one. Out: items of the next batch, and the seconds of
+work that waits.
+"""
+
+from __future__ import annotations
+
+from legit_worker.batching.costmodel import CostModel
+
+#: Items in the first batch of all, which nothing is known about.
+FIRST_BATCH = 8
+
+#: A batch is at most this many times as large as any before it that kept the bound: however well a fit explains the
+#: batches that ran, it knows little about one far beyond them.
+GROWTH = 4
+
+#: A batch of several items that took too long is followed by one of this part of its size.
+SHRINK = 0.5
+
+#: A batch may always last this many launches, even beyond the user's bound. Otherwise a model with a launch of 0.5 s
+#: would compute one item at a time.
+LAUNCHES = 2.0
+
+#: The share of a batch's time that its launch may take. A smaller share would mean longer batches, which the next
+#: task waits for, for less than this much more throughput.
+LAUNCH_SHARE = 0.05
+
+#: Seconds of a batch that is short enough for anyone. On a CPU larger batches gain by more than the launch they save,
+#: which the model doesn't know: with MiniLM, batches this long are about 5 % faster per item than ones of a third.
+SHORT = 0.15
+
+
+class Sizing:
+    """The size of one model's batches, learned from those that ran. Lives on the main thread, inside the engine."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self._max_seconds = max_seconds
+        self.costs = CostModel()
+        # The most that may be tried, in items and in padded cost units.
+        self._items = self._padded = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Sizing: at most {self._items:.0f} items or {self._padded:.0f} units, {self.costs!r}>"
+
+    def observe(self, count: int, longest: int, seconds: float) -> None:
+        """Learn from a batch that ran."""
+        self.costs.observe(count, longest, seconds)
+        if seconds <= max(self._max_seconds, LAUNCHES * self.costs.launch_seconds):
+            self._items = max(self._items, GROWTH * count)
+            self._padded = max(self._padded, GROWTH * count * longest)
+        elif count > 1:  # a single item that takes too long says nothing about batches of shorter ones
+            self._items = min(self._items, SHRINK * count)
+            self._padded = min(self._padded, SHRINK * count * longest)
+
+    def items(self, longest: int) -> int:
+        """The most items, padded to `longest`, that the next batch may have; at least 1."""
+        if not self.costs.is_known:
+            return FIRST_BATCH
+        grown = int(min(self._items, self._padded // longest))
+        fitting = self.costs.largest(longest, self._batch_seconds)
+        return max(1, min(grown, fitting), self.costs.worth_a_try(longest, self._batch_seconds))
+
+    @property
+    def _batch_seconds(self) -> float:
+        """How long a batch should be: its launch matters little, and the user's bound is kept."""
+        worth = max(SHORT, self.launch_share_seconds)
+        return max(min(self._max_seconds, worth), LAUNCHES * self.costs.launch_seconds)
+
+    @property
+    def launch_share_seconds(self) -> float:
+        """A batch this long spends `LAUNCH_SHARE` of its time on its launch."""
+        return self.costs.launch_seconds / LAUNCH_SHARE
+
+    def seconds(self, cost: float, longest: int) -> float:
+        """Seconds of device time for this much cost in full batches of items this long, counted with caution."""
+        items = self.items(longest)
+        batch = self.costs.at_most(items, longest) if self.costs.is_known else self._max_seconds
+        return batch * cost / (items * longest)
