@@ -21,6 +21,7 @@ from math import inf
 from time import monotonic, sleep
 from typing import Any
 
+from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import pack, padded
 from legit_worker.batching.sizing import Sizing
@@ -122,6 +123,11 @@ class Queue:
     def __len__(self) -> int:
         return len(self.fair) + sum(map(len, self.halves))
 
+    @property
+    def cost(self) -> int:
+        """Of all that waits."""
+        return self.fair.cost + sum(item.cost for half in self.halves for item in half)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
@@ -153,6 +159,7 @@ class Engine:
         self._max_batch_seconds = max_batch_seconds
         self._weight_of = weight_of
         self._queues: dict[str, Queue] = {}
+        self._demand = Demand()
         self.counters: dict[str, Counters] = {}
 
     def __repr__(self) -> str:
@@ -172,6 +179,7 @@ class Engine:
         ]
         for item in items:
             queue.fair.add(item)
+        self._demand.arrived(entry.alias, [item.cost for item in items], is_new=start == 0)
         call.queued += len(items)
 
     def drop(self, entry: Entry, call: Call) -> None:
@@ -194,6 +202,23 @@ class Engine:
             for queue in self._queues.values()
             if (count := len(queue.fair))
         )
+
+    def held_seconds(self, more: int = 0) -> float | None:
+        """Seconds of device time that it takes to compute all that waits and `more` further tasks like the last ones.
+
+        For deciding how many tasks to hold, so it is counted with caution: until a model's batches have shown what its
+        launch takes, all of their time is the items'. Each model's next batch counts nothing: it is always worth
+        holding. Tasks that are held but have not called a model yet belong to `more`. None if no batch ever ran.
+        """
+        if not any(queue.sizing.costs.is_known for queue in self._queues.values()):
+            return None
+        return sum(self._held_seconds(queue, more) for queue in self._queues.values())
+
+    def _held_seconds(self, queue: Queue, more: int) -> float:
+        alias, sizing = queue.entry.alias, queue.sizing
+        longest = self._demand.cost_per_item(alias)
+        cost = queue.cost + more * self._demand.cost_per_call(alias)
+        return sizing.seconds(max(0.0, cost - longest * sizing.items(longest)), longest)
 
     def worth_fetching_seconds(self) -> float:
         """How long fetching may take for the next launch to matter little beside it, however short its batch is."""

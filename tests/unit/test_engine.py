@@ -7,7 +7,11 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from legit_worker.batching.demand import ARRIVALS
+from legit_worker.batching.sizing import FIRST_BATCH
 from legit_worker.device.devices import Device, Launch
 from legit_worker.errors import DeviceLostError, DeviceOutOfMemoryError
 from legit_worker.pool.calls import Call
@@ -495,3 +499,87 @@ def test_a_model_that_was_only_asked_for_single_items_learns_what_more_of_them_t
     assert grown[0] == 2
     assert max(grown) == 256
     assert all(after <= 4 * max(2, *grown[: number + 1]) for number, after in enumerate(grown[1:]))
+
+
+def ran(subject: Engine, entry: Any, *batches: tuple[int, float]) -> None:
+    """As if batches of that many items of cost 4 had taken so many seconds."""
+    for count, seconds in batches:
+        subject._queue(entry).sizing.observe(count, 4, seconds)
+
+
+def test_before_any_batch_ran_nothing_is_known_about_the_work_that_is_held() -> None:
+    subject, entry = engine(), FakeEntry()
+    assert subject.held_seconds(5) is None
+    ask(subject, entry, ["text"])
+    assert subject.held_seconds(5) is None
+    run_all(subject)
+    assert subject.held_seconds(5) is not None
+
+
+def test_held_work_is_what_waits_and_what_further_tasks_like_the_last_ones_bring() -> None:
+    subject, entry = engine(), FakeEntry()
+    ran(subject, entry, (1, 0.1), (2, 0.2))
+    for _ in range(10):
+        ask(subject, entry, ["text"] * 3)
+    assert subject.held_seconds() == pytest.approx((30 - 1) * 0.1), "all but the next batch, which is one item"
+    assert subject.held_seconds(100) == pytest.approx((330 - 1) * 0.1)
+
+
+def test_further_tasks_are_for_the_models_that_the_last_ones_called() -> None:
+    subject, cheap, dear = engine(), FakeEntry("cheap"), FakeEntry("dear")
+    ran(subject, cheap, (1, 0.01), (100, 1.0))
+    ran(subject, dear, (1, 1.0), (2, 2.0))
+    for _ in range(10):
+        for entry in (cheap, cheap, cheap, dear):
+            ask(subject, entry, ["text"])
+    rate = (subject.held_seconds(140) - subject.held_seconds(40)) / 100  # type: ignore[operator]
+    assert rate == pytest.approx(0.75 * 0.01 + 0.25 * 1.0)
+    for _ in range(ARRIVALS):
+        ask(subject, cheap, ["text"])
+    rate = (subject.held_seconds(140) - subject.held_seconds(40)) / 100  # type: ignore[operator]
+    assert rate == pytest.approx(0.01)
+
+
+def test_until_a_launch_is_known_the_next_batch_is_held_for_nothing_and_the_rest_at_the_items_price() -> None:
+    subject, entry = engine(), FakeEntry()
+    ran(subject, entry, (1, 2.5))
+    ask(subject, entry, ["text"])
+    assert subject.held_seconds(1) == 0, "a batch of two tells whether the launch takes long"
+    assert subject.held_seconds(2) == pytest.approx(2.5)
+    ran(subject, entry, (2, 2.5))
+    assert subject.held_seconds(7) == 0
+    assert subject.held_seconds(15) == pytest.approx(2.5)
+
+
+def test_a_model_that_never_ran_counts_as_if_its_first_batch_took_the_bound() -> None:
+    subject, known, new = engine(), FakeEntry("known"), FakeEntry("new")
+    ran(subject, known, (1, 0.0001))
+    ask(subject, new, ["text"] * 3 * FIRST_BATCH)
+    assert subject.held_seconds() == pytest.approx(2 * 0.5)
+
+
+def test_halves_of_a_batch_that_failed_are_held_too() -> None:
+    subject, entry = engine(), FakeEntry(broken=True)
+    ran(subject, entry, (1, 0.1), (2, 0.2), (100, 0.5), (100, 0.5))
+    ask(subject, entry, ["text"] * 100)
+    before = subject.held_seconds(1000)
+    subject.step()
+    assert subject.held_seconds(1000) == before
+
+
+@given(
+    batches=st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 5.0)), max_size=10),
+    calls=st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=5), max_size=20),
+    more=st.lists(st.integers(0, 2000), min_size=2, max_size=2).map(sorted),
+)
+def test_held_seconds_are_never_negative_nor_less_for_more_tasks(
+    batches: list[tuple[int, float]], calls: list[list[int]], more: list[int]
+) -> None:
+    subject, entries = engine(), [FakeEntry("first"), FakeEntry("second")]
+    ran(subject, entries[0], (1, 0.1), *batches)
+    for number, costs in enumerate(calls):
+        ask(subject, entries[number % 2], ["x" * cost for cost in costs])
+    fewer, many = map(subject.held_seconds, more)
+    assert fewer is not None
+    assert many is not None
+    assert 0 <= fewer <= many
