@@ -349,6 +349,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
         "slow",
         "even",
         "counting",
+        "launching",
         "forgetful",
     )
 }

@@ -69,7 +69,8 @@ class CostModel:
 
     def at_most(self, count: int, longest: int) -> float:
         """The same, and what the batches have not shown counts as the items' time."""
-        return float(self._cautious @ (1, count * longest, count * longest**2))
+        a, b, c = self._cautious
+        return float(a + count * (longest * (b + c * longest)))
 
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""

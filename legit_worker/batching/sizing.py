@@ -64,13 +64,8 @@ class Sizing:
     @property
     def _batch_seconds(self) -> float:
         """How long a batch should be: its launch matters little, and the user's bound is kept."""
-        worth = max(SHORT, self.launch_share_seconds)
-        return max(min(self._max_seconds, worth), LAUNCHES * self.costs.launch_seconds)
-
-    @property
-    def launch_share_seconds(self) -> float:
-        """A batch this long spends `LAUNCH_SHARE` of its time on its launch."""
-        return self.costs.launch_seconds / LAUNCH_SHARE
+        launch = self.costs.launch_seconds
+        return max(min(self._max_seconds, max(SHORT, launch / LAUNCH_SHARE)), LAUNCHES * launch)
 
     def seconds(self, cost: float, longest: int) -> float:
         """Seconds of device time for this much cost in full batches of items this long, counted with caution."""

@@ -220,10 +220,10 @@ class Engine:
         cost = queue.cost + more * self._demand.cost_per_call(alias)
         return sizing.seconds(max(0.0, cost - longest * sizing.items(longest)), longest)
 
-    def worth_fetching_seconds(self) -> float:
-        """How long fetching may take for the next launch to matter little beside it, however short its batch is."""
+    def launch_seconds(self) -> float:
+        """What the next batch takes at least, however small; 0 while that is not known."""
         queue = self._next_queue()
-        return queue.sizing.launch_share_seconds if queue else 0.0
+        return queue.sizing.costs.launch_seconds if queue else 0.0
 
     def has_full_batch(self) -> bool:
         """Whether waiting longer would not make the next batch larger."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
+from legit_worker.batching.sizing import LAUNCH_SHARE
+
 #: Seconds to listen for one more task before a batch, when the last ones came singly. A broker on this machine
 #: answers in a third of it; a lone task waits no longer than this.
 GLANCE = 0.0004
@@ -29,12 +31,15 @@ LOOK = 0.010
 #: The most seconds between two batches that fetching may take, so that first answers don't wait for a full window.
 MAX_FETCH_SECONDS = 0.5
 
-#: With this many seconds of work waiting, no more is fetched: batches pack as well as they ever will, and what is left
-#: in the queue is left for other workers.
+#: With this many seconds of work waiting beside the next batch, no more is fetched: batches pack as well as they ever
+#: will, and what is left in the queue is left for other workers.
 ENOUGH_SECONDS = 2.0
 
-#: With a delay that the user chose, how long one look may block the hub's timers.
+#: How long one look may block the hub's timers.
 MAX_LOOK = 0.05
+
+#: Seconds of a launch that is worth `LAUNCH_SHARE` of them to listen for company. A quicker one gets a glance.
+DEAR_LAUNCH = 0.05
 
 
 class Wakeup:
@@ -85,9 +90,9 @@ class Pace:
     """Decides, each time the hub comes round, whether to look for more tasks first. Lives on the main thread.
 
     Fetching fills the window, and a full window packs into even batches; but it must not take longer than computing
-    what was fetched, or tasks wait for nothing. Only where tasks stand waiting, and a batch takes as long for one item
-    as for many, as on a GPU, does it go on until that is a small part of the time. With `max_delay` set by the user,
-    that bounds the wait instead.
+    what was fetched, or tasks wait for nothing. It goes on for longer if tasks stand waiting and a batch takes as long
+    for one item as for many, as on a GPU: until the launch is a small part of the time. With `max_delay` set by the
+    user, that bounds the wait instead.
     """
 
     def __init__(self, max_delay: float | None) -> None:
@@ -111,15 +116,16 @@ class Pace:
         self,
         *,
         waiting_seconds: float,
-        worth_seconds: float,
+        held_seconds: float,
+        launch_seconds: float,
         full: Callable[[], bool],
         look: Callable[[float], bool],
     ) -> bool:
         """Whether to run a batch now; else let the hub go round once more.
 
-        `waiting_seconds` is how long all that waits would take to compute, and `worth_seconds` how long fetching pays
-        where tasks come one right after the other. `full` says whether more tasks would not make the next batch larger.
-        `look(seconds)` listens that long and says whether the hub has something to do.
+        `waiting_seconds` is how long all that waits would take to compute, `held_seconds` the same without the next
+        batch, and `launch_seconds` how long the next batch takes at least. `full` says whether more tasks would not
+        make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
         """
         now = monotonic()
         arrived, self._arrived = self._arrived, False
@@ -127,22 +133,28 @@ class Pace:
             self._began = now
             self._backlog = self._backlog or (arrived and now - self._batch_done_at < AT_ONCE)
         elapsed = now - self._began
-        if self._is_over(elapsed, waiting_seconds, full):
-            pays = self._backlog and elapsed < min(MAX_FETCH_SECONDS, worth_seconds)
-            if not pays or self._max_delay is not None or waiting_seconds > ENOUGH_SECONDS or full():
-                return True
-            return not arrived and not look(GLANCE)
+        if self._max_delay is not None:
+            return self._is_over(self._max_delay - elapsed, arrived, full, look)
+        glance = max(GLANCE, min(MAX_LOOK, launch_seconds * LAUNCH_SHARE)) if launch_seconds > DEAR_LAUNCH else GLANCE
+        if elapsed <= min(MAX_FETCH_SECONDS, waiting_seconds):
+            patience = max(glance, min(LOOK, waiting_seconds)) if self._backlog else glance
+        elif self._backlog and elapsed < min(MAX_FETCH_SECONDS, launch_seconds / LAUNCH_SHARE) and not full():
+            patience = glance
+        else:
+            return True
+        if held_seconds > ENOUGH_SECONDS:
+            return True
         if arrived:  # go round first: the hub asks the broker for the next task only then
             return False
-        if self._max_delay is not None:
-            look(min(self._max_delay - elapsed, MAX_LOOK))
-            return False
-        found = look(min(LOOK, waiting_seconds) if self._backlog else GLANCE)
-        self._backlog = self._backlog and found
+        found = look(patience)
+        self._backlog = self._backlog and (found or patience == glance)
         return not found
 
-    def _is_over(self, elapsed: float, waiting_seconds: float, full: Callable[[], bool]) -> bool:
-        """Whether enough time went into fetching."""
-        if self._max_delay is not None:
-            return elapsed >= self._max_delay or full()
-        return elapsed > min(MAX_FETCH_SECONDS, waiting_seconds) or waiting_seconds > ENOUGH_SECONDS
+    @staticmethod
+    def _is_over(left: float, arrived: bool, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
+        """Whether the delay that the user chose is; if not, listen for a part of what is left of it."""
+        if left <= 0 or full():
+            return True
+        if not arrived:
+            look(min(left, MAX_LOOK))
+        return False

@@ -358,7 +358,8 @@ class ModelPool(SoloPool):
             return True
         return self._pace.should_compute(
             waiting_seconds=self.engine.waiting_seconds(),
-            worth_seconds=self.engine.worth_fetching_seconds(),
+            held_seconds=self.engine.held_seconds() or 0.0,
+            launch_seconds=self.engine.launch_seconds(),
             full=self.engine.has_full_batch,
             look=functools.partial(listen, self._hub.poller.poll),
         )

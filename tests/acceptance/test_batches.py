@@ -96,6 +96,18 @@ def test_a_models_batches_stay_below_the_time_that_the_user_set(sides: Sides, br
     assert max(sizes[1:]) == 2
 
 
+def test_a_model_with_a_slow_launch_gets_what_the_broker_has(sides: Sides, broker: Any) -> None:
+    """From thirty tasks it learns that a batch takes a second whatever its size; the next eighty are few batches."""
+    worker = sides.worker("modelpool", broker=broker)
+    batches = []
+    for tasks in (30, 80):
+        worker.settle([worker.send("one", f"text {number}", alias="launching") for number in range(tasks)])
+        batches.append([int(size) for size in re.findall(r"computes (\d+) items", worker.log)])
+    learned, all_of_them = batches
+    assert sum(all_of_them) == 110
+    assert len(all_of_them) - len(learned) <= 3
+
+
 def test_celery_legit_status_shows_the_same_as_inspect(model_pool: Worker) -> None:
     model_pool.ask("one", "text")
     finished = subprocess.run(

@@ -25,10 +25,20 @@ class Listener:
 
 
 def ask(
-    pace: Pace, listener: Listener, *, waiting_seconds: float = 1.0, worth_seconds: float = 0.0, full: bool = False
+    pace: Pace,
+    listener: Listener,
+    *,
+    waiting_seconds: float = 1.0,
+    held_seconds: float = 0.0,
+    launch_seconds: float = 0.0,
+    full: bool = False,
 ) -> bool:
     return pace.should_compute(
-        waiting_seconds=waiting_seconds, worth_seconds=worth_seconds, full=lambda: full, look=listener
+        waiting_seconds=waiting_seconds,
+        held_seconds=held_seconds,
+        launch_seconds=launch_seconds,
+        full=lambda: full,
+        look=listener,
     )
 
 
@@ -57,7 +67,7 @@ def test_fetching_takes_no_longer_than_computing_what_was_fetched() -> None:
 
 def test_where_launches_are_dear_and_tasks_stand_waiting_it_goes_on_fetching() -> None:
     pace, listener = Pace(None), Listener(hears=True)
-    dear = {"waiting_seconds": 0.0, "worth_seconds": 60.0}
+    dear = {"waiting_seconds": 0.0, "launch_seconds": 0.02}
     pace.task_arrived()
     assert not ask(pace, listener), "the first of a burst"
     assert ask(pace, listener, **dear), "whether more stand waiting is not known"
@@ -70,7 +80,7 @@ def test_where_launches_are_dear_and_tasks_stand_waiting_it_goes_on_fetching() -
     listener.hears = False
     assert ask(pace, listener, **dear), "nothing more came at once"
     pace.task_arrived()
-    assert ask(pace, listener, waiting_seconds=0.0, worth_seconds=0.0)
+    assert ask(pace, listener, waiting_seconds=0.0)
 
 
 def test_a_full_batch_does_not_wait_for_more() -> None:
@@ -78,14 +88,33 @@ def test_a_full_batch_does_not_wait_for_more() -> None:
     pace.batch_done()
     pace.task_arrived()
     assert not ask(pace, listener, waiting_seconds=0.001)
-    assert ask(pace, listener, waiting_seconds=0.0, worth_seconds=60.0, full=True)
+    assert ask(pace, listener, waiting_seconds=0.0, launch_seconds=0.02, full=True)
 
 
 def test_with_plenty_of_work_waiting_it_leaves_the_rest_to_other_workers() -> None:
     pace, listener = Pace(None), Listener(hears=True)
     pace.task_arrived()
-    assert ask(pace, listener, waiting_seconds=loop.ENOUGH_SECONDS * 1.01)
+    assert ask(pace, listener, held_seconds=loop.ENOUGH_SECONDS * 1.01)
     assert listener.asked == []
+
+
+def test_a_launch_of_many_seconds_is_no_reason_to_leave_tasks_to_others() -> None:
+    """All that waits is one batch, which takes as long for more."""
+    pace, listener = Pace(None), Listener(hears=True)
+    for _ in range(50):
+        pace.task_arrived()
+        assert not ask(pace, listener, waiting_seconds=loop.ENOUGH_SECONDS * 10)
+
+
+@pytest.mark.parametrize(
+    ("launch", "patience"), [(0.0, loop.GLANCE), (0.02, loop.GLANCE), (0.2, 0.01), (2.5, loop.MAX_LOOK)]
+)
+def test_a_task_listens_for_company_for_a_small_part_of_a_slow_launch(launch: float, patience: float) -> None:
+    pace, listener = Pace(None), Listener()
+    pace.task_arrived()
+    assert not ask(pace, listener, launch_seconds=launch)
+    assert ask(pace, listener, launch_seconds=launch)
+    assert listener.asked == [pytest.approx(patience)]
 
 
 def test_after_a_batch_that_found_a_task_waiting_it_looks_longer() -> None:

@@ -155,6 +155,15 @@ class Counting(Upper):
         return super().forward(batch)
 
 
+class Launching(Counting):
+    """Takes a second for any batch, however many items it has."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As the others, later."""
+        time.sleep(1)
+        return super().forward(batch)
+
+
 class Forgetful(Upper):
     """Returns one output too few."""
 
