@@ -5,6 +5,7 @@ In: the settings of a model. Out: its weights, loaded at most once, on the loade
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import threading
@@ -21,9 +22,10 @@ from legit_worker import settings
 from legit_worker.batching.costmodel import BYTES_PRIOR, ENOUGH, CostModel
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device, Launch
-from legit_worker.device.memory import give_back_cached, is_out_of_memory
+from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import DeviceLostError, LegitWorkerError, ModelLoadError
+from legit_worker.models.calibration import calibrate
 from legit_worker.models.protocol import Model
 from legit_worker.models.residency import NotNowError, Residency
 from legit_worker.models.shelf import Kept, Shelf
@@ -46,11 +48,6 @@ LOAD_RETRY_AFTER = 10.0
 
 #: The cost of the largest item; far beyond any batch's.
 MAX_COST = 2**31
-
-#: Batches whose memory is measured when a model was loaded, as (items, cost of each): enough to tell what grows with
-#: the padded cost from what grows with the length. The first is computed once more before, unmeasured: a library's
-#: workspace stays.
-CALIBRATION = ((1, 32), (8, 32), (1, 128), (8, 128), (1, 256), (8, 256))
 
 #: The batch that there must be room for beside the weights, as (items, cost of each): a GPU is busy enough with it.
 RESERVE = (16, 256)
@@ -118,6 +115,7 @@ class Entry:
         self.loads = 0
         #: Bytes of activations that a batch takes, measured at the load and corrected by the batches that ran.
         self.activations = CostModel(BYTES_PRIOR, enough=ENOUGH)
+        self._is_calibrated = False
 
     def __repr__(self) -> str:
         return f"<Entry {self.alias} ({self.spec.kind}): {self.state}>"
@@ -327,19 +325,10 @@ class Entry:
 
     def _calibrate(self, model: Any) -> None:
         """Measure what batches take, where the device tells, the model has samples, and it was not done before."""
-        if not self._device.tells_memory or not hasattr(model, "sample") or self.activations.is_known:
-            return
-        for number, (count, cost) in enumerate((CALIBRATION[0], *CALIBRATION)):
-            batch = [model.preprocess(model.sample(cost)) for _ in range(count)]
-            try:
-                launch = self._compute(model, batch)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                continue  # a device this full says by the smaller ones what it can take
-            if launch.peak and number:
-                self.activations.observe(count, max(map(model.cost, batch)), launch.peak)
-        give_back_cached()  # the next batch may be a small one, and other processes may want the rest
+        if self._device.tells_memory and hasattr(model, "sample") and not self._is_calibrated:
+            compute = functools.partial(self._compute, model)
+            self._is_calibrated = calibrate(self.alias, model, compute, self.activations)
+            give_back_cached()  # the next batch may be a small one, and other processes may want the rest
 
     def _compute(self, model: Model, batch: Sequence[Any]) -> Launch:
         """A batch, and its end. Raises what the model raises."""

@@ -135,20 +135,27 @@ class Pace:
         elapsed = now - self._began
         if self._max_delay is not None:
             return self._is_over(self._max_delay - elapsed, arrived, full, look)
-        glance = max(GLANCE, min(MAX_LOOK, launch_seconds * LAUNCH_SHARE)) if launch_seconds > DEAR_LAUNCH else GLANCE
-        if elapsed <= min(MAX_FETCH_SECONDS, waiting_seconds):
-            patience = max(glance, min(LOOK, waiting_seconds)) if self._backlog else glance
-        elif self._backlog and elapsed < min(MAX_FETCH_SECONDS, launch_seconds / LAUNCH_SHARE) and not full():
-            patience = glance
-        else:
-            return True
         if held_seconds > ENOUGH_SECONDS:
+            return True
+        patience = self._patience(elapsed, waiting_seconds, launch_seconds, full)
+        if patience is None:
             return True
         if arrived:  # go round first: the hub asks the broker for the next task only then
             return False
         found = look(patience)
-        self._backlog = self._backlog and (found or patience == glance)
+        self._backlog = self._backlog and (found or patience == _glance(launch_seconds))
         return not found
+
+    def _patience(
+        self, elapsed: float, waiting_seconds: float, launch_seconds: float, full: Callable[[], bool]
+    ) -> float | None:
+        """Seconds to listen for one more task; None if enough time went into fetching."""
+        glance = _glance(launch_seconds)
+        if elapsed <= min(MAX_FETCH_SECONDS, waiting_seconds):
+            return max(glance, min(LOOK, waiting_seconds)) if self._backlog else glance
+        if self._backlog and elapsed < min(MAX_FETCH_SECONDS, launch_seconds / LAUNCH_SHARE) and not full():
+            return glance
+        return None
 
     @staticmethod
     def _is_over(left: float, arrived: bool, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
@@ -158,3 +165,8 @@ class Pace:
         if not arrived:
             look(min(left, MAX_LOOK))
         return False
+
+
+def _glance(launch_seconds: float) -> float:
+    """Seconds to listen when nobody is known to wait."""
+    return min(MAX_LOOK, launch_seconds * LAUNCH_SHARE) if launch_seconds >= DEAR_LAUNCH else GLANCE

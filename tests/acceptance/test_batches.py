@@ -108,6 +108,13 @@ def test_a_model_with_a_slow_launch_gets_what_the_broker_has(sides: Sides, broke
     assert len(all_of_them) - len(learned) <= 3
 
 
+def test_trial_batches_do_not_hold_up_a_slow_models_first_task(sides: Sides) -> None:
+    """All of them would take eight minutes; the first one alone takes five seconds."""
+    worker = sides.worker("modelpool", LEGIT_WORKER_MODELS__OTHER__PATH="0,0.16")
+    worker.ask("one", "text", alias="other")
+    assert worker.log.count("model 'other' is slow: 6 of 7 trial batches were left out") == 1
+
+
 def test_celery_legit_status_shows_the_same_as_inspect(model_pool: Worker) -> None:
     model_pool.ask("one", "text")
     finished = subprocess.run(
