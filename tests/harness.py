@@ -181,7 +181,7 @@ class Worker:
         *arguments: str,
         pool: str | None = "--pool=solo",
         environment: Mapping[str, str] | None = None,
-        options: Sequence[str] = ("--without-gossip", "--without-mingle"),
+        options: Sequence[str] = (),
     ) -> None:
         number = next(_numbers)
         self.broker = broker

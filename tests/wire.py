@@ -32,6 +32,8 @@ NOISE = (
     (re.compile(r"\btests-[0-9a-f]{12}"), "<queue>"),
     (re.compile(r"\bgen\d+@[\w.-]+"), "<origin>"),
     (re.compile(r'"pid": \d+'), '"pid": <pid>'),
+    # The number of a database, which kombu puts in front of what it publishes to everyone.
+    (re.compile(r"^/\d+(?=\.)"), "/<database>"),
     (re.compile(re.escape(str(Path(__file__).parents[1]))), "<root>"),
 )
 

@@ -32,7 +32,14 @@ class Fiber(greenlet):
     """One running task. Lives on the main thread; switched to by the loop only, and back to it by `park` only."""
 
     def __init__(
-        self, run: Callable[[], Any], *, app: str, name: str, acks_late: bool = True, exclusive: bool = False
+        self,
+        run: Callable[[], Any],
+        *,
+        app: str,
+        name: str,
+        request: Any = None,
+        acks_late: bool = True,
+        exclusive: bool = False,
     ) -> None:
         super().__init__(run)
         # Each task sees its own copy: a Sentry scope or a log binding of one never shows in another.
@@ -41,6 +48,8 @@ class Fiber(greenlet):
         self.app = app
         #: The task's name and id.
         self.name = name
+        #: Celery's `Request`, which has its message; None if what runs is no task.
+        self.request = request
         #: Whether its message is still the broker's, who gives it to another worker if this one ends.
         self.acks_late = acks_late
         #: Above zero, model calls don't let other tasks run: see `legit_worker.exclusive`.

@@ -28,7 +28,9 @@ from celery.worker.state import maybe_shutdown
 
 from legit_worker import settings
 from legit_worker.apps import identify
-from legit_worker.broker.redis import flush_acks, reserve_messages
+from legit_worker.broker.acks import flush_acks
+from legit_worker.broker.redis import reserve_messages, taking
+from legit_worker.broker.refusals import DATA_ERRORS, give_up_request, refuse_unreadable
 from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.device.cuda import prepare_environment
 from legit_worker.device.memory import give_back_cached
@@ -86,8 +88,11 @@ class ModelPool(SoloPool):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings.load(enabled_by_default=True)
+        #: Tasks that have started in this worker.
+        self.begun = 0
         # The consumer, which connects, is made after the pool.
         reserve_messages(self.app)
+        refuse_unreadable(self.app, begun=lambda: self.begun)
         self.limit = window(self._settings)
         self.on_apply = self._apply
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
@@ -240,6 +245,7 @@ class ModelPool(SoloPool):
             "max-concurrency": self.limit,
             "timeouts": (self.options.get("soft_timeout") or 0, self.options.get("timeout") or 0),
             "window": self.limit,
+            "messages": self.taking(),
             "in_flight": len(self._running),
             "parked": self._parked(),
             **sum(self.engine.counters.values(), Counters()).report(),
@@ -247,6 +253,11 @@ class ModelPool(SoloPool):
             "memory": default_registry().residency.report(),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
         }
+
+    def taking(self) -> str:
+        """How messages come to this worker: `broker.redis.taking`, or that nothing is known before it is ready."""
+        task_consumer = getattr(self._consumer, "task_consumer", None)
+        return "not yet" if task_consumer is None else taking(task_consumer.channel)
 
     def _model_info(self, alias: str) -> dict[str, Any]:
         entry = default_registry().entries[alias]
@@ -291,6 +302,7 @@ class ModelPool(SoloPool):
             self._start(fiber)
 
     def _fiber(self, target: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> Fiber:
+        _, callback, _ = rest
         task, name, request = _describe(args)
         app = identify(self._settings, request) or ""
         if app not in self._settings.apps:
@@ -298,10 +310,12 @@ class ModelPool(SoloPool):
         exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
         acks_late = bool(getattr(self.app.tasks.get(task), "acks_late", True))
         run = functools.partial(run_task, target, args, *rest)
-        return Fiber(run, app=app, name=name, acks_late=acks_late, exclusive=exclusive)
+        owner = getattr(callback, "__self__", None)  # Celery's `Request`
+        return Fiber(run, app=app, name=name, request=owner, acks_late=acks_late, exclusive=exclusive)
 
     def _start(self, fiber: Fiber) -> None:
         self._pace.task_arrived()
+        self.begun += 1
         self._running.add(fiber)
         if fiber.limit is not None:
             fiber.limit.since = monotonic()
@@ -310,10 +324,16 @@ class ModelPool(SoloPool):
         self._wakeup.set()
 
     def _switch_to(self, fiber: Fiber, error: BaseException | None = None) -> None:
-        """Run a fiber until it parks or ends. What Celery's own callbacks raise goes up to the worker, as in solo."""
+        """Run a fiber until it parks or ends.
+
+        What a server's or a network's failure raises in Celery's own callbacks goes up to the worker, as in solo. A
+        message that they can't deal with does not end the worker.
+        """
         self._watcher.turn = Turn(fiber=fiber, since=monotonic())
         try:
             fiber.resume(error)
+        except DATA_ERRORS as data_error:
+            give_up_request(fiber.request, data_error)
         finally:
             self._watcher.turn = None
             if fiber.dead:

@@ -34,7 +34,7 @@ class PrivateWorker:
     def __init__(self, project: str, queue: str, name: str, variables: Mapping[str, str]) -> None:
         self._command = [
             *(sys.executable, "-m", "celery", "-A", project, "worker", "--pool=solo", "--loglevel=INFO"),
-            *(f"--queues={queue}", f"--hostname={name}", "--without-gossip", "--without-mingle", "--without-heartbeat"),
+            *(f"--queues={queue}", f"--hostname={name}"),
         ]
         self._environment = {**os.environ, **variables}
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 closed when the worker is

@@ -16,8 +16,8 @@ from celery.result import AsyncResult
 from flowers import Flower, running_flower
 from harness import INSPECT_SECONDS, LATE, SIDES, Broker, Sides, StartWorker, Worker, poll
 
-#: Gossip is on, as it is by default: it lives on events, too.
-OPTIONS = ("-E", "--without-mingle")
+#: Events are on from the start.
+OPTIONS = ("-E",)
 
 #: What Celery documents for each event of a task, besides `uuid`, `hostname`, `timestamp`, `clock` and the like.
 FIELDS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ import redis
 from kombu.asynchronous import Hub
 from kombu.utils.json import loads
 
-from legit_worker.broker.redis import MOST_ACKS, MOST_BYTES, UNREADABLE_KEY, ReservingConnection
+from legit_worker.broker.acks import MOST_ACKS
+from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection, refusals
+from legit_worker.broker.reserve import MOST_BYTES
 
 #: Seconds until a message that is there has been delivered, and for which one waits that must not come.
 SOON = 10
@@ -287,6 +290,48 @@ def test_acks_without_a_connection_are_told_and_nothing_else_breaks(
     assert len(unacked(server)) == 1
 
 
+# Draining by hand, as a task does that consumes by itself.
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_drain_returns_when_a_message_has_come_and_not_before(url: str, taker: Any, side: str) -> None:
+    one = taker(side=side)
+    assert one.takes_no_more()
+    later = threading.Timer(1.5, put, args=(url, "late"))
+    later.start()
+    one.connection.drain_events(timeout=SOON)
+    later.join()
+    assert [message.payload for message in one.got] == ["late"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_drain_delivers_one_message(url: str, taker: Any, side: str) -> None:
+    put(url, *range(5))
+    one = taker(side=side)
+    for number in range(5):
+        one.connection.drain_events(timeout=SOON)
+        assert [message.payload for message in one.got] == list(range(number + 1))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_between_two_drains_an_urgent_message_overtakes(url: str, taker: Any, side: str) -> None:
+    put(url, *range(5), priority=6)
+    one = taker(side=side)
+    one.connection.drain_events(timeout=SOON)
+    put(url, "urgent", priority=0)
+    one.connection.drain_events(timeout=SOON)
+    assert [message.payload for message in one.got] == [0, "urgent"]
+
+
+def test_by_hand_no_more_is_reserved_than_delivered(url: str, server: redis.Redis, taker: Any) -> None:
+    put(url, *range(20))
+    one = taker()
+    for _ in range(5):
+        one.connection.drain_events(timeout=SOON)
+    assert len(unacked(server)) == 5
+    assert server.llen("work") == 15
+
+
 # What is taken, and in which order.
 
 
@@ -394,6 +439,63 @@ def test_consumers_that_do_not_ack_have_nothing_noted(url: str, server: redis.Re
     assert unacked(server) == {}
 
 
+def no_ack_consumer(channel: Any, name: str, got: list[Any]) -> kombu.Consumer:
+    """As Celery's mingle makes one for its replies."""
+    return kombu.Consumer(channel, [queue(name)], callbacks=[lambda body, _: got.append(body)], no_ack=True)
+
+
+@pytest.mark.parametrize("when", ["before", "beside", "cancelled"])
+def test_a_consumer_that_does_not_ack_leaves_the_others_reserving(
+    url: str, server: redis.Redis, taker: Any, when: str
+) -> None:
+    """Celery's mingle is such a consumer, on the channel that tasks come by, at the start of every worker."""
+    replies: list[Any] = []
+    connection = ReservingConnection(url)
+    first = no_ack_consumer(connection.default_channel, "replies", replies)
+    first.consume()
+    put(url, "early", to="replies")
+    if when == "before":  # its question is still under way
+        connection.transport.cycle.on_poll_start()
+    else:
+        connection.drain_events(timeout=SOON)
+    if when == "cancelled":
+        first.cancel()
+    one = Taker(connection)
+    put(url, *range(5))
+    if when == "beside":
+        put(url, "late", to="replies")
+    assert one.take(5) == list(range(5))
+    assert one.takes_no_more()
+    assert len(unacked(server)) == 5
+    assert replies == (["early", "late"] if when == "beside" else ["early"])
+    assert one.channel.refusal is None
+    assert not any(client["cmd"] == "brpop" for client in server.client_list())
+    one.vanish()
+
+
+def test_without_acks_a_message_that_was_not_delivered_goes_back_at_the_end(
+    url: str, server: redis.Redis, taker: Any
+) -> None:
+    put(url, 1, 2, to="replies")
+    one = taker()
+    got: list[Any] = []
+
+    def refuse(body: Any, _: Any) -> None:
+        got.append(body)
+        raise RuntimeError("not today")
+
+    consumer = no_ack_consumer(one.channel, "replies", got)
+    consumer.callbacks = [refuse]
+    consumer.consume()
+    loop = Turning(one)
+    with pytest.raises(RuntimeError, match="not today"):
+        loop.take(1)
+    one.connection.close()
+    assert got == [1]
+    assert [json.loads(raw)["headers"] for raw in server.lrange("replies", 0, -1)] == [{}]
+    assert unacked(server) == {}
+
+
 def test_a_full_worker_sleeps_while_messages_wait(url: str, taker: Any) -> None:
     one = taker(prefetch_count=1)
     hub = Hub()
@@ -419,7 +521,7 @@ def test_a_bell_that_does_not_answer_is_replaced(url: str, taker: Any, monkeypat
     assert one.takes_no_more()
     poller, channel = one.connection.transport.cycle, one.channel
     ((_, bell),) = poller._bells.values()
-    monkeypatch.setattr(channel, "_patience", lambda: -1000.0)
+    monkeypatch.setattr(channel, "patience", lambda: -1000.0)
     poller.maybe_check_brpop_health()
     assert (poller._bells, channel._bells) == ({}, {})
     monkeypatch.undo()
@@ -512,11 +614,28 @@ def test_a_server_that_forgot_the_script_is_told_again(url: str, server: redis.R
         server.script_flush()
 
 
-def test_a_server_without_blmove_is_asked_as_kombu_asks(
-    url: str, server: redis.Redis, taker: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_user_who_may_not_run_eval_reserves(url: str, server: redis.Redis, taker: Any) -> None:
+    """kombu loads its own scripts, and needs no `EVAL`."""
     server.acl_setuser(
-        "limited", enabled=True, passwords=["+secret"], keys=["*"], channels=["*"], commands=["+@all", "-blmove"]
+        "limited", enabled=True, passwords=["+secret"], keys=["*"], channels=["*"], commands=["+@all", "-eval"]
+    )
+    try:
+        one = taker(url=url.replace("redis://", "redis://limited:secret@"))
+        put(url, *range(20))
+        assert one.take(20) == list(range(20))
+        assert one.channel.refusal is None
+    finally:
+        server.acl_deluser("limited")
+
+
+@pytest.mark.parametrize("forbidden", ["blmove", "lindex"])
+def test_a_server_that_refuses_to_reserve_is_asked_as_kombu_asks(
+    url: str, server: redis.Redis, taker: Any, caplog: pytest.LogCaptureFixture, forbidden: str
+) -> None:
+    """`LINDEX` is for the script; kombu needs neither."""
+    refusals.clear()
+    server.acl_setuser(
+        "limited", enabled=True, passwords=["+secret"], keys=["*"], channels=["*"], commands=["+@all", f"-{forbidden}"]
     )
     try:
         one = taker(url=url.replace("redis://", "redis://limited:secret@"))
@@ -526,6 +645,7 @@ def test_a_server_without_blmove_is_asked_as_kombu_asks(
         put(url, 20)
         assert one.take(1) == [20]
         assert len(unacked(server)) == 21
-        assert caplog.text.count("refuses BLMOVE") == 1
+        assert caplog.text.count("does not let this worker reserve messages") == 1
+        assert one.channel.refusal in caplog.text
     finally:
         server.acl_deluser("limited")

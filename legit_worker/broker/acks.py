@@ -1,0 +1,68 @@
+"""Acks that go out together.
+
+In: acks, one by one, as Celery makes them. Out: one round trip for those of one turn of the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+from kombu.transport import redis as stock
+from kombu.transport import virtual
+
+logger = logging.getLogger(__name__)
+
+#: The most acks that wait for company in a worker's event loop. They go out before the hub waits, or at this number.
+MOST_ACKS = 64
+
+#: Those that have some.
+_with_acks: weakref.WeakSet[ReservingQoS] = weakref.WeakSet()
+
+
+def flush_acks() -> None:
+    """Send all acks that wait."""
+    for qos in list(_with_acks):
+        qos.flush_acks()
+
+
+class ReservingQoS(stock.QoS):
+    """kombu's accounts of what is not acked. What the script noted is not noted once more, and acks go in groups."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._acked: list[str] = []
+
+    def ack(self, delivery_tag: str) -> None:
+        """A message is done with. Celery says so from the hub's queue, which the hub empties before it waits."""
+        if self.channel.closed:  # a connection that was lost: its messages were given back, and will be delivered again
+            virtual.QoS.ack(self, delivery_tag)
+            return
+        if self.channel.connection.cycle.hub is None:
+            super().ack(delivery_tag)
+            return
+        virtual.QoS.ack(self, delivery_tag)
+        self._acked.append(delivery_tag)
+        _with_acks.add(self)
+        if len(self._acked) >= MOST_ACKS:
+            self.flush_acks()
+
+    def flush_acks(self) -> None:
+        """Send the acks that wait. If the connection is gone they are forgotten, and their tasks run again."""
+        acked, self._acked = self._acked, []
+        _with_acks.discard(self)
+        if not acked:
+            return
+        try:
+            with self.pipe_or_acquire() as pipe:
+                pipe.zrem(self.unacked_index_key, *acked).hdel(self.unacked_key, *acked).execute()
+        except self.channel.connection_errors as error:
+            logger.critical("%d tasks that are done could not be acked, and will run again: %r", len(acked), error)
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """A message is being delivered."""
+        if delivery_tag == self.channel.noted:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
