@@ -320,6 +320,8 @@ class Settings(BaseSettings):
     host_cache: Annotated[Memory, AfterValidator(_in_bytes)] = Amount(0)
     #: Tasks in flight; None is the pool's measured default.
     window: int | None = Field(default=None, ge=1, le=100_000)
+    #: Predicted seconds of work that this worker may hold; None is the pool's measured default.
+    max_held_seconds: float | None = Field(default=None, gt=0)
     #: The longest, in seconds, that a task waits for company; None lets the pool decide.
     max_queue_delay: Annotated[Seconds | None, _nothing_if("auto")] = None
     #: The longest, in seconds, that one forward should take.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import kombu
 import pytest
 from celery import Celery
 from celery.backends.rpc import RPCBackend
@@ -146,6 +147,8 @@ class Broker:
     #: More of a project's environment: the filesystem transport's folders, a visibility timeout.
     environment: Mapping[str, str] = field(default_factory=dict)
     transport_options: Mapping[str, Any] = field(default_factory=dict)
+    #: RabbitMQ's `x-queue-type`; None is its default.
+    queue_type: str | None = None
 
     @property
     def stores_results(self) -> bool:
@@ -167,7 +170,14 @@ class Broker:
             accept_content=["json"],
             broker_transport_options=dict(self.transport_options),
         )
+        if self.queue_type is not None:
+            app.conf.task_queues = [self.declared()]
         return app
+
+    def declared(self) -> kombu.Queue:
+        """The queue as the project declares it."""
+        arguments = {"x-queue-type": self.queue_type} if self.queue_type else None
+        return kombu.Queue(self.queue, kombu.Exchange(self.queue), self.queue, queue_arguments=arguments)
 
 
 class Worker:
@@ -350,6 +360,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
         "even",
         "counting",
         "launching",
+        "heavy",
         "forgetful",
     )
 }
@@ -391,6 +402,8 @@ def project_environment(broker: Broker, settings: Mapping[str, str] | None = Non
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     path = os.pathsep.join([str(PROJECTS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ours = {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend, "PROJECT_QUEUE": broker.queue}
+    if broker.queue_type is not None:
+        ours["PROJECT_QUEUE_TYPE"] = broker.queue_type
     return kept | ENVIRONMENT | ours | {"PYTHONPATH": path} | dict(broker.environment) | dict(settings or {})
 
 

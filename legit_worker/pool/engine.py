@@ -14,8 +14,9 @@ from __future__ import annotations
 import gc
 import logging
 import traceback
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic, sleep
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 #: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
 #: about a millisecond per 256.
 HORIZON = 256
+
+#: Seconds that a task counts for while its model has computed nothing: twice those of an item in a first batch that
+#: takes as long as it may by default, 0.5 s for 8 items.
+UNKNOWN_SECONDS = 0.125
 
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
@@ -160,7 +165,11 @@ class Engine:
         self._weight_of = weight_of
         self._queues: dict[str, Queue] = {}
         self._demand = Demand()
+        # Tasks that wait for a model's load, by its alias.
+        self._loading: Counter[str] = Counter()
         self.counters: dict[str, Counters] = {}
+        #: Model calls so far.
+        self.calls = 0
 
     def __repr__(self) -> str:
         waiting = {alias: len(queue) for alias, queue in self._queues.items()}
@@ -180,7 +189,18 @@ class Engine:
         for item in items:
             queue.fair.add(item)
         self._demand.arrived(entry.alias, [item.cost for item in items], is_new=start == 0)
+        self.calls += start == 0
         call.queued += len(items)
+
+    @contextmanager
+    def expecting(self, entry: Entry) -> Iterator[None]:
+        """While a task waits for its model to load. Its item is not here yet, and will be."""
+        self._loading[entry.alias] += 1
+        try:
+            yield
+        finally:
+            self._loading[entry.alias] -= 1
+            self._loading += Counter()  # without those that nobody waits for
 
     def drop(self, entry: Entry, call: Call) -> None:
         """Forget what is left of a call whose task is gone."""
@@ -203,21 +223,24 @@ class Engine:
             if (count := len(queue.fair))
         )
 
-    def held_seconds(self, more: int = 0) -> float | None:
-        """Seconds of device time that it takes to compute all that waits and `more` further tasks like the last ones.
+    def held_seconds(self, more: float = 0) -> float | None:
+        """Seconds of device time that it takes to compute all that waits and `more` further calls like the last ones.
 
         For deciding how many tasks to hold, so it is counted with caution: until a model's batches have shown what its
         launch takes, all of their time is the items'. Each model's next batch counts nothing: it is always worth
-        holding. Tasks that are held but have not called a model yet belong to `more`. None if no batch ever ran.
+        holding. Calls of tasks that have not begun belong to `more`. None if no batch ever ran and
+        nothing waits.
         """
-        if not any(queue.sizing.costs.is_known for queue in self._queues.values()):
-            return None
-        return sum(self._held_seconds(queue, more) for queue in self._queues.values())
+        loading = sum(count for alias, count in self._loading.items() if alias not in self._queues)
+        if any(queue.sizing.costs.is_known for queue in self._queues.values()):
+            return sum(self._held_seconds(queue, more) for queue in self._queues.values()) + loading * UNKNOWN_SECONDS
+        waiting = loading + len(self)
+        return (waiting + more) * UNKNOWN_SECONDS if waiting else None
 
-    def _held_seconds(self, queue: Queue, more: int) -> float:
+    def _held_seconds(self, queue: Queue, more: float) -> float:
         alias, sizing = queue.entry.alias, queue.sizing
         longest = self._demand.cost_per_item(alias)
-        cost = queue.cost + more * self._demand.cost_per_call(alias)
+        cost = queue.cost + self._loading[alias] * longest + more * self._demand.cost_per_call(alias)
         return sizing.seconds(max(0.0, cost - longest * sizing.items(longest)), longest)
 
     def launch_seconds(self) -> float:

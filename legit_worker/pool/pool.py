@@ -43,6 +43,7 @@ from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.limits import Limit
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
+from legit_worker.pool.share import Prefetch, Share
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.waiter import Waiter
 from legit_worker.pool.watcher import Turn, Watcher
@@ -60,6 +61,9 @@ DEFAULT_WINDOW = 1024
 
 #: Seconds between two looks at the tasks that are held until their result is routed.
 HELD_LOOK = 1.0
+
+#: Seconds between two decisions about how many tasks to hold, while nothing else happens.
+SHARE_LOOK = 1.0
 
 #: Seconds between two looks for models that nobody has used for their `keep_alive`; whether one that waits for room has
 #: waited for long enough; and at the start, while pinned models load, whether the worker is to stop.
@@ -114,11 +118,11 @@ class ModelPool(SoloPool):
         self._pace = Pace(self._settings.max_queue_delay)
         self._hub: Any = None
         self._consumer: Any = None
-        # Tasks that are over but for their routed result; how many were held at the last look; and for how many of
-        # them the broker was asked for another task in their place.
+        # Tasks that are over but for their routed result; how many were held at the last look; and how many of them are
+        # held for long enough to have another task take their place.
         self._held: set[Fiber] = set()
         self._held_before = 0
-        self._granted = 0
+        self._replaced = 0
         self._gave_way = False
         self.engine = Engine(
             max_batch_seconds=self._settings.max_batch_seconds,
@@ -126,7 +130,14 @@ class ModelPool(SoloPool):
             free_memory=_free_memory,
             watch=Waiter(self._wakeup.set).watch,
         )
+        self._share = Share(
+            self.engine.held_seconds, calls=lambda: self.engine.calls, max_seconds=self._settings.max_held_seconds
+        )
+        # How many tasks to hold, and who tells the broker.
+        self._most = self._share.cold(self.limit)
+        self._prefetch: Prefetch | None = None
         self._runner = FiberRunner(self.engine, wake=self._wake, on_lost=self._wakeup.set, models_of=self._models_of)
+        signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_ready.connect(self._meet_consumer)
 
     def __repr__(self) -> str:
@@ -137,8 +148,8 @@ class ModelPool(SoloPool):
 
     @property
     def num_processes(self) -> int:
-        """What Celery multiplies to get the prefetch count: the window."""
-        return int(self.limit)
+        """What Celery multiplies to get the prefetch count: the tasks that this worker may hold now."""
+        return self._most
 
     def on_start(self) -> None:
         """Handles of this process park from now on; pinned models start to load."""
@@ -168,12 +179,13 @@ class ModelPool(SoloPool):
         self._hub = hub
         hub.add_reader(self._wakeup.fileno(), self._turn)
         # What is held from before has no place in the new connection's window.
-        self._granted = 0
+        self._replaced = 0
         hub.call_repeatedly(IDLE_LOOK, default_registry().residency.evict_idle)
         hub.call_repeatedly(WAITING_LOOK, default_registry().residency.review)
         hub.call_repeatedly(MEMORY_LOOK, default_registry().residency.watch)
         if isinstance(self.app.backend, Routing):
             hub.call_repeatedly(HELD_LOOK, self._replace_held)
+        hub.call_repeatedly(SHARE_LOOK, self._decide_share)
 
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""
@@ -182,10 +194,12 @@ class ModelPool(SoloPool):
     def grow(self, n: int = 1) -> None:
         """`celery control pool_grow`: a wider window."""
         self.limit += n
+        self._decide_share()
 
     def shrink(self, n: int = 1) -> None:
         """`celery control pool_shrink`: a narrower window; what runs goes on."""
         self.limit = max(1, self.limit - n)
+        self._decide_share()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """`revoke(terminate=True)` on a running task: unwind its fiber."""
@@ -335,6 +349,7 @@ class ModelPool(SoloPool):
         except DATA_ERRORS as data_error:
             give_up_request(fiber.request, data_error)
         finally:
+            self._share.ran(monotonic() - self._watcher.turn.since, ended=fiber.dead)
             self._watcher.turn = None
             if fiber.dead:
                 self._running.discard(fiber)
@@ -360,6 +375,8 @@ class ModelPool(SoloPool):
                 self.engine.step()
                 self._resume_ready()
                 self._pace.batch_done()
+            if self._prefetch is not None and self._prefetch.is_due():
+                self._decide_share()
         except DeviceLostError as error:
             self._give_up(error)
         finally:
@@ -506,11 +523,16 @@ class ModelPool(SoloPool):
 
         What is held is bounded by the bytes that a lane takes (`routing.lanes.MAX_WAITING_BYTES`).
         """
-        held, self._held_before = min(len(self._held), self._held_before), len(self._held)
-        if self._consumer is not None and held != self._granted:
-            qos = self._consumer.qos
-            (qos.increment_eventually if held > self._granted else qos.decrement_eventually)(abs(held - self._granted))
-            self._granted = held
+        self._replaced, self._held_before = min(len(self._held), self._held_before), len(self._held)
+        self._decide_share()
+
+    def _decide_share(self) -> None:
+        """Take no more tasks than others can spare, and tell the broker."""
+        begun = len(self._running) - len(self._held)
+        waiting = len(self._backlog)
+        self._most = self._share.most(begun + waiting, waiting, self.limit)
+        if self._prefetch is not None:
+            self._prefetch.want(self._most + self._replaced)
 
     def _parked(self) -> int:
         return sum(fiber.waits_for is not None for fiber in self._running)
@@ -518,17 +540,16 @@ class ModelPool(SoloPool):
     def _models_of(self, app: str) -> tuple[str, ...] | None:
         return self._settings.apps[app].models if app else None
 
+    def _meet_worker(self, instance: Any = None, **_: Any) -> None:
+        """Before it connects: the broker is to hand over no more than a worker holds that knows nothing yet."""
+        if instance.pool is self:
+            self._consumer = instance.consumer
+            self._prefetch = Prefetch(instance.consumer, self._most)
+
     def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
-        """Under `-P custom` without `install()`, nobody told the consumer about the window before it started."""
-        if sender.pool is not self:
-            return
-        self._consumer = sender
-        self._soft.meet(sender)
-        missing = int(self.limit) - sender.initial_prefetch_count
-        if missing > 0:
-            sender.initial_prefetch_count += missing
-            sender.prefetch_multiplier = 1
-            sender.qos.increment_eventually(missing)
+        """Its handlers of signals are installed by now."""
+        if sender.pool is self:
+            self._soft.meet(sender)
 
 
 def _free_memory() -> None:

@@ -61,7 +61,8 @@ class FiberRunner:
         with fiber.shield():
             request = entry.residency.request(entry, must=not fiber.may_park())
             try:
-                self._wait_for_load(fiber, request)
+                with self._engine.expecting(entry):
+                    self._wait_for_load(fiber, request)
                 try:
                     model = entry.outcome(request.future)
                 except DeviceLostError as error:

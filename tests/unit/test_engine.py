@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from legit_worker.batching.sizing import FIRST_BATCH
 from legit_worker.device.devices import Device, Launch
 from legit_worker.errors import DeviceLostError, DeviceOutOfMemoryError
 from legit_worker.pool.calls import Call
-from legit_worker.pool.engine import Engine
+from legit_worker.pool.engine import UNKNOWN_SECONDS, Engine
 
 
 class PoisonError(Exception):
@@ -511,9 +512,24 @@ def test_before_any_batch_ran_nothing_is_known_about_the_work_that_is_held() -> 
     subject, entry = engine(), FakeEntry()
     assert subject.held_seconds(5) is None
     ask(subject, entry, ["text"])
-    assert subject.held_seconds(5) is None
+    assert subject.held_seconds(5) == 6 * UNKNOWN_SECONDS
     run_all(subject)
-    assert subject.held_seconds(5) is not None
+    assert subject.held_seconds(5) != 5 * UNKNOWN_SECONDS
+
+
+def test_tasks_whose_model_is_yet_to_be_loaded_are_held_too() -> None:
+    subject, known, cold = engine(), FakeEntry("known"), FakeEntry("cold")
+    with subject.expecting(cold):
+        assert subject.held_seconds() == UNKNOWN_SECONDS
+        assert subject.held_seconds(7) == 8 * UNKNOWN_SECONDS
+    assert subject.held_seconds() is None
+    ran(subject, known, (1, 0.1), (2, 0.2))
+    with subject.expecting(cold), subject.expecting(known):
+        assert subject.held_seconds() == UNKNOWN_SECONDS, "the known model's next batch counts nothing"
+        with contextlib.ExitStack() as many:
+            for _ in range(1000):
+                many.enter_context(subject.expecting(known))
+            assert subject.held_seconds() > 2 * UNKNOWN_SECONDS  # type: ignore[operator]
 
 
 def test_held_work_is_what_waits_and_what_further_tasks_like_the_last_ones_bring() -> None:

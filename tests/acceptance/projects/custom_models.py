@@ -164,6 +164,15 @@ class Launching(Counting):
         return super().forward(batch)
 
 
+class Heavy(Counting):
+    """Takes a tenth of a second for each item, and nothing for the launch."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As the others, later."""
+        time.sleep(0.1 * len(batch))
+        return super().forward(batch)
+
+
 class Forgetful(Upper):
     """Returns one output too few."""
 

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import kombu
 from celery import Celery, signals
 from celery.utils.log import get_task_logger
 
@@ -35,6 +36,10 @@ app.conf.update(
     accept_content=["json"],
     task_track_started=True,
 )
+if "PROJECT_QUEUE_TYPE" in os.environ:
+    arguments = {"x-queue-type": os.environ["PROJECT_QUEUE_TYPE"]}
+    name = os.environ["PROJECT_QUEUE"]
+    app.conf.task_queues = [kombu.Queue(name, kombu.Exchange(name), name, queue_arguments=arguments)]
 if "PROJECT_POOL" in os.environ:
     app.conf.worker_pool = os.environ["PROJECT_POOL"]
 if "PROJECT_ACKS_LATE" in os.environ:
@@ -62,6 +67,12 @@ def encode(texts: Any, alias: str = "sim", **options: Any) -> Any:
 def no_model(number: int) -> int:
     """Never calls a model."""
     return number + 1
+
+
+@app.task(name="sleeps")
+def sleeps(seconds: float) -> None:
+    """Its own code takes that long."""
+    time.sleep(seconds)
 
 
 @app.task(name="two_models")

@@ -1,0 +1,73 @@
+"""Workers on one queue: each gets its part, whatever the window says and whenever it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from harness import Broker, Sides, StartWorker, Worker, poll
+
+#: Tasks of a tenth of a second each.
+TASKS = 200
+
+#: The part of all tasks that each of two workers must get. A half is ideal; the first one starts with some in hand.
+PART = 0.35
+
+
+def done(worker: Worker) -> int:
+    """Tasks that this worker has finished."""
+    return worker.log.count(" succeeded in ")
+
+
+def check_shares(sides: Sides, broker: Broker) -> None:
+    client = broker.client()
+    results = [client.send_task("one", ["text"], {"alias": "heavy"}) for _ in range(TASKS)]
+    first = sides.worker("modelpool", broker=broker)
+    poll(lambda: done(first) > TASKS // 20, "the first tasks")
+    second = sides.worker("modelpool", broker=broker)
+    second.settle(results)
+    assert done(first) + done(second) == TASKS
+    assert min(done(first), done(second)) > TASKS * PART, (done(first), done(second))
+
+
+def test_the_second_worker_gets_its_part(sides: Sides, broker: Broker) -> None:
+    check_shares(sides, broker)
+
+
+def test_the_second_worker_gets_its_part_under_rabbitmq(start_worker: StartWorker, rabbitmq: Broker) -> None:
+    check_shares(Sides(start_worker), rabbitmq)
+
+
+def test_the_second_worker_gets_its_part_of_a_quorum_queue(start_worker: StartWorker, rabbitmq: Broker) -> None:
+    """Whose consumers have a prefetch count of their own, for good."""
+    check_shares(Sides(start_worker), dataclasses.replace(rabbitmq, queue_type="quorum"))
+
+
+def test_what_is_held_follows_what_tasks_take(sides: Sides, broker: Broker) -> None:
+    """Two seconds of work are 20 of these tasks, and any number of those."""
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_HELD_SECONDS="2")
+    assert worker.stats()["prefetch_count"] == 16
+    heavy = [worker.send("one", "text", alias="heavy") for _ in range(100)]
+    poll(lambda: done(worker) > 30, "some tasks")
+    assert worker.pool()["in_flight"] <= 40
+    worker.settle(heavy)
+    light = [worker.send("no_model", number) for number in range(1000)]
+    worker.settle(light)
+    poll(lambda: worker.stats()["prefetch_count"] > 500, "a wide window")
+
+
+def test_tasks_that_run_their_own_code_for_long_are_left_to_others_too(sides: Sides, broker: Broker) -> None:
+    client = broker.client()
+    results = [client.send_task("sleeps", [0.1]) for _ in range(100)]
+    bound = {"LEGIT_WORKER_MAX_HELD_SECONDS": "1"}
+    first = sides.worker("modelpool", broker=broker, **bound)
+    poll(lambda: done(first) > 5, "the first tasks")
+    second = sides.worker("modelpool", broker=broker, **bound)
+    second.settle(results)
+    assert min(done(first), done(second)) > 100 * PART, (done(first), done(second))
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "x"])
+def test_a_bound_that_is_none_stops_the_worker(sides: Sides, broker: Broker, bad: str) -> None:
+    with pytest.raises(AssertionError, match="LEGIT_WORKER_MAX_HELD_SECONDS"):
+        sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_HELD_SECONDS=bad)

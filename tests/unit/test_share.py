@@ -1,0 +1,202 @@
+"""How many tasks a worker holds, and what its broker is told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kombu.common import QoS
+
+from legit_worker.pool import share
+from legit_worker.pool.engine import UNKNOWN_SECONDS
+from legit_worker.pool.share import MAX_HELD_SECONDS, Prefetch, Share
+
+#: Wide enough to bound nothing by itself.
+WINDOW = 1000
+
+
+class Device:
+    """Work that waits, and what a call adds to it."""
+
+    def __init__(self, waiting: float | None = None, each: float = 0.0) -> None:
+        self.waiting = waiting
+        self.each = each
+        self.calls = 0
+
+    def __call__(self, more: float) -> float | None:
+        return None if self.waiting is None else self.waiting + more * self.each
+
+
+def shared(device: Device, max_seconds: float = 4.0, *, own: float = 0.0, ended: int = 0) -> Share:
+    """After so many tasks whose own code took so long, each with one model call."""
+    subject = Share(device, calls=lambda: device.calls, max_seconds=max_seconds)
+    for _ in range(ended):
+        device.calls += 1
+        subject.ran(own, ended=True)
+    return subject
+
+
+def test_while_nothing_is_known_each_task_counts_as_slow() -> None:
+    subject = shared(Device())
+    assert subject.cold(WINDOW) == subject.most(0, 0, WINDOW) == 4.0 / UNKNOWN_SECONDS
+    assert subject.cold(8) == subject.most(0, 0, 8) == 8
+
+
+def test_as_many_tasks_are_held_as_fit_into_the_seconds() -> None:
+    assert shared(Device(waiting=0.0, each=0.1), ended=10).most(0, 0, WINDOW) == 40
+    assert shared(Device(waiting=3.0, each=0.1), ended=10).most(30, 0, WINDOW) == 40
+    assert shared(Device(waiting=3.0, each=0.1), ended=10).most(30, 5, WINDOW) == 35
+
+
+def test_a_tasks_own_code_counts() -> None:
+    assert shared(Device(), own=0.5, ended=10).most(0, 0, WINDOW) == 8
+    assert shared(Device(waiting=0.0, each=0.5), own=0.5, ended=10).most(0, 0, WINDOW) == 4
+
+
+def test_tasks_that_park_count_with_all_that_they_ran() -> None:
+    subject = shared(Device())
+    for _ in range(10):
+        subject.ran(0.2, ended=False)
+        subject.ran(0.3, ended=True)
+    assert subject.most(0, 0, WINDOW) == 8
+
+
+def test_tasks_that_call_no_model_any_more_are_not_counted_as_if_they_did() -> None:
+    device = Device(waiting=0.0, each=1.0)
+    subject = shared(device, ended=100)
+    assert subject.most(0, 0, WINDOW) == 4
+    for _ in range(5000):
+        subject.ran(0.0001, ended=True)
+    assert subject.most(0, 0, WINDOW) == WINDOW
+
+
+def test_with_too_much_work_no_further_task_comes() -> None:
+    assert shared(Device(waiting=9.0, each=0.1), ended=10).most(90, 0, WINDOW) < 90
+
+
+@given(
+    waiting=st.floats(0, 100),
+    each=st.floats(0, 10),
+    held=st.integers(0, 2000),
+    window=st.integers(1, 2000),
+    own=st.floats(0, 10),
+)
+def test_it_is_never_more_than_the_window_nor_less_than_one(
+    waiting: float, each: float, held: int, window: int, own: float
+) -> None:
+    subject = shared(Device(waiting, each), own=own, ended=3)
+    most = subject.most(held, 0, window)
+    assert 1 <= most <= window
+    if most > max(1, held):
+        assert waiting + (most - held) * (each + own) <= MAX_HELD_SECONDS * 1.0001
+
+
+# What the broker is told.
+
+
+class Consumer:
+    """Celery's, as far as its prefetch count is concerned."""
+
+    def __init__(self, driver: str = "redis", *, quorum: bool = False) -> None:
+        self.told: list[int] = []
+        self.consuming: list[str] = []
+        arguments = {"x-queue-type": "quorum"} if quorum else {}
+        queues = {"work": SimpleNamespace(queue_arguments=arguments)}
+        conf = SimpleNamespace(worker_detect_quorum_queues=True)
+        self.app = SimpleNamespace(amqp=SimpleNamespace(queues=queues), conf=conf)
+        self.connection = SimpleNamespace(transport=SimpleNamespace(driver_type=driver))
+        self.task_consumer = SimpleNamespace(
+            cancel=lambda: self.consuming.append("cancel"), consume=lambda: self.consuming.append("consume")
+        )
+        self.initial_prefetch_count = 1024
+        self.prefetch_multiplier = 4
+        self.qos: Any = None
+
+    def connect(self) -> None:
+        self.qos = QoS(lambda prefetch_count: self.told.append(prefetch_count), self.initial_prefetch_count)
+        self.qos.update()
+
+    def turn(self) -> None:
+        """As the hub does."""
+        if self.qos.prev != self.qos.value:
+            self.qos.update()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whose time only goes on when a test says so."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(share, "monotonic", lambda: now.seconds)
+    return now
+
+
+def test_before_it_connects_the_first_count_is_there() -> None:
+    consumer = Consumer()
+    prefetch = Prefetch(consumer, 32)
+    prefetch.want(40)
+    consumer.connect()
+    assert consumer.told == [40]
+    assert consumer.prefetch_multiplier == 1
+
+
+def test_what_celery_holds_for_later_stays_on_top() -> None:
+    consumer = Consumer()
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    consumer.qos.increment_eventually(5)  # tasks with an ETA
+    for count in (100, 7, 50):
+        prefetch.want(count)
+        consumer.turn()
+        assert consumer.told[-1] == count + 5
+    consumer.qos.decrement_eventually(5)
+    prefetch.want(50)
+    consumer.turn()
+    assert consumer.told[-1] == 50
+
+
+def test_a_new_connection_begins_where_the_old_one_was() -> None:
+    consumer = Consumer()
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(100)
+    consumer.connect()
+    prefetch.want(90)
+    consumer.turn()
+    assert consumer.told == [32, 100, 90]
+
+
+def test_pool_grow_leaves_the_count_to_the_pool() -> None:
+    consumer = Consumer()
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    consumer._update_prefetch_count(10)
+    prefetch.want(42)
+    consumer.turn()
+    assert consumer.told == [32, 42]
+
+
+def test_a_broker_across_a_network_is_told_of_what_matters(clock: Any) -> None:
+    consumer = Consumer("amqp")
+    prefetch = Prefetch(consumer, 100)
+    consumer.connect()
+    for count in (110, 95, 120, 81, 126, 125, 100, 1):
+        prefetch.want(count)
+        consumer.turn()
+    assert consumer.told == [100, 126, 100, 1]
+
+
+def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> None:
+    consumer = Consumer("amqp", quorum=True)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(500)
+    assert (consumer.told, consumer.consuming) == ([32, 500], ["cancel", "consume"])
+    prefetch.want(10)
+    assert consumer.told == [32, 500], "too soon"
+    clock.seconds += share.CONSUMER_SECONDS
+    prefetch.want(10)
+    assert consumer.told == [32, 500, 10]
+    assert consumer.consuming == ["cancel", "consume"] * 2
