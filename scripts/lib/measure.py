@@ -22,6 +22,8 @@ from processes import Process, RunError
 from services import Side
 
 TASK = "legit_worker.embed_text"
+#: Celery's own, which every worker has: it gives its arguments back.
+NOOP = "celery.accumulate"
 #: The queue of a worker that was not told another one.
 QUEUE = "celery"
 #: A list that no worker reads.
@@ -49,12 +51,12 @@ class Run:
     """What one timed run gave."""
 
     seconds: float
-    #: One per text, in the texts' order.
-    vectors: list[list[float]]
+    #: What each task gave, in the texts' order: a vector.
+    answers: list[Any]
 
     @property
     def tasks_per_second(self) -> float:
-        return len(self.vectors) / self.seconds
+        return len(self.answers) / self.seconds
 
 
 class Watch:
@@ -77,18 +79,18 @@ def warm_up(side: Side, texts: Sequence[str]) -> None:
     timed_run(side, texts[:WARM_UP_TASKS])
 
 
-def timed_run(side: Side, texts: Sequence[str]) -> Run:
+def timed_run(side: Side, texts: Sequence[str], task: str = TASK) -> Run:
     """All texts, one task each, at once. Raises when a task fails, or the worker dies or is stuck."""
-    ids = _publish(side, texts)
+    ids = _publish(side, texts, task)
     keys = [side.client.backend.get_key_for_task(task_id) for task_id in ids]
     store = side.client.backend.client
     started = time.perf_counter()
     store.rename(STAGING, QUEUE)
     _wait(store, keys, Watch(side.worker))
     seconds = time.perf_counter() - started
-    vectors = [_vector(side.name, value) for value in _fetch(store, keys)]
+    answers = [_answer(side.name, value) for value in _fetch(store, keys)]
     store.delete(*keys)
-    return Run(seconds=seconds, vectors=vectors)
+    return Run(seconds=seconds, answers=answers)
 
 
 def lone_task(side: Side, text: str) -> float:
@@ -112,10 +114,10 @@ def _normalized(vectors: Iterable[Sequence[float]]) -> numpy.ndarray:
     return numpy.asarray(matrix / numpy.linalg.norm(matrix, axis=1, keepdims=True))
 
 
-def _publish(side: Side, texts: Sequence[str]) -> list[str]:
+def _publish(side: Side, texts: Sequence[str], task: str) -> list[str]:
     """To the staging list. The publisher has no result backend: it would subscribe to every single result."""
     with Celery(broker=side.url, set_as_current=False) as publisher:
-        return [publisher.send_task(TASK, args=[text], queue=STAGING).id for text in texts]
+        return [publisher.send_task(task, args=[text], queue=STAGING).id for text in texts]
 
 
 def _wait(store: Any, keys: list[str], watch: Callable[[int], None]) -> None:
@@ -129,7 +131,7 @@ def _fetch(store: Any, keys: list[str]) -> Iterable[bytes]:
         yield from store.mget(keys[start : start + FETCHED_AT_ONCE])
 
 
-def _vector(name: str, stored: bytes) -> list[float]:
+def _answer(name: str, stored: bytes) -> list[float]:
     outcome = json.loads(stored)
     if outcome["status"] != "SUCCESS":
         raise TaskFailedError(
