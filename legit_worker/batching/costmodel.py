@@ -52,7 +52,9 @@ class CostModel:
         self._enough = enough
         # A row per batch, as it was observed.
         self._seen = np.empty((0, 3))
-        self._fit = self._cautious = prior
+        self._fit = self._cautious = _law(prior)
+        # While all batches have about as many items: the most items, the largest padded cost, the most seconds.
+        self._alike: tuple[int, int, float] | None = None
 
     def __repr__(self) -> str:
         a, b, c = self._fit
@@ -64,26 +66,31 @@ class CostModel:
     def predict(self, count: NDArray[np.int64], longest: int) -> NDArray[np.floating[Any]]: ...
     def predict(self, count: int | NDArray[np.int64], longest: int) -> float | NDArray[np.floating[Any]]:
         """Seconds for a batch of `count` items padded to `longest` cost units. Works on an array of counts."""
-        a, b, c = (float(term) for term in self._fit)
+        a, b, c = self._fit
         return a + count * (longest * (b + c * longest))
 
     def at_most(self, count: int, longest: int) -> float:
         """The same, and what the batches have not shown counts as the items' time."""
         a, b, c = self._cautious
-        return float(a + count * (longest * (b + c * longest)))
+        return a + count * (longest * (b + c * longest))
 
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""
         self._seen = seen = np.vstack([self._seen, (count, longest, seconds)])[-MEMORY:]
         if len(seen) >= self._enough and _differ(seen[:, 0] * seen[:, 1]):
-            self._fit = self._cautious = _fit(seen, self._prior)
+            self._fit = self._cautious = _law(_fit(seen, self._prior))
         else:
             # The slowest of the last ones counts, since bounds must hold. A first batch that was slow by itself is
             # soon not among them.
             last = seen[-ENOUGH:]
-            self._fit = self._prior * _slowest(last, self._prior)
+            self._fit = _law(self._prior * _slowest(last, self._prior))
             each = self._prior * (0, 1, 1)
-            self._cautious = each * _slowest(last, each)
+            self._cautious = _law(each * _slowest(last, each))
+
+        counts, lengths, took = seen.T
+        self._alike = None
+        if not _differ(counts):
+            self._alike = int(counts.max()), int((counts * lengths).max()), float(took.max())
 
     @property
     def is_known(self) -> bool:
@@ -93,7 +100,7 @@ class CostModel:
     @property
     def launch_seconds(self) -> float:
         """What any batch takes, however small; 0 until batches of several sizes have shown it."""
-        return float(self._cautious[LAUNCH])
+        return self._cautious[LAUNCH]
 
     def worth_a_try(self, longest: int, seconds: float) -> int:
         """How many items to try, padded to `longest`, if all batches had about as many items; else 0.
@@ -101,11 +108,10 @@ class CostModel:
         Twice as many as before: what more items take is not known. 0 also if batches took longer than `seconds`
         already, unless single items did: then only a batch of two tells whether that is the launch.
         """
-        counts, lengths, took = self._seen.T
-        if not len(counts) or _differ(counts):
+        if self._alike is None:
             return 0
-        most, padded = int(counts.max()), int((counts * lengths).max())
-        if most > 1 and took.max() > seconds:
+        most, padded, slowest = self._alike
+        if most > 1 and slowest > seconds:
             return 0
         return min(2 * most, max(2, 2 * padded // longest))
 
@@ -114,6 +120,11 @@ class CostModel:
         a, b, c = self._cautious
         each = longest * (b + c * longest)
         return max(1, int((seconds - a) / each)) if each > 0 else UNBOUNDED
+
+
+def _law(terms: NDArray[np.float64]) -> tuple[float, float, float]:
+    a, b, c = map(float, terms)
+    return a, b, c
 
 
 def _differ(sizes: NDArray[np.float64]) -> bool:

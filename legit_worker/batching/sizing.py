@@ -67,8 +67,11 @@ class Sizing:
         launch = self.costs.launch_seconds
         return max(min(self._max_seconds, max(SHORT, launch / LAUNCH_SHARE)), LAUNCHES * launch)
 
-    def seconds(self, cost: float, longest: int) -> float:
-        """Seconds of device time for this much cost in full batches of items this long, counted with caution."""
+    def held_seconds(self, cost: float, longest: int) -> float:
+        """Seconds of device time for this much cost of items this long, in full batches, less the next batch.
+
+        Counted with caution. A model that never ran counts as if its first batch took the user's bound.
+        """
         items = self.items(longest)
         batch = self.costs.at_most(items, longest) if self.costs.is_known else self._max_seconds
-        return batch * cost / (items * longest)
+        return batch * max(0.0, cost / (items * longest) - 1)

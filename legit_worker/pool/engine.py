@@ -238,10 +238,10 @@ class Engine:
         return (waiting + more) * UNKNOWN_SECONDS if waiting else None
 
     def _held_seconds(self, queue: Queue, more: float) -> float:
-        alias, sizing = queue.entry.alias, queue.sizing
+        alias = queue.entry.alias
         longest = self._demand.cost_per_item(alias)
         cost = queue.cost + self._loading[alias] * longest + more * self._demand.cost_per_call(alias)
-        return sizing.seconds(max(0.0, cost - longest * sizing.items(longest)), longest)
+        return queue.sizing.held_seconds(cost, longest)
 
     def launch_seconds(self) -> float:
         """What the next batch takes at least, however small; 0 while that is not known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -55,8 +56,7 @@ def test_it_is_predicted_to_take_no_longer_than_arrival_order(costs: list[int], 
 def test_with_nothing_to_save_by_larger_batches_it_pads_no_more_than_arrival_order(
     costs: list[int], budget: int
 ) -> None:
-    model = CostModel()
-    model._fit[:] = (0.0, 1e-4, 0.0)  # no launch cost: only padding costs time
+    model = CostModel(np.array((0.0, 1e-4, 0.0)))  # no launch: only padding costs time
     ours = sum(padded([costs[i] for i in batch]) for batch in pack(costs, budget, model))
     assert ours <= sum(padded([costs[i] for i in batch]) for batch in in_arrival_order(costs, budget))
 
