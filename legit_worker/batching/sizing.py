@@ -67,7 +67,7 @@ class Sizing:
         launch = self.costs.launch_seconds
         return max(min(self._max_seconds, max(SHORT, launch / LAUNCH_SHARE)), LAUNCHES * launch)
 
-    def held_seconds(self, cost: float, longest: int) -> float:
+    def surplus_seconds(self, cost: float, longest: int) -> float:
         """Seconds of device time for this much cost of items this long, in full batches, less the next batch.
 
         Counted with caution. A model that never ran counts as if its first batch took the user's bound.

@@ -241,7 +241,14 @@ class Engine:
         alias = queue.entry.alias
         longest = self._demand.cost_per_item(alias)
         cost = queue.cost + self._loading[alias] * longest + more * self._demand.cost_per_call(alias)
-        return queue.sizing.held_seconds(cost, longest)
+        return queue.sizing.surplus_seconds(cost, longest)
+
+    def surplus_seconds(self) -> float:
+        """Seconds of device time for all that waits here beside each model's next batch, counted with caution."""
+        return sum(
+            queue.sizing.surplus_seconds(queue.cost, self._demand.cost_per_item(queue.entry.alias))
+            for queue in self._queues.values()
+        )
 
     def launch_seconds(self) -> float:
         """What the next batch takes at least, however small; 0 while that is not known."""

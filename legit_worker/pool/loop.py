@@ -116,15 +116,15 @@ class Pace:
         self,
         *,
         waiting_seconds: float,
-        held_seconds: float,
+        surplus_seconds: float,
         launch_seconds: float,
         full: Callable[[], bool],
         look: Callable[[float], bool],
     ) -> bool:
         """Whether to run a batch now; else let the hub go round once more.
 
-        `waiting_seconds` is how long all that waits would take to compute, `held_seconds` the same without the next
-        batch, and `launch_seconds` how long the next batch takes at least. `full` says whether more tasks would not
+        `waiting_seconds` is how long all that waits would take to compute, `surplus_seconds` the same beside the next
+        batches, and `launch_seconds` how long the next batch takes at least. `full` says whether more tasks would not
         make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
         """
         now = monotonic()
@@ -135,7 +135,7 @@ class Pace:
         elapsed = now - self._began
         if self._max_delay is not None:
             return self._is_over(self._max_delay - elapsed, arrived, full, look)
-        if held_seconds > ENOUGH_SECONDS:
+        if surplus_seconds > ENOUGH_SECONDS:
             return True
         patience = self._patience(elapsed, waiting_seconds, launch_seconds, full)
         if patience is None:

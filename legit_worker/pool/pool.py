@@ -395,7 +395,7 @@ class ModelPool(SoloPool):
             return True
         return self._pace.should_compute(
             waiting_seconds=self.engine.waiting_seconds(),
-            held_seconds=self.engine.held_seconds() or 0.0,
+            surplus_seconds=self.engine.surplus_seconds(),
             launch_seconds=self.engine.launch_seconds(),
             full=self.engine.has_full_batch,
             look=functools.partial(listen, self._hub.poller.poll),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -572,6 +573,16 @@ def test_a_model_that_never_ran_counts_as_if_its_first_batch_took_the_bound() ->
     ran(subject, known, (1, 0.0001))
     ask(subject, new, ["text"] * 3 * FIRST_BATCH)
     assert subject.held_seconds() == pytest.approx(2 * 0.5)
+
+
+def test_tasks_that_wait_for_a_load_are_held_but_there_is_nothing_to_compute_for_them() -> None:
+    subject, known, loading = engine(), FakeEntry("known"), FakeEntry("loading")
+    ran(subject, known, (1, 0.0001), (8, 0.0008))
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(subject.expecting(loading))  # type: ignore[arg-type]
+        assert subject.held_seconds() == pytest.approx(50 * UNKNOWN_SECONDS)
+        assert subject.surplus_seconds() == 0
 
 
 def test_halves_of_a_batch_that_failed_are_held_too() -> None:

@@ -29,13 +29,13 @@ def ask(
     listener: Listener,
     *,
     waiting_seconds: float = 1.0,
-    held_seconds: float = 0.0,
+    surplus_seconds: float = 0.0,
     launch_seconds: float = 0.0,
     full: bool = False,
 ) -> bool:
     return pace.should_compute(
         waiting_seconds=waiting_seconds,
-        held_seconds=held_seconds,
+        surplus_seconds=surplus_seconds,
         launch_seconds=launch_seconds,
         full=lambda: full,
         look=listener,
@@ -94,7 +94,7 @@ def test_a_full_batch_does_not_wait_for_more() -> None:
 def test_with_plenty_of_work_waiting_it_leaves_the_rest_to_other_workers() -> None:
     pace, listener = Pace(None), Listener(hears=True)
     pace.task_arrived()
-    assert ask(pace, listener, held_seconds=loop.ENOUGH_SECONDS * 1.01)
+    assert ask(pace, listener, surplus_seconds=loop.ENOUGH_SECONDS * 1.01)
     assert listener.asked == []
 
 

@@ -117,8 +117,8 @@ def test_short_launches_make_short_batches() -> None:
 def test_until_launches_are_known_all_seconds_are_the_items() -> None:
     """And the next batch is held for nothing."""
     sizing = Sizing(BOUND)
-    assert sizing.held_seconds(cost=3 * FIRST_BATCH, longest=1) == pytest.approx(2 * BOUND), "nothing ran"
+    assert sizing.surplus_seconds(cost=3 * FIRST_BATCH, longest=1) == pytest.approx(2 * BOUND), "nothing ran"
     sizing.observe(4, 1, 2.0)
-    assert sizing.held_seconds(cost=100, longest=1) == pytest.approx(99 / 4 * 2.0)
+    assert sizing.surplus_seconds(cost=100, longest=1) == pytest.approx(99 / 4 * 2.0)
     sizing.observe(1, 1, 2.0)
-    assert sizing.held_seconds(cost=100, longest=1) == pytest.approx((100 / sizing.items(1) - 1) * 2.0)
+    assert sizing.surplus_seconds(cost=100, longest=1) == pytest.approx((100 / sizing.items(1) - 1) * 2.0)
