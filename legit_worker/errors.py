@@ -28,6 +28,12 @@ class ModelLoadError(LegitWorkerError):
     retryable = True
 
 
+class WaitedTooLongError(LegitWorkerError):
+    """A task waited longer than `LEGIT_WORKER_MAX_WAIT_SECONDS` for company, for its turn and for models to load."""
+
+    retryable = True
+
+
 class DeviceOutOfMemoryError(LegitWorkerError):
     """One item needs more memory than the device can give it, alone in its batch."""
 

@@ -324,6 +324,8 @@ class Settings(BaseSettings):
     max_held_seconds: float | None = Field(default=None, gt=0)
     #: The longest, in seconds, that a task waits for company; None lets the pool decide.
     max_queue_delay: Annotated[Seconds | None, _nothing_if("auto")] = None
+    #: The longest, in seconds, that a task waits in all, for whatever; None is any time.
+    max_wait_seconds: Annotated[Annotated[float, Field(gt=0)] | None, _nothing_if("off")] = None
     #: The longest, in seconds, that one forward should take.
     max_batch_seconds: float = Field(default=0.5, gt=0)
     #: Helper processes that prepare input beside the worker.

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from legit_worker.pool.clock import Clock
+
 
 @dataclass(eq=False, kw_only=True)
 class Call:
@@ -22,6 +24,8 @@ class Call:
     low_water: int
     #: Called when the task may have something to do: take the outputs or the error, or bring more items.
     on_progress: Callable[[], None]
+    #: The task's: told which batches hold its items.
+    clock: Clock = field(default_factory=Clock)
     #: The model's `postprocess`: at once, since an output may hold on to its whole batch.
     postprocess: Callable[[Any], Any] = lambda output: output
     outputs: list[Any] = field(default_factory=list)

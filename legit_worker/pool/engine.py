@@ -15,7 +15,7 @@ import gc
 import logging
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -31,6 +31,7 @@ from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import DeviceLostError, DeviceOutOfMemoryError
 from legit_worker.models.entry import Entry
 from legit_worker.pool.calls import Call
+from legit_worker.pool.clock import Work
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ class Flight:
     queue: Queue
     batch: list[Item]
     launch: Launch
+    #: What the tasks' clocks count of it.
+    work: Work
     #: Whether another batch was in flight when it was handed over.
     is_behind: bool
 
@@ -154,11 +157,11 @@ class Engine:
         max_batch_seconds: float,
         weight_of: Callable[[str], float],
         free_memory: Callable[[], None] = lambda: None,
-        watch: Callable[[Launch], None] = lambda _: None,
+        watch: Callable[[Launch, Callable[[], None]], None] = lambda launch, on_done: None,
     ) -> None:
         # Called after a batch ran out of memory, before the next one.
         self._free_memory = free_memory
-        # Told of each launch that is not done at once; whoever it is wakes the loop when it is.
+        # Told of each launch that is not done at once; once it is, whoever it is calls the function and wakes the loop.
         self._watch = watch
         self._flights: deque[Flight] = deque()
         self._max_batch_seconds = max_batch_seconds
@@ -288,6 +291,8 @@ class Engine:
         found = False
         while self._flights and self._flights[0].launch.is_done:
             flight, found = self._flights.popleft(), True
+            if self._flights:  # the device got to it when it was done with this one
+                self._flights[0].work.begin()
             self._land(flight)
         return found
 
@@ -359,25 +364,39 @@ class Engine:
 
     def _run(self, queue: Queue, batch: list[Item]) -> None:
         start = monotonic()
+        work = self._follow(batch)
         try:
             launch = queue.entry.launch([item.prepared for item in batch])
         except Exception as error:
+            _settle(batch, work)
             queue.seconds += monotonic() - start
             self._failed(queue, batch, error)
             return
         except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
+            _settle(batch, work)
             queue.halves.appendleft(batch)
             raise
-        flight = Flight(queue=queue, batch=batch, launch=launch, is_behind=bool(self._flights))
+        flight = Flight(queue=queue, batch=batch, launch=launch, work=work, is_behind=bool(self._flights))
         if launch.is_done:
             self._land(flight)
         else:
             self._flights.append(flight)
-            self._watch(launch)
+            self._watch(launch, work.end)
+
+    def _follow(self, batch: list[Item]) -> Work:
+        """The clocks of its tasks count this batch, from when the device is free for it."""
+        work = Work(is_batch=True)
+        if not self._flights:
+            work.begin()
+        for call in _calls(batch):
+            call.clock.follow(work)
+        return work
 
     def _land(self, flight: Flight) -> None:
         """A batch is over."""
         queue, batch, launch = flight.queue, flight.batch, flight.launch
+        flight.work.end(launch.seconds if launch.error is None else None)
+        _settle(batch, flight.work)
         queue.seconds += launch.seconds
         queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)
         if launch.error is not None:
@@ -472,6 +491,15 @@ def _same_key(items: list[Item]) -> list[Item]:
     return [item for item in items if item.key == key]
 
 
+def _calls(batch: list[Item]) -> Iterable[Call]:
+    return {id(item.call): item.call for item in batch}.values()
+
+
+def _settle(batch: list[Item], work: Work) -> None:
+    for call in _calls(batch):
+        call.clock.settle(work)
+
+
 def _tell(batch: list[Item]) -> None:
-    for call in {id(item.call): item.call for item in batch}.values():
+    for call in _calls(batch):
         call.on_progress()

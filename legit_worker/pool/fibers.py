@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -18,6 +19,8 @@ from celery.concurrency.base import apply_target
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from legit_worker.device import modes
+from legit_worker.errors import WaitedTooLongError
+from legit_worker.pool.clock import Clock
 from legit_worker.pool.limits import Limit, TimeLimitPassed
 from legit_worker.pool.transactions import in_django_transaction
 
@@ -60,8 +63,14 @@ class Fiber(greenlet):
         self.woken = False
         #: Revoked before it began: it ends where its own code would start.
         self.doomed = False
+        #: What it took, and what it waited.
+        self.clock = Clock()
         #: How long it may take.
         self.limit: Limit | None = None
+        #: Seconds that it may wait in all.
+        self.max_wait = inf
+        #: It waited longer. Set by the watcher.
+        self.has_waited_too_long = False
         #: Its own code is over, and is not to be interrupted any more.
         self.is_over = False
         #: What is to be raised in it as soon as its own code can take it. Set by any thread.
@@ -115,10 +124,26 @@ class Fiber(greenlet):
     def resume(self, error: BaseException | None = None) -> None:
         """Start it, or let it go on, or raise `error` where it is parked. Called by the loop."""
         self.woken = False
-        if error is None:
-            self.switch()
-        else:
-            self.throw(error)
+        with self.clock.running():
+            if error is None:
+                self.switch()
+            else:
+                self.throw(error)
+
+    def due(self, waits_for: str) -> BaseException | None:
+        """What is to be raised in it where it waits, if anything. What came due in a batch is told after that."""
+        if self.is_over or self.clock.is_in_batch:
+            return None
+        if self.overdue is not None:
+            error, self.overdue = self.overdue, None
+            return error
+        if self.has_waited_too_long and not self.woken:
+            return WaitedTooLongError(
+                f"{self.name} has waited for {self.clock.waited(monotonic()):.1f} s in all, now for {waits_for}, "
+                f"and LEGIT_WORKER_MAX_WAIT_SECONDS is {self.max_wait:g}: send it again when less is queued, start "
+                "another worker, or raise the bound"
+            )
+        return None
 
     def raise_overdue(self) -> None:
         """End, or warn, a task whose time is over. Called from inside it, where its own code can take it."""
@@ -148,7 +173,7 @@ class Fiber(greenlet):
             self.doomed, self.overdue = True, error or GreenletExit()
         elif not self.dead:
             self.parent = caller
-            with self._others_run():
+            with self._others_run(), self.clock.running():
                 self.throw(error or GreenletExit)
 
 

@@ -1,14 +1,15 @@
 """Time limits of tasks: when they are over, and where a task's own code may be interrupted.
 
-In: the seconds that Celery was told, per task. Out: what is raised in the task, as the prefork pool would have it.
+In: the seconds that Celery was told, per task, and the task's own seconds so far. Out: what is raised in the task, as
+the prefork pool would have it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from time import monotonic
+from dataclasses import dataclass
+from math import inf
 from types import FrameType
 from typing import Any
 
@@ -41,21 +42,25 @@ class TimeLimitPassed(GreenletExit):
 class Limit:
     """One running task's. The watcher thread asks it what is due."""
 
-    #: Seconds from the task's start; None is no limit.
+    #: Seconds of the task's own time; None is no limit.
     soft: float | None
     hard: float | None
     #: Celery's `Request.on_timeout(is_soft, seconds)`.
     on_timeout: Callable[[bool, float], None]
-    since: float = field(default_factory=monotonic)
+    # By the monotonic clock: when a task that outlives its hard limit is ended again, also if it only waits.
+    _again_at: float = inf
 
-    def due(self, now: float) -> BaseException | None:
-        """What is to be raised in the task by now, once each; the hard limit's again and again."""
-        if self.hard is not None and now - self.since >= self.hard:
-            self.soft, self.since = None, now - self.hard + AGAIN
+    def due(self, own: float, now: float) -> BaseException | None:
+        """What is to be raised in the task, once each; the hard limit's again and again.
+
+        `own` is the task's own time in seconds, `now` the monotonic clock's.
+        """
+        if now >= self._again_at or (self._again_at == inf and self.hard is not None and own >= self.hard):
+            self.soft, self._again_at = None, now + AGAIN
             return TimeLimitPassed()
-        if self.soft is not None and now - self.since >= self.soft:
-            self.on_timeout(True, self.soft)  # which logs
-            self.soft = None
+        if self.soft is not None and own >= self.soft:
+            passed, self.soft = self.soft, None
+            self.on_timeout(True, passed)  # which logs
             error: BaseException = SoftTimeLimitExceeded()
             return error
         return None

@@ -38,6 +38,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, limits
+from legit_worker.pool.clock import Waits, Work
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, run_task
 from legit_worker.pool.limits import Limit
@@ -45,6 +46,7 @@ from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
 from legit_worker.pool.share import Prefetch, Share
 from legit_worker.pool.softly import SoftShutdown
+from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.waiter import Waiter
 from legit_worker.pool.watcher import Turn, Watcher
 from legit_worker.prep import processes
@@ -57,7 +59,6 @@ logger = logging.getLogger(__name__)
 #: second with 64, 362 with 256, 444 with 1,024; mixed ones don't care. `LEGIT_WORKER_WINDOW=256 scripts/bench` measures
 #: it again.
 DEFAULT_WINDOW = 1024
-
 
 #: Seconds between two looks at the tasks that are held until their result is routed.
 HELD_LOOK = 1.0
@@ -107,6 +108,7 @@ class ModelPool(SoloPool):
         self._has_given_up = False
         self._running: set[Fiber] = set()
         self._backlog: deque[Fiber] = deque()
+        self._waits = Waits()
         self._ready: deque[Fiber] = deque()
         self._wakeup = Wakeup()
         self._watcher = Watcher(
@@ -162,6 +164,7 @@ class ModelPool(SoloPool):
         self._runner_before = handle.use_runner(self._runner)
         self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
         self._helpers_before = processes.use_waiter(self._wait_for_helper)
+        self._stop_telling = tell_own_time()
         self._load_pinned()
 
     def _load_pinned(self) -> None:
@@ -262,6 +265,7 @@ class ModelPool(SoloPool):
             "messages": self.taking(),
             "in_flight": len(self._running),
             "parked": self._parked(),
+            **self._waits.report(),
             **sum(self.engine.counters.values(), Counters()).report(),
             "models": {alias: self._model_info(alias) for alias in default_registry().entries},
             "memory": default_registry().residency.report(),
@@ -303,7 +307,8 @@ class ModelPool(SoloPool):
         if threading.get_ident() != self._thread:  # a timer thread: greenlets can't leave theirs
             apply_target(target, args, kwargs, callback, accept_callback)
             return
-        fiber = self._fiber(target, args, kwargs or {}, callback, accept_callback)
+        run = functools.partial(run_task, target, args, kwargs or {}, callback, accept_callback)
+        fiber = self._fiber(args, callback, run)
         soft, hard = soft_timeout or self.options.get("soft_timeout"), timeout or self.options.get("timeout")
         if soft or hard:
             on_timeout = limits.timeout_callback(fiber.name, timeout_callback, error_callback)
@@ -315,24 +320,23 @@ class ModelPool(SoloPool):
         else:
             self._start(fiber)
 
-    def _fiber(self, target: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> Fiber:
-        _, callback, _ = rest
+    def _fiber(self, args: tuple[Any, ...], callback: Callable[[Any], Any], run: Callable[[], Any]) -> Fiber:
         task, name, request = _describe(args)
         app = identify(self._settings, request) or ""
         if app not in self._settings.apps:
             app = ""
         exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
         acks_late = bool(getattr(self.app.tasks.get(task), "acks_late", True))
-        run = functools.partial(run_task, target, args, *rest)
         owner = getattr(callback, "__self__", None)  # Celery's `Request`
-        return Fiber(run, app=app, name=name, request=owner, acks_late=acks_late, exclusive=exclusive)
+        fiber = Fiber(run, app=app, name=name, request=owner, acks_late=acks_late, exclusive=exclusive)
+        fiber.max_wait = self._settings.max_wait_seconds or inf
+        return fiber
 
     def _start(self, fiber: Fiber) -> None:
         self._pace.task_arrived()
         self.begun += 1
         self._running.add(fiber)
-        if fiber.limit is not None:
-            fiber.limit.since = monotonic()
+        if fiber.limit is not None or fiber.max_wait < inf:
             self._watcher.look_often()
         self._switch_to(fiber)
         self._wakeup.set()
@@ -353,6 +357,7 @@ class ModelPool(SoloPool):
             self._watcher.turn = None
             if fiber.dead:
                 self._running.discard(fiber)
+                self._waits.note(fiber.clock.waited(monotonic()))
 
     def _wake(self, fiber: Fiber) -> None:
         """Have a parked fiber resumed at the next turn. Called by any thread."""
@@ -437,9 +442,8 @@ class ModelPool(SoloPool):
 
     def _end_overdue(self) -> None:
         """Tell parked tasks whose time is over."""
-        for fiber in [fiber for fiber in self._running if fiber.overdue is not None]:
-            if fiber.waits_for is not None and not fiber.is_over:
-                error, fiber.overdue = fiber.overdue, None
+        for fiber in [fiber for fiber in self._running if fiber.overdue is not None or fiber.has_waited_too_long]:
+            if fiber.waits_for is not None and (error := fiber.due(fiber.waits_for)) is not None:
                 self._switch_to(fiber, error)
 
     def _give_up_if_lost(self) -> None:
@@ -477,6 +481,7 @@ class ModelPool(SoloPool):
         handle.use_runner(self._runner_before)
         lanes.use_waiter(self._waiter_before)
         processes.use_waiter(self._helpers_before)
+        self._stop_telling()
 
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""
@@ -504,19 +509,28 @@ class ModelPool(SoloPool):
             self._held.discard(fiber)
         return True
 
-    def _wait_for_helper(self, done: Future[Any]) -> None:
+    def _wait_for_helper(self, done: Future[Any], is_own: bool) -> None:
         """Park the task until a helper process is done with its input; in an exclusive section, wait there."""
         fiber = fibers.current()
         if fiber is None:
             futures.wait([done])
             return
-        with fiber.shield():
-            if not fiber.may_park():
+        work = _work_of(done) if is_own else Work()
+        fiber.clock.follow(work)
+        try:
+            with fiber.shield():
+                self._park_for_helper(fiber, done)
+        finally:
+            fiber.clock.settle(work)
+
+    def _park_for_helper(self, fiber: Fiber, done: Future[Any]) -> None:
+        if not fiber.may_park():
+            with fiber.clock.stopped():
                 futures.wait([done])
-                return
-            done.add_done_callback(lambda _: self._wake(fiber))
-            while not done.done():
-                fiber.park("a helper process")
+            return
+        done.add_done_callback(lambda _: self._wake(fiber))
+        while not done.done():
+            fiber.park("a helper process")
 
     def _replace_held(self) -> None:
         """Other apps' tasks are not to wait for a server that is away: fetch one more for each that is held for long.
@@ -550,6 +564,22 @@ class ModelPool(SoloPool):
         """Its handlers of signals are installed by now."""
         if sender.pool is self:
             self._soft.meet(sender)
+
+
+def _work_of(done: Future[Any]) -> Work:
+    """What a helper does for one input: from when it takes it, which only the pool of helpers hears of."""
+    work = Work()
+    take = done.set_running_or_notify_cancel
+
+    def taken() -> bool:
+        work.begin()
+        return take()
+
+    done.set_running_or_notify_cancel = taken  # type: ignore[method-assign]
+    if done.running():  # already
+        work.begin()
+    done.add_done_callback(lambda _: work.end())
+    return work
 
 
 def _free_memory() -> None:

@@ -74,14 +74,17 @@ class FiberRunner:
     def _wait_for_load(self, fiber: Fiber, request: Request) -> None:
         if request.future.done():
             return
+        waits_for = f"model {request.entry.alias} to load"
         request.future.add_done_callback(lambda _: self._wake(fiber))
         while not request.future.done():
             if fiber.may_park():
-                fiber.park(f"model {request.entry.alias} to load")
+                fiber.park(waits_for)
             else:
-                wait([request.future], timeout=REVIEW_SECONDS)
+                with fiber.clock.stopped():
+                    wait([request.future], timeout=REVIEW_SECONDS)
                 request.entry.residency.review()
-                fiber.raise_overdue()
+                if (error := fiber.due(waits_for)) is not None:
+                    raise error
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """Parks while the engine computes. Raises what `preprocess` or `forward` raised for one of the items."""
@@ -93,6 +96,7 @@ class FiberRunner:
             size=len(items),
             low_water=CHUNK // 2,
             on_progress=lambda: self._wake(fiber),
+            clock=fiber.clock,
             postprocess=entry.model_now.postprocess,
         )
         try:
@@ -123,7 +127,8 @@ class FiberRunner:
         """One batch of this call without letting other tasks run; their items may ride along."""
         restore = modes.suspend()
         try:
-            self._engine.step_for(entry, call)
+            with fiber.clock.stopped():  # others' batches may come first
+                self._engine.step_for(entry, call)
         except DeviceLostError as error:
             if call.error is None:
                 self._send_back(fiber, error)

@@ -17,12 +17,12 @@ class Waiter:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._launches: queue.SimpleQueue[Launch] = queue.SimpleQueue()
+        self._launches: queue.SimpleQueue[tuple[Launch, Callable[[], None]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def watch(self, launch: Launch) -> None:
-        """Wake the loop when this is done. Launches of one device are done in the order in which they were made."""
-        self._launches.put(launch)
+    def watch(self, launch: Launch, on_done: Callable[[], None]) -> None:
+        """When this is done, call `on_done` and wake the loop. Launches of one device are done in their order."""
+        self._launches.put((launch, on_done))
         if self._thread is None:
             # A daemon: nobody needs the end of a launch after the worker's own.
             self._thread = threading.Thread(target=self._run, name="legit-waiter", daemon=True)
@@ -30,5 +30,7 @@ class Waiter:
 
     def _run(self) -> None:
         while True:
-            self._launches.get().wait()
+            launch, on_done = self._launches.get()
+            launch.wait()
+            on_done()
             self._wake()

@@ -84,28 +84,31 @@ class Watcher:
             self._signal_before = None
 
     def look_often(self) -> None:
-        """A task with a limit begins."""
+        """A task with a limit begins, or one that may not wait for ever."""
         self._poke.set()
 
     def _run(self) -> None:
         while not self._is_over:
             running = self._running.copy()  # in one step, unlike tuple(): the main thread changes it
-            limited = [fiber for fiber in running if fiber.limit is not None]
-            self._note_due(limited)
+            limited = [fiber for fiber in running if fiber.limit is not None or fiber.max_wait < inf]
+            for fiber in limited:
+                self._note_due(fiber)
             self._note_end()
             self._interrupt_overdue()
             self._notice_stall(running)
             self._poke.wait(LIMIT_LOOK if limited or self._ends_at() < inf else STALL_LOOK)
             self._poke.clear()
 
-    def _note_due(self, limited: Collection[Fiber]) -> None:
-        now = monotonic()
-        for fiber in limited:
-            limit = fiber.limit
-            due = None if limit is None else limit.due(now)
-            if due is not None:
-                fiber.overdue = due
-                self._wake()
+    def _note_due(self, fiber: Fiber) -> None:
+        now, limit = monotonic(), fiber.limit
+        due = None if limit is None else limit.due(fiber.clock.seconds(now), now)
+        if due is not None:
+            fiber.overdue = due
+            self._wake()
+        # In a model call that lets no others run, it waits without being parked.
+        if (fiber.waits_for is not None or fiber.shielded) and fiber.clock.waited(now) >= fiber.max_wait:
+            fiber.has_waited_too_long = True
+            self._wake()
 
     def _note_end(self) -> None:
         """The main thread ends the parked tasks, and can't get to it while another one has it."""

@@ -24,11 +24,12 @@ from legit_worker.prep.guard import forbid_cuda
 #: Bytes of arguments that helpers may have, at work or before them. What comes on top waits in its task.
 MAX_BYTES = 256 * 2**20
 
-#: Has a task wait for a future in a way that lets others go on.
-Waiter = Callable[["Future[Any]"], None]
+#: Has a task wait for a future in a way that lets others go on. With True, the future is the task's own work, and not
+#: another's that it waits behind.
+Waiter = Callable[["Future[Any]", bool], None]
 
 
-def _block(future: Future[Any]) -> None:
+def _block(future: Future[Any], is_own: bool) -> None:
     wait([future])
 
 
@@ -59,11 +60,11 @@ class Helpers:
         Raises what the function raises, and `InvalidInputError` where it ended its helper or took too long.
         """
         while self._at_work and sum(self._at_work.values()) + size > MAX_BYTES:
-            _waiter(next(iter(self._at_work)))
+            _waiter(next(iter(self._at_work)), False)
         future = self._pool.schedule(function, args=arguments, timeout=self._seconds)
         self._at_work[future] = size
         try:
-            _waiter(future)
+            _waiter(future, True)
         finally:
             del self._at_work[future]
             future.cancel()  # type: ignore[no-untyped-call]  # of a task that was revoked, or stopped by its time limit

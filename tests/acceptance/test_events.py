@@ -122,6 +122,20 @@ def test_each_step_of_a_task_is_told_once_with_its_fields(
     assert [event["clock"] for event in events] == sorted(event["clock"] for event in events)
 
 
+def test_a_tasks_wait_is_told_beside_its_runtime(sides: Sides, broker: Broker) -> None:
+    """Tasks of a fiftieth of a second each wait for their turn, and all but the first ones longer than they run."""
+    worker = Sides(sides.start, "controlled", OPTIONS).worker("modelpool", broker=broker)
+    with Watcher(broker).watching() as watcher:
+        poll(lambda: watcher.workers("worker-heartbeat"), "a heartbeat")
+        results = [worker.send("one", f"text {number}", alias="slow") for number in range(60)]
+        failed = worker.send("fails_between", "text")
+        poll(lambda: watcher.types_of(results[-1])[-1:] == ["task-succeeded"], "the last one's end")
+        poll(lambda: watcher.types_of(failed)[-1:] == ["task-failed"], "the failure")
+        ends = [watcher.of(result)[-1] for result in results]
+        assert max(end["waited"] for end in ends) > max(end["runtime"] for end in ends) > 0
+        assert watcher.of(failed)[-1]["waited"] >= 0
+
+
 def test_a_task_that_rejects_its_message_is_told_as_such(worker: Worker, watcher: Watcher) -> None:
     result = worker.send("rejects", "text")
     poll(lambda: watcher.types_of(result)[-1:] == ["task-rejected"], "task-rejected")

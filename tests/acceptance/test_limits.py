@@ -1,22 +1,33 @@
-"""Time limits end a task as under prefork: parked in a model call, in its own code, and only the one that is late.
+"""Time limits end a task as under prefork: in a model call, in its own code, and only the one that is late.
 
-Stock solo has none, so the stock side of these tests is prefork.
+They count a task's own time, and so does the runtime that Celery tells: not what it waits for others. Stock solo has no
+limits, so the stock side of these tests is prefork.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
-from harness import SIMULATED, StartWorker, Worker, poll
+from harness import LATE, SIMULATED, StartWorker, Worker, poll
 
-MODELS = SIMULATED | {
-    "LEGIT_WORKER_DEVICE": "cpu",
-    "LEGIT_WORKER_MODELS__NEVER__KIND": "simulated",
-    "LEGIT_WORKER_MODELS__NEVER__PATH": "0,0,0,600",
-}
+from legit_worker.errors import WaitedTooLongError
+
+#: One whose batches take longer than tasks may, one that takes a fiftieth of a second per item, one that never comes.
+MODELS = (
+    SIMULATED
+    | LATE
+    | {
+        "LEGIT_WORKER_DEVICE": "cpu",
+        "LEGIT_WORKER_MODELS__LENGTHY__KIND": "limited:Lengthy",
+        "LEGIT_WORKER_MODELS__SLOW__KIND": "custom_models:Slow",
+        "LEGIT_WORKER_MODELS__NEVER__KIND": "simulated",
+        "LEGIT_WORKER_MODELS__NEVER__PATH": "0,0,0,600",
+    }
+)
 
 #: A pool that has time limits, and ours.
 POOLS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -37,10 +48,12 @@ def limited(request: pytest.FixtureRequest, start_module_worker: StartWorker, jo
     return start(start_module_worker, request.param, journal)
 
 
-def start(start_worker: StartWorker, pool: str, journal: Path, *arguments: str, **settings: str) -> Worker:
+def start(
+    start_worker: StartWorker, pool: str, journal: Path, *arguments: str, wait: bool = True, **settings: str
+) -> Worker:
     pool_arguments, environment = POOLS[pool]
     variables = MODELS | environment | {"PROJECT_JOURNAL": str(journal)} | settings
-    return start_worker("limited", *pool_arguments, *arguments, pool=None, environment=variables)
+    return start_worker("limited", *pool_arguments, *arguments, pool=None, environment=variables, wait=wait)
 
 
 def noted(journal: Path, line: str) -> int:
@@ -109,20 +122,81 @@ def test_limits_of_the_whole_worker_hold_where_a_task_has_none(
     assert [round(limit) for limit in worker.pool()["timeouts"]] == [1, 30]
 
 
-def test_of_two_hundred_parked_tasks_only_the_late_one_ends(start_worker: StartWorker, tmp_path: Path) -> None:
-    worker = start(
-        start_worker,
-        "modelpool",
-        tmp_path / "journal",
-        LEGIT_WORKER_MODELS__SLOW__KIND="simulated",
-        LEGIT_WORKER_MODELS__SLOW__PATH="0,0,0,4",
-    )
-    arguments = [f"text {number}" for number in range(200)]
-    results = [worker.send("in_a_model_call", item, "slow") for item in arguments]
-    late = [worker.client.send_task("in_a_model_call", ["late", "slow"], soft_time_limit=1) for _ in range(2)]
-    worker.settle([*results, *late])
-    assert all(result.successful() for result in results)
+def test_of_two_hundred_tasks_only_those_end_whose_own_time_is_over(start_worker: StartWorker, tmp_path: Path) -> None:
+    """All wait longer than they may take, for a model to load."""
+    worker = start(start_worker, "modelpool", tmp_path / "journal", LEGIT_WORKER_MAX_BATCH_SECONDS="0.1")
+    send = worker.client.send_task
+    healthy = [send("in_a_model_call", [f"text {number}", "late"], soft_time_limit=1) for number in range(200)]
+    alone = send("alone", ["text", "late"], soft_time_limit=1, time_limit=2)
+    late = [send("in_its_own_code", [f"late {number}"], soft_time_limit=1) for number in range(2)]
+    worker.settle([*healthy, alone, *late])
+    assert all(result.successful() for result in (*healthy, alone))
     assert [type(result.result) for result in late] == [SoftTimeLimitExceeded] * 2
+
+
+def test_a_wait_for_its_turn_is_told_beside_the_runtime_and_not_in_it(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start(start_worker, "modelpool", tmp_path / "journal", LEGIT_WORKER_MAX_BATCH_SECONDS="0.1")
+    limit = 1.5
+    results = [
+        worker.client.send_task("in_a_model_call", [f"text {number}", "slow"], soft_time_limit=limit)
+        for number in range(200)
+    ]
+    worker.settle(results)
+    assert all(result.successful() for result in results)
+    told = re.findall(r"succeeded in ([\d.e-]+)s, waited ([\d.]+)s: ", worker.log)
+    assert len(told) > 100, worker.tail()
+    assert max(float(runtime) for runtime, _ in told) < limit < max(float(waited) for _, waited in told)
+    pool = worker.pool()
+    assert limit < pool["worst_recent_wait_seconds"] < pool["waited_seconds"]
+
+
+def test_a_task_that_waits_for_nothing_has_a_log_line_as_under_stock(limited: Worker) -> None:
+    result = limited.client.send_task("in_its_own_code", ["text", 0.2])
+    limited.answer(result)
+    line = poll(lambda: re.search(rf"\[{result.id}\] succeeded in ([\d.]+)s: 'text'", limited.log), "its line")
+    assert float(line[1]) >= 0.2
+
+
+def test_the_batches_of_an_exclusive_section_count(start_worker: StartWorker, tmp_path: Path) -> None:
+    worker = start(start_worker, "modelpool", tmp_path / "journal")
+    assert isinstance(failure(worker, "alone", "text", "lengthy", soft_time_limit=1).result, SoftTimeLimitExceeded)
+    result = worker.send("alone", "text", "lengthy")
+    worker.answer(result)
+    line = poll(lambda: re.search(rf"\[{result.id}\] succeeded in ([\d.]+)s: ", worker.log), "its line")
+    assert float(line[1]) >= 1.5
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_helpers_work_counts_and_the_wait_for_a_free_helper_does_not(
+    start_worker: StartWorker, tmp_path: Path, is_alone: bool
+) -> None:
+    worker = start(start_worker, "modelpool", tmp_path / "journal", LEGIT_WORKER_PREP_PROCESSES="1")
+    worker.ask("prepared", 0)  # the helper has started
+    results = [worker.client.send_task("prepared", [0.7, is_alone], soft_time_limit=1.5) for _ in range(4)]
+    assert worker.answers(results) == [0.7] * 4
+    runtimes = [float(runtime) for runtime in re.findall(r"succeeded in ([\d.]+)s[^:]*: 0.7", worker.log)]
+    assert len(runtimes) == 4
+    assert all(0.7 <= runtime < 1.5 for runtime in runtimes)
+    late = failure(worker, "prepared", 20, is_alone, soft_time_limit=1)
+    assert isinstance(late.result, SoftTimeLimitExceeded)
+
+
+@pytest.mark.parametrize("task", ["in_a_model_call", "alone"])
+def test_a_bound_on_waiting_fails_a_task_with_both_numbers(
+    start_worker: StartWorker, tmp_path: Path, task: str
+) -> None:
+    worker = start(start_worker, "modelpool", tmp_path / "journal", LEGIT_WORKER_MAX_WAIT_SECONDS="1.5")
+    # Neither is a task's own time waiting, nor a batch.
+    assert worker.ask("in_its_own_code", "text", 2) == "text"
+    assert worker.ask("in_a_model_call", "text", "lengthy") == "TEXT"
+    result = failure(worker, task, "text", "never")
+    assert isinstance(result.result, WaitedTooLongError)
+    found = re.search(r"has waited for ([\d.]+) s in all, now for model never to load", str(result.result))
+    assert found
+    assert 1.5 <= float(found[1]) < 30
+    assert "LEGIT_WORKER_MAX_WAIT_SECONDS is 1.5" in str(result.result)
 
 
 def test_a_task_with_a_hard_limit_that_is_not_to_be_acked_is_sent_again(

@@ -296,7 +296,7 @@ FULL = ["x" * 4096] * 4
 def test_a_batch_in_flight_is_collected_when_it_is_done() -> None:
     subject, entry = engine(), GpuEntry()
     watched: list[Launch] = []
-    subject._watch = watched.append
+    subject._watch = lambda launch, on_done: watched.append(launch)
     call = ask(subject, entry, ["one", "two"])
     assert subject.step()
     assert subject.is_busy

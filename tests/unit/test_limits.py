@@ -1,4 +1,4 @@
-"""Where a task's own code may be interrupted."""
+"""Which limits there are, when they are over, and where a task's own code may be interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from greenlet import greenlet
 
 from legit_worker.pool import watcher
 from legit_worker.pool.fibers import Fiber, run_task
-from legit_worker.pool.limits import is_in_body
+from legit_worker.pool.limits import AGAIN, Limit, TimeLimitPassed, is_in_body
 from legit_worker.pool.watcher import SIGNAL
 
 #: What was asked, in order: where, and whether it is the task's own.
@@ -70,3 +70,15 @@ def test_what_the_task_runs_below_another_librarys_greenlet_is_its_own() -> None
     fiber = Fiber(partial(run_task, task, (), {}, print, None), app="", name="task")
     with pytest.raises(SoftTimeLimitExceeded):
         fiber.resume()
+
+
+def test_a_soft_limit_is_due_once_and_a_hard_one_again_and_again() -> None:
+    told: list[tuple[bool, float]] = []
+    subject = Limit(soft=1, hard=2, on_timeout=lambda is_soft, seconds: told.append((is_soft, seconds)))
+    assert subject.due(0.9, 50) is None, "of its own time, and not of the time since it started"
+    assert isinstance(subject.due(1.0, 51), SoftTimeLimitExceeded)
+    assert subject.due(1.9, 52) is None
+    assert told == [(True, 1)]
+    assert isinstance(subject.due(2.0, 60), TimeLimitPassed)
+    assert subject.due(2.1, 60 + AGAIN / 2) is None
+    assert isinstance(subject.due(2.1, 60 + AGAIN), TimeLimitPassed), "also if it waits and has no time of its own"

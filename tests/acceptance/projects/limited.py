@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from celery import signals
 from celery.exceptions import SoftTimeLimitExceeded
+from custom_models import Upper
 from project import app
 
 import legit_worker
+from legit_worker.prep import processes
 
 __all__ = ["app"]
 
 #: Seconds that nobody waits for.
 LONG = 60.0
+
+
+class Lengthy(Upper):
+    """Takes longer for a batch than tasks may."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As the others, later."""
+        time.sleep(1.5)
+        return super().forward(batch)
 
 
 def note(line: str) -> None:
@@ -29,12 +42,16 @@ def note(line: str) -> None:
 
 
 @app.task(name="in_a_model_call")
-def in_a_model_call(item: str, alias: str = "never") -> Any:
-    """Waits for a model that does not come."""
+def in_a_model_call(item: str, alias: str = "lengthy") -> Any:
+    """Waits for a batch that takes long, or for another model."""
     try:
         return legit_worker.model(alias).map([item])[0]
     finally:
         note(f"{item} cleaned up")
+
+
+for acks_late in (False, True):
+    app.task(in_a_model_call.run, name=f"acked_{'late' if acks_late else 'early'}", acks_late=acks_late)
 
 
 @app.task(name="in_its_own_code")
@@ -66,10 +83,10 @@ def in_an_exclusive_section(item: str) -> None:
 
 
 @app.task(name="saves_what_it_can")
-def saves_what_it_can(item: str, alias: str = "never") -> str:
+def saves_what_it_can(item: str) -> str:
     """Takes the warning, and ends in its own way."""
     try:
-        legit_worker.model(alias).map([item])
+        legit_worker.model("lengthy").map([item])
     except SoftTimeLimitExceeded:
         return f"{item} saved with {len(legit_worker.model('sim').map([item])[0])} numbers"
     return "never"
@@ -87,7 +104,22 @@ def ignores_the_warning(item: str) -> None:
 @app.task(name="limited_by_itself", soft_time_limit=0.5)
 def limited_by_itself(item: str) -> Any:
     """As its decorator says."""
-    return legit_worker.model("never").map([item])
+    return [legit_worker.model("lengthy").map([f"{item} {number}"]) for number in range(2)]
+
+
+@app.task(name="alone")
+def alone(item: str, alias: str) -> Any:
+    """Waits for a model without letting others run."""
+    with legit_worker.exclusive():
+        return legit_worker.model(alias).map([item])[0]
+
+
+@app.task(name="prepared")
+def prepared(seconds: float, is_alone: bool = False) -> float:
+    """Has a helper process do its work."""
+    with legit_worker.exclusive() if is_alone else nullcontext():
+        processes.run(time.sleep, seconds, size=1)
+    return seconds
 
 
 @app.task(name="told")
@@ -98,7 +130,7 @@ def told(*args: Any) -> None:
 
 @signals.worker_process_init.connect
 def warm_up(**_: Any) -> None:
-    """Loaders load one model after the other, and the one that never comes may be the first to be asked for."""
+    """Under prefork, the first load counts in the first task's limit."""
     legit_worker.model("sim").map(["warm"])
 
 

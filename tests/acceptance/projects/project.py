@@ -46,6 +46,8 @@ if "PROJECT_ACKS_LATE" in os.environ:
     app.conf.task_acks_late = os.environ["PROJECT_ACKS_LATE"] == "1"
 if "PROJECT_ACKS_ON_TIMEOUT" in os.environ:
     app.conf.task_acks_on_failure_or_timeout = os.environ["PROJECT_ACKS_ON_TIMEOUT"] == "1"
+if "PROJECT_SOFT_TIME_LIMIT" in os.environ:
+    app.conf.task_soft_time_limit = os.environ["PROJECT_SOFT_TIME_LIMIT"]
 if os.environ.get("PROJECT_INSTALL", "1") == "1":
     legit_worker.install(app)
 

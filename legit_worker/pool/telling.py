@@ -1,0 +1,75 @@
+"""What Celery tells of a task's time: its own seconds are the runtime, and its wait stands beside them.
+
+In: the clocks of fibers. Out: log lines and events. Outside a fiber nothing changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from celery.app import trace
+from celery.worker.consumer import consumer
+from celery.worker.request import Request
+
+from legit_worker.pool import fibers
+
+#: Seconds of waiting that a log line mentions. Less is what any task waits for its batch.
+NOTICEABLE = 0.1
+
+#: What is told at a task's end, by Celery's names.
+ENDS = {"task-succeeded", "task-failed", "task-retried"}
+
+#: The part of `celery.app.trace.LOG_SUCCESS` that tells the runtime, and what takes its place.
+RUNTIME, BOTH = "%(runtime)ss", "%(runtime)ss, waited %(waited)ss"
+
+
+def tell_own_time() -> Callable[[], None]:
+    """From now on, Celery tells tasks' own time. Returns what undoes this.
+
+    A task's tracer is built with a clock (`celery.app.trace.build_tracer`, 5.5 to 5.7): by the consumer, by whoever
+    else traces a task, and for one that a task runs inside itself.
+    """
+    modules: tuple[Any, ...] = (trace, consumer)
+    before = [module.build_tracer for module in modules]
+    send_event = Request.send_event
+
+    def send_with_wait(request: Request, type: str, **fields: Any) -> None:
+        waited = _waited() if type in ENDS else None
+        send_event(request, type, **fields, **({} if waited is None else {"waited": waited}))
+
+    def undo() -> None:
+        for module, function in zip(modules, before, strict=True):
+            module.build_tracer = function
+        Request.send_event = send_event
+        trace.logger.removeFilter(add_wait)
+
+    for module, function in zip(modules, before, strict=True):
+        module.build_tracer = partial(function, monotonic=own_time)
+    Request.send_event = send_with_wait
+    trace.logger.addFilter(add_wait)
+    return undo
+
+
+def own_time() -> float:
+    """The running task's own seconds; outside a fiber, the monotonic clock."""
+    fiber = fibers.current()
+    return monotonic() if fiber is None else fiber.clock.seconds(monotonic())
+
+
+def add_wait(record: logging.LogRecord) -> bool:
+    """A filter that drops nothing: the line that tells how long a task ran tells how long it waited, too."""
+    waited = _waited()
+    if waited is not None and isinstance(record.args, dict) and "runtime" in record.args:
+        record.args["waited"] = waited  # which is the record's `data`, for loggers that write fields
+        if waited >= NOTICEABLE and isinstance(record.msg, str):
+            record.msg = record.msg.replace(RUNTIME, BOTH)
+    return True
+
+
+def _waited() -> float | None:
+    fiber = fibers.current()
+    return None if fiber is None else round(fiber.clock.waited(monotonic()), 3)
