@@ -14,6 +14,7 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery._state import _set_task_join_will_block, task_join_will_block
 from celery.concurrency.base import apply_target
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -207,6 +208,22 @@ def run_task(
         limit, fiber.limit = fiber.limit, None
         if limit is not None and limit.hard is not None:
             limit.on_timeout(False, limit.hard)
+
+
+def refuse_task(
+    error: Exception,
+    callback: Callable[[Any], Any],
+    accept_callback: Callable[[int, float], Any] | None,
+) -> None:
+    """In the place of a task that can't begin: fail it. `callback` is Celery's `Request.on_failure`."""
+    fiber = current()
+    assert fiber is not None
+    if accept_callback is not None:  # which acks, where that is early
+        accept_callback(fiber.pid, monotonic())
+    try:
+        raise error
+    except Exception:
+        callback(ExceptionInfo())
 
 
 @contextmanager

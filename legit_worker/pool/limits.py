@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,8 @@ import celery
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from greenlet import GreenletExit
+
+from legit_worker.errors import InvalidInputError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,34 @@ class Limit:
             error: BaseException = SoftTimeLimitExceeded()
             return error
         return None
+
+
+def seconds_of(value: Any, what: str) -> float | None:
+    """A limit as a number; None for 0 and for nothing, which are no limit. Raises `InvalidInputError`.
+
+    Numbers in text count, as other programs' clients may send them. `what` says which limit it is, and whose.
+    """
+    number = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = int(value) if value.strip().isdecimal() else float(value)
+    if value is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number) or number < 0:
+        raise InvalidInputError(
+            f"{what} is {value!r}: send a number of seconds, 0 or more, or null, which is no limit of its own"
+        )
+    return number or None
+
+
+def repair_shape(request: Any, **_: Any) -> None:
+    """Have Celery get two limits out of any message, for `seconds_of` to judge; else it would end the worker.
+
+    A receiver of `task_received`: `Request.execute_using_pool` (celery.worker.request, 5.5 to 5.7) unpacks them.
+    """
+    limits = request.time_limits
+    if not isinstance(limits, list | tuple) or len(limits) != 2:
+        request.time_limits = ([limits], None)  # a list is no limit
 
 
 def timeout_callback(

@@ -34,13 +34,13 @@ from legit_worker.broker.refusals import DATA_ERRORS, give_up_request, refuse_un
 from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.device.cuda import prepare_environment
 from legit_worker.device.memory import give_back_cached
-from legit_worker.errors import DeviceLostError
+from legit_worker.errors import DeviceLostError, InvalidInputError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, limits
 from legit_worker.pool.clock import Waits, Work
 from legit_worker.pool.engine import Counters, Engine
-from legit_worker.pool.fibers import Fiber, run_task
+from legit_worker.pool.fibers import Fiber, refuse_task, run_task
 from legit_worker.pool.limits import Limit
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.runner import FiberRunner
@@ -117,6 +117,7 @@ class ModelPool(SoloPool):
             stall_seconds=self._settings.stall_seconds,
             ends_at=lambda: self._soft.until_if_begun,
         )
+        self._soft_limit, self._hard_limit = self._own_limits()
         self._pace = Pace(self._settings.max_queue_delay)
         self._hub: Any = None
         self._consumer: Any = None
@@ -141,6 +142,7 @@ class ModelPool(SoloPool):
         self._runner = FiberRunner(self.engine, wake=self._wake, on_lost=self._wakeup.set, models_of=self._models_of)
         signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_ready.connect(self._meet_consumer)
+        signals.task_received.connect(limits.repair_shape)
 
     def __repr__(self) -> str:
         return (
@@ -260,7 +262,7 @@ class ModelPool(SoloPool):
         info: dict[str, Any] = super()._get_info()
         return info | {
             "max-concurrency": self.limit,
-            "timeouts": (self.options.get("soft_timeout") or 0, self.options.get("timeout") or 0),
+            "timeouts": (self._soft_limit or 0, self._hard_limit or 0),
             "window": self.limit,
             "messages": self.taking(),
             "in_flight": len(self._running),
@@ -308,8 +310,12 @@ class ModelPool(SoloPool):
             apply_target(target, args, kwargs, callback, accept_callback)
             return
         run = functools.partial(run_task, target, args, kwargs or {}, callback, accept_callback)
+        try:
+            soft, hard = self._limits(args, soft_timeout, timeout)
+        except InvalidInputError as error:
+            run = functools.partial(refuse_task, error, error_callback, accept_callback)
+            soft = hard = None
         fiber = self._fiber(args, callback, run)
-        soft, hard = soft_timeout or self.options.get("soft_timeout"), timeout or self.options.get("timeout")
         if soft or hard:
             on_timeout = limits.timeout_callback(fiber.name, timeout_callback, error_callback)
             fiber.limit = Limit(soft=soft, hard=hard, on_timeout=on_timeout)
@@ -319,6 +325,16 @@ class ModelPool(SoloPool):
             self._backlog.append(fiber)
         else:
             self._start(fiber)
+
+    def _limits(self, args: tuple[Any, ...], soft: Any, hard: Any) -> tuple[float | None, float | None]:
+        """This task's limits in seconds: its message's, its own, or the worker's. Raises `InvalidInputError`."""
+        _, name, request = _describe(args)
+        header = request.get("timelimit")
+        source = f"in its message's header timelimit={header!r}" if header else "in its own options"
+        return (
+            limits.seconds_of(soft, f"the soft time limit of {name}, {source},") or self._soft_limit,
+            limits.seconds_of(hard, f"the time limit of {name}, {source},") or self._hard_limit,
+        )
 
     def _fiber(self, args: tuple[Any, ...], callback: Callable[[Any], Any], run: Callable[[], Any]) -> Fiber:
         task, name, request = _describe(args)
@@ -553,6 +569,16 @@ class ModelPool(SoloPool):
 
     def _models_of(self, app: str) -> tuple[str, ...] | None:
         return self._settings.apps[app].models if app else None
+
+    def _own_limits(self) -> tuple[float | None, float | None]:
+        """The worker's own, as its command line or its project has them; bad ones end it."""
+        try:
+            return (
+                limits.seconds_of(self.options.get("soft_timeout"), "the worker's soft time limit"),
+                limits.seconds_of(self.options.get("timeout"), "the worker's time limit"),
+            )
+        except InvalidInputError as error:
+            raise SystemExit(f"legit_worker: {error}") from None
 
     def _meet_worker(self, instance: Any = None, **_: Any) -> None:
         """Before it connects: the broker is to hand over no more than a worker holds that knows nothing yet."""

@@ -65,6 +65,7 @@ class Watcher:
         self._is_over = False
         self._signal_before: Any = None
         self._told: Turn | None = None
+        self._has_failed = False
         #: Which fiber has the main thread. Set by it.
         self.turn: Turn | None = None
 
@@ -92,12 +93,21 @@ class Watcher:
             running = self._running.copy()  # in one step, unlike tuple(): the main thread changes it
             limited = [fiber for fiber in running if fiber.limit is not None or fiber.max_wait < inf]
             for fiber in limited:
-                self._note_due(fiber)
-            self._note_end()
-            self._interrupt_overdue()
-            self._notice_stall(running)
+                self._try(self._note_due, fiber)
+            for step in (self._note_end, self._interrupt_overdue):
+                self._try(step)
+            self._try(self._notice_stall, running)
             self._poke.wait(LIMIT_LOOK if limited or self._ends_at() < inf else STALL_LOOK)
             self._poke.clear()
+
+    def _try(self, step: Callable[..., None], *args: Any) -> None:
+        """One task that can't be looked at must not take the limits from all others."""
+        try:
+            step(*args)
+        except Exception:
+            if not self._has_failed:
+                self._has_failed = True
+                logger.exception("the watcher failed at %s; it goes on, and says so this once", step.__name__)
 
     def _note_due(self, fiber: Fiber) -> None:
         now, limit = monotonic(), fiber.limit

@@ -14,7 +14,7 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from harness import LATE, SIMULATED, StartWorker, Worker, poll
 
-from legit_worker.errors import WaitedTooLongError
+from legit_worker.errors import InvalidInputError, WaitedTooLongError
 
 #: One whose batches take longer than tasks may, one that takes a fiftieth of a second per item, one that never comes.
 MODELS = (
@@ -197,6 +197,57 @@ def test_a_bound_on_waiting_fails_a_task_with_both_numbers(
     assert found
     assert 1.5 <= float(found[1]) < 30
     assert "LEGIT_WORKER_MAX_WAIT_SECONDS is 1.5" in str(result.result)
+
+
+#: What clients of other languages may send as a limit, and the seconds that it means.
+NUMBERS = [("1", 1), ("0.5", 0.5), (0, None), ("0", None), (None, None)]
+
+#: The same, and it means nothing.
+NO_NUMBERS = ["x", [1], {"seconds": 1}, -1, "-1", float("nan"), "NaN", float("inf"), True]
+
+
+@pytest.fixture(scope="module")
+def judge(start_module_worker: StartWorker, journal: Path) -> Worker:
+    """A worker that gets odd limits."""
+    return start(start_module_worker, "modelpool", journal)
+
+
+@pytest.mark.parametrize(("limit", "seconds"), NUMBERS)
+def test_a_limit_may_be_a_number_in_text(judge: Worker, limit: Any, seconds: float | None) -> None:
+    if seconds is None:
+        assert judge.answer(judge.client.send_task("in_its_own_code", ["text", 1.2], soft_time_limit=limit)) == "text"
+    else:
+        result = failure(judge, "in_its_own_code", "text", headers={"timelimit": [None, limit]})
+        assert isinstance(result.result, SoftTimeLimitExceeded)
+        judge.wait_for_log(f"Soft time limit ({seconds}s) exceeded for in_its_own_code[{result.id}]")
+
+
+@pytest.mark.parametrize(
+    "header", [*([limit, None] for limit in NO_NUMBERS), *([None, limit] for limit in NO_NUMBERS), 5, "5", [1, 2, 3]]
+)
+def test_a_limit_that_is_no_number_fails_its_task_alone(judge: Worker, journal: Path, header: Any) -> None:
+    errback = judge.client.signature("told", immutable=True)
+    before = noted(journal, "signal InvalidInputError"), noted(journal, "errback called")
+    result = failure(judge, "in_its_own_code", "text", headers={"timelimit": header}, link_error=errback)
+    assert isinstance(result.result, InvalidInputError)
+    assert f"timelimit={header!r}" in str(result.result)
+    assert f"in_its_own_code[{result.id}]" in str(result.result)
+    poll(lambda: noted(journal, "signal InvalidInputError") > before[0], "the signal")
+    poll(lambda: noted(journal, "errback called") > before[1], "the errback")
+    # The message is acked, others go on, and limits hold.
+    poll(lambda: not judge.client.control.inspect([judge.name]).active()[judge.name], "it to be over")
+    assert isinstance(failure(judge, "in_its_own_code", "text", soft_time_limit=0.5).result, SoftTimeLimitExceeded)
+
+
+def test_a_limit_of_the_worker_that_is_no_number_stops_it_at_its_start(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    good = start(start_worker, "modelpool", tmp_path / "journal", PROJECT_SOFT_TIME_LIMIT="1")
+    assert isinstance(failure(good, "in_its_own_code", "text").result, SoftTimeLimitExceeded)
+    bad = start(start_worker, "modelpool", tmp_path / "journal", wait=False, PROJECT_SOFT_TIME_LIMIT="soon")
+    assert bad.wait() != 0
+    assert "the worker's soft time limit is 'soon'" in bad.log
+    assert "Traceback" not in bad.log
 
 
 def test_a_task_with_a_hard_limit_that_is_not_to_be_acked_is_sent_again(

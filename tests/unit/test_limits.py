@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from functools import partial
+from math import inf, nan
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -11,11 +14,13 @@ from celery import Celery
 from celery.app.trace import trace_task_ret
 from celery.exceptions import SoftTimeLimitExceeded
 from greenlet import greenlet
+from harness import poll
 
+from legit_worker.errors import InvalidInputError
 from legit_worker.pool import watcher
 from legit_worker.pool.fibers import Fiber, run_task
-from legit_worker.pool.limits import AGAIN, Limit, TimeLimitPassed, is_in_body
-from legit_worker.pool.watcher import SIGNAL
+from legit_worker.pool.limits import AGAIN, Limit, TimeLimitPassed, is_in_body, seconds_of
+from legit_worker.pool.watcher import SIGNAL, Watcher
 
 #: What was asked, in order: where, and whether it is the task's own.
 Asked = list[tuple[str, bool]]
@@ -72,6 +77,20 @@ def test_what_the_task_runs_below_another_librarys_greenlet_is_its_own() -> None
         fiber.resume()
 
 
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(3, 3), (0.5, 0.5), ("3", 3), (" 0.5 ", 0.5), (None, None), (0, None), ("0", None)]
+)
+def test_a_limit_is_a_number_or_a_number_in_text_or_none(value: Any, seconds: float | None) -> None:
+    assert seconds_of(value, "the limit") == seconds
+
+
+@pytest.mark.parametrize("value", ["x", "", [], [3], {}, -1, "-0.5", nan, "nan", inf, "inf", True, False, b"3"])
+def test_whatever_else_is_refused_by_its_value(value: Any) -> None:
+    with pytest.raises(InvalidInputError) as error:
+        seconds_of(value, "the limit of one[1]")
+    assert f"the limit of one[1] is {value!r}: " in str(error.value)
+
+
 def test_a_soft_limit_is_due_once_and_a_hard_one_again_and_again() -> None:
     told: list[tuple[bool, float]] = []
     subject = Limit(soft=1, hard=2, on_timeout=lambda is_soft, seconds: told.append((is_soft, seconds)))
@@ -82,3 +101,31 @@ def test_a_soft_limit_is_due_once_and_a_hard_one_again_and_again() -> None:
     assert isinstance(subject.due(2.0, 60), TimeLimitPassed)
     assert subject.due(2.1, 60 + AGAIN / 2) is None
     assert isinstance(subject.due(2.1, 60 + AGAIN), TimeLimitPassed), "also if it waits and has no time of its own"
+
+
+class Unlookable:
+    """A limit that can't be asked."""
+
+    def due(self, own: float, now: float) -> None:
+        """Raises `TypeError`, as text in place of a number would."""
+        raise TypeError("'>=' not supported")
+
+
+def test_a_task_that_the_watcher_cannot_look_at_takes_the_limits_from_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fibers = [Fiber(lambda: None, app="", name=f"task {number}") for number in range(3)]
+    for fiber in fibers:
+        fiber.limit = Unlookable()  # type: ignore[assignment]
+    fibers[1].limit = Limit(soft=0.001, hard=None, on_timeout=lambda is_soft, seconds: None)
+    looks: list[float] = []
+    subject = Watcher(running=set(fibers), wake=lambda: looks.append(monotonic()), stall_seconds=60)
+    with caplog.at_level(logging.ERROR), fibers[1].clock.running():
+        subject.start()
+        try:
+            poll(lambda: fibers[1].overdue, "the limit of the one that can be looked at")
+            fibers[1].limit = Limit(soft=None, hard=0.001, on_timeout=lambda is_soft, seconds: None)
+            poll(lambda: isinstance(fibers[1].overdue, TimeLimitPassed), "a later look")
+        finally:
+            subject.stop()
+    assert len([record for record in caplog.records if "the watcher failed" in record.message]) == 1
