@@ -38,6 +38,7 @@ from legit_worker.errors import DeviceLostError, InvalidInputError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, limits
+from legit_worker.pool.backlog import Backlog
 from legit_worker.pool.clock import Waits, Work
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, refuse_task, run_task
@@ -59,6 +60,13 @@ logger = logging.getLogger(__name__)
 #: second with 64, 362 with 256, 444 with 1,024; mixed ones don't care. `LEGIT_WORKER_WINDOW=256 scripts/bench` measures
 #: it again.
 DEFAULT_WINDOW = 1024
+
+#: Of these, tasks that are acked early, all of which a kill loses. One batch of short texts, so that there is something
+#: to batch at all; a prefork worker with as many processes loses as many.
+EARLY_WINDOW = 32
+
+#: Of the tasks that are acked early, how many a warning names.
+NAMED = 3
 
 #: Seconds between two looks at the tasks that are held until their result is routed.
 HELD_LOOK = 1.0
@@ -107,7 +115,7 @@ class ModelPool(SoloPool):
         # The device is gone, and every task was told.
         self._has_given_up = False
         self._running: set[Fiber] = set()
-        self._backlog: deque[Fiber] = deque()
+        self._backlog = Backlog()
         self._waits = Waits()
         self._ready: deque[Fiber] = deque()
         self._wakeup = Wakeup()
@@ -212,6 +220,7 @@ class ModelPool(SoloPool):
         if fiber is not None:
             fiber.terminate()
             self._running.discard(fiber)
+            self._wakeup.set()  # another may start in its place
 
     def on_stop(self) -> None:
         """Warm shutdown: what has started ends."""
@@ -319,12 +328,10 @@ class ModelPool(SoloPool):
         if soft or hard:
             on_timeout = limits.timeout_callback(fiber.name, timeout_callback, error_callback)
             fiber.limit = Limit(soft=soft, hard=hard, on_timeout=on_timeout)
-        if self._inline:
+        if self._inline or (self._may_start() and (fiber.acks_late or self._may_start_early())):
             self._start(fiber)
-        elif self._is_full() or self._is_ending():
-            self._backlog.append(fiber)
         else:
-            self._start(fiber)
+            self._backlog.append(fiber)
 
     def _limits(self, args: tuple[Any, ...], soft: Any, hard: Any) -> tuple[float | None, float | None]:
         """This task's limits in seconds: its message's, its own, or the worker's. Raises `InvalidInputError`."""
@@ -453,8 +460,8 @@ class ModelPool(SoloPool):
             fiber = self._ready.popleft()
             if not fiber.dead:
                 self._switch_to(fiber)
-        while self._backlog and not self._is_full() and not self._is_ending():
-            self._start(self._backlog.popleft())
+        while self._may_start() and (first := self._backlog.take(self._may_start_early)) is not None:
+            self._start(first)
 
     def _end_overdue(self) -> None:
         """Tell parked tasks whose time is over."""
@@ -502,6 +509,13 @@ class ModelPool(SoloPool):
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""
         return len(self._running) - len(self._held) >= self.limit
+
+    def _may_start(self) -> bool:
+        return not self._is_full() and not self._is_ending()
+
+    def _may_start_early(self) -> bool:
+        """Whether one more may start of the tasks that a kill would lose."""
+        return sum(not fiber.acks_late for fiber in self._running - self._held) < EARLY_WINDOW
 
     def _is_ending(self) -> bool:
         """Whether a task that began now would only be ended: one that did not is still the broker's."""
@@ -590,6 +604,21 @@ class ModelPool(SoloPool):
         """Its handlers of signals are installed by now."""
         if sender.pool is self:
             self._soft.meet(sender)
+            self._warn_of_early_acks()
+
+    def _warn_of_early_acks(self) -> None:
+        """Solo loses one task at a kill, and this pool what it has in flight: nobody is to learn that from the loss."""
+        tasks = self.app.tasks.items()
+        early = sorted(name for name, task in tasks if not task.acks_late and not name.startswith("celery."))
+        if early and not self._inline:
+            logger.warning(EARLY_ACKS, ", ".join(early[:NAMED]), len(early), min(self.limit, EARLY_WINDOW))
+
+
+#: What an operator reads at the start. A task in the queue, or one that has not started, is never lost.
+EARLY_ACKS = (
+    "Some tasks are acked before they run (%s: %d in all). A kill of this worker loses those that have started, up to "
+    "%d, and nobody is told; no more of them run at once. Set acks_late=True for each that may run twice."
+)
 
 
 def _work_of(done: Future[Any]) -> Work:
