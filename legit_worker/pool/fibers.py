@@ -24,6 +24,7 @@ from legit_worker.errors import WaitedTooLongError
 from legit_worker.pool.clock import Clock
 from legit_worker.pool.limits import Limit, TimeLimitPassed
 from legit_worker.pool.transactions import in_django_transaction
+from legit_worker.pool.turns import Holdings, wait_for_all
 
 
 class FiberPid(int):
@@ -80,6 +81,8 @@ class Fiber(greenlet):
         self.shielded = 0
         #: When that was last over, by the monotonic clock: the task's own code has run since.
         self.served_at = 0.0
+        #: What it has open that other tasks may need.
+        self.holdings = Holdings()
         self.pid = FiberPid(os.getpid())
         self.pid.fiber = self
         # The worker's own answer to whether `result.get()` is refused: it is what the other tasks are to find.
@@ -91,6 +94,7 @@ class Fiber(greenlet):
     def park(self, waits_for: str) -> None:
         """Give control back to the loop until it resumes this fiber. Called from inside it."""
         self.waits_for = waits_for
+        self.holdings.review(self)
         try:
             with self._others_run():
                 self.parent.switch()
@@ -113,10 +117,23 @@ class Fiber(greenlet):
     def may_park(self) -> bool:
         """Whether other tasks may run while this one waits.
 
-        Not inside `exclusive()` or a transaction of Django's; nor below an asyncio loop or another library's greenlet,
-        which other tasks would find running.
+        Not inside `exclusive()`, or a transaction that other tasks would join; nor below an asyncio loop or another
+        library's greenlet, which other tasks would find running.
         """
+        return self.may_wait() and not self.holdings.keep_others_out()
+
+    def may_wait(self) -> bool:
+        """The same, if it waits for a transaction of another task."""
         return not self.exclusive_depth and self.is_innermost() and not in_django_transaction()
+
+    def wait_to_be_alone(self) -> None:
+        """Before its own code begins: it can't let another one end its transaction later."""
+        self.exclusive_depth, depth = 0, self.exclusive_depth
+        self.is_over = True  # not begun is not to be interrupted, either
+        try:
+            wait_for_all(self)
+        finally:
+            self.exclusive_depth, self.is_over = depth, False
 
     def is_innermost(self) -> bool:
         """Whether the code that runs is the fiber's own, with nothing below it that others would find running."""
@@ -200,6 +217,8 @@ def run_task(
     def call_target(*args: Any, **kwargs: Any) -> Any:  # limits.TARGET
         if fiber.doomed:
             raise GreenletExit
+        if fiber.exclusive_depth:
+            fiber.wait_to_be_alone()
         return target(*args, **kwargs)
 
     try:
@@ -208,6 +227,8 @@ def run_task(
         limit, fiber.limit = fiber.limit, None
         if limit is not None and limit.hard is not None:
             limit.on_timeout(False, limit.hard)
+    finally:
+        fiber.holdings.end(fiber)
 
 
 def refuse_task(
@@ -233,6 +254,7 @@ def exclusive() -> Iterator[None]:
     if fiber is None:
         yield
         return
+    wait_for_all(fiber)
     fiber.exclusive_depth += 1
     try:
         yield

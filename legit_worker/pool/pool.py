@@ -37,7 +37,7 @@ from legit_worker.device.memory import give_back_cached
 from legit_worker.errors import DeviceLostError, InvalidInputError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, limits
+from legit_worker.pool import fibers, limits, sql, turns
 from legit_worker.pool.backlog import Backlog
 from legit_worker.pool.clock import Waits, Work
 from legit_worker.pool.engine import Counters, Engine
@@ -175,6 +175,7 @@ class ModelPool(SoloPool):
         self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
         self._helpers_before = processes.use_waiter(self._wait_for_helper)
         self._stop_telling = tell_own_time()
+        turns.use(self._wake, sql.is_blind)
         self._load_pinned()
 
     def _load_pinned(self) -> None:
@@ -195,6 +196,7 @@ class ModelPool(SoloPool):
         self._replaced = 0
         hub.call_repeatedly(IDLE_LOOK, default_registry().residency.evict_idle)
         hub.call_repeatedly(WAITING_LOOK, default_registry().residency.review)
+        hub.call_repeatedly(WAITING_LOOK, turns.look)
         hub.call_repeatedly(MEMORY_LOOK, default_registry().residency.watch)
         if isinstance(self.app.backend, Routing):
             hub.call_repeatedly(HELD_LOOK, self._replace_held)
@@ -370,6 +372,7 @@ class ModelPool(SoloPool):
         What a server's or a network's failure raises in Celery's own callbacks goes up to the worker, as in solo. A
         message that they can't deal with does not end the worker.
         """
+        sql.watch()
         self._watcher.turn = Turn(fiber=fiber, since=monotonic())
         try:
             fiber.resume(error)
@@ -487,6 +490,7 @@ class ModelPool(SoloPool):
         self._wakeup.wait(WAITING_LOOK)
         self._wakeup.clear()
         default_registry().residency.review()
+        turns.look()
 
     def _tend_hub(self) -> None:
         """What the hub does for Celery between two messages; as prefork does while it drains (5.7)."""
@@ -505,6 +509,7 @@ class ModelPool(SoloPool):
         lanes.use_waiter(self._waiter_before)
         processes.use_waiter(self._helpers_before)
         self._stop_telling()
+        turns.stop()
 
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""

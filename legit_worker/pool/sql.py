@@ -1,0 +1,458 @@
+"""SQLAlchemy under tasks that park: what each has open, and who waits for whom.
+
+In: SQLAlchemy's events, once a task's project has imported it; this module never does. Out: tasks that park at the
+statement, or for the connection, that a parked task would make them wait for in the database.
+
+- One gate per database: a task goes through it at its first statement that takes locks, and keeps it while it parks
+  with that transaction open.
+- A line for each pool of connections that has an end.
+- A `scoped_session` is each task's own. A session or a connection that tasks share lets no others run while it is in a
+  transaction.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from functools import cached_property, lru_cache, wraps
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from legit_worker.pool import fibers
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.turns import Gate, Line
+
+#: Databases that keep old rows for readers: a plain `SELECT` neither waits for a writer nor holds one up.
+READERS_PASS = ("postgresql", "mysql", "mariadb", "oracle")
+
+#: Isolation levels under which a plain `SELECT` counts as well: two such transactions that overlap end in an error.
+READERS_COUNT = ("SERIALIZABLE", "REPEATABLE READ")
+
+#: What begins a statement that takes no lock.
+READ = re.compile(
+    r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*"
+    r"(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|SET|SAVEPOINT|RELEASE|ROLLBACK|BEGIN|COMMIT)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+#: What makes it take one nevertheless: writes in a `WITH`, `FOR UPDATE`, `FOR SHARE`, `pg_advisory_lock()`.
+LOCK = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|INTO|SHARE)\b|LOCK", re.IGNORECASE)
+
+#: What waits for readers, too: what changes a table itself.
+READERS_WAIT = re.compile(
+    r"\s*(?:ALTER|DROP|TRUNCATE|LOCK|RENAME|VACUUM|REINDEX|CLUSTER|REFRESH|OPTIMIZE)\b", re.IGNORECASE
+)
+
+#: Connections that stay free for tasks which have one already, until it is known how many one task needs.
+SPARE = 1
+
+#: Texts of statements whose meaning is remembered: those of a project, not those that are made anew each time.
+STATEMENTS = 1024
+
+
+@lru_cache(STATEMENTS)
+def takes_locks(statement: str) -> bool:
+    """Whether a statement may wait for another transaction, or make one wait, on a database where readers pass."""
+    return READ.match(statement) is None or LOCK.search(statement) is not None
+
+
+class Transaction:
+    """A transaction that took locks."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = ref(connection)
+        root = connection.get_transaction()
+        #: SQLAlchemy's own, which it gives up at its end; None if each statement is a transaction.
+        self.about: Callable[[], Any] = (lambda: None) if root is None else ref(root)
+
+    def is_held(self) -> bool:
+        """Whether it is still open."""
+        connection, root = self._connection(), self.about()
+        if connection is None or root is None or not root.is_active:
+            return False
+        return connection.invalidated or not _commits_by_itself(connection)
+
+
+class SqliteTransaction(Transaction):
+    """The same on SQLite, where the driver begins late and rows that are not read yet hold a lock, too."""
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection)
+        #: The driver's cursors of results that have such rows: read to the end, or dropped, a result drops its cursor.
+        self.cursors: WeakSet[Any] = WeakSet()
+        #: It read `FOR UPDATE`, which SQLite does not know, and which is kept here nevertheless.
+        self.is_for_update = False
+
+    def is_held(self) -> bool:
+        """Whether the driver is in a transaction, or has rows to give, or a row is locked."""
+        connection = self._connection()
+        if connection is None or connection.closed or connection.invalidated:
+            return False
+        if self.cursors:
+            return True
+        begun = self.is_for_update or getattr(_driver(connection), "in_transaction", True)
+        return bool(begun and connection.in_transaction())
+
+
+def _driver(connection: Any) -> Any:
+    return connection.connection.dbapi_connection
+
+
+def _commits_by_itself(connection: Any) -> bool:
+    """Whether each statement is a transaction of its own."""
+    try:  # SQLAlchemy 2.1
+        return bool(connection.dialect.detect_autocommit_setting(_driver(connection)))
+    except (AttributeError, NotImplementedError):
+        return getattr(_driver(connection), "autocommit", False) is True
+
+
+class Use:
+    """A connection or a session, and whose it is. Lives on the main thread, as long as the thing itself."""
+
+    def __init__(self, thing: Any, owner: Fiber | None, *, is_only_one: bool = False) -> None:
+        self._thing = ref(thing)
+        # Tasks share it: it was there before them, or a second one came, or its pool has only this one.
+        self._is_shared = owner is None or is_only_one
+        self._user = None if owner is None else ref(owner)
+        if owner is not None:
+            owner.holdings.shared.add(self)
+
+    @cached_property
+    def _line(self) -> Line:
+        return Line("another task's transaction", self._is_free, self._holders)
+
+    def by(self, fiber: Fiber) -> None:
+        """This task is about to use it. If another one's transaction is open there, wait for its end."""
+        if self._user is not None and self._user() is fiber:
+            return
+        self._is_shared = True
+        with fiber.shield():
+            self._line.wait(fiber)
+            self._user = ref(fiber)
+            fiber.holdings.shared.add(self)
+
+    def keeps_others_out(self) -> bool:
+        """Whether others would work in this task's transaction."""
+        return self._is_shared and self._is_in_the_middle()
+
+    def is_out_of(self, pool: Any) -> bool:
+        """Whether it is a connection that this pool, or with None any pool, has given and not got back."""
+        thing = self._thing()
+        return thing is not None and not getattr(thing, "closed", True) and (pool is None or thing.engine.pool is pool)
+
+    def is_in_transaction_on(self, database: Database) -> bool:
+        """Whether it is a connection to this database, and in a transaction."""
+        thing = self._thing()
+        dialect = getattr(thing, "dialect", database)  # a session has none
+        return thing is not None and _databases.get(dialect) is database and bool(thing.in_transaction())
+
+    def _is_free(self, fiber: Fiber) -> bool:
+        return not self._is_in_the_middle() or self._holders(fiber) in ([], [fiber])
+
+    def _is_in_the_middle(self) -> bool:
+        """Whether it is in a transaction, or a session has objects for its next one."""
+        thing = self._thing()
+        return thing is not None and (
+            thing.in_transaction() or any(getattr(thing, kind, None) for kind in ("new", "dirty", "deleted"))
+        )
+
+    def _holders(self, _: Fiber) -> list[Fiber]:
+        user = None if self._user is None else self._user()
+        return [] if user is None or user.dead else [user]
+
+
+class Room:
+    """A pool that has only so many connections. Lives on the main thread."""
+
+    def __init__(self, pool: Any, size: int) -> None:
+        self._pool = ref(pool)
+        self._size = size
+        # The most that one task had at once, and those that had one.
+        self._most = 1 + SPARE
+        self._guests: WeakSet[Fiber] = WeakSet()
+        self._line = Line("a connection of a pool", self._has_place, self._holders)
+
+    def enter(self, fiber: Fiber) -> None:
+        """Wait for a connection. Who has something that others may wait for comes first, and gets the last ones."""
+        if fiber.holdings.shared:
+            self._most = max(self._most, self._count(fiber) + 1)
+        if not self._has_place(fiber) or self._line.is_taken:
+            with fiber.shield():
+                self._line.wait(fiber, first=_has_any(fiber))
+        self._guests.add(fiber)
+
+    def _has_place(self, fiber: Fiber) -> bool:
+        taken = self._taken()
+        spare = 0 if _has_any(fiber) else self._most - 1
+        return taken == 0 or taken + 1 + spare <= self._size
+
+    def _holders(self, _: Fiber) -> list[Fiber]:
+        """None if any connection is somebody else's: a thread's, or one that was taken before the first task."""
+        counts = {fiber: self._count(fiber) for fiber in self._guests}
+        return [] if sum(counts.values()) < self._taken() else [fiber for fiber in counts if counts[fiber]]
+
+    def _taken(self) -> int:
+        pool = self._pool()
+        return 0 if pool is None else int(pool.checkedout())
+
+    def _count(self, fiber: Fiber) -> int:
+        return sum(_is_out(use, self._pool()) for use in fiber.holdings.shared)
+
+
+def _is_out(use: Any, pool: Any) -> bool:
+    return isinstance(use, Use) and use.is_out_of(pool)
+
+
+def _has_any(fiber: Fiber) -> bool:
+    """Whether it has a connection, or a gate: others may be waiting for it."""
+    return bool(fiber.holdings.gates) or any(_is_out(use, None) for use in fiber.holdings.shared)
+
+
+class Database:
+    """How tasks meet at one database. Those with the same URL, but for user and options, are one."""
+
+    def __init__(self, name: str, backend: str) -> None:
+        self._gate = Gate(f"database {name}")
+        self._readers_pass = backend in READERS_PASS
+        self._transaction = SqliteTransaction if backend == "sqlite" else Transaction
+        # Those that have, or had, a connection.
+        self._visitors: WeakSet[Fiber] = WeakSet()
+        self._line = Line(
+            f"all others at database {name}", lambda fiber: not self._others(fiber), self._others, needs_all=True
+        )
+
+    def visit(self, fiber: Fiber) -> None:
+        """The task has a connection."""
+        self._visitors.add(fiber)
+
+    def pass_by(self, fiber: Fiber, connection: Any, statement: str, context: Any) -> None:
+        """The task is about to execute this. Wait if another task's transaction may hold it up."""
+        if self._readers_pass and not takes_locks(statement) and not _readers_count(connection):
+            return
+        if self._readers_pass and READERS_WAIT.match(statement):  # before the gate, which some of them may wait for
+            with fiber.shield():
+                self._line.wait(fiber)
+        claims = self._gate.take(fiber)
+        root = connection.get_transaction()
+        claim = next((claim for claim in claims if claim.about() is root), None)
+        if claim is None:
+            claim = self._transaction(connection)
+            claims.append(claim)
+        if isinstance(claim, SqliteTransaction):
+            claim.is_for_update = claim.is_for_update or _is_for_update(context)
+
+    def _others(self, fiber: Fiber) -> list[Fiber]:
+        """The other tasks that are in a transaction."""
+        return [
+            other
+            for other in self._visitors
+            if other is not fiber and not other.dead and any(map(self._is_busy, other.holdings.shared))
+        ]
+
+    def _is_busy(self, use: Any) -> bool:
+        return isinstance(use, Use) and use.is_in_transaction_on(self)
+
+    def note_rows(self, fiber: Fiber, connection: Any, result: Any) -> None:
+        """These rows are still to be read."""
+        root, cursor = connection.get_transaction(), result.cursor
+        for claim in self._gate.claims(fiber) or ():
+            if isinstance(claim, SqliteTransaction) and claim.about() is root and _keep_weakly(result.context, cursor):
+                claim.cursors.add(cursor)
+
+
+def _keep_weakly(context: Any, cursor: Any) -> bool:
+    """Have the result alone keep the driver's cursor, as its context would outlive the last row."""
+    driver: Any = sys.modules.get("sqlite3")
+    if driver is None or not isinstance(cursor, driver.Cursor):
+        return False
+    context.cursor = SimpleNamespace(
+        rowcount=cursor.rowcount, lastrowid=cursor.lastrowid, description=cursor.description
+    )
+    return True
+
+
+def _is_for_update(context: Any) -> bool:
+    """Whether the program wrote `with_for_update()`, which is not in the statement of a database without it."""
+    statement = getattr(getattr(context, "compiled", None), "statement", None)
+    return getattr(statement, "_for_update_arg", None) is not None
+
+
+def _readers_count(connection: Any) -> bool:
+    level = connection.get_execution_options().get("isolation_level")
+    level = level or getattr(connection.dialect, "_on_connect_isolation_level", None)
+    return level in READERS_COUNT
+
+
+#: By what tells databases apart; by dialect, of which each engine has its own; by pool; by connection and session.
+_by_key: dict[Any, Database] = {}
+_databases: WeakKeyDictionary[Any, Database] = WeakKeyDictionary()
+_rooms: WeakKeyDictionary[Any, Room | None] = WeakKeyDictionary()
+_uses: WeakKeyDictionary[Any, Use] = WeakKeyDictionary()
+
+
+def _database(connection: Any) -> Database:
+    found = _databases.get(connection.dialect)
+    if found is None:
+        url = connection.engine.url
+        key = _key(url, connection.dialect)
+        if key not in _by_key:
+            _by_key[key] = Database(url.database or "in memory", url.get_backend_name())
+        found = _databases[connection.dialect] = _by_key[key]
+    return found
+
+
+def _key(url: Any, dialect: Any) -> Any:
+    if url.get_backend_name() != "sqlite":
+        return url.get_backend_name(), url.host, url.port, url.database
+    name = url.database or ""
+    if not name or ":memory:" in name or "mode=memory" in str(url):
+        return ref(dialect)
+    return os.path.realpath(name.removeprefix("file:"))
+
+
+def _room(pool: Any) -> Room | None:
+    """None if the pool has no end, or no number that could be read."""
+    if pool not in _rooms:
+        overflow = getattr(pool, "_max_overflow", -1)
+        _rooms[pool] = Room(pool, pool.size() + overflow) if overflow >= 0 else None
+    return _rooms[pool]
+
+
+def _use(thing: Any, fiber: Fiber) -> None:
+    use = _uses.get(thing)
+    if use is None:  # older than the first look, and so older than this task
+        use = _uses[thing] = Use(thing, None)
+    use.by(fiber)
+
+
+def _on_connect(connection: Any, *_: Any) -> None:
+    pools = sys.modules["sqlalchemy.pool"]
+    is_only_one = isinstance(connection.engine.pool, (pools.StaticPool, pools.SingletonThreadPool, pools.AssertionPool))
+    fiber = fibers.current()
+    _uses[connection] = Use(connection, fiber, is_only_one=is_only_one)
+    if fiber is not None:
+        _database(connection).visit(fiber)
+
+
+def _before_execute(connection: Any, _c: Any, statement: str, _p: Any, context: Any, *_: Any) -> None:
+    fiber = fibers.current()
+    if fiber is not None:
+        _use(connection, fiber)
+        _database(connection).pass_by(fiber, connection, statement, context)
+
+
+def _after_execute(connection: Any, _c: Any, _m: Any, _p: Any, _o: Any, result: Any) -> None:
+    if result.cursor is not None and connection.dialect.name == "sqlite":
+        fiber = fibers.current()
+        if fiber is not None:
+            _database(connection).note_rows(fiber, connection, result)
+
+
+def _on_session_begin(session: Any, transaction: Any) -> None:
+    if transaction.parent is None:
+        fiber = fibers.current()
+        use = _uses.get(session)
+        if use is None:
+            is_old = session.hash_key < _first_session
+            _uses[session] = Use(session, None if is_old else fiber)
+        if fiber is not None:
+            _use(session, fiber)
+
+
+def _on_session_use(session: Any, *_: Any) -> None:
+    """`session` is one, or the state of an execution that has one."""
+    session = getattr(session, "session", session)
+    fiber = fibers.current()
+    if fiber is not None and session in _uses:  # else its first transaction is still to begin
+        was_in_transaction = session.in_transaction()
+        _use(session, fiber)
+        if was_in_transaction and not session.in_transaction():  # that was the one that this task waited for
+            session.begin()
+
+
+class PerTask:
+    """In place of an attribute that holds a thread's own value: inside a task, the task's own."""
+
+    def __init__(self, owner: type) -> None:
+        #: Where the value is without this: in a slot (SQLAlchemy 2), or in the object's dictionary (1.4).
+        self._slot: Any = next((vars(base)["registry"] for base in owner.__mro__ if "registry" in vars(base)), None)
+
+    def __get__(self, thing: Any, owner: type | None = None) -> Any:
+        """What the thread has, or the task."""
+        if thing is None:
+            return self
+        fiber = fibers.current()
+        if fiber is None:
+            return vars(thing)["registry"] if self._slot is None else self._slot.__get__(thing)
+        if thing not in fiber.holdings.own:
+            namespace = fiber.holdings.own[thing] = SimpleNamespace()
+            fiber.holdings.at_end.append(lambda: _close(namespace))
+        return fiber.holdings.own[thing]
+
+    def __set__(self, thing: Any, value: Any) -> None:
+        """What the thread has."""
+        if self._slot is None:
+            vars(thing)["registry"] = value
+        else:
+            self._slot.__set__(thing, value)
+
+
+def _close(namespace: SimpleNamespace) -> None:
+    """Nobody can come back to a task's session after its end."""
+    session = getattr(namespace, "value", None)
+    if isinstance(session, sys.modules["sqlalchemy.orm"].Session):
+        session.close()
+
+
+def _watch_core() -> None:
+    sqlalchemy: Any = sys.modules["sqlalchemy"]
+    listen, engine, pool = sqlalchemy.event.listen, sqlalchemy.engine.Engine, sqlalchemy.pool.Pool
+    listen(engine, "engine_connect", _on_connect)
+    listen(engine, "before_cursor_execute", _before_execute)
+    listen(engine, "after_execute", _after_execute)
+    connect = pool.connect
+
+    @wraps(connect)
+    def connect_in_turn(self: Any) -> Any:
+        fiber = fibers.current()
+        room = None if fiber is None else _room(self)
+        if fiber is not None and room is not None:
+            room.enter(fiber)
+        return connect(self)
+
+    pool.connect = connect_in_turn
+
+
+def _watch_orm() -> None:
+    global _first_session
+    sqlalchemy: Any = sys.modules["sqlalchemy"]
+    listen, session = sqlalchemy.event.listen, sqlalchemy.orm.Session
+    # Sessions are numbered as they are made: those before this one are of before the first task.
+    _first_session = session().hash_key
+    listen(session, "after_transaction_create", _on_session_begin)
+    for event in ("before_attach", "before_flush", "do_orm_execute"):
+        listen(session, event, _on_session_use)
+    registry = sqlalchemy.util.ThreadLocalRegistry
+    registry.registry = PerTask(registry)
+
+
+_first_session = 0
+
+#: What is still to be watched once it is imported.
+_unwatched: dict[str, Callable[[], None]] = {"sqlalchemy": _watch_core, "sqlalchemy.orm": _watch_orm}
+
+
+def watch() -> None:
+    """Have a look at what has been imported by now. Called before a task runs, and imports nothing."""
+    for name in tuple(_unwatched):
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _unwatched.pop(name)()
+
+
+def is_blind() -> bool:
+    """Whether the task that runs has imported what nobody watches yet: it may have a transaction that nobody saw."""
+    return any(name in sys.modules for name in _unwatched)
