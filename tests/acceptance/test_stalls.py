@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness import LATE, SIDES, SIMULATED, StartWorker, Worker, poll
 
-#: More than the pool has connections.
+#: More than there are connections, or locks.
 TASKS = 50
 
 #: One that loads, and one that computes, for longer than a task may keep the main thread.
@@ -21,7 +21,8 @@ MODELS = (
     }
 )
 
-#: Seconds after which a task is told of, and those for which SQLAlchemy lets it wait. The watchdog looks once a second.
+#: Seconds after which a task is told of, and those for which it waits for a connection or a lock. The watchdog looks
+#: once a second.
 STALL, PATIENCE = 0.5, 4.0
 
 WARNING = "has held the main thread"
@@ -46,11 +47,12 @@ def send(worker: Worker, task: str, count: int = TASKS) -> list[Any]:
     ("side", "task", "window"),
     [
         pytest.param("stock", "holds_a_connection", "1024", id="stock solo"),
+        pytest.param("modelpool", "holds_a_connection", "1024", id="connections that SQLAlchemy gives"),
         pytest.param("modelpool", "holds_one_alone", "1024", id="exclusive"),
-        pytest.param("modelpool", "holds_a_connection", "2", id="a window no larger than the pool"),
+        pytest.param("modelpool", "holds_a_lock", "2", id="a window no larger than there are locks"),
     ],
 )
-def test_tasks_that_hold_connections_of_a_small_pool_are_no_stall(
+def test_tasks_that_hold_what_there_is_little_of_are_no_stall(
     start_worker: StartWorker, side: str, task: str, window: str
 ) -> None:
     worker = start(start_worker, side, LEGIT_WORKER_WINDOW=window)
@@ -60,18 +62,18 @@ def test_tasks_that_hold_connections_of_a_small_pool_are_no_stall(
 
 def test_a_stall_is_told_once_with_its_task_its_cause_and_the_way_out(start_worker: StartWorker) -> None:
     worker = start(start_worker)
-    send(worker, "holds_a_connection")
-    poll(lambda: "QueuePool limit of size 2" in worker.log, "the pool's patience to end")
-    before = worker.log.partition("QueuePool limit of size 2")[0]
-    stalled = re.findall(rf"(holds_a_connection\[\S+\]) {WARNING} for \d\.\d s, and 2 parked tasks can't go on", before)
+    send(worker, "holds_a_lock")
+    poll(lambda: "both locks are taken" in worker.log, "a task's patience to end")
+    before = worker.log.partition("both locks are taken")[0]
+    stalled = re.findall(rf"(holds_a_lock\[\S+\]) {WARNING} for \d\.\d s, and 2 parked tasks can't go on", before)
     assert len(stalled) == 1
-    failed = re.search(r"Task (holds_a_connection\[\S+\]) raised unexpected: TimeoutError", worker.log)
+    failed = re.search(r"Task (holds_a_lock\[\S+\]) raised unexpected: TimeoutError", worker.log)
     assert failed
     assert failed[1] == stalled[0]
     report = before.partition(WARNING)[2]
     for word in ("legit_worker.exclusive()", "LEGIT_WORKER_WINDOW", "BATCHING=off", "before the call"):
         assert word in report
-    assert re.search(r'File ".*pooled\.py", line \d+, in holds_a_connection\n +with engine\.connect\(\)', report)
+    assert re.search(r'File ".*pooled\.py", line \d+, in holds_a_lock\n +if not locks\.acquire', report)
 
 
 def test_a_task_whose_own_code_takes_long_is_told_of_while_others_are_parked(watched: Worker) -> None:

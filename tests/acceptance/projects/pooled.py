@@ -1,12 +1,12 @@
-"""The project with tasks that hold something of the thread across a model call: a connection of a small pool.
+"""The project with tasks that hold something across a model call: a connection of a small pool, or one of two locks.
 
-In: `PROJECT_POOL_SECONDS`, how long SQLAlchemy lets one wait for a connection; its pool has two. Out: a number from the
-database.
+In: `PROJECT_POOL_SECONDS`, how long one waits for either; there are two of both. Out: a number from the database.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +21,16 @@ from legit_worker.prep import processes
 
 __all__ = ["app"]
 
+PATIENCE = float(os.environ["PROJECT_POOL_SECONDS"])
+
+locks = threading.BoundedSemaphore(2)
+
 engine = create_engine(
     "sqlite:///:memory:",
     poolclass=QueuePool,
     pool_size=2,
     max_overflow=0,
-    pool_timeout=float(os.environ["PROJECT_POOL_SECONDS"]),
+    pool_timeout=PATIENCE,
     connect_args={"check_same_thread": False},
 )
 
@@ -42,17 +46,29 @@ class Lengthy(Upper):
 
 @app.task(name="holds_a_connection")
 def holds_a_connection(number: int) -> int:
-    """Under stock solo no other task runs meanwhile, and two connections are plenty."""
+    """Under stock solo no other task runs meanwhile, and one connection is plenty."""
     with engine.connect() as connection:
         legit_worker.model("sim").map([number])
         return int(connection.execute(text(f"select {number:d}")).scalar_one())
+
+
+@app.task(name="holds_a_lock")
+def holds_a_lock(number: int) -> int:
+    """The same with what nobody but the task knows of."""
+    if not locks.acquire(timeout=PATIENCE):
+        raise TimeoutError("both locks are taken")
+    try:
+        legit_worker.model("sim").map([number])
+        return number
+    finally:
+        locks.release()
 
 
 @app.task(name="holds_one_alone")
 def holds_one_alone(number: int) -> int:
     """The way out."""
     with legit_worker.exclusive():
-        return int(holds_a_connection.run(number))
+        return int(holds_a_lock.run(number))
 
 
 @app.task(name="alone")
