@@ -58,6 +58,35 @@ def build_dense(folder: Path) -> Path:
     return folder / "model"
 
 
+def build_routed(folder: Path) -> Path:
+    """A `SentenceTransformer` with a way of their own for queries: static vectors there, BERT for documents."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+    from transformers import BertModel
+
+    bert = Transformer(str(_save_bert(BertModel, folder / "bert")))
+    pooling = Pooling(bert.get_embedding_dimension(), pooling_mode="mean")
+    static = StaticEmbedding(bert.tokenizer.backend_tokenizer, embedding_dim=bert.get_embedding_dimension())
+    router = Router.for_query_document([_scatter(static)], [bert, pooling])
+    model = SentenceTransformer(modules=[router], similarity_fn_name="dot")
+    model.save(str(folder / "model"))
+    return folder / "model"
+
+
+def build_capped(folder: Path, tokens: int) -> Path:
+    """A `SentenceTransformer` that cuts its queries after so many tokens, and has no prompts."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertModel
+
+    bert = Transformer(str(_save_bert(BertModel, folder / "bert")), query_length=tokens)
+    pooling = Pooling(bert.get_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[bert, pooling]).save(str(folder / "model"))
+    return folder / "model"
+
+
 def build_sparse(folder: Path) -> Path:
     """A `SparseEncoder`: BERT's word predictions, SPLADE pooling."""
     from sentence_transformers import SparseEncoder

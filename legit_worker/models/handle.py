@@ -138,6 +138,33 @@ class Handle:
         """
         return self._call("encode", *inputs, **options)
 
+    def encode_query(self, *inputs: Any, **options: Any) -> Any:
+        """Embed queries as `SentenceTransformer.encode_query` does: with the prompt named `query`."""
+        return self._call("encode_query", *inputs, **options)
+
+    def encode_document(self, *inputs: Any, **options: Any) -> Any:
+        """Embed documents as `SentenceTransformer.encode_document` does: with the prompt named `document`."""
+        return self._call("encode_document", *inputs, **options)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Compare each vector with each, by the model's own similarity function: numpy float32, shape `[n, m]`.
+
+        The library gives the same numbers as a tensor. Computes here and now, on the CPU.
+        """
+        return self._ask("similarity", embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Compare the first vectors, the second ones, and so on: numpy float32, shape `[n]`."""
+        return self._ask("similarity_pairwise", embeddings1, embeddings2)
+
+    def get_embedding_dimension(self) -> int | None:
+        """Length of the model's vectors, None if it does not know. Loads the model where it is not there yet."""
+        dimension: int | None = self._ask("get_embedding_dimension")
+        return dimension
+
+    #: The library's older name.
+    get_sentence_embedding_dimension = get_embedding_dimension
+
     def predict(self, *inputs: Any, **options: Any) -> Any:
         """Score one pair of texts, or a list of them: a float32, or an array of shape `[n]` or `[n, labels]`.
 
@@ -163,11 +190,23 @@ class Handle:
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
         entry, runner = self.entry, _runner
         with runner.hold(entry) as model:
-            method = getattr(model, name, None)
-            if method is None:
-                raise TypeError(
-                    f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): use map()"
-                )
+            method = _method(entry, model, name)
             if "sentences" in options:  # what the library called it until version 6
                 options["inputs"] = options.pop("sentences")
             return method(lambda items: runner.run(entry, list(items)), *inputs, **options)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """What a method says that runs no batch."""
+        entry = self.entry
+        with _runner.hold(entry) as model:
+            return entry.alone(_method(entry, model, name), *arguments)
+
+
+def _method(entry: Entry, model: Model, name: str) -> Callable[..., Any]:
+    method: Callable[..., Any] | None = getattr(model, name, None)
+    if method is None:
+        raise TypeError(
+            f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): "
+            f"use map(), or a model of another kind"
+        )
+    return method

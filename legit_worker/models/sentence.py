@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import sentence_transformers
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import util
+from sentence_transformers.base.modules import Router
 from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.device.cpu import speed_up_linear_layers
@@ -40,6 +41,8 @@ class Prompted:
 
     input: Any
     prompt: str | None
+    #: `query`, `document`, or another that the model treats in a way of its own.
+    task: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Prepared:
     features: dict[str, Any]
     cost: int
     key: Hashable
+    task: str | None = None
     raw: Prompted | None = None
 
 
@@ -63,6 +67,7 @@ class SentenceModel:
         self._revision = revision
         self._model: Any = None
         self._tokenize: ShortWay | None = None
+        self._minds_task = False
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or the local cache, and put them on `device`."""
@@ -74,6 +79,7 @@ class SentenceModel:
         ).eval()
         move(self._model, device)
         self._tokenize = short_way(self._model)
+        self._minds_task = minds_task(self._model)
         speed_up_linear_layers(self._model)
 
     def _open(self, path: str, **options: Any) -> Any:
@@ -100,20 +106,33 @@ class SentenceModel:
         """Tokenize or resize one input. Raises `InvalidInputError` where it is not of this model's kind."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
         if isinstance(prompted.input, PreparedText):
-            features = self._of_ids(prompted.input, prompted.prompt)
+            features = self._of_ids(prompted.input, prompted)
             return Prepared(features, len(prompted.input.ids), "text")
         self._check(prompted.input)
-        if self._tokenize and isinstance(prompted.input, str) and not prompted.prompt:
+        prompt, task = prompted.prompt, prompted.task
+        if self._tokenize and isinstance(prompted.input, str) and not prompt and not task:
             features = self._tokenize(prompted.input)
             return Prepared(features, len(features["input_ids"]), "text")
-        features = self._model.preprocess([prompted.input], prompt=prompted.prompt)
-        if not _can_be_padded(features):
-            return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompted.prompt), prompted)
-        return Prepared(features, _cost(features), _key(features))
+        features = self._features_of([prompted.input], prompt, task)
+        if self._has_several_tokenizers or not _can_be_padded(features):
+            return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompt, task), task, prompted)
+        return Prepared(features, _cost(features), (task, _key(features)), task)
 
-    def _of_ids(self, prepared: PreparedText, prompt: str | None) -> dict[str, Any]:
-        if self._tokenize is None or prompt:
-            raise InvalidInputError("this model, or its prompt, needs the text itself: send it without prep_text")
+    def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
+        features: dict[str, Any] = self._model.preprocess(inputs, prompt=prompt, **_if_any(task))
+        return features
+
+    @functools.cached_property
+    def _has_several_tokenizers(self) -> bool:
+        """Whether routes of the model pad in ways of their own. Only the library knows which of them an input takes."""
+        routes = self._model[0].sub_modules.values() if isinstance(self._model[0], Router) else ()
+        return len({id(getattr(route[0], "tokenizer", None)) for route in routes}) > 1
+
+    def _of_ids(self, prepared: PreparedText, prompted: Prompted) -> dict[str, Any]:
+        if self._tokenize is None or prompted.prompt or prompted.task:
+            raise InvalidInputError(
+                "this model, its prompt or its task needs the text itself: send it without prep_text"
+            )
         return self._tokenize.of_ids(prepared)
 
     def _check(self, value: Any) -> None:
@@ -131,7 +150,7 @@ class SentenceModel:
     def forward(self, batch: Sequence[Prepared]) -> torch.Tensor:
         """One row per item, as the model's last module leaves it: shape `[n, dim]`."""
         with self._precision():
-            return self._output(self._model(self._features(batch)))
+            return self._output(self._model(self._features(batch), **_if_any(batch[0].task)))
 
     def _output(self, features: dict[str, Any]) -> torch.Tensor:
         embeddings: torch.Tensor = features["sentence_embedding"]
@@ -144,15 +163,17 @@ class SentenceModel:
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         if batch[0].raw is not None:
             inputs = [item.raw.input for item in batch if item.raw]
-            features: dict[str, Any] = self._model.preprocess(inputs, prompt=batch[0].raw.prompt)
+            features = self._features_of(inputs, batch[0].raw.prompt, batch[0].task)
         else:
             features = _collate([item.features for item in batch], self._model.tokenizer)
         return to_device(features, self._model.device)
 
-    def _prompted(self, inputs: Iterable[Any], prompt_name: str | None, prompt: str | None) -> list[Prompted]:
+    def _prompted(
+        self, inputs: Iterable[Any], prompt_name: str | None, prompt: str | None, task: str | None = None
+    ) -> list[Prompted]:
         if prompt is None:
             prompt = self._named_prompt(prompt_name or self._model.default_prompt_name)
-        return [Prompted(item, prompt) for item in inputs]
+        return [Prompted(item, prompt, task if self._minds_task else None) for item in inputs]
 
     def _named_prompt(self, name: str | None) -> str | None:
         if name is None:
@@ -163,7 +184,49 @@ class SentenceModel:
         return prompts[name]
 
 
-class TextEmbedding(SentenceModel):
+class Embedding(SentenceModel):
+    """What the kinds that give vectors share. Names and results are the library's, as numpy arrays."""
+
+    def encode(self, run: Run, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **o: Any) -> Any:
+        raise NotImplementedError
+
+    def encode_query(
+        self, run: Run, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Any:
+        """As `encode`, with the prompt for queries, and by the model's own way for them where it has one."""
+        name = prompt_name or self._first_prompt(prompt, "query")
+        return self.encode(run, inputs, name, prompt, task="query", **options)
+
+    def encode_document(
+        self, run: Run, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Any:
+        """The same for documents."""
+        name = prompt_name or self._first_prompt(prompt, "document", "passage", "corpus")
+        return self.encode(run, inputs, name, prompt, task="document", **options)
+
+    def _first_prompt(self, prompt: str | None, *names: str) -> str | None:
+        if prompt is not None:
+            return None
+        return next((name for name in names if name in self._model.prompts), None)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
+        """Every vector of the one against every vector of the other, shape `[n, m]`, by the model's own function."""
+        return self._compare(self._model.similarity, embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
+        """The first against the first, and so on: shape `[n]`."""
+        return self._compare(self._model.similarity_pairwise, embeddings1, embeddings2)
+
+    def _compare(self, function: Callable[[Any, Any], torch.Tensor], *embeddings: Any) -> NDArray[Any]:
+        return _to_numpy(function(*map(_as_the_library_takes_them, embeddings)).cpu())
+
+    def get_embedding_dimension(self) -> int | None:
+        """Length of the vectors."""
+        dimension: int | None = self._model.get_embedding_dimension()
+        return dimension
+
+
+class TextEmbedding(Embedding):
     """Kind `embed`: dense vectors of texts, as `SentenceTransformer.encode` gives them."""
 
     def _open(self, path: str, **options: Any) -> Any:
@@ -179,12 +242,13 @@ class TextEmbedding(SentenceModel):
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         precision: str | None = "float32",
+        task: str | None = None,
         **others: Any,
     ) -> Any:
         """`Handle.encode` says what it takes; shape `[dim]` for one input, `[n, dim]` for a list."""
         _refuse(others, "encode")
         single = self._model.is_singular_input(inputs)
-        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt))
+        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt, task))
         if not rows:
             return np.array([])
         vectors = np.stack(rows)[:, : truncate_dim or self._model.truncate_dim]
@@ -220,10 +284,10 @@ class ImageEmbedding(TextEmbedding):
         """A `PIL.Image.Image`, an `ImageFile`, or a text. A string is never a path or an address to read from."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
         if isinstance(prompted.input, ImageFile):
-            prompted = Prompted(prompted.input.decode(), prompted.prompt)
+            prompted = replace(prompted, input=prompted.input.decode())
         if isinstance(prompted.input, str):
             self._check(prompted.input)
-            prompted = Prompted({"text": prompted.input}, prompted.prompt)
+            prompted = replace(prompted, input={"text": prompted.input})
         return super().preprocess(prompted)
 
     def sample(self, cost: int) -> Any:
@@ -241,7 +305,7 @@ class ImageEmbedding(TextEmbedding):
             check_text(value)
 
 
-class SparseEmbedding(SentenceModel):
+class SparseEmbedding(Embedding):
     """Kind `sparse`: SPLADE-like vectors, one weight per word of the vocabulary."""
 
     def _open(self, path: str, **options: Any) -> Any:
@@ -264,6 +328,7 @@ class SparseEmbedding(SentenceModel):
         prompt: str | None = None,
         *,
         max_active_dims: int | None = None,
+        task: str | None = None,
         **others: Any,
     ) -> Any:
         """A `scipy.sparse.csr_array` of shape `[n, vocabulary]`, one row for one text."""
@@ -272,7 +337,7 @@ class SparseEmbedding(SentenceModel):
         _refuse(others, "encode")
         single = self._model.is_singular_input(inputs)
         most = max_active_dims or self._model.max_active_dims
-        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt))
+        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt, task))
         kept = [_largest(places, values, most) for places, values in rows]
         starts = np.cumsum([0, *(len(places) for places, _ in kept)])
         places = np.concatenate([places for places, _ in kept]) if kept else np.array([], dtype=np.int64)
@@ -352,6 +417,24 @@ def _refuse(options: dict[str, Any], method: str) -> None:
     unknown = sorted(set(options) - IGNORED - {"convert_to_tensor", "output_value"})
     if unknown:
         raise TypeError(f"{method}() takes no {', '.join(unknown)}")
+
+
+def _if_any(task: str | None) -> dict[str, str]:
+    """The library's argument: modules that know no task are not given one."""
+    return {} if task is None else {"task": task}
+
+
+def _as_the_library_takes_them(embeddings: Any) -> Any:
+    """Sparse rows, as `encode` gives them, become a sparse tensor. Anything else stays as it is."""
+    from scipy.sparse import issparse, vstack
+
+    if isinstance(embeddings, list) and any(map(issparse, embeddings)):
+        embeddings = vstack(embeddings)
+    if not issparse(embeddings):
+        return embeddings
+    found = embeddings.tocoo()
+    places = torch.from_numpy(np.stack((found.row, found.col)))
+    return torch.sparse_coo_tensor(places, torch.from_numpy(found.data), found.shape, check_invariants=True)
 
 
 def _can_be_padded(features: dict[str, Any]) -> bool:
@@ -456,6 +539,27 @@ def short_way(model: Any) -> ShortWay | None:
     except Exception:  # whatever a model of some other kind makes of it: it takes the long way
         return None
     return way if agrees else None
+
+
+def minds_task(model: Any) -> bool:
+    """Whether a model treats queries and documents apart, other than by a prompt. If not, they share batches.
+
+    A route, an adapter or a length of their own is such a way: the task reaches `forward`, or changes the features.
+    """
+    if "task" in model.get_model_kwargs():
+        return True
+    try:
+        return any(
+            _features(model, text, task=task) != _features(model, text)
+            for text in ("A text.", "word " * (model.max_seq_length or 512))  # a short one, and one that is cut
+            for task in ("query", "document")
+        )
+    except Exception:  # a model that takes no single texts: what it does about a task is its own business
+        return True
+
+
+def _features(model: Any, text: str, **task: str) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in model.preprocess([text], **task).items()}
 
 
 def _plain(value: Any) -> Any:

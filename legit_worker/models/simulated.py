@@ -90,6 +90,28 @@ class SimulatedModel:
             return np.asarray(run([inputs])[0], dtype=np.float32)
         return np.asarray(run(list(inputs)), dtype=np.float32).reshape(-1, DIMENSION)
 
+    # As for a model without prompts.
+    encode_query = encode_document = encode
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[np.float32]:
+        """Cosines, shape `[n, m]`."""
+        return _directions(embeddings1) @ _directions(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> NDArray[np.float32]:
+        """Cosines, shape `[n]`."""
+        cosines: NDArray[np.float32] = (_directions(embeddings1) * _directions(embeddings2)).sum(axis=-1)
+        return cosines
+
+    def get_embedding_dimension(self) -> int:
+        """Length of the vectors."""
+        return DIMENSION
+
+
+def _directions(vectors: Any) -> NDArray[np.float32]:
+    rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    directions: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    return directions
+
 
 def vector(item: str) -> NDArray[np.float32]:
     """The one answer for this item: float32 in [0, 1), shape `[8]`."""

@@ -44,13 +44,38 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.build_cross_encoder(tmp_path_factory.mktemp("labels"), labels=3)
 
 
+#: Tokens after which the model `capped` cuts its queries.
+QUERY_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def searching_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that treat queries and documents apart: by a route of the model, and by a length."""
+    folder = tmp_path_factory.mktemp("searching")
+    capped = tiny_models.build_capped(folder / "capped", QUERY_TOKENS)
+    return {"routed": tiny_models.build_routed(folder / "routed"), "capped": capped}
+
+
+@pytest.fixture(scope="module")
+def searching(
+    dense: Any, minilm: Any, sparse: Any, clip: Any, searching_paths: dict[str, Path]
+) -> dict[str, sentence_transformers.SentenceTransformer]:
+    """The library's own objects, for each model that embeds."""
+    others = {
+        alias: sentence_transformers.SentenceTransformer(str(path), device="cpu")
+        for alias, path in searching_paths.items()
+    }
+    return {"embed": dense, "minilm": minilm, "sparse": sparse, "image": clip, **others}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def models(tiny_paths: dict[str, Path], labels_path: Path) -> Iterator[Any]:
+def models(tiny_paths: dict[str, Path], labels_path: Path, searching_paths: dict[str, Path]) -> Iterator[Any]:
     """One model of each kind, and one whose settings lack a thing."""
     specs: dict[str, Any] = {kind: {"kind": kind, "path": str(path)} for kind, path in tiny_paths.items()}
     specs["minilm"] = {"kind": "embed", "path": str(get_model_path())}
     specs["labels"] = {"kind": "rerank", "path": str(labels_path)}
     specs["half"] = {"kind": "embed", "path": str(tiny_paths["embed"]), "dtype": "bfloat16"}
+    specs |= {alias: {"kind": "embed", "path": str(path)} for alias, path in searching_paths.items()}
     specs["missing"] = {"kind": "embed", "path": str(labels_path / "nothing-here")}
     with use_models(specs) as registry:
         yield registry
@@ -342,3 +367,137 @@ def test_results_may_be_changed_by_the_task() -> None:
     vectors += 1
     one = legit_worker.model("embed").encode("red")
     one *= 2
+
+
+SEARCHING = ["embed", "minilm", "image", "routed", "capped"]
+
+
+@pytest.mark.parametrize("method", ["encode_query", "encode_document", "encode"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prompt_name": "document"},
+        {"prompt": "instead: "},
+        {"prompt": ""},
+        {"normalize_embeddings": True, "truncate_dim": 12},
+        {"precision": "binary"},
+        {"batch_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("alias", SEARCHING)
+def test_queries_and_documents_are_encoded_as_the_library_does(
+    searching: dict[str, Any], alias: str, method: str, options: dict[str, Any]
+) -> None:
+    texts = ["a cat sat on the mat", "red", "the old dog runs to the river", "x" * 300]
+    for inputs in (texts, texts[0]):
+        got = getattr(legit_worker.model(alias), method)(inputs, **options)
+        assert_equal(got, getattr(searching[alias], method)(inputs, **options))
+
+
+@pytest.mark.parametrize("alias", ["embed", "routed", "capped"])
+def test_a_query_is_another_vector_than_a_document(alias: str) -> None:
+    """Else the tests above would show nothing."""
+    handle, text = legit_worker.model(alias), "the old dog runs to the river"
+    assert not np.allclose(handle.encode_query(text), handle.encode_document(text), atol=0.01)
+
+
+def test_a_task_that_is_named_is_that_task(searching: dict[str, Any]) -> None:
+    got = legit_worker.model("routed").encode(TEXTS, task="query")
+    assert_equal(got, searching["routed"].encode(TEXTS, task="query"))
+    for encode in (legit_worker.model("routed").encode, searching["routed"].encode):
+        with pytest.raises(ValueError, match="nobody"):
+            encode("red", task="nobody")
+
+
+@pytest.mark.parametrize("names", [["passage", "corpus"], ["corpus", "document"], ["query"]], ids=str)
+def test_the_prompt_for_documents_is_the_first_that_the_library_takes(
+    tiny_paths: dict[str, Path], names: list[str]
+) -> None:
+    prompts = {name: f"{name} of mine: " for name in names}
+    theirs = sentence_transformers.SentenceTransformer(str(tiny_paths["embed"]), device="cpu", prompts=prompts)
+    model: Any = symbol_by_name(KINDS["embed"])(str(tiny_paths["embed"]))
+    model.load("cpu")
+    model._model.prompts = dict(theirs.prompts)
+    got = model.encode_document(lambda items: [model.postprocess(row) for row in forward(model, items)], TEXTS)
+    assert_equal(got, theirs.encode_document(TEXTS))
+
+
+def forward(model: Any, items: list[Any]) -> Any:
+    return [model.forward([model.preprocess(item)])[0] for item in items]
+
+
+def test_queries_and_documents_share_a_batch_unless_the_model_treats_them_apart() -> None:
+    keys: dict[str, int] = {}
+    for alias in ("minilm", "embed", "routed", "capped"):
+        entry = legit_worker.model(alias).entry
+        model: Any = entry.load().result()
+        items = [model._prompted(["red"], None, "", task)[0] for task in (None, "query", "document")]
+        keys[alias] = len({entry.batch_key(model.preprocess(item)) for item in items})
+    assert keys == {"minilm": 1, "embed": 1, "routed": 3, "capped": 3}
+
+
+@pytest.mark.parametrize("method", ["encode_query", "encode_document"])
+def test_sparse_queries_and_documents_are_encoded_as_the_library_does(sparse: Any, method: str) -> None:
+    got = getattr(legit_worker.model("sparse"), method)(TEXTS)
+    expected = getattr(sparse, method)(TEXTS).to_dense().numpy()
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(got.toarray(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["similarity", "similarity_pairwise"])
+@pytest.mark.parametrize("alias", SEARCHING)
+def test_similarities_are_the_librarys_as_numpy(searching: dict[str, Any], alias: str, method: str) -> None:
+    handle, library = legit_worker.model(alias), searching[alias]
+    queries, documents = library.encode_query(TEXTS[:3]), library.encode_document(TEXTS[3:])
+    compare, expected = getattr(handle, method), getattr(library, method)
+    assert_equal(compare(queries, documents), expected(queries, documents).numpy())
+    assert_equal(compare(list(queries), documents.tolist()), expected(list(queries), documents.tolist()).numpy())
+    if method == "similarity":
+        assert_equal(compare(queries[0], documents), expected(queries[0], documents).numpy())
+        assert_equal(compare(queries[0], documents[0]), expected(queries[0], documents[0]).numpy())
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
+def test_the_models_own_similarity_function_is_used(tiny_paths: dict[str, Path], tmp_path: Path, name: str) -> None:
+    library = sentence_transformers.SentenceTransformer(str(tiny_paths["embed"]), device="cpu", similarity_fn_name=name)
+    library.save(str(tmp_path))
+    vectors = library.encode(TEXTS)
+    with use_models({"other": {"kind": "embed", "path": str(tmp_path)}}):
+        got = legit_worker.model("other").similarity(vectors, vectors)
+    assert_equal(got, library.similarity(vectors, vectors).numpy())
+
+
+@pytest.mark.parametrize("method", ["similarity", "similarity_pairwise"])
+def test_sparse_similarities_take_what_encode_gave(sparse: Any, method: str) -> None:
+    handle = legit_worker.model("sparse")
+    rows, tensor = handle.encode(TEXTS), sparse.encode(TEXTS)
+    compare, expected = getattr(handle, method), getattr(sparse, method)(tensor, tensor).numpy()
+    assert_equal(compare(rows, rows), expected)
+    assert_equal(compare([handle.encode(text) for text in TEXTS], rows.toarray()), expected)
+
+
+@pytest.mark.parametrize("alias", [*SEARCHING, "sparse"])
+def test_the_length_of_the_vectors_is_told_by_both_names(searching: dict[str, Any], alias: str) -> None:
+    handle = legit_worker.model(alias)
+    assert handle.get_embedding_dimension() == searching[alias].get_embedding_dimension()
+    assert handle.get_sentence_embedding_dimension() == handle.encode("red").shape[-1]
+
+
+@pytest.mark.parametrize("method", ["encode_query", "encode_document", "similarity", "get_embedding_dimension"])
+def test_what_a_reranker_does_not_do_is_named(method: str) -> None:
+    arguments = {"similarity": ([], []), "get_embedding_dimension": ()}.get(method, ("red",))
+    with pytest.raises(TypeError, match=rf"'rerank'.*{method}"):
+        getattr(legit_worker.model("rerank"), method)(*arguments)
+
+
+def test_the_fake_for_users_tests_has_the_same_methods() -> None:
+    with use_models({"fake": {"kind": "simulated"}}):
+        handle = legit_worker.model("fake")
+        query, documents = handle.encode_query("red"), handle.encode_document(["red", "apple"])
+        assert query.shape == (handle.get_embedding_dimension(),)
+        scores = handle.similarity(query, documents)
+        assert scores.shape == (1, 2)
+        np.testing.assert_allclose(scores[0, 0], 1, **CLOSE)
+        np.testing.assert_allclose(handle.similarity_pairwise(documents, documents), [1, 1], **CLOSE)

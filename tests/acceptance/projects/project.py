@@ -65,6 +65,13 @@ def encode(texts: Any, alias: str = "sim", **options: Any) -> Any:
     return {"values": vectors.tolist(), "shape": list(vectors.shape), "dtype": str(vectors.dtype)}
 
 
+@app.task(name="asks")
+def asks(method: str, *args: Any, alias: str, **options: Any) -> Any:
+    """What any method of a handle gives, as JSON has it."""
+    answer = getattr(legit_worker.model(alias), method)(*args, **options)
+    return answer.tolist() if hasattr(answer, "tolist") else answer
+
+
 @app.task(name="no_model")
 def no_model(number: int) -> int:
     """Never calls a model."""
