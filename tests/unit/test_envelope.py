@@ -13,6 +13,7 @@ from uuid import UUID
 import envelopes
 import numpy as np
 import pytest
+from harness import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,10 @@ from legit_worker.routing.envelope import MAX_MESSAGE, Ending, seal
 
 #: Bytes; more than any envelope here has.
 ENOUGH = 2**20
+
+
+#: Bytes of 384 floats in base64 and in JSON, as the documents have them.
+BASE64_BYTES, JSON_BYTES = 2_089, 8_050
 
 
 def ending(**changes: Any) -> Ending:
@@ -184,3 +189,18 @@ def test_only_a_time_is_taken_for_the_producers_time(text: Any, sent: str | None
 def test_times_are_utc_with_milliseconds() -> None:
     envelope = sealed(started_at=0.25, finished_at=1.5)
     assert (envelope["started_at"], envelope["finished_at"]) == ("1970-01-01T00:00:00.250Z", "1970-01-01T00:00:01.500Z")
+
+
+@pytest.mark.parametrize("document", ["docs/result-routing.md", "examples/vodmanager.env"])
+def test_the_documents_tell_how_large_a_vector_is(document: str) -> None:
+    vector = np.random.default_rng(0).normal(size=384).astype("<f4")
+    result = (vector / np.linalg.norm(vector)).tolist()
+    sizes = {
+        encoding: len(json.dumps(sealed(encoding, result=result)["result"], separators=(",", ":")))
+        for encoding in ("base64", "json")
+    }
+    assert sizes == {"base64": BASE64_BYTES, "json": pytest.approx(JSON_BYTES, rel=0.01)}
+    text = (ROOT / document).read_text()
+    assert "a quarter of the" in text
+    assert f"{BASE64_BYTES:,}" in text
+    assert f"{JSON_BYTES:,}" in text

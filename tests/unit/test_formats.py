@@ -31,8 +31,8 @@ def test_json_is_the_envelope_itself() -> None:
 
 
 def test_laravel_finds_its_own_string_job() -> None:
-    job, notify = pushes(app(format="laravel", prefix="laravel_database_"), "vod", "a1", ENVELOPE)
-    assert (job.key, notify.key) == ("laravel_database_queues:vod", "laravel_database_queues:vod:notify")
+    job, notify = pushes(app(format="laravel", prefix="laravel-database-"), "vod", "a1", ENVELOPE)
+    assert (job.key, notify.key) == ("laravel-database-queues:vod", "laravel-database-queues:vod:notify")
     assert notify.value == b"1"
     payload = json.loads(job.value)
     assert payload["data"] == json.loads(ENVELOPE)
