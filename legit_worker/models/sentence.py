@@ -26,7 +26,8 @@ from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.protocol import ImageFile
-from legit_worker.prep.texts import PROBES, PreparedText, fingerprint
+from legit_worker.models.shortway import ShortWay, minds_task, short_way
+from legit_worker.prep.texts import PreparedText
 
 #: Computes items and returns one output each, in order: a runner, bound to a model.
 Run = Callable[[Iterable[Any]], list[Any]]
@@ -463,107 +464,6 @@ def _key(features: dict[str, Any]) -> Hashable:
 def _length(features: dict[str, Any]) -> int:
     """Tokens in the sequence, -1 where there is none."""
     return int(features["input_ids"].shape[1]) if "input_ids" in features else -1
-
-
-@dataclass(frozen=True)
-class ShortWay:
-    """A model's tokenizer alone: what it makes of a text is all that the library's own preprocessing makes of it."""
-
-    tokenizer: Any
-    limit: int | None
-    #: Features that are the same for every text.
-    rest: dict[str, Any]
-
-    def __call__(self, text: str) -> dict[str, Any]:
-        """The text's features, each a list with one number per token."""
-        if self.backend is None:
-            return {**self.tokenizer(text, truncation=True, max_length=self.limit), **self.rest}
-        found = self.backend.encode(text)
-        of = {"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}
-        return {**{name: of[name] for name in self.tokenizer.model_input_names}, **self.rest}
-
-    @functools.cached_property
-    def backend(self) -> Any:
-        """The Rust tokenizer below the library's, a copy with settings of its own; None where there is none.
-
-        It takes a sixth of the time: the library looks at every option anew for each text.
-        """
-        below = getattr(self.tokenizer, "backend_tokenizer", None)
-        if below is None:
-            return None
-        copy = type(below).from_str(below.to_str())
-        copy.no_padding()
-        if self.limit is None:
-            copy.no_truncation()
-        else:
-            copy.enable_truncation(self.limit, direction=self.tokenizer.truncation_side)
-        return copy
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """What a prepared text must have been prepared with."""
-        return fingerprint(lambda text: self(text)["input_ids"])
-
-    def of_ids(self, prepared: PreparedText) -> dict[str, Any]:
-        """The features of a text that was tokenized elsewhere. Raises `InvalidInputError`."""
-        if prepared.tokenizer != self.fingerprint:
-            raise InvalidInputError(
-                f"the text was prepared with tokenizer {prepared.tokenizer}, and this model's is {self.fingerprint}: "
-                f"prepare it for the same model, and with the same version of its files"
-            )
-        if len(prepared.ids) > (self.limit or len(prepared.ids)) or max(prepared.ids) >= len(self.tokenizer):
-            raise InvalidInputError(
-                f"the text has {len(prepared.ids)} tokens up to number {max(prepared.ids)}, and the model takes "
-                f"{self.limit} of {len(self.tokenizer)}"
-            )
-        same = {"attention_mask": 1, "token_type_ids": 0}
-        ids = list(prepared.ids)
-        features = {name: [same[name]] * len(ids) if name in same else ids for name in self.tokenizer.model_input_names}
-        return {**features, **self.rest}
-
-
-def short_way(model: Any) -> ShortWay | None:
-    """The model's tokenizer alone, where that gives all that the library's own preprocessing would, on `PROBES`.
-
-    The library also looks whether a string is a picture's address, a chat, a query to expand, and makes three tensors
-    that a batch must take apart again. For a plain text model that is most of a short text's preprocessing.
-    """
-    try:
-        expected = [model.preprocess([probe]) for probe in PROBES]
-        rest = {name: value for name, value in expected[0].items() if not isinstance(value, torch.Tensor)}
-        way = ShortWay(model.tokenizer, model.max_seq_length, rest)
-        agrees = all(
-            way(probe) == {name: _plain(value) for name, value in features.items()}
-            for probe, features in zip(PROBES, expected, strict=True)
-        )
-    except Exception:  # whatever a model of some other kind makes of it: it takes the long way
-        return None
-    return way if agrees else None
-
-
-def minds_task(model: Any) -> bool:
-    """Whether a model treats queries and documents apart, other than by a prompt. If not, they share batches.
-
-    A route, an adapter or a length of their own is such a way: the task reaches `forward`, or changes the features.
-    """
-    if "task" in model.get_model_kwargs():
-        return True
-    try:
-        return any(
-            _features(model, text, task=task) != _features(model, text)
-            for text in ("A text.", "word " * (model.max_seq_length or 512))  # a short one, and one that is cut
-            for task in ("query", "document")
-        )
-    except Exception:  # a model that takes no single texts: what it does about a task is its own business
-        return True
-
-
-def _features(model: Any, text: str, **task: str) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in model.preprocess([text], **task).items()}
-
-
-def _plain(value: Any) -> Any:
-    return value[0].tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:

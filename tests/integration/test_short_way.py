@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
-from legit_worker.models.sentence import TextEmbedding, short_way
+from legit_worker.models.sentence import TextEmbedding
+from legit_worker.models.shortway import short_way
 
 
 @pytest.fixture(scope="module")
