@@ -60,6 +60,15 @@ NAME = r"[A-Za-z0-9_.:-]{1,128}"
 #: What an amount looks like. Fifteen digits are a petabyte, and a float holds them exactly.
 _AMOUNT = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
 
+#: What Kubernetes sets for a service whose name begins with `legit-worker`. They are no settings.
+_OF_A_SERVICE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
+
+#: And the one of them whose name alone does not tell: `legit-worker-metrics` has a `LEGIT_WORKER_METRICS_PORT`, too.
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*")
+
+#: What a variable's name can't hold in a shell, and an alias may: in a variable, each is written as `_`.
+_UNSPELLABLE = re.compile(r"[-./]")
+
 #: Commas between app sources. Those inside a queue's regex aren't followed by the start of another source.
 _BETWEEN_SOURCES = re.compile(r",\s*(?=(?:header|kwarg|queue):|reply_to\s*(?:,|$))")
 
@@ -202,6 +211,22 @@ def _aliased_once(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return tasks
 
 
+def fold(alias: str) -> str:
+    """What tells models apart when one is named: `text-embedding-3`, `Text_Embedding_3` are one name."""
+    return _UNSPELLABLE.sub("_", alias.lower())
+
+
+def _told_apart(models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+    """Refuses two aliases that a task could not tell apart."""
+    owners: dict[str, str] = {}
+    for alias in models:
+        if owners.setdefault(fold(alias), alias) != alias:
+            raise ValueError(
+                f"{owners[fold(alias)]!r} and {alias!r} are one name, since - . / count as _ there: rename one"
+            )
+    return models
+
+
 #: A name that is part of a variable's name. Variables are often upper case, so case doesn't count.
 Key = Annotated[str, StringConstraints(to_lower=True, min_length=1)]
 SafeName = Annotated[str, _matching(NAME, "1 to 128 of the characters A-Z a-z 0-9 _ . : -")]
@@ -308,8 +333,8 @@ class Settings(BaseSettings):
     enabled: bool = False
     #: What this worker does: run models, or prepare their input without ever touching CUDA.
     role: Literal["device", "prep"] = "device"
-    #: By alias, in lower case.
-    models: dict[Key, ModelSettings] = Field(default_factory=dict)
+    #: By alias, in lower case. Any name that folds to the same means the model, too: see `fold`.
+    models: Annotated[dict[Key, ModelSettings], AfterValidator(_told_apart)] = Field(default_factory=dict)
     #: Where models run.
     device: DeviceName = "auto"
     #: Device memory to leave free.
@@ -402,16 +427,20 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
 
     Raises `SettingsError`, with one line for each thing that is wrong.
     """
-    given = _variables(os.environ if environ is None else environ)
-    unknown = {name: given.pop(name).spelling for name in list(given) if name not in _settings_near(name)}
-    problems = [f"{spelling} is not a setting{_suggestion(name, _spelled)}" for name, spelling in unknown.items()]
+    environ = os.environ if environ is None else environ
+    given = _variables(environ)
+    problems = unknown(environ)
+    given = {name: variable for name, variable in given.items() if _is_setting(name)}
     try:
         file = _read_file(given)
     except (OSError, ValueError) as error:
         problems.append(f"{_shown(given[CONFIG])}: {getattr(error, 'strerror', None) or error}")
         file = {}
+    given = {_as_in_file(name, file): variable for name, variable in given.items()}
+    tree = _merged(file, _Environment(given)())
+    problems += _pathless(environ, tree.get("models"))
     try:
-        settings = Settings(**{"enabled": enabled_by_default} | _merged(file, _Environment(given)()))
+        settings = Settings(**{"enabled": enabled_by_default} | tree)
     except ValidationError as error:
         problems += [_problem(detail, given, file) for detail in error.errors(include_url=False, include_input=False)]
     # Outside the handlers, so that no exception that may hold a password hangs on this one.
@@ -420,31 +449,40 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
     return settings
 
 
-def is_enabled(environ: Mapping[str, str] | None = None, *, default: bool = False) -> bool:
-    """Whether the worker is to be ours: as `LEGIT_WORKER_ENABLED` says, else where it is a prep worker. Never raises.
+def unknown(environ: Mapping[str, str] | None = None) -> list[str]:
+    """One sentence per variable of ours that is no setting."""
+    given = _variables(os.environ if environ is None else environ)
+    return [
+        f"{variable.spelling} is not a setting{_suggestion(name, _spelled)}"
+        for name, variable in given.items()
+        if not _is_setting(name)
+    ]
 
-    A value that can't be understood counts as yes: then the worker stops at its start, with `load`'s message.
+
+def is_enabled(environ: Mapping[str, str] | None = None, *, default: bool = False) -> bool:
+    """Whether the worker is to be ours: as `LEGIT_WORKER_ENABLED` says, else if it is a prep worker. Never raises.
+
+    A value that can't be understood counts as yes, and so does a file that can't be read and could have said yes: then
+    the worker stops at its start, with `load`'s message.
     """
-    choice = _peek(ENABLED, environ)
-    if choice is None:
-        return default or is_prep(environ)
     try:
-        return TypeAdapter(bool).validate_python(choice)
-    except ValidationError:
+        choice = _peek(ENABLED, environ)
+        return default or is_prep(environ) if choice is None else TypeAdapter(bool).validate_python(choice)
+    except (OSError, ValueError):
         return True
 
 
 def is_prep(environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process's worker is to prepare input without ever touching CUDA. Never raises."""
-    return bool(_peek(ROLE, environ) == "prep")
+    with suppress(OSError, ValueError):
+        return bool(_peek(ROLE, environ) == "prep")
+    return False
 
 
 def _peek(name: Name, environ: Mapping[str, str] | None) -> Any:
-    """One setting as it was written, None where it was not, and the others unread."""
+    """One setting as it was written, None where it was not, and the others unread. Raises as `_read_file` does."""
     given = _variables(os.environ if environ is None else environ)
-    with suppress(OSError, ValueError):
-        return given[name].text if name in given else _read_file(given).get(name[0])
-    return None
+    return given[name].text if name in given else _read_file(given).get(name[0])
 
 
 def not_yet_in_effect(settings: Settings) -> list[str]:
@@ -464,10 +502,40 @@ def _changed(group: BaseModel, fields: Iterable[str], *parents: str) -> list[Nam
 def _variables(environ: Mapping[str, str]) -> dict[Name, Variable]:
     """All of ours that hold anything. An empty one counts as not set, as composed environments have them."""
     return {
-        tuple(spelling.removeprefix(PREFIX).lower().split(DELIMITER)): Variable(spelling, text)
+        _name(spelling): Variable(spelling, text)
         for spelling, text in environ.items()
-        if spelling.startswith(PREFIX) and text
+        if spelling.startswith(PREFIX) and text and not _is_of_a_service(spelling, text)
     }
+
+
+def _name(spelling: str) -> Name:
+    return tuple(spelling.removeprefix(PREFIX).lower().split(DELIMITER))
+
+
+def _is_of_a_service(spelling: str, text: str) -> bool:
+    """Whether Kubernetes set it, for a service of ours."""
+    name = spelling.removeprefix(PREFIX)
+    is_url = name.endswith("PORT") and _SERVICE_URL.fullmatch(text)
+    return bool(is_url or _OF_A_SERVICE.fullmatch(name))
+
+
+def _as_in_file(name: Name, file: Mapping[str, Any]) -> Name:
+    """A model's variable, whose name can't spell every alias, by the alias that the file has for it."""
+    models = file.get("models")
+    if name[0] != "models" or not isinstance(models, dict):
+        return name
+    return (name[0], next((alias for alias in models if fold(alias) == fold(name[1])), name[1]), *name[2:])
+
+
+def _pathless(environ: Mapping[str, str], models: Any) -> list[str]:
+    """One sentence per model that only an empty path speaks of: it was to be there, and would not be."""
+    empty = (spelling for spelling, text in environ.items() if spelling.startswith(PREFIX) and not text)
+    known = {fold(alias) for alias in models} if isinstance(models, dict) else set()
+    return [
+        f"{spelling} is empty: give model {name[1]!r} a folder, or a name on the Hugging Face Hub, or unset it"
+        for spelling, name in ((spelling, _name(spelling)) for spelling in empty)
+        if len(name) == 3 and name[::2] == ("models", "path") and fold(name[1]) not in known
+    ]
 
 
 def _read_file(given: Mapping[Name, Variable]) -> dict[str, Any]:
@@ -504,6 +572,10 @@ def _settings_near(name: Name) -> list[Name]:
         *(("tasks", task) for task in BUILT_IN_TASKS),
         *((group, owner, field) for group, model in _GROUPS.items() for field in model.model_fields),
     ]
+
+
+def _is_setting(name: Name) -> bool:
+    return name in _settings_near(name)
 
 
 def _suggestion(name: Name, spell: Callable[[Name], str]) -> str:
@@ -544,3 +616,8 @@ def _shown(variable: Variable) -> str:
 def _spelled(name: Name) -> str:
     """The variable of this name."""
     return PREFIX + DELIMITER.join(name).upper()
+
+
+def path_variable(alias: str) -> str:
+    """The variable that configures a model of this alias, as a shell takes it."""
+    return _spelled(("models", fold(alias), "path"))

@@ -39,6 +39,7 @@ class Registry:
         #: Gives the name of the device that models are put on.
         self.device = device
         self.entries = {alias: Entry(alias, spec, device, loader, self.shelf) for alias, spec in models.items()}
+        self._by_name = {settings.fold(alias): entry for alias, entry in self.entries.items()}
         self.residency = Residency(self.entries.values(), budget, self.shelf)
         for entry in self.entries.values():
             entry.residency = self.residency
@@ -54,12 +55,12 @@ class Registry:
         self.residency.restart()
 
     def get(self, alias: str) -> Entry:
-        """The model of this alias, in any case. Raises `UnknownModelError`."""
-        entry = self.entries.get(str(alias).lower())
+        """The model that this name means: see `settings.fold`. Raises `UnknownModelError`."""
+        entry = self._by_name.get(settings.fold(str(alias)))
         if entry is None:
             raise UnknownModelError(
                 f"no model {alias!r} is configured; there are: {self._names()}. "
-                f"Set LEGIT_WORKER_MODELS__{str(alias).upper()}__PATH to add it"
+                f"Set {settings.path_variable(str(alias))} to add it"
             )
         return entry
 

@@ -22,6 +22,7 @@ from legit_worker.pool import fibers
 from legit_worker.pool.calls import Call
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber
+from legit_worker.settings import fold
 
 #: Items of one call that are prepared at a time. The rest stay as they came, so that a call of 10,000 items neither
 #: fills memory nor keeps the thread while others wait; enough for the packer to find even lengths.
@@ -150,7 +151,7 @@ class FiberRunner:
 
     def _check_allowed(self, fiber: Fiber, entry: Entry) -> None:
         allowed = self._models_of(fiber.app)
-        if allowed is not None and entry.alias not in allowed:
+        if allowed is not None and fold(entry.alias) not in map(fold, allowed):
             raise UnknownModelError(
                 f"app {fiber.app!r} may not use model {entry.alias!r}, only {', '.join(allowed)}: "
                 f"see LEGIT_WORKER_APPS__{fiber.app.upper()}__MODELS"

@@ -48,8 +48,8 @@ def main(
     """The exit code: 0 for agreement or a file made, 1 for a difference, 2 for what can't be compared."""
     if (against is None) == (target is None) or (texts and not target):
         raise click.UsageError("give either --against FILE, or --make-reference FILE, which --texts FILE belongs to")
-    alias = alias.lower()
     try:
+        alias = configured(alias)
         if target:
             make_reference(alias, target, texts)
             return 0
@@ -61,20 +61,30 @@ def main(
         return 2
 
 
-def model_settings(alias: str) -> ModelSettings:
-    """Of a model that embeds texts. Raises `ValidationError`."""
-    try:
-        models = settings.load(enabled_by_default=True).models
-    except SettingsError as error:
-        raise ValidationError(str(error)) from None
-    if alias not in models:
+def configured(name: str) -> str:
+    """The alias of the model that embeds texts and that this name means. Raises `ValidationError`."""
+    models = _models()
+    alias = next((alias for alias in models if settings.fold(alias) == settings.fold(name)), None)
+    if alias is None:
         known = ", ".join(sorted(models)) or "none"
-        raise ValidationError(f"no model is called {alias!r}; configured: {known}. Set {_variable(alias)}")
+        raise ValidationError(f"no model is called {name!r}; configured: {known}. Set {settings.path_variable(name)}")
     if models[alias].kind != "embed":
         raise ValidationError(
             f"model {alias!r} is of kind {models[alias].kind!r}, and only kind 'embed' can be compared"
         )
-    return models[alias]
+    return alias
+
+
+def model_settings(alias: str) -> ModelSettings:
+    """Of a configured model. Raises `ValidationError`."""
+    return _models()[alias]
+
+
+def _models() -> dict[str, ModelSettings]:
+    try:
+        return settings.load(enabled_by_default=True).models
+    except SettingsError as error:
+        raise ValidationError(str(error)) from None
 
 
 def make_reference(alias: str, path: Path, texts: Path | None) -> None:
@@ -98,10 +108,6 @@ def compare_with(
     else:
         _print(alias, known, tolerance, notes, outcome)
     return outcome.agrees
-
-
-def _variable(alias: str) -> str:
-    return f"LEGIT_WORKER_MODELS__{alias.upper()}__PATH"
 
 
 def _as_json(alias: str, known: Reference, tolerance: Tolerance, notes: list[str], outcome: Outcome) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def test_aliases_are_found_in_any_case() -> None:
         assert models.get("SIM") is models.get("sim")
 
 
+def test_aliases_are_found_by_any_name_that_folds_to_the_same() -> None:
+    with use_models({"text_embedding_3": {"kind": "simulated"}}) as models:
+        for name in ("text-embedding-3", "Text.Embedding/3", "text_embedding_3"):
+            assert models.get(name).alias == "text_embedding_3"
+        with pytest.raises(UnknownModelError, match="LEGIT_WORKER_MODELS__TEXT_EMBEDDING_4__PATH"):
+            models.get("text-embedding-4")
+
+
 def test_an_unknown_alias_is_refused_with_those_that_there_are() -> None:
     with use_models({"sim": {"kind": "simulated"}}), pytest.raises(UnknownModelError, match=r"'nope'.*sim \(simulated"):
         legit_worker.model("nope").map([1])

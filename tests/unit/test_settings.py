@@ -24,9 +24,13 @@ from legit_worker.settings import (
     AppSource,
     ModelSettings,
     Settings,
+    fold,
     is_enabled,
+    is_prep,
     load,
     not_yet_in_effect,
+    path_variable,
+    unknown,
 )
 
 PASSWORD = "hunter2"
@@ -282,6 +286,69 @@ def test_an_apps_name_is_lower_case() -> None:
 
 def test_an_empty_variable_counts_as_not_set() -> None:
     assert loaded(WINDOW="", CONFIG="", NO_SUCH_THING="") == load({})
+
+
+@pytest.mark.parametrize("spelling", ["MODELS__MINILM__PATH", "Models__MiniLM__path"])
+def test_a_model_that_only_an_empty_path_speaks_of_is_refused(spelling: str) -> None:
+    assert complaint(**{spelling: ""}).startswith(f"LEGIT_WORKER_{spelling} is empty: give model 'minilm' a folder,")
+
+
+def test_an_empty_path_of_a_model_that_has_more_counts_as_not_set(toml: Any) -> None:
+    assert loaded(MODELS__SIM__KIND="simulated", MODELS__SIM__PATH="").models == {
+        "sim": ModelSettings(kind="simulated")
+    }
+    path = toml("[models.text-3]\npath = 'x'")
+    assert loaded(CONFIG=path, MODELS__TEXT_3__PATH="").models == {"text-3": ModelSettings(path="x")}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SERVICE_HOST", "10.0.0.7"),
+        ("SERVICE_PORT", "6379"),
+        ("SERVICE_PORT_REDIS", "6379"),
+        ("PORT", "tcp://10.0.0.7:6379"),
+        ("PORT_6379_TCP", "tcp://10.0.0.7:6379"),
+        ("PORT_6379_TCP_ADDR", "10.0.0.7"),
+        ("PORT_6379_TCP_PORT", "6379"),
+        ("PORT_6379_TCP_PROTO", "tcp"),
+        ("METRICS_SERVICE_HOST", "10.0.0.8"),
+        ("METRICS_PORT", "tcp://10.0.0.8:9100"),
+        ("METRICS_PORT_9100_TCP_ADDR", "10.0.0.8"),
+    ],
+)
+def test_what_kubernetes_sets_for_a_service_is_no_setting(name: str, text: str) -> None:
+    assert loaded(**{name: text}) == load({})
+    assert unknown(environ({name: text})) == []
+
+
+def test_unknown_variables_are_told_without_loading_any() -> None:
+    assert unknown(environ({"ENABLE": "1", "WINDOW": "lots", "XYZZY": ""})) == [
+        "LEGIT_WORKER_ENABLE is not a setting; did you mean LEGIT_WORKER_ENABLED?"
+    ]
+
+
+@pytest.mark.parametrize("name", ["text-embedding-3", "Text_Embedding.3", "TEXT/embedding_3"])
+def test_names_of_models_differ_neither_by_case_nor_by_what_a_variable_can_not_spell(name: str) -> None:
+    assert fold(name) == "text_embedding_3"
+    assert path_variable(name) == "LEGIT_WORKER_MODELS__TEXT_EMBEDDING_3__PATH"
+
+
+def test_two_aliases_that_no_task_could_tell_apart_are_refused(toml: Any) -> None:
+    said = "'a-b' and 'a_b' are one name, since - . / count as _ there: rename one"
+    assert complaint(**{"MODELS__a-b__KIND": "simulated", "MODELS__A_B__KIND": "simulated"}).endswith(said)
+    path = toml("[models.a-b]\nkind = 'simulated'\n[models.a_b]\nkind = 'simulated'")
+    assert complaint(CONFIG=path) == f"models in {path}: {said}"
+
+
+def test_a_variable_beats_the_file_for_an_alias_that_it_can_not_spell(toml: Any) -> None:
+    path = toml("[models.'text-embedding-3']\npath = 'x'\npin = true")
+    assert loaded(CONFIG=path, MODELS__TEXT_EMBEDDING_3__PATH="y").models == {
+        "text-embedding-3": ModelSettings(path="y", pin=True)
+    }
+    assert complaint(CONFIG=path, MODELS__TEXT_EMBEDDING_3__PIN="tight").startswith(
+        "LEGIT_WORKER_MODELS__TEXT_EMBEDDING_3__PIN='tight': "
+    )
 
 
 def test_each_model_and_app_is_its_own() -> None:
@@ -675,13 +742,14 @@ def test_a_files_value_that_load_refuses_counts_as_enabled(toml: Any, text: str)
 
 
 @pytest.mark.parametrize("path", ["/no/such/file", "~nobody-at-all/file", "/"])
-def test_a_file_that_can_not_be_read_leaves_the_default(path: str) -> None:
-    assert is_enabled(environ({"CONFIG": path})) is False
-    assert is_enabled(environ({"CONFIG": path}), default=True) is True
+def test_a_file_that_can_not_be_read_counts_as_enabled(path: str) -> None:
+    assert is_enabled(environ({"CONFIG": path})) is True
+    assert is_enabled(environ({"CONFIG": path, "ENABLED": "0"}), default=True) is False
+    assert is_prep(environ({"CONFIG": path})) is False
 
 
-def test_a_broken_file_leaves_the_default(toml: Any) -> None:
-    assert is_enabled(environ({"CONFIG": toml("enabled = ")})) is False
+def test_a_broken_file_counts_as_enabled(toml: Any) -> None:
+    assert is_enabled(environ({"CONFIG": toml("enabled = ")})) is True
 
 
 def test_is_enabled_reads_the_process_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
