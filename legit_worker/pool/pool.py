@@ -23,6 +23,7 @@ from typing import Any
 from celery import signals
 from celery.concurrency.base import apply_target
 from celery.concurrency.solo import TaskPool as SoloPool
+from celery.platforms import EX_FAILURE
 from celery.worker import state
 from celery.worker.state import maybe_shutdown
 
@@ -37,13 +38,14 @@ from legit_worker.device.memory import give_back_cached
 from legit_worker.errors import DeviceLostError, InvalidInputError
 from legit_worker.models import handle
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, limits, sql, turns
+from legit_worker.pool import fibers, limits, reports, sql, turns
 from legit_worker.pool.backlog import Backlog
 from legit_worker.pool.clock import Waits, Work
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, refuse_task, run_task
 from legit_worker.pool.limits import Limit
 from legit_worker.pool.loop import Pace, Wakeup, listen
+from legit_worker.pool.reports import Reports
 from legit_worker.pool.runner import FiberRunner
 from legit_worker.pool.share import Prefetch, Share
 from legit_worker.pool.softly import SoftShutdown
@@ -100,7 +102,7 @@ class ModelPool(SoloPool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._settings = settings.load(enabled_by_default=True)
+        self._settings = settings.load_or_exit()
         #: Tasks that have started in this worker.
         self.begun = 0
         # The consumer, which connects, is made after the pool.
@@ -147,6 +149,10 @@ class ModelPool(SoloPool):
         # How many tasks to hold, and who tells the broker.
         self._most = self._share.cold(self.limit)
         self._prefetch: Prefetch | None = None
+        self._reports = Reports(
+            counters=lambda: sum(self.engine.counters.values(), Counters()),
+            loads=lambda: sum(entry.loads for entry in default_registry().entries.values()),
+        )
         self._runner = FiberRunner(self.engine, wake=self._wake, on_lost=self._wakeup.set, models_of=self._models_of)
         signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_ready.connect(self._meet_consumer)
@@ -179,7 +185,7 @@ class ModelPool(SoloPool):
         self._load_pinned()
 
     def _load_pinned(self) -> None:
-        """All of them, before the first task comes. What can't be loaded fails the tasks that ask for it."""
+        """All of them, before the first task comes. One that can't be loaded ends the worker."""
         registry = default_registry()
         requests = [registry.residency.request(entry) for entry in registry.entries.values() if entry.spec.pin]
         while not all(request.future.done() for request in requests):
@@ -187,6 +193,9 @@ class ModelPool(SoloPool):
             maybe_shutdown()
         for request in requests:
             registry.residency.release(request)
+        if errors := [str(request.future.exception()) for request in requests if request.future.exception()]:
+            logger.critical("the worker ends: %s. Correct the model's settings, or unpin it", "; ".join(errors))
+            raise SystemExit(EX_FAILURE)
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Celery calls this at each connection to the broker; the hub forgets its readers in between."""
@@ -198,9 +207,13 @@ class ModelPool(SoloPool):
         hub.call_repeatedly(WAITING_LOOK, default_registry().residency.review)
         hub.call_repeatedly(WAITING_LOOK, turns.look)
         hub.call_repeatedly(MEMORY_LOOK, default_registry().residency.watch)
+        hub.call_repeatedly(reports.BUSY_SECONDS, self._report)
         if isinstance(self.app.backend, Routing):
             hub.call_repeatedly(HELD_LOOK, self._replace_held)
         hub.call_repeatedly(SHARE_LOOK, self._decide_share)
+
+    def _report(self) -> None:
+        self._reports.busy(len(self._running), len(self._backlog))
 
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""
@@ -241,6 +254,7 @@ class ModelPool(SoloPool):
         # Those that started run to their end: in a warm shutdown all, in a soft one those that can in its time, in a
         # cold one none. A signal that comes meanwhile can turn the first into one of the others.
         while self._running and monotonic() < min(until, self._soft.until_if_begun):
+            self._reports.finishing(len(self._running))
             self._drain()
         # Celery tells the rest that they are cancelled, which is when their ends would be wrong afterwards.
         self._soft.cancel_rest()
@@ -383,7 +397,9 @@ class ModelPool(SoloPool):
             self._watcher.turn = None
             if fiber.dead:
                 self._running.discard(fiber)
-                self._waits.note(fiber.clock.waited(monotonic()))
+                waited = fiber.clock.waited(monotonic())
+                self._waits.note(waited)
+                self._reports.ended(waited)
 
     def _wake(self, fiber: Fiber) -> None:
         """Have a parked fiber resumed at the next turn. Called by any thread."""
@@ -608,6 +624,7 @@ class ModelPool(SoloPool):
     def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
         """Its handlers of signals are installed by now."""
         if sender.pool is self:
+            reports.started(self.app, self._settings, int(self.limit), self.taking())
             self._soft.meet(sender)
             self._warn_of_early_acks()
 

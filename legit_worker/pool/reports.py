@@ -1,0 +1,113 @@
+"""What a worker's log says of the pool as a whole: one line at its start, one a minute while it is busy, and who is
+still finishing at its end.
+
+In: the settings, tasks that end, and the engine's counters. Out: INFO lines. Nothing is logged of a minute in which
+there was nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from math import ceil, inf
+from time import monotonic
+
+from celery import Celery
+
+from legit_worker import settings
+from legit_worker.device import cuda, vram
+from legit_worker.pool.engine import Counters
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two lines of a busy worker.
+BUSY_SECONDS = 60.0
+
+#: Seconds between two lines of a worker that waits for its last tasks.
+FINISHING_SECONDS = 10.0
+
+#: The latest tasks whose seconds are kept until the next line: enough for a percentile, in 100 KiB.
+KEPT = 4096
+
+
+def started(app: Celery, chosen: settings.Settings, window: int, messages: str) -> None:
+    """The line of a worker that is ready. `messages` says how they come."""
+    import legit_worker
+
+    acks = "late" if app.conf.task_acks_late else "early"
+    logger.info(
+        "legit_worker %s on %s: %s; window %d, acks %s, messages %s",
+        legit_worker.__version__,
+        _device(chosen.device),
+        _models(chosen.models),
+        window,
+        acks,
+        messages,
+    )
+
+
+def _device(chosen: str) -> str:
+    """In words, and without torch, whose import takes seconds: `auto` is decided by the first load."""
+    if not chosen.startswith(("auto", "cuda")):
+        return chosen
+    try:
+        gpu = cuda.gpu(chosen)
+    except vram.VramUnknownError:
+        return f"device {chosen} (NVML tells of no GPU)"
+    return f"{gpu.name} ({chosen})" if gpu else "the CPU"
+
+
+def _models(models: Mapping[str, settings.ModelSettings]) -> str:
+    if not models:
+        return "no model (set LEGIT_WORKER_MODELS__<ALIAS>__PATH)"
+    return ", ".join(f"{alias} ({model.kind}{', pinned' if model.pin else ''})" for alias, model in models.items())
+
+
+class Reports:
+    """One pool's. Lives on the main thread.
+
+    `counters` gives what the engine did so far, and `loads` how many loads there were.
+    """
+
+    def __init__(self, counters: Callable[[], Counters], loads: Callable[[], int]) -> None:
+        self._counters = counters
+        self._loads = loads
+        self._tasks = 0
+        #: Seconds that tasks waited: for company, for their turn, for a model to load.
+        self._waits: deque[float] = deque(maxlen=KEPT)
+        self._before = (0, 0, 0)
+        self._since = monotonic()
+        self._told_at = -inf
+
+    def ended(self, waited: float) -> None:
+        """A task is over, which waited this many seconds of its time."""
+        self._tasks += 1
+        self._waits.append(waited)
+
+    def busy(self, running: int, waiting: int) -> None:
+        """The line of a minute, if there was or is something to do."""
+        now, counted = monotonic(), self._counters()
+        totals = (counted.batches, counted.items, self._loads())
+        batches, items, loads = (after - before for after, before in zip(totals, self._before, strict=True))
+        tasks, elapsed = self._tasks, max(now - self._since, 0.001)
+        if tasks or batches or loads or running:
+            logger.info(
+                "last %.0f s: %d tasks (%.1f/s), 95 %% of them waited at most %.2f s; "
+                "%d batches of %.1f items, %d loads; %d running, %d not started",
+                *(elapsed, tasks, tasks / elapsed, _most(self._waits)),
+                *(batches, items / max(batches, 1), loads, running, waiting),
+            )
+        self._before, self._since, self._tasks = totals, now, 0
+        self._waits.clear()
+
+    def finishing(self, running: int) -> None:
+        """The worker ends once these are done. Called often, and says so now and then."""
+        if running and monotonic() - self._told_at > FINISHING_SECONDS:
+            self._told_at = monotonic()
+            logger.info("%d tasks still finishing", running)
+
+
+def _most(seconds: Collection[float]) -> float:
+    """The 95th percentile, by nearest rank; 0 if there are none."""
+    return sorted(seconds)[ceil(len(seconds) * 0.95) - 1] if seconds else 0.0
