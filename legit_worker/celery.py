@@ -9,7 +9,7 @@ from __future__ import annotations
 from celery import Celery
 
 from legit_worker import settings, tasks
-from legit_worker.install import enable, load_or_exit
+from legit_worker.install import enable
 
 #: Both, where the environment names none.
 DEFAULT_URL = "redis://localhost:6379/0"
@@ -26,4 +26,4 @@ app.conf.update(
 )
 if settings.is_enabled(default=True):
     enable(app)
-tasks.register(app, load_or_exit())
+tasks.register(app, settings.load_or_exit())

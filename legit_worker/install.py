@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery, bootsteps, signals
 from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
@@ -28,6 +28,8 @@ def install(app: Celery) -> Celery:
     """
     if settings.is_enabled():
         enable(app)
+    elif settings.unknown():
+        signals.celeryd_after_setup.connect(_tell_unknown)
     return app
 
 
@@ -50,12 +52,16 @@ class ModelPoolStep(bootsteps.Step):
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
-        chosen = load_or_exit()
+        chosen = settings.load_or_exit()
+        _check_or_exit(chosen)
         for sentence in settings.not_yet_in_effect(chosen):
             logger.warning(sentence)
         from legit_worker import tasks
+        from legit_worker.models.quiet import quiet_libraries
 
+        quiet_libraries()
         tasks.register(worker.app, chosen)
+        signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":
             self._swap_pool(worker, chosen)
 
@@ -78,12 +84,20 @@ class ModelPoolStep(bootsteps.Step):
         worker.prefetch_multiplier = 1
 
 
-def load_or_exit() -> settings.Settings:
-    """The settings; where they are bad, the process ends with the variable's name instead of a traceback."""
+def _check_or_exit(chosen: settings.Settings) -> None:
+    """Whether this machine has what the models need, before the first task finds out."""
+    from legit_worker.models import requirements
+
     try:
-        return settings.load(enabled_by_default=True)
+        requirements.check(chosen)
     except SettingsError as error:
         raise SystemExit(f"legit_worker: {error}") from None
+
+
+def _tell_unknown(**_: Any) -> None:
+    """A misspelt `LEGIT_WORKER_ENABLED` would otherwise look like a worker that is on."""
+    for sentence in settings.unknown():
+        logger.warning("%s. legit_worker is off", sentence)
 
 
 def _ack_late_by_default(sender: Celery, **_: Any) -> None:

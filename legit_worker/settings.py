@@ -449,6 +449,14 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
     return settings
 
 
+def load_or_exit() -> Settings:
+    """A worker's settings. If they are bad, the process ends with the variable's name instead of a traceback."""
+    try:
+        return load(enabled_by_default=True)
+    except SettingsError as error:
+        raise SystemExit(f"legit_worker: {error}") from None
+
+
 def unknown(environ: Mapping[str, str] | None = None) -> list[str]:
     """One sentence per variable of ours that is no setting."""
     given = _variables(os.environ if environ is None else environ)

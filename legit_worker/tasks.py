@@ -9,9 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from inspect import signature
 from typing import Any
 
 from celery import Celery
@@ -147,6 +150,36 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "prep_text": prep_text,
     "prep_image": prep_image,
 }
+
+
+#: The argument, or the part of a task's name, by which a message is taken for one of a built-in task.
+SIGNS = {"rerank": "rerank", "documents": "rerank", "image": "embed_image", "text": "embed_text", "embed": "embed_text"}
+
+
+def suggest_alias(name: str, message: Any, **_: Any) -> None:
+    """If a message of an unknown name looks like one of a built-in task, the log says how to give that task the name.
+
+    A receiver of Celery's signal `task_unknown`.
+    """
+    arguments = _argument_names(message)
+    built_in = next((task for sign, task in SIGNS.items() if sign in arguments or sign in name.lower()), None)
+    if built_in is None:
+        return
+    known = signature(BUILT_IN[built_in]).parameters
+    renames = {argument: "…" for argument in arguments if argument not in known}
+    logger.warning(
+        "no task here is called %r. If it is legit_worker.%s by another name, set LEGIT_WORKER_TASKS__%s='%s'%s",
+        *(name, built_in, built_in.upper(), json.dumps({name: renames}, ensure_ascii=False)),
+        f", with {' or '.join(known)}, or null, in place of each …" if renames else "",
+    )
+
+
+def _argument_names(message: Any) -> list[str]:
+    """The keyword arguments' names, in either version of Celery's protocol; none of a body that can't be read."""
+    with suppress(Exception):
+        payload = message.payload
+        return sorted(map(str, payload["kwargs"] if isinstance(payload, Mapping) else payload[1]))
+    return []
 
 
 def register(app: Celery, chosen: Settings) -> None:

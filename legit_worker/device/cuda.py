@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from time import monotonic
 from typing import Any
 
@@ -32,9 +33,11 @@ PART = 16 * 2**20
 
 
 def choose(setting: str) -> str:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`: `auto` is CUDA where torch sees it, else the CPU."""
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`: `auto` is CUDA if there is a torch and it sees it."""
     if setting != "auto":
         return setting
+    if find_spec("torch") is None:
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

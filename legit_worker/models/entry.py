@@ -300,11 +300,13 @@ class Entry:
             model = None
             if is_lost:
                 raise DeviceLostError(f"model {self.alias!r} was to be loaded on a lost device: {error}") from error
-            logger.exception("model %r could not be loaded", self.alias)
-            raise ModelLoadError(
+            refused = ModelLoadError(
                 f"model {self.alias!r} (kind {self.spec.kind}, path {self.spec.path}) could not be loaded: "
                 f"{type(error).__name__}: {error}"
-            ) from error
+            )
+            # The tasks that asked for it are logged with the traceback.
+            logger.error("%s", refused)
+            raise refused from error
         self.loaded_at = self.used_at = monotonic()
         self.load_seconds, self.loads = self.loaded_at - start, self.loads + 1
         logger.info(

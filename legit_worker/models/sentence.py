@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,10 @@ Run = Callable[[Iterable[Any]], list[Any]]
 
 #: Arguments of the library's `encode` and `predict` that say how to compute. The engine decides that.
 IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
+
+
+#: What a path begins with that can be no name on the Hub.
+FOLDER_SIGNS = ("/", "./", "../", "~")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,9 @@ class SentenceModel:
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or the local cache, and put them on `device`."""
+        if self._path.startswith(FOLDER_SIGNS) and not Path(self._path).is_dir():
+            # The library takes it for a name on the Hub, and complains of its characters.
+            raise FileNotFoundError(f"there is no folder {self._path}")
         self._model = self._open(
             self._path,
             device="cpu",
