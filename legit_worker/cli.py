@@ -1,19 +1,22 @@
 """`celery legit …`: what an operator asks a worker.
 
-In: `celery -A PROJECT`, whose broker the answers come by. Out: tables for people, or JSON with `--json`.
+In: `celery -A PROJECT`, whose broker the answers come by. Out: tables for people, in 80 columns, or JSON with `--json`.
+What can't be done is one sentence on stderr, and an exit code.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from celery import Celery
 from celery.bin.base import CeleryCommand, handle_preload_options
+from kombu.exceptions import OperationalError
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -21,19 +24,59 @@ from rich.text import Text
 #: Characters of the bar that shows memory.
 BAR = 40
 
+#: Seconds for the broker to answer.
+BROKER_SECONDS = 5
+
+#: How `doctor` marks what it found: a character and its colour.
+MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}
+
+
+class Command(CeleryCommand):
+    """A command that says what stands in its way in one sentence, instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's. Raises `UsageError` without a project, `ClickException` for what is known to go wrong."""
+        from legit_worker.errors import LegitWorkerError
+
+        if not ctx.find_root().params.get("app"):
+            raise click.UsageError(f"name the project: celery -A yourproject {_spelled(ctx)}")
+        with ctx.obj.app.connection_for_read() as connection:
+            away = (OperationalError, *connection.connection_errors)
+        try:
+            return super().invoke(ctx)
+        except LegitWorkerError as error:
+            raise click.ClickException(str(error)) from None
+        except away as error:
+            seen = str(error).rstrip(".")
+            raise click.ClickException(
+                f"the broker {connection.as_uri()} does not answer: {seen}. Start it, or correct its URL"
+            ) from None
+
+
+def _spelled(ctx: click.Context) -> str:
+    """The command's words after `celery`."""
+    return ctx.command_path.partition(" ")[2]
+
+
+def _reach(app: Celery) -> None:
+    """Raises what the broker's absence raises, at once: Celery itself would try again for long."""
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=BROKER_SECONDS, interval_start=0)
+
 
 @click.group(name="legit", help="Look into legit_worker's workers.")
 def legit() -> None:
     """The group that Celery finds by the entry point `celery.commands`."""
 
 
-@legit.command(cls=CeleryCommand)
+@legit.command(cls=Command)
 @click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
 @handle_preload_options
 def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
     """Show each worker's window, batches and models. Exit code 1 where no ModelPool answers."""
+    _reach(ctx.obj.app)
     replies = ctx.obj.app.control.inspect(timeout=timeout).stats() or {}
     pools = {name: stats["pool"] for name, stats in replies.items() if "window" in stats.get("pool", {})}
     if as_json:
@@ -47,7 +90,7 @@ def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
         ctx.exit(1)
 
 
-@legit.command(cls=CeleryCommand)
+@legit.command(cls=Command)
 @click.option("--model", "alias", required=True, help="The alias of a model of kind embed.")
 @click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's vectors with this file's.")
 @click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, by no worker.")
@@ -69,7 +112,7 @@ def validate(ctx: click.Context, **options: Any) -> None:
     ctx.exit(main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options))
 
 
-@legit.command(cls=CeleryCommand)
+@legit.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a list.")
 @click.pass_context
 @handle_preload_options
@@ -81,13 +124,19 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from legit_worker.doctor.checks import examine
 
     found = []
-    for finding in examine(ctx.obj.app):
-        found.append(finding)
+    for step in examine(ctx.obj.app):
+        if isinstance(step, str):
+            if not as_json:
+                click.echo(step)
+            continue
+        found.append(step)
         if not as_json:
-            mark, colour = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}[finding.level]
-            click.echo(f"{click.style(mark, fg=colour)} {finding.about}: {finding.seen}")
-            if finding.fix:
-                click.echo(f"    → {finding.fix}")
+            mark, colour = MARKS[step.level]
+            lines = Table.grid(Column(width=3), Column(overflow="fold"), padding=(0, 1, 0, 0))
+            lines.add_row(Text(f"  {mark}", style=colour), Text(step.seen))
+            if step.fix:
+                lines.add_row("", Text(f"→ {step.fix}"))
+            Console(highlight=False).print(lines)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found]))
     ctx.exit(int(any(finding.level == "failure" for finding in found)))
@@ -98,84 +147,83 @@ def results() -> None:
     """Dead letters: routed results that an app's queue did not take."""
 
 
-@results.command("list", cls=CeleryCommand)
+@results.command("list", cls=Command)
 @click.argument("app", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
 @handle_preload_options
 def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:
     """Show an app's dead letters, or how many each app has."""
-    with _dead_letters(ctx) as letters:
-        found: Any = letters.envelopes(app.lower()) if app else letters.counts()
+    letters = _dead_letters(ctx)
+    found: Any = letters.envelopes(app.lower()) if app else letters.counts()
     if as_json:
         click.echo(json.dumps(found))
         return
     # Ids are to be copied: they are never cut.
     ids = Column("task id", no_wrap=True)
-    table = Table(ids, "task", "status", "attempt", "finished at") if app else Table("app", "dead letters")
+    table = _table(ids, "task", "status", "finished at") if app else _table("app", "dead letters")
     for row in found if app else found.items():
-        cells = [row[key] for key in ("id", "task", "status", "attempt", "finished_at")] if app else row
-        table.add_row(*map(str, cells))
-    Console().print(table)
+        table.add_row(*(_letter(row) if app else map(str, row)))
+    if not app and not found:
+        click.echo("no app is configured: set LEGIT_WORKER_APPS__<APP>__RESULT_ROUTING=on", err=True)
+    else:
+        Console().print(table)
 
 
-@results.command(cls=CeleryCommand)
+def _letter(envelope: dict[str, Any]) -> list[str]:
+    """A row of the table; the time without its fraction."""
+    return [envelope["id"], envelope["task"], envelope["status"], str(envelope["finished_at"])[:19].replace("T", " ")]
+
+
+@results.command(cls=Command)
 @click.argument("app")
 @click.pass_context
 @handle_preload_options
 def replay(ctx: click.Context, app: str) -> None:
     """Send an app's dead letters to its queue again. Exit code 1 where the queue's server does not answer."""
-    with _dead_letters(ctx) as letters:
-        click.echo(f"{letters.replay(app.lower())} sent again")
+    click.echo(f"{_dead_letters(ctx).replay(app.lower())} sent again")
 
 
-@results.command(cls=CeleryCommand)
+@results.command(cls=Command)
 @click.argument("app")
 @click.pass_context
 @handle_preload_options
 def drop(ctx: click.Context, app: str) -> None:
     """Forget an app's dead letters."""
-    with _dead_letters(ctx) as letters:
-        click.echo(f"{letters.drop(app.lower())} dropped")
+    click.echo(f"{_dead_letters(ctx).drop(app.lower())} dropped")
 
 
-@contextmanager
-def _dead_letters(ctx: click.Context) -> Iterator[Any]:
-    """What goes wrong is one sentence, and exit code 1."""
+def _dead_letters(ctx: click.Context) -> Any:
     from legit_worker import settings
-    from legit_worker.errors import LegitWorkerError
     from legit_worker.routing.dead import DeadLetters
 
-    try:
-        yield DeadLetters(ctx.obj.app, settings.load(enabled_by_default=True))
-    except LegitWorkerError as error:
-        raise click.ClickException(str(error)) from None
+    _reach(ctx.obj.app)
+    return DeadLetters(ctx.obj.app, settings.load(enabled_by_default=True))
+
+
+def _table(*columns: Column | str) -> Table:
+    """One that fits: no lines between columns, and long words are folded."""
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
+
+#: The columns of a worker's models; numbers stand on the right.
+WORDS = ("model", "state")
+NUMBERS = ("MiB", "loads", "batches", "items", "mean", "padding", "seconds")
 
 
 def _print(name: str, pool: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{name}: {pool['in_flight']} of {pool['window']} tasks in flight, {pool['parked']} parked",
-        caption=_memory(pool),
-    )
-    for heading in (
-        "model",
-        "kind",
-        "state",
-        "weights",
-        "loads",
-        "batches",
-        "items",
-        "items/batch",
-        "padding",
-        "seconds",
-    ):
-        table.add_column(heading, justify="left" if heading in ("model", "kind", "state") else "right")
+    table = _table(*WORDS, *(Column(heading, justify="right") for heading in NUMBERS))
+    table.title = f"{name}: {pool['in_flight']} of {pool['window']} tasks in flight, {pool['parked']} parked"
+    table.caption = _memory(pool)
+    table.title_justify = table.caption_justify = "left"
     for alias, model in pool["models"].items():
         table.add_row(
             alias,
-            model["kind"],
             model["state"],
-            _mib(model["weights"]),
+            f"{model['weights'] / 2**20:,.0f}",
             str(model["loads"]),
             *(str(model.get(key, "")) for key in ("batches", "items", "mean_batch")),
             f"{model['waste']:.1%}" if "waste" in model else "",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from celery import Celery
@@ -20,6 +21,7 @@ from celery import Celery
 from legit_worker import settings
 from legit_worker.device import cuda, vram
 from legit_worker.errors import LegitWorkerError, SettingsError
+from legit_worker.models import requirements
 from legit_worker.prep.texts import model_folder, tokenizer_of
 
 #: The oldest and the first too new Celery, as (major, minor).
@@ -51,8 +53,11 @@ class Finding:
     fix: str = ""
 
 
-def examine(app: Celery) -> Iterator[Finding]:
-    """All checks, one after the other. A check that breaks is a failure, and the others go on."""
+def examine(app: Celery) -> Iterator[str | Finding]:
+    """All checks, one after the other: a line before each, then its findings.
+
+    A check that breaks is a failure, and the others go on.
+    """
     try:
         chosen = settings.load(enabled_by_default=True)
     except SettingsError as error:
@@ -68,7 +73,8 @@ def examine(app: Celery) -> Iterator[Finding]:
         "prep": lambda: _prep(chosen),
         "batches": lambda: _batches(chosen),
     }
-    for about, check in checks.items():
+    for number, (about, check) in enumerate(checks.items(), 1):
+        yield f"[{number}/{len(checks)}] {about}"
         yield from (replace(finding, about=about) for finding in _unbroken(check))
 
 
@@ -158,6 +164,10 @@ def _results(app: Celery) -> Iterator[Finding]:
 def _models(chosen: settings.Settings) -> Iterator[Finding]:
     if not chosen.models:
         yield warning("no model is configured", "set LEGIT_WORKER_MODELS__<ALIAS>__PATH")
+    try:
+        requirements.check(chosen)
+    except SettingsError as error:
+        yield failure("", str(error), "a worker does not start before")
     for alias, model in chosen.models.items():
         if model.kind not in settings.KINDS_WITH_PATH or model.path is None:
             yield ok(f"{alias}: kind {model.kind}")
@@ -179,7 +189,10 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
     try:
         gpus = vram.visible_gpus()
     except vram.VramUnknownError as error:
-        yield (ok if chosen.device == "auto" else _as_failure)(str(error))
+        if chosen.device == "auto" and not _has_gpu_files():
+            yield ok("this machine has no NVIDIA GPU: models run on the CPU")
+            return
+        yield (_as_warning if chosen.device == "auto" else _as_failure)(str(error))
         gpus = ()
     for number, gpu in enumerate(gpus):
         memory = vram.memory(gpu)
@@ -201,8 +214,17 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
         )
 
 
+def _has_gpu_files() -> bool:
+    """Whether a driver has put a GPU here, which a container may be denied NVML for; the last is Windows' own."""
+    return any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "dxg"))
+
+
 def _as_failure(seen: str) -> Finding:
     return failure("", seen, "see there")
+
+
+def _as_warning(seen: str) -> Finding:
+    return warning(seen, "see there")
 
 
 def _prep(chosen: settings.Settings) -> Iterator[Finding]:
@@ -222,8 +244,11 @@ def _batches(chosen: settings.Settings) -> Iterator[Finding]:
     aliases = [alias for alias, model in chosen.models.items() if model.kind == "embed"]
     if not aliases:
         yield ok("no model of kind embed to try")
-    for alias in aliases:
-        seen = probe("batches", alias)
+        return
+    for alias, seen in probe("batches", *aliases).items():
+        if "error" in seen:
+            yield failure("", seen["error"], "correct this model's settings, or its files")
+            continue
         rates = f"{seen['alone']:.0f} texts/s alone, {seen['batched']:.0f} in batches"
         if seen["cosine"] >= COSINE:
             yield ok(f"{alias} on {seen['device']}: {rates}; worst cosine between the two {seen['cosine']:.6f}")

@@ -12,11 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-#: Texts of mixed lengths, so that a batch is padded.
-TEXTS = [" ".join(f"word{place}" for place in range(1 + number * 7 % 40)) for number in range(64)]
-
-#: Times that they are computed before it counts.
-WARM_UP = 2
+#: Texts of mixed lengths, so that a batch is padded; few and short: trying them takes less than loading a model.
+TEXTS = [" ".join(f"word{place}" for place in range(1 + number * 7 % 20)) for number in range(8)]
 
 
 def torch_gpus() -> dict[str, Any]:
@@ -54,22 +51,33 @@ def prep(alias: str = "") -> dict[str, Any]:
     return {"did": did, "driver": driver, "refused": refused}
 
 
-def batches(alias: str) -> dict[str, Any]:
-    """A model's vectors of texts alone and together, and how many a second it gives of each."""
+def batches(*aliases: str) -> dict[str, dict[str, Any]]:
+    """By model: its vectors of texts alone and together, and how many a second it gives of each; or its error."""
+    return {alias: _tried(alias) for alias in aliases}
+
+
+def _tried(alias: str) -> dict[str, Any]:
+    from legit_worker.errors import LegitWorkerError
+
+    try:
+        return _batches(alias)
+    except LegitWorkerError as error:
+        return {"error": str(error)}
+
+
+def _batches(alias: str) -> dict[str, Any]:
     import numpy as np
 
     import legit_worker
     from legit_worker.models.registry import default_registry
 
     handle = legit_worker.model(alias)
-    for _ in range(WARM_UP):  # loads, and has each shape's kernels chosen
+    for _ in range(2):  # the first time loads, and has each shape's kernels chosen
+        start = perf_counter()
         together = handle.encode(TEXTS)
+        middle = perf_counter()
         alone = np.stack([handle.encode(text) for text in TEXTS])
-    start = perf_counter()
-    together = handle.encode(TEXTS)
-    middle = perf_counter()
-    alone = np.stack([handle.encode(text) for text in TEXTS])
-    end = perf_counter()
+        end = perf_counter()
     lengths = np.linalg.norm(together, axis=1) * np.linalg.norm(alone, axis=1)
     return {
         "device": default_registry().device(),

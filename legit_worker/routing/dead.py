@@ -71,7 +71,7 @@ class DeadLetters:
         """
         chosen = self._chosen.apps.get(name)
         if chosen is None:
-            raise RoutingError(f"no LEGIT_WORKER_APPS__{name.upper()}__… is set: where should its results go?")
+            raise self._unknown(name, "so nobody knows where its results go")
         sent = 0
         wire = open_wire(self._app, chosen.url)
         try:
@@ -89,6 +89,9 @@ class DeadLetters:
             wire.close()
         return sent
 
+    def _unknown(self, name: str, so: str) -> RoutingError:
+        return RoutingError(f"no app {name!r} is configured, {so}; there are: {', '.join(self._chosen.apps) or 'none'}")
+
     @contextmanager
     def _box(self, name: str) -> Iterator[_Box]:
         if not re.fullmatch(NAME, name):
@@ -98,7 +101,10 @@ class DeadLetters:
                 connection.ensure_connection(max_retries=1, interval_start=0)
             except OperationalError as error:
                 raise RoutingError(f"the broker {connection.as_uri()} does not answer: {error}") from None
-            yield (_RedisBox if is_redis(connection) else _BrokerBox)(connection, dead_queue(name))
+            box = (_RedisBox if is_redis(connection) else _BrokerBox)(connection, dead_queue(name))
+            if name not in self._chosen.apps and not len(box):  # letters outlive their app's settings
+                raise self._unknown(name, "and it has no dead letters")
+            yield box
 
 
 class _RedisBox:

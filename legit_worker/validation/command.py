@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 from celery import Celery
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -144,7 +145,7 @@ def _table(alias: str, known: Reference, outcome: Outcome) -> Table:
     title = f"{alias}: {len(known.texts)} texts by {len(outcome.comparisons)} paths"
     if outcome.batches:
         title += f", {outcome.items} items in {outcome.batches} batches"
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in (
         "path",
         "rows",

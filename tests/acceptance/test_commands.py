@@ -1,0 +1,122 @@
+"""`celery legit …` for an operator: what fits a terminal, and what stands in the way in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ANSWER_SECONDS, SIMULATED, Broker, StartWorker, celery_command, project_environment
+
+#: Columns of the narrowest terminal.
+COLUMNS = 80
+
+#: Nobody listens there.
+NOWHERE = {"CELERY_BROKER_URL": "redis://localhost:1/0", "CELERY_RESULT_BACKEND": "redis://localhost:1/0"}
+
+APPS = {"LEGIT_WORKER_APPS__ALPHA__RESULT_ROUTING": "on", "LEGIT_WORKER_APPS__BETA__WEIGHT": "2"}
+
+COMMANDS = ["status", "results list", "results replay alpha", "results drop alpha"]
+
+
+def run(command: list[str], broker: Broker, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command that is over."""
+    return subprocess.run(
+        command,
+        env=project_environment(broker, variables) | {"COLUMNS": str(COLUMNS)},
+        capture_output=True,
+        text=True,
+        timeout=3 * ANSWER_SECONDS,
+        check=False,
+    )
+
+
+def legit(broker: Broker, words: str, project: str = "project", **variables: str) -> subprocess.CompletedProcess[str]:
+    return run(celery_command(project, "legit", *words.split()), broker, **variables)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_broker_that_does_not_answer_is_one_sentence(broker: Broker, words: str) -> None:
+    finished = legit(broker, words, **NOWHERE, **APPS)
+    assert finished.returncode != 0
+    assert finished.stdout == ""
+    assert "localhost:1/0 does not answer" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, "doctor", "validate --model tiny --against file"])
+def test_a_command_without_a_project_says_how_to_name_one(broker: Broker, words: str) -> None:
+    command = [str(Path(sys.executable).with_name("celery")), "legit", *words.split()]
+    finished = run(command, broker)
+    assert finished.returncode != 0
+    assert "celery -A yourproject legit" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("words", ["results list nosuch", "results replay nosuch", "results drop nosuch"])
+def test_an_unknown_app_is_refused_with_those_that_there_are(broker: Broker, words: str) -> None:
+    finished = legit(broker, words, **APPS)
+    assert finished.returncode != 0
+    assert "'nosuch'" in finished.stderr
+    assert "alpha, beta" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+
+
+def test_without_any_app_the_list_says_how_to_have_one(broker: Broker) -> None:
+    finished = legit(broker, "results list")
+    assert finished.returncode == 0
+    assert "LEGIT_WORKER_APPS__<APP>__RESULT_ROUTING=on" in finished.stderr
+
+
+def assert_fits(text: str) -> None:
+    assert text.strip()
+    assert all(len(line) <= COLUMNS for line in text.splitlines()), text
+    assert "…" not in text
+
+
+def test_the_tables_of_a_worker_and_of_dead_letters_fit_a_terminal(start_worker: StartWorker) -> None:
+    unreachable = {"LEGIT_WORKER_APPS__ALPHA__URL": "redis://localhost:1/0", "LEGIT_WORKER_RESULT_RETRY_SECONDS": "0"}
+    apps = APPS | unreachable
+    worker = start_worker(environment=SIMULATED | apps | {"LEGIT_WORKER_ENABLED": "1"})
+    sent = [worker.client.send_task("one", [number], headers={"app": "alpha"}) for number in range(3)]
+    worker.answers(sent)
+    status = legit(worker.broker, "status --timeout 5")
+    assert status.returncode == 0, status.stderr
+    assert "resident" in status.stdout
+    assert_fits(status.stdout)
+    letters = legit(worker.broker, "results list alpha", **apps)
+    assert all(result.id in letters.stdout for result in sent)
+    assert_fits(letters.stdout)
+
+
+def test_the_doctor_says_what_it_is_doing(broker: Broker) -> None:
+    finished = legit(broker, "doctor", "legit_worker")
+    assert finished.returncode == 0, finished.stdout
+    steps = [line for line in finished.stdout.splitlines() if line.startswith("[")]
+    assert steps[:3] == ["[1/8] settings", "[2/8] versions", "[3/8] broker"]
+    assert_fits(finished.stdout)
+
+
+def test_the_doctor_imports_no_torch_where_neither_a_gpu_nor_a_model_asks_for_it(
+    broker: Broker, tmp_path: Path
+) -> None:
+    folder, imported = tmp_path / "torch", tmp_path / "imported"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(f"open({str(imported)!r}, 'w')")
+    variables = project_environment(broker)
+    finished = legit(broker, "doctor --json", "legit_worker", PYTHONPATH=f"{tmp_path}:{variables['PYTHONPATH']}")
+    assert not imported.exists()
+    (gpu,) = (one for one in json.loads(finished.stdout) if one["about"] == "gpu")
+    assert gpu["level"] == "ok"
+    assert gpu["fix"] == ""
+
+
+def test_the_doctor_names_what_has_to_be_installed(broker: Broker) -> None:
+    """In a Python without torch, whatever the probes say after that."""
+    finished = legit(
+        broker, "doctor --json", "without_torch", LEGIT_WORKER_ENABLED="1", LEGIT_WORKER_MODELS__M__PATH="/nowhere"
+    )
+    assert finished.returncode == 1
+    assert any("pip install 'legit-worker[" in one["seen"] for one in json.loads(finished.stdout))
