@@ -14,7 +14,6 @@ from celery import Celery, bootsteps, signals
 from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
-from legit_worker.errors import SettingsError
 from legit_worker.prep.guard import forbid_cuda
 
 logger = logging.getLogger(__name__)
@@ -53,17 +52,22 @@ class ModelPoolStep(bootsteps.Step):
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
         chosen = settings.load_or_exit()
-        _check_or_exit(chosen)
         for sentence in settings.not_yet_in_effect(chosen):
             logger.warning(sentence)
+        import legit_worker
         from legit_worker import tasks
+        from legit_worker.models import requirements
         from legit_worker.models.quiet import quiet_libraries
 
+        requirements.check_or_exit(chosen)
         quiet_libraries()
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":
             self._swap_pool(worker, chosen)
+        else:
+            aliases = ", ".join(chosen.models) or "none"
+            logger.info("legit_worker %s, role prep, can't start CUDA; models: %s", legit_worker.__version__, aliases)
 
     @staticmethod
     def _swap_pool(worker: Any, chosen: settings.Settings) -> None:
@@ -82,16 +86,6 @@ class ModelPoolStep(bootsteps.Step):
         # min_concurrency is a copy that the Pool step may have made already.
         worker.concurrency = worker.min_concurrency = window(chosen)
         worker.prefetch_multiplier = 1
-
-
-def _check_or_exit(chosen: settings.Settings) -> None:
-    """Whether this machine has what the models need, before the first task finds out."""
-    from legit_worker.models import requirements
-
-    try:
-        requirements.check(chosen)
-    except SettingsError as error:
-        raise SystemExit(f"legit_worker: {error}") from None
 
 
 def _tell_unknown(**_: Any) -> None:

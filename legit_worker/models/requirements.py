@@ -32,3 +32,11 @@ def check(chosen: Settings) -> None:
                 f"model {alias!r} is of kind {model.kind!r}, which needs {' and '.join(missing)}, not installed in "
                 f"this Python: pip install 'legit-worker[{EXTRAS[chosen.role]}]'"
             )
+
+
+def check_or_exit(chosen: Settings) -> None:
+    """At a worker's start: the process ends with the sentence instead of a traceback."""
+    try:
+        check(chosen)
+    except SettingsError as error:
+        raise SystemExit(f"legit_worker: {error}") from None

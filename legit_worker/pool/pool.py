@@ -36,7 +36,8 @@ from legit_worker.device.cpu import keep_freed_memory
 from legit_worker.device.cuda import prepare_environment
 from legit_worker.device.memory import give_back_cached
 from legit_worker.errors import DeviceLostError, InvalidInputError
-from legit_worker.models import handle
+from legit_worker.models import handle, requirements
+from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, limits, reports, sql, turns
 from legit_worker.pool.backlog import Backlog
@@ -103,6 +104,9 @@ class ModelPool(SoloPool):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings.load_or_exit()
+        # Under `-P custom` without `install()`, nobody did before.
+        requirements.check_or_exit(self._settings)
+        quiet_libraries()
         #: Tasks that have started in this worker.
         self.begun = 0
         # The consumer, which connects, is made after the pool.

@@ -34,6 +34,12 @@ def test_a_ready_worker_says_in_one_line_what_it_is(
     )
 
 
+def test_a_prep_worker_says_that_it_is_one(start_worker: StartWorker) -> None:
+    worker = start_worker(environment=SIM | {"LEGIT_WORKER_ROLE": "prep"})
+    (line,) = lines(worker, "role prep")
+    assert re.search(r"INFO/.* legit_worker \S+, role prep, can't start CUDA; models: sim", line)
+
+
 def test_a_busy_worker_reports_itself_and_an_idle_one_does_not(start_worker: StartWorker) -> None:
     worker = start_worker("hasty", environment=ENABLED | SIMULATED)
     worker.answers([worker.send("one", number) for number in range(50)])
@@ -88,6 +94,20 @@ def test_a_worker_that_can_not_do_its_work_does_not_start_and_says_why(
     workers = [start_worker(project, environment=environment, wait=False) for project, environment, _ in cases]
     for worker, (_, _, said) in zip(workers, cases, strict=True):
         assert worker.wait() != 0, said
+        assert said in worker.log
+        assert "Traceback" not in worker.log
+
+
+def test_a_custom_pool_without_install_refuses_in_the_same_way(start_worker: StartWorker) -> None:
+    pool = {"CELERY_CUSTOM_WORKER_POOL": "legit_worker.pool:ModelPool", "LEGIT_WORKER_DEVICE": "cpu"}
+    minilm = {"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path())}
+    cases = [
+        ("project", {"LEGIT_WORKER_WINDOW": "many"}, "LEGIT_WORKER_WINDOW='many'"),
+        ("without_torch", minilm, "needs torch, not installed"),
+    ]
+    for project, environment, said in cases:
+        worker = start_worker(project, pool="--pool=custom", environment=pool | environment, wait=False)
+        assert worker.wait() != 0
         assert said in worker.log
         assert "Traceback" not in worker.log
 
