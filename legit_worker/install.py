@@ -14,6 +14,7 @@ from celery import Celery, bootsteps, signals
 from celery.concurrency.solo import TaskPool as SoloPool
 
 from legit_worker import settings
+from legit_worker.device.cpu import bound_kernels
 from legit_worker.prep.guard import forbid_cuda
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class ModelPoolStep(bootsteps.Step):
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":
+            # Whatever the pool: its processes have this environment, too.
+            bound_kernels()
             self._swap_pool(worker, chosen)
         else:
             aliases = ", ".join(chosen.models) or "none"

@@ -32,7 +32,7 @@ from legit_worker.apps import identify
 from legit_worker.broker.acks import flush_acks
 from legit_worker.broker.redis import reserve_messages, taking
 from legit_worker.broker.refusals import DATA_ERRORS, give_up_request, refuse_unreadable
-from legit_worker.device.cpu import keep_freed_memory
+from legit_worker.device.cpu import bound_kernels, keep_freed_memory
 from legit_worker.device.cuda import prepare_environment
 from legit_worker.device.memory import give_back_cached
 from legit_worker.errors import DeviceLostError, InvalidInputError
@@ -178,6 +178,7 @@ class ModelPool(SoloPool):
         self._thread = threading.get_ident()
         self._watcher.start()
         keep_freed_memory()
+        bound_kernels()  # under `-P custom` without `install()`, nobody did before
         prepare_environment()
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,9 +17,11 @@ CUSTOM_POOL = {"CELERY_CUSTOM_WORKER_POOL": "legit_worker.pool:ModelPool"}
 
 #: All that decides how a worker of this app behaves, before it connects to a broker.
 DESCRIBE = """
-import json, sys
+import json, os, sys
 import celery.signals
 from project import app
+
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 worker = app.Worker(hostname="w@h", pool="solo")
 names = [name for name in celery.signals.__all__ if hasattr(getattr(celery.signals, name), "receivers")]
@@ -35,6 +37,7 @@ print(json.dumps({
     "backend": type(app.backend).__name__,
     "transport": app.connection().transport_cls,
     "receivers": {name: len(getattr(celery.signals, name).receivers or []) for name in names},
+    "caches": {name: os.environ.get(name) for name in CACHES},
     "heavy": sorted({"torch", "greenlet", "numpy", "pynvml"} & set(sys.modules)),
 }))
 """
@@ -58,6 +61,33 @@ def test_install_that_is_enabled_changes_the_pool(broker: Broker) -> None:
     described = describe(broker, **ENABLED)
     assert described["pool"] == MODEL_POOL
     assert described != describe(broker)
+
+
+BOTH = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+NEITHER = dict.fromkeys(BOTH)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        pytest.param({}, NEITHER, id="off"),
+        pytest.param(ENABLED, BOTH, id="on"),
+        pytest.param({"LEGIT_WORKER_ROLE": "prep"}, NEITHER, id="prep"),
+        pytest.param(
+            ENABLED | {"LRU_CACHE_CAPACITY": "7"}, BOTH | {"LRU_CACHE_CAPACITY": "7"}, id="a choice of the operator's"
+        ),
+        pytest.param(
+            ENABLED | {"DNNL_PRIMITIVE_CACHE_CAPACITY": "7"},
+            BOTH | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": None},
+            id="by oneDNN's old name",
+        ),
+    ],
+)
+def test_onednns_caches_are_bounded_once_it_is_enabled_and_the_operators_choice_beats_it(
+    broker: Broker, environment: dict[str, str], expected: dict[str, str | None]
+) -> None:
+    caches = describe(broker, **environment)["caches"]
+    assert {name: caches[name] for name in BOTH} == expected
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [({}, True), ({"PROJECT_ACKS_LATE": "0"}, False)])

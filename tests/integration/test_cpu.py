@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from legit_worker.device import cpu
+
+only_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is set")
+only_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="read from /proc")
 
 #: Adds large tensors as a layer's activations are, and prints the page faults of ten rounds: of the best ten in forty,
 #: since a heap still grows now and then.
@@ -36,9 +41,78 @@ def faults(mode: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is set")
+@only_glibc
 def test_memory_that_a_batch_freed_is_used_again_by_the_next() -> None:
     assert faults("kept") < faults("default") / 5
+
+
+#: Bytes of the process that no file backs: `Anonymous` of /proc/self/smaps_rollup. What processes share is not in it.
+OWN = """
+def own():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+"""
+
+#: 20,000 short texts of random lengths by oneDNN, in batches of random sizes; prints the growth after the first 4,000.
+#: The worker is made and not started: that needs no broker, and sets what a worker sets for its process.
+SHORT_TEXTS = """
+import random
+from legit_worker.celery import app
+from legit_worker.device import cpu
+from legit_worker.models.registry import default_registry
+app.Worker(pool="solo")
+cpu.WORTH_IT = 0.0
+entry = default_registry().get("tiny")
+entry.load().result()
+def compute(texts):
+    while texts > 0:
+        batch = ["a" + " b" * random.randint(0, 21) for _ in range(random.randint(1, 48))]
+        entry.forward([entry.preprocess(text) for text in batch])
+        texts -= len(batch)
+random.seed(1)
+compute(4_000)
+before = own()
+compute(16_000)
+print(own() - before)
+"""
+
+#: A load that frees 64 MiB in small blocks, below one that stays; prints the growth that is left of it.
+LOAD = """
+import legit_worker
+class Messy:
+    def load(self, device):
+        blocks = [bytearray(4096) for _ in range(16_384)]
+        self.kept = bytearray(4096)
+    def preprocess(self, item): return item
+    def cost(self, item): return 1
+    def forward(self, batch): return batch
+    def postprocess(self, output): return output
+legit_worker.model("other").map([1])
+before = own()
+legit_worker.model("messy").map([1])
+print(own() - before)
+"""
+
+MIB = 2**20
+
+
+def growth(code: str, **models: str) -> int:
+    """Bytes that a program prints, which has these models, `{alias}__{setting}`, and one thread to compute with."""
+    variables = {f"LEGIT_WORKER_MODELS__{name.upper()}": value for name, value in models.items()}
+    environment = os.environ | variables | {"LEGIT_WORKER_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", OWN + code]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@only_linux
+def test_memory_does_not_grow_with_the_shapes_of_batches(tiny_paths: dict[str, Path]) -> None:
+    assert growth(SHORT_TEXTS, tiny__kind="embed", tiny__path=str(tiny_paths["embed"])) < 50 * MIB
+
+
+@only_linux
+@only_glibc
+def test_what_a_load_frees_is_given_back() -> None:
+    assert growth(LOAD, other__kind="simulated", messy__kind="__main__:Messy") < 16 * MIB
 
 
 def layers() -> torch.nn.Module:

@@ -26,7 +26,7 @@ ALLOWED = {
     "broker": set(),
     "pool": {"apps", "batching", "broker", "device", "errors", "models", "prep", "routing", "settings"},
     "tasks": {"errors", "models", "prep", "settings"},
-    "install": {"errors", "models", "pool", "prep", "routing", "settings", "tasks"},
+    "install": {"device", "errors", "models", "pool", "prep", "routing", "settings", "tasks"},
     "celery": {"install", "settings", "tasks"},
     "validation": {"errors", "routing", "settings"},
     "doctor": {"device", "errors", "models", "prep", "settings", "tasks"},
