@@ -20,6 +20,7 @@ from kombu.utils.imports import symbol_by_name
 
 from legit_worker import settings
 from legit_worker.batching.costmodel import BYTES_PRIOR, ENOUGH, CostModel
+from legit_worker.device.cpu import give_back_freed
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.memory import give_back_cached
@@ -307,6 +308,7 @@ class Entry:
             # The tasks that asked for it are logged with the traceback.
             logger.error("%s", refused)
             raise refused from error
+        give_back_freed()
         self.loaded_at = self.used_at = monotonic()
         self.load_seconds, self.loads = self.loaded_at - start, self.loads + 1
         logger.info(
