@@ -368,6 +368,9 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
 #: A model that takes four seconds to load, and none to compute: its tasks are parked for as long as a test needs them.
 LATE = {"LEGIT_WORKER_MODELS__LATE__KIND": "simulated", "LEGIT_WORKER_MODELS__LATE__PATH": "0,0,0,4"}
 
+#: For tests that want more tasks in flight than a worker takes that does not know yet how long they last.
+GREEDY = {"LEGIT_WORKER_MAX_HELD_SECONDS": "1000"}
+
 #: The same project under Celery's own solo pool, and under ModelPool.
 SIDES = {"stock": {}, "modelpool": {"LEGIT_WORKER_ENABLED": "1"}}
 

@@ -16,6 +16,7 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from harness import (
+    GREEDY,
     INSPECT_SECONDS,
     LATE,
     SIDES,
@@ -327,7 +328,7 @@ def test_of_two_hundred_tasks_in_flight_the_right_one_is_terminated(
     controlled: Sides, broker: Broker, simulated: Simulated
 ) -> None:
     """They wait for their model to load: 199 get what is theirs."""
-    worker = controlled.worker("modelpool", broker=broker, **LATE)
+    worker = controlled.worker("modelpool", broker=broker, **LATE, **GREEDY)
     results = [worker.send("tidies", f"text {number}", "late") for number in range(IN_FLIGHT)]
     poll(lambda: worker.pool()["parked"] == IN_FLIGHT, "all of them to park")
     (revoked,) = results[77:78]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from celery.exceptions import TaskRevokedError
-from harness import SIDES, Broker, Sides, Worker, poll
+from harness import GREEDY, SIDES, Broker, Sides, Worker, poll
 
 #: Tasks of a fiftieth of a second each: two seconds in all.
 TASKS = 100
@@ -45,7 +45,7 @@ def check_kill(sides: Sides, broker: Broker) -> None:
     """A hundred tasks are in flight, having gathered while their model was loading, and the process is gone."""
     client = broker.client()
     results = [client.send_task("one", [f"text {number}"], {"alias": "slow_to_load"}) for number in range(TASKS)]
-    first = sides.worker("modelpool", broker=broker)
+    first = sides.worker("modelpool", broker=broker, **GREEDY)
     first.wait_for_log("computes")
     first.kill()
     assert len(first.received) == TASKS
