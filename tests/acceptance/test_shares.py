@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from harness import Broker, Sides, StartWorker, Worker, poll
+from harness import Broker, Client, Sides, StartWorker, Worker, poll
 
 #: Tasks of a tenth of a second each.
 TASKS = 200
@@ -19,28 +21,33 @@ def done(worker: Worker) -> int:
     return worker.log.count(" succeeded in ")
 
 
-def check_shares(sides: Sides, broker: Broker) -> None:
-    client = broker.client()
-    results = [client.send_task("one", ["text"], {"alias": "heavy"}) for _ in range(TASKS)]
-    first = sides.worker("modelpool", broker=broker)
-    poll(lambda: done(first) > TASKS // 20, "the first tasks")
-    second = sides.worker("modelpool", broker=broker)
-    second.settle(results)
-    assert done(first) + done(second) == TASKS
-    assert min(done(first), done(second)) > TASKS * PART, (done(first), done(second))
+def join_late(sides: Sides, broker: Broker, results: Callable[[Client], list[Any]], **settings: str) -> None:
+    """A second worker, which has started by then, joins when the first has done a twentieth: each gets its part."""
+    first = sides.worker("modelpool", broker=broker, **settings)
+    second = sides.worker("modelpool", f"--queues={broker.queue}-idle", broker=broker, **settings)
+    sent = results(broker.client())
+    poll(lambda: done(first) > len(sent) // 20, "the first tasks")
+    second.client.control.add_consumer(broker.queue, destination=[second.name])
+    first.settle(sent)
+    poll(lambda: done(first) + done(second) == len(sent), "the last lines of the logs")
+    assert min(done(first), done(second)) > len(sent) * PART, (done(first), done(second))
+
+
+def heavy(client: Client) -> list[Any]:
+    return [client.send_task("one", ["text"], {"alias": "heavy"}) for _ in range(TASKS)]
 
 
 def test_the_second_worker_gets_its_part(sides: Sides, broker: Broker) -> None:
-    check_shares(sides, broker)
+    join_late(sides, broker, heavy)
 
 
 def test_the_second_worker_gets_its_part_under_rabbitmq(start_worker: StartWorker, rabbitmq: Broker) -> None:
-    check_shares(Sides(start_worker), rabbitmq)
+    join_late(Sides(start_worker), rabbitmq, heavy)
 
 
 def test_the_second_worker_gets_its_part_of_a_quorum_queue(start_worker: StartWorker, rabbitmq: Broker) -> None:
     """Whose consumers have a prefetch count of their own, for good."""
-    check_shares(Sides(start_worker), dataclasses.replace(rabbitmq, queue_type="quorum"))
+    join_late(Sides(start_worker), dataclasses.replace(rabbitmq, queue_type="quorum"), heavy)
 
 
 def test_what_is_held_follows_what_tasks_take(sides: Sides, broker: Broker) -> None:
@@ -57,14 +64,10 @@ def test_what_is_held_follows_what_tasks_take(sides: Sides, broker: Broker) -> N
 
 
 def test_tasks_that_run_their_own_code_for_long_are_left_to_others_too(sides: Sides, broker: Broker) -> None:
-    client = broker.client()
-    results = [client.send_task("sleeps", [0.1]) for _ in range(100)]
-    bound = {"LEGIT_WORKER_MAX_HELD_SECONDS": "1"}
-    first = sides.worker("modelpool", broker=broker, **bound)
-    poll(lambda: done(first) > 5, "the first tasks")
-    second = sides.worker("modelpool", broker=broker, **bound)
-    second.settle(results)
-    assert min(done(first), done(second)) > 100 * PART, (done(first), done(second))
+    def sleep(client: Client) -> list[Any]:
+        return [client.send_task("sleeps", [0.1]) for _ in range(TASKS // 2)]
+
+    join_late(sides, broker, sleep, LEGIT_WORKER_MAX_HELD_SECONDS="1")
 
 
 @pytest.mark.parametrize("bad", ["0", "-1", "x"])
