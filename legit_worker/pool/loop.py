@@ -18,7 +18,7 @@ from legit_worker.batching.sizing import LAUNCH_SHARE
 #: answers in a third of it; a lone task waits no longer than this.
 GLANCE = 0.0004
 
-#: A task that arrives within so many seconds of a batch's end had been waiting for it.
+#: A task that arrives within this many seconds of a batch's end had been waiting for it.
 AT_ONCE = 0.002
 
 #: The poller sleeps for whole milliseconds. To listen for less, it is asked again and again.
@@ -60,7 +60,7 @@ class Wakeup:
             self._writer.send(b"\0")
 
     def wait(self, seconds: float) -> None:
-        """Until it is set, at most so long. `select.select` would take no descriptor from 1,024 on."""
+        """Until it is set, or for this many seconds. `select.select` would take no descriptor from 1,024 on."""
         poller = select.poll()
         poller.register(self._reader, select.POLLIN)
         poller.poll(seconds * 1000)
@@ -159,7 +159,7 @@ class Pace:
 
     @staticmethod
     def _is_over(left: float, arrived: bool, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
-        """Whether the delay that the user chose is; if not, listen for a part of what is left of it."""
+        """Whether the delay that the user chose is over. If not, listen for a part of the time that is left."""
         if left <= 0 or full():
             return True
         if not arrived:
