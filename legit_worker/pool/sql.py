@@ -13,100 +13,29 @@ statement, or for the connection, that a parked task would make them wait for in
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, wraps
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from legit_worker.pool import fibers
 from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.locks import (
+    READERS_PASS,
+    READERS_WAIT,
+    SqliteTransaction,
+    Transaction,
+    is_for_update,
+    keep_weakly,
+    readers_count,
+    takes_locks,
+)
 from legit_worker.pool.turns import Gate, Line
-
-#: Databases that keep old rows for readers: a plain `SELECT` neither waits for a writer nor holds one up.
-READERS_PASS = ("postgresql", "mysql", "mariadb", "oracle")
-
-#: Isolation levels under which a plain `SELECT` counts as well: two such transactions that overlap end in an error.
-READERS_COUNT = ("SERIALIZABLE", "REPEATABLE READ")
-
-#: What begins a statement that takes no lock.
-READ = re.compile(
-    r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*"
-    r"(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|SET|SAVEPOINT|RELEASE|ROLLBACK|BEGIN|COMMIT)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-
-#: What makes it take one nevertheless: writes in a `WITH`, `FOR UPDATE`, `FOR SHARE`, `pg_advisory_lock()`.
-LOCK = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|INTO|SHARE)\b|LOCK", re.IGNORECASE)
-
-#: What waits for readers, too: what changes a table itself.
-READERS_WAIT = re.compile(
-    r"\s*(?:ALTER|DROP|TRUNCATE|LOCK|RENAME|VACUUM|REINDEX|CLUSTER|REFRESH|OPTIMIZE)\b", re.IGNORECASE
-)
 
 #: Connections that stay free for tasks which have one already, until it is known how many one task needs.
 SPARE = 1
-
-#: Texts of statements whose meaning is remembered: those of a project, not those that are made anew each time.
-STATEMENTS = 1024
-
-
-@lru_cache(STATEMENTS)
-def takes_locks(statement: str) -> bool:
-    """Whether a statement may wait for another transaction, or make one wait, on a database where readers pass."""
-    return READ.match(statement) is None or LOCK.search(statement) is not None
-
-
-class Transaction:
-    """A transaction that took locks."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = ref(connection)
-        root = connection.get_transaction()
-        #: SQLAlchemy's own, which it gives up at its end; None if each statement is a transaction.
-        self.about: Callable[[], Any] = (lambda: None) if root is None else ref(root)
-
-    def is_held(self) -> bool:
-        """Whether it is still open."""
-        connection, root = self._connection(), self.about()
-        if connection is None or root is None or not root.is_active:
-            return False
-        return connection.invalidated or not _commits_by_itself(connection)
-
-
-class SqliteTransaction(Transaction):
-    """The same on SQLite, where the driver begins late and rows that are not read yet hold a lock, too."""
-
-    def __init__(self, connection: Any) -> None:
-        super().__init__(connection)
-        #: The driver's cursors of results that have such rows: read to the end, or dropped, a result drops its cursor.
-        self.cursors: WeakSet[Any] = WeakSet()
-        #: It read `FOR UPDATE`, which SQLite does not know, and which is kept here nevertheless.
-        self.is_for_update = False
-
-    def is_held(self) -> bool:
-        """Whether the driver is in a transaction, or has rows to give, or a row is locked."""
-        connection = self._connection()
-        if connection is None or connection.closed or connection.invalidated:
-            return False
-        if self.cursors:
-            return True
-        begun = self.is_for_update or getattr(_driver(connection), "in_transaction", True)
-        return bool(begun and connection.in_transaction())
-
-
-def _driver(connection: Any) -> Any:
-    return connection.connection.dbapi_connection
-
-
-def _commits_by_itself(connection: Any) -> bool:
-    """Whether each statement is a transaction of its own."""
-    try:  # SQLAlchemy 2.1
-        return bool(connection.dialect.detect_autocommit_setting(_driver(connection)))
-    except (AttributeError, NotImplementedError):
-        return getattr(_driver(connection), "autocommit", False) is True
 
 
 class Use:
@@ -180,8 +109,7 @@ class Room:
         if fiber.holdings.shared:
             self._most = max(self._most, self._count(fiber) + 1)
         if not self._has_place(fiber) or self._line.is_taken:
-            with fiber.shield():
-                self._line.wait(fiber, first=_has_any(fiber))
+            self._line.wait(fiber, first=_has_any(fiber))
         self._guests.add(fiber)
 
     def _has_place(self, fiber: Fiber) -> bool:
@@ -230,11 +158,10 @@ class Database:
 
     def pass_by(self, fiber: Fiber, connection: Any, statement: str, context: Any) -> None:
         """The task is about to execute this. Wait if another task's transaction may hold it up."""
-        if self._readers_pass and not takes_locks(statement) and not _readers_count(connection):
+        if self._readers_pass and not takes_locks(statement) and not readers_count(connection):
             return
         if self._readers_pass and READERS_WAIT.match(statement):  # before the gate, which some of them may wait for
-            with fiber.shield():
-                self._line.wait(fiber)
+            self._line.wait(fiber)
         claims = self._gate.take(fiber)
         root = connection.get_transaction()
         claim = next((claim for claim in claims if claim.about() is root), None)
@@ -242,7 +169,7 @@ class Database:
             claim = self._transaction(connection)
             claims.append(claim)
         if isinstance(claim, SqliteTransaction):
-            claim.is_for_update = claim.is_for_update or _is_for_update(context)
+            claim.is_for_update = claim.is_for_update or is_for_update(context)
 
     def _others(self, fiber: Fiber) -> list[Fiber]:
         """The other tasks that are in a transaction."""
@@ -259,31 +186,8 @@ class Database:
         """These rows are still to be read."""
         root, cursor = connection.get_transaction(), result.cursor
         for claim in self._gate.claims(fiber) or ():
-            if isinstance(claim, SqliteTransaction) and claim.about() is root and _keep_weakly(result.context, cursor):
+            if isinstance(claim, SqliteTransaction) and claim.about() is root and keep_weakly(result.context, cursor):
                 claim.cursors.add(cursor)
-
-
-def _keep_weakly(context: Any, cursor: Any) -> bool:
-    """Have the result alone keep the driver's cursor, as its context would outlive the last row."""
-    driver: Any = sys.modules.get("sqlite3")
-    if driver is None or not isinstance(cursor, driver.Cursor):
-        return False
-    context.cursor = SimpleNamespace(
-        rowcount=cursor.rowcount, lastrowid=cursor.lastrowid, description=cursor.description
-    )
-    return True
-
-
-def _is_for_update(context: Any) -> bool:
-    """Whether the program wrote `with_for_update()`, which is not in the statement of a database without it."""
-    statement = getattr(getattr(context, "compiled", None), "statement", None)
-    return getattr(statement, "_for_update_arg", None) is not None
-
-
-def _readers_count(connection: Any) -> bool:
-    level = connection.get_execution_options().get("isolation_level")
-    level = level or getattr(connection.dialect, "_on_connect_isolation_level", None)
-    return level in READERS_COUNT
 
 
 #: By what tells databases apart; by dialect, of which each engine has its own; by pool; by connection and session.

@@ -112,19 +112,22 @@ class Line:
             return True
         if _wake is None or not fiber.may_wait() or not self._will_move(fiber):
             return False
-        self._waiting.insert(0 if first else len(self._waiting), fiber)
+        with fiber.shield(), _interrupted_in_its_own_code_only(fiber):
+            self._stand(fiber, 0 if first else len(self._waiting))
+        return True
+
+    def _stand(self, fiber: Fiber, place: int) -> None:
+        self._waiting.insert(place, fiber)
         _lines.add(self)
         fiber.holdings.stands_in = self
         try:
-            with _interrupted_in_its_own_code_only(fiber):
-                while fiber is not self._waiting[0] or not self.is_free(fiber):
-                    fiber.park(self._waits_for)
+            while fiber is not self._waiting[0] or not self.is_free(fiber):
+                fiber.park(self._waits_for)
         finally:
             fiber.holdings.stands_in = None
             self._waiting.remove(fiber)
             if not self._waiting:
                 _lines.discard(self)
-        return True
 
     def look(self) -> None:
         """Have the first one go on, if it can."""

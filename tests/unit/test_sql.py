@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scop
 from sqlalchemy.pool import NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 from legit_worker import exclusive
-from legit_worker.pool import fibers, sql, turns
+from legit_worker.pool import fibers, locks, sql, turns
 from legit_worker.pool.fibers import Fiber, run_task
 
 #: More than a pool of SQLAlchemy's has connections by default.
@@ -543,7 +543,7 @@ def test_below_an_event_loop_nothing_waits_and_nothing_breaks(loop: Loop, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("statement", "locks"),
+    ("statement", "takes"),
     [
         ("SELECT 1", False),
         ("  select updated_at, is_deleted from row where step = :step", False),
@@ -564,8 +564,8 @@ def test_below_an_event_loop_nothing_waits_and_nothing_breaks(loop: Loop, tmp_pa
         ("LOCK TABLE row", True),
     ],
 )
-def test_a_statement_takes_locks_or_does_not(statement: str, locks: bool) -> None:
-    assert sql.takes_locks(statement) is locks
+def test_a_statement_takes_locks_or_does_not(statement: str, takes: bool) -> None:
+    assert locks.takes_locks(statement) is takes
 
 
 def test_outside_tasks_nothing_is_different(loop: Loop, engine: Engine) -> None:
