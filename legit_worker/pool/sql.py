@@ -32,7 +32,7 @@ from legit_worker.pool.locks import (
     readers_count,
     takes_locks,
 )
-from legit_worker.pool.turns import Gate, Line
+from legit_worker.pool.turns import Gate, Line, drop_old
 
 #: Connections that stay free for tasks which have one already, until it is known how many one task needs.
 SPARE = 1
@@ -119,8 +119,9 @@ class Room:
 
     def _holders(self, _: Fiber) -> list[Fiber]:
         """None if any connection is somebody else's: a thread's, or one that was taken before the first task."""
-        counts = {fiber: self._count(fiber) for fiber in self._guests}
-        return [] if sum(counts.values()) < self._taken() else [fiber for fiber in counts if counts[fiber]]
+        counts = {fiber: self._count(fiber) for fiber in self._guests if not fiber.dead}
+        self._guests = WeakSet(fiber for fiber, count in counts.items() if count)
+        return [] if sum(counts.values()) < self._taken() else list(self._guests)
 
     def _taken(self) -> int:
         pool = self._pool()
@@ -167,6 +168,7 @@ class Database:
         claim = next((claim for claim in claims if claim.about() is root), None)
         if claim is None:
             claim = self._transaction(connection)
+            drop_old(claims)  # of a task that never parks
             claims.append(claim)
         if isinstance(claim, SqliteTransaction):
             claim.is_for_update = claim.is_for_update or is_for_update(context)

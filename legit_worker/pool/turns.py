@@ -180,7 +180,7 @@ class Gate:
     def review(self, fiber: Fiber) -> None:
         """The task parks: it keeps the gate only if it still needs it."""
         claims = self._claims[fiber]
-        claims[:] = [claim for claim in claims if _try(claim.is_held, True)]
+        drop_old(claims)
         if not claims:
             self.leave(fiber)
 
@@ -191,6 +191,11 @@ class Gate:
 
     def _is_free_for(self, fiber: Fiber) -> bool:
         return all(holder is fiber or holder.dead for holder in self._claims)
+
+
+def drop_old(claims: list[Claim]) -> None:
+    """Leave those that are still held."""
+    claims[:] = [claim for claim in claims if _try(claim.is_held, True)]
 
 
 #: Those in which somebody waits.
