@@ -29,9 +29,7 @@ class Terminal:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         installed = {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONPATH": str(ROOT)}
         servers = {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend}
-        # Wide enough for the table of `legit status`.
-        screen = {"COLUMNS": "120"}
-        environment = kept | ENVIRONMENT | installed | servers | screen | settings
+        environment = kept | ENVIRONMENT | installed | servers | settings
         self._place: dict[str, Any] = {"cwd": folder, "env": environment}
 
     def run(self, command: str) -> str:
