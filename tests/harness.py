@@ -281,7 +281,9 @@ class Worker:
 
     def stats(self) -> dict[str, Any]:
         """What `celery inspect stats` shows for this worker."""
-        answer = self.client.control.inspect([self.name], timeout=INSPECT_SECONDS).stats()
+        # Celery says that it is ready just before it listens, so the first question may find nobody.
+        inspect = self.client.control.inspect([self.name], timeout=INSPECT_SECONDS)
+        answer = inspect.stats() or inspect.stats()
         assert answer, f"{self.name} does not answer inspect:\n{self.tail()}"
         stats: dict[str, Any] = answer[self.name]
         return stats
