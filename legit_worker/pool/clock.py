@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
-#: The worst wait is that of this many tasks that ended last: about two full windows.
+#: The worst wait is looked for among this many tasks, the last ones that ended: about two full windows.
 RECENT = 2048
 
 
@@ -106,6 +108,25 @@ class Clock:
     def waited(self, now: float) -> float:
         """The rest of the seconds since it started; 0 before that."""
         return 0.0 if self._started is None else max(0.0, now - self._started - self.seconds(now))
+
+
+def work_of(done: Future[Any]) -> Work:
+    """What another process does for a task, from when it takes the task's input until it is done with that.
+
+    Only whoever runs these processes hears of the beginning, and tells it to the future.
+    """
+    work = Work()
+    take = done.set_running_or_notify_cancel
+
+    def taken() -> bool:
+        work.begin()
+        return take()
+
+    done.set_running_or_notify_cancel = taken  # type: ignore[method-assign]
+    if done.running():  # already
+        work.begin()
+    done.add_done_callback(lambda _: work.end())
+    return work
 
 
 @dataclass

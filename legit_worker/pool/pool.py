@@ -41,7 +41,7 @@ from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, limits, reports, sql, turns
 from legit_worker.pool.backlog import Backlog
-from legit_worker.pool.clock import Waits, Work
+from legit_worker.pool.clock import Waits, Work, work_of
 from legit_worker.pool.engine import Counters, Engine
 from legit_worker.pool.fibers import Fiber, refuse_task, run_task
 from legit_worker.pool.limits import Limit
@@ -64,8 +64,8 @@ logger = logging.getLogger(__name__)
 #: it again.
 DEFAULT_WINDOW = 1024
 
-#: Of these, tasks that are acked early, all of which a kill loses. One batch of short texts, so that there is something
-#: to batch at all; a prefork worker with as many processes loses as many.
+#: The most tasks that run at once and are acked early: a kill loses all of them. They are enough for a batch of short
+#: texts, and a prefork worker with as many processes loses as many.
 EARLY_WINDOW = 32
 
 #: Of the tasks that are acked early, how many a warning names.
@@ -571,7 +571,7 @@ class ModelPool(SoloPool):
         if fiber is None:
             futures.wait([done])
             return
-        work = _work_of(done) if is_own else Work()
+        work = work_of(done) if is_own else Work()
         fiber.clock.follow(work)
         try:
             with fiber.shield():
@@ -646,22 +646,6 @@ EARLY_ACKS = (
     "Some tasks are acked before they run (%s: %d in all). A kill of this worker loses those that have started, up to "
     "%d, and nobody is told; no more of them run at once. Set acks_late=True for each that may run twice."
 )
-
-
-def _work_of(done: Future[Any]) -> Work:
-    """What a helper does for one input: from when it takes it, which only the pool of helpers hears of."""
-    work = Work()
-    take = done.set_running_or_notify_cancel
-
-    def taken() -> bool:
-        work.begin()
-        return take()
-
-    done.set_running_or_notify_cancel = taken  # type: ignore[method-assign]
-    if done.running():  # already
-        work.begin()
-    done.add_done_callback(lambda _: work.end())
-    return work
 
 
 def _free_memory() -> None:

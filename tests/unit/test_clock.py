@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 
 from legit_worker.pool import clock
-from legit_worker.pool.clock import RECENT, Clock, Waits, Work
+from legit_worker.pool.clock import RECENT, Clock, Waits, Work, work_of
 
 #: Moves time on by this many seconds.
 Pass = Callable[[float], None]
@@ -91,6 +92,32 @@ def test_work_that_never_began_took_no_time(after: Pass) -> None:
     work.end()
     subject.settle(work)
     assert read(subject) == (0, 5)
+
+
+@pytest.mark.parametrize("taken_early", [True, False])
+def test_a_helpers_work_begins_when_a_helper_takes_it(after: Pass, taken_early: bool) -> None:
+    future: Future[int] = Future()
+    if taken_early:
+        future.set_running_or_notify_cancel()
+    work = work_of(future)
+    after(5)
+    if not taken_early:
+        assert work.seconds(clock.monotonic()) == 0
+        future.set_running_or_notify_cancel()
+        assert future.running()
+    after(2)
+    future.set_result(1)
+    after(7)
+    assert work.seconds(clock.monotonic()) == (7 if taken_early else 2)
+
+
+def test_input_that_no_helper_took_is_no_work(after: Pass) -> None:
+    future: Future[int] = Future()
+    work = work_of(future)
+    after(5)
+    future.cancel()
+    future.set_running_or_notify_cancel()
+    assert work.seconds(clock.monotonic()) == 0
 
 
 def test_the_worst_wait_is_forgotten_and_the_total_is_not() -> None:
