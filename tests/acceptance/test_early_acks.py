@@ -70,7 +70,8 @@ def test_a_task_that_is_acked_late_does_not_count_where_the_project_acks_early(
     start_worker: StartWorker, tmp_path: Path
 ) -> None:
     worker = start(start_worker, tmp_path, environment={"PROJECT_ACKS_LATE": "0"})
-    send(worker, BOUND + 20, "acked_late", "never")
+    results = send(worker, BOUND + 20, "acked_late", "never")
+    poll(lambda: len(worker.received) == len(results), "all tasks to come")
     poll(lambda: worker.pool()["in_flight"] == BOUND + 20, "all of them to start")
 
 

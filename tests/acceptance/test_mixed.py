@@ -25,7 +25,7 @@ TASKS = 1000
 #: The part of all tasks that takes longer than its soft time limit. Stock solo has none, so there they succeed.
 OVERTIME_SHARE = 0.05
 
-#: Seconds of a soft time limit, and of the task that it is for.
+#: Seconds of a soft time limit, and of the own time of the task that it is for.
 LIMIT, OVERTIME = 0.05, 0.4
 
 #: The parts of all tasks, by what becomes of them; the rest succeeds.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -308,6 +309,38 @@ def test_a_batch_in_flight_is_collected_when_it_is_done() -> None:
     assert call.outputs == ["oneone", "twotwo"]
     assert not subject.is_busy
     assert subject.counters["letters"].batches == 1
+
+
+def test_a_tasks_clock_counts_the_batches_of_its_items_while_the_device_is_at_them() -> None:
+    subject, entry = engine(), GpuEntry()
+    on_done: list[Callable[[], None]] = []
+    subject._watch = lambda launch, then: on_done.append(then)
+    first, behind = (ask(subject, entry, [text]) for text in ("one", "TWO"))  # never in one batch
+    subject.step()
+    subject.step()
+    assert len(entry.launches) == 2
+    assert (first.clock.is_in_batch, behind.clock.is_in_batch) == (True, False)
+    entry.land()
+    on_done[0]()
+    now = monotonic() + 60
+    assert first.clock.seconds(now) < 60, "its batch is over, though nobody has taken it yet"
+    subject.collect()
+    assert (first.clock.seconds(now), first.clock.is_in_batch) == (entry.launches[0].seconds, False)
+    assert behind.clock.is_in_batch
+    entry.land(PoisonError())
+    subject.collect()
+    assert not behind.clock.is_in_batch
+
+
+def test_a_batch_that_fails_counts_and_so_do_its_halves() -> None:
+    subject, entry = engine(), FakeEntry()
+    calls = [ask(subject, entry, [text]) for text in ("one", "two!")]
+    run_all(subject)
+    assert calls[1].error is not None
+    for call in calls:
+        own = call.clock.seconds(0.0)
+        assert own > 0
+        assert call.clock.seconds(60.0) == own, "it is over"
 
 
 def test_behind_a_batch_in_flight_only_a_full_one_is_worth_handing_over() -> None:
