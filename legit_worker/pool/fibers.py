@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -28,9 +29,18 @@ from legit_worker.pool.turns import Holdings, wait_for_all
 
 
 class FiberPid(int):
-    """The process id that Celery is told: a number to everyone else, the way back to the fiber for `terminate_job`."""
+    """The process id that Celery is told: a number to everyone else, the way back to the fiber for `terminate_job`.
 
-    fiber: Fiber
+    The way back is weak, so that no fiber is in a cycle: Python's collector never frees a greenlet in a cycle, if it
+    once looked while the greenlet was running or parked (greenlet 3.5).
+    """
+
+    ref: weakref.ref[Fiber]
+
+    @property
+    def fiber(self) -> Fiber | None:
+        """None once it is gone."""
+        return self.ref()
 
 
 class Fiber(greenlet):
@@ -84,7 +94,7 @@ class Fiber(greenlet):
         #: What it has open that other tasks may need.
         self.holdings = Holdings()
         self.pid = FiberPid(os.getpid())
-        self.pid.fiber = self
+        self.pid.ref = weakref.ref(self)
         # The worker's own answer to whether `result.get()` is refused: it is what the other tasks are to find.
         self._joins_block = task_join_will_block()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import gc
 import json
 import os
+import weakref
 from contextvars import ContextVar
 
 import pytest
@@ -45,6 +48,26 @@ def test_the_pid_is_the_process_and_leads_back_to_the_fiber() -> None:
     assert subject.pid == os.getpid()
     assert json.dumps(subject.pid) == str(os.getpid())
     assert subject.pid.fiber is subject
+
+
+def test_a_fiber_that_was_parked_while_the_collector_ran_goes_when_it_ends() -> None:
+    def target() -> None:
+        current = fibers.current()
+        assert current is not None
+        current.park("a model")
+
+    told: list[int] = []
+    run = functools.partial(fibers.run_task, target, (), {}, lambda _: None, lambda pid, _: told.append(pid))
+    subject = fiber(run)
+    subject.resume()
+    gc.collect()
+    subject.resume()
+    assert subject.dead
+    gone = weakref.ref(subject)
+    del subject
+    gc.collect()
+    assert gone() is None
+    assert told[0].fiber is None  # type: ignore[attr-defined]
 
 
 def test_leave_to_join_results_stays_with_the_task_that_took_it() -> None:
