@@ -36,8 +36,6 @@ class SimulatedModel:
         self._alias = alias
         self._ledger = ledger or simulated_device().ledger
         self._leave: Any = None
-        #: The batches that ran, each a list of items: tests read it.
-        self.batches: list[list[str]] = []
 
     def load(self, device: str) -> None:
         """Nothing to read, but it takes its time; then the weights are there. Raises `DeviceOutOfMemoryError`."""
@@ -74,7 +72,6 @@ class SimulatedModel:
 
     def forward(self, batch: Sequence[str]) -> list[NDArray[np.float32]]:
         """Sleep as long as the batch would take, holding its bytes, then answer. Raises `DeviceOutOfMemoryError`."""
-        self.batches.append(list(batch))
         padded = len(batch) * max(map(self.cost, batch))
         with self._ledger.held(self._alias, padded * self._bytes_per_cost):
             sleep(self.seconds_per_batch + self.seconds_per_cost * padded)
