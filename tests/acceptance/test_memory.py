@@ -1,0 +1,53 @@
+"""What a worker keeps of tasks that are over: nothing, whatever they named and however they ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery.result import AsyncResult
+from harness import SIMULATED, StartWorker, Worker
+
+#: Tasks of each kind in one round: two rounds name more unknown apps than the worker tells of in its log.
+TASKS = 60
+
+#: App `alpha` has its results routed, also to queues that its tasks name; Celery's own lists are full after one round.
+ENVIRONMENT = SIMULATED | {
+    "LEGIT_WORKER_ENABLED": "1",
+    "LEGIT_WORKER_APP_FROM": "header:app,reply_to",
+    "LEGIT_WORKER_APPS__ALPHA__RESULT_ROUTING": "1",
+    "LEGIT_WORKER_APPS__ALPHA__REPLY_TO_PREFIX": "answers.",
+    "CELERY_WORKER_SUCCESSFUL_MAX": "10",
+    "CELERY_WORKER_REVOKES_MAX": "10",
+}
+
+
+def send(worker: Worker, number: int) -> list[AsyncResult[Any]]:
+    """One task of each kind, that names what no other has named."""
+    own = {"headers": {"app": "alpha"}}
+    task = worker.client.send_task
+    return [
+        task("one", [number], **own),
+        task("one", [number], headers={"app": f"unknown-{number}"}),
+        task("double", [number], reply_to=f"answers.{number}"),
+        task("one", [number], {"alias": f"unknown{number}"}),
+        task("raises_before", [f"text {number}"]),
+        task("fails", [], {"message": f"error {number}"}, **own),
+        task("again", **own),
+        task("two_models", [f"text {number}"]),
+        task("exclusive_pair", [f"text {number}"]),
+        task("many", [300]),
+        task("calls_another", [f"text {number}"]),
+        *([task("blocks")] if number % 20 == 10 else []),  # Python's collector, while tasks are parked
+    ]
+
+
+def test_nothing_is_kept_of_tasks_that_are_over(start_worker: StartWorker) -> None:
+    worker = start_worker("remembers", environment=ENVIRONMENT)
+    seen = []
+    for start in range(0, 4 * TASKS, TASKS):
+        results = [result for number in range(start, start + TASKS) for result in send(worker, number)]
+        worker.settle(results)
+        seen.append(worker.ask("blocks"))
+    _, _, before, after = seen
+    # A single thing that each task of one kind left behind would be so many blocks, or more.
+    assert after - before < TASKS, seen
