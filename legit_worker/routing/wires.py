@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cachetools import LRUCache
 from celery import Celery
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import ChannelError
@@ -20,6 +21,9 @@ from legit_worker.settings import AppSettings
 
 #: Seconds that a server may take to answer. It is tried again after that.
 PATIENCE = 5
+
+#: Queues that are known to be there: more than there are apps. Tasks may name queues of their own without end.
+KNOWN_QUEUES = 1000
 
 
 @dataclass(eq=False, kw_only=True)
@@ -144,7 +148,7 @@ class BrokerWire(_KombuWire):
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self._is_amqp = connection.transport.driver_type == "amqp"
-        self._known: set[str] = set()
+        self._known: LRUCache[str, bool] = LRUCache(KNOWN_QUEUES)
 
     def send(self, deliveries: list[Delivery]) -> None:
         """Each confirmed by the broker."""
@@ -182,11 +186,11 @@ class BrokerWire(_KombuWire):
 
     def _declare(self, queue: str) -> None:
         """Once per connection. One that its owner made with other arguments stays as it is."""
-        if queue in self._known:
+        if self._known.get(queue):
             return
         try:
             Queue(queue, channel=self.channel).queue_declare(passive=True)
         except ChannelError:  # which closed the channel
             self.close()
             Queue(queue, channel=self.channel, durable=True).queue_declare()
-        self._known.add(queue)
+        self._known[queue] = True
