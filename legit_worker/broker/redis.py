@@ -261,6 +261,7 @@ class ReservingChannel(stock.Channel):
     def _hang_bells(self) -> None:
         sources = self._sources()
         queues = len(self.active_queues)
+        self._seen.intersection_update(source.key for source in sources)  # of queues that are consumed from
         wanted = {source.key for number, source in enumerate(sources) if number < queues or source.key in self._seen}
         for key in self._bells.keys() - wanted:
             self.drop(self._bells[key])

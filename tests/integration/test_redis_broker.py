@@ -428,6 +428,20 @@ def test_a_cancelled_queue_is_left_alone(url: str, server: redis.Redis, taker: A
     assert server.llen("a") == 1
 
 
+def test_queues_that_come_and_go_leave_nothing_behind(url: str, taker: Any) -> None:
+    one = taker("stays")
+    for number in range(3):
+        name = f"visits-{number}"
+        put(url, number, to=name, priority=9)
+        one.consumer.add_queue(queue(name))
+        one.consumer.consume()
+        assert one.take(1) == [number]
+        one.consumer.cancel_by_queue(name)
+    assert one.takes_no_more()
+    assert not one.channel._seen
+    assert one.channel._bells.keys() == {"stays"}
+
+
 def test_consumers_that_do_not_ack_have_nothing_noted(url: str, server: redis.Redis) -> None:
     put(url, *range(3))
     with ReservingConnection(url) as connection:
