@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 #: Batches remembered per model: enough to see several lengths, few enough to follow a device that slows down.
 MEMORY = 64
 
+#: When this many batches in a row took this many times as long as predicted, or as little, the device has changed: say,
+#: other programs begin to use the machine. What was seen before is forgotten, or small batches would follow for long.
+SURPRISES, SURPRISING = 3, 2.0
+
 #: Batches that tell all three terms apart; a fit to fewer would follow noise.
 ENOUGH = 6
 
@@ -55,6 +59,8 @@ class CostModel:
         self._fit = self._cautious = _law(prior)
         # While all batches have about as many items: the most items, the largest padded cost, the most seconds.
         self._alike: tuple[int, int, float] | None = None
+        # Batches in a row that took much longer than predicted, counted upwards, or much less, counted downwards.
+        self._surprises = 0
 
     def __repr__(self) -> str:
         a, b, c = self._fit
@@ -76,7 +82,10 @@ class CostModel:
 
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""
-        self._seen = seen = np.vstack([self._seen, (count, longest, seconds)])[-MEMORY:]
+        self._seen = np.vstack([self._seen, (count, longest, seconds)])[-MEMORY:]
+        if self._is_changed(self.predict(count, longest), seconds):
+            self._seen = self._seen[-SURPRISES:]
+        seen = self._seen
         if len(seen) >= self._enough and _differ(seen[:, 0] * seen[:, 1]):
             self._fit = self._cautious = _law(_fit(seen, self._prior))
         else:
@@ -91,6 +100,16 @@ class CostModel:
         self._alike = None
         if not _differ(counts):
             self._alike = int(counts.max()), int((counts * lengths).max()), float(took.max())
+
+    def _is_changed(self, predicted: float, seconds: float) -> bool:
+        """Whether this batch is one too many that has nothing to do with those before."""
+        if seconds > SURPRISING * predicted:
+            self._surprises = max(0, self._surprises) + 1
+        elif seconds < predicted / SURPRISING:
+            self._surprises = min(0, self._surprises) - 1
+        else:
+            self._surprises = 0
+        return abs(self._surprises) >= SURPRISES
 
     @property
     def is_known(self) -> bool:

@@ -122,3 +122,12 @@ def test_until_launches_are_known_all_seconds_are_the_items() -> None:
     assert sizing.surplus_seconds(cost=100, longest=1) == pytest.approx(99 / 4 * 2.0)
     sizing.observe(1, 1, 2.0)
     assert sizing.surplus_seconds(cost=100, longest=1) == pytest.approx((100 / sizing.items(1) - 1) * 2.0)
+
+
+def test_when_other_programs_take_the_machine_batches_are_soon_large_again() -> None:
+    """From one moment on any batch takes 0.6 s, and from another on it is as it was."""
+    sizing, quiet, busy = Sizing(BOUND), linear(0.004, 1e-4), linear(0.6, 2e-4)
+    before = run(quiet, [1000] * 80, sizing, longest=9)[-1]
+    assert max(run(busy, [1000] * 6, sizing, longest=9)[-2:]) >= before / 2
+    run(busy, [1000, 50] * 40, sizing, longest=9)
+    assert run(quiet, [1000, 50] * 10, sizing, longest=9)[-2] < 2 * before
