@@ -94,7 +94,7 @@ class ModelPoolStep(bootsteps.Step):
 def _tell_unknown(**_: Any) -> None:
     """A misspelt `LEGIT_WORKER_ENABLED` would otherwise look like a worker that is on."""
     for sentence in settings.unknown():
-        logger.warning("%s. legit_worker is off", sentence)
+        logger.warning("legit_worker is off, and %s", sentence)
 
 
 def _ack_late_by_default(sender: Celery, **_: Any) -> None:

@@ -206,7 +206,7 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
 
     # Celery would refuse, at the client, arguments that only the rename makes right.
     # Nor should other apps of the process get the task, as Celery would have it by default.
-    app.task(name=name, typing=False, lazy=False, shared=False, is_legit_worker=True)(run)
+    app.task(name=name, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
 
 
 def _items(value: Any, name: str, check: Callable[[Any], Any]) -> list[Any]:

@@ -93,7 +93,9 @@ class Servers:
         self._stack.callback(_delete_queue, url, queue)
         options = self._folders(queue) if url.startswith("filesystem:") else {}
         if redelivery_seconds and url.startswith(("redis", "valkey")):
-            options["visibility_timeout"] = redelivery_seconds
+            # Newer kombu looks for a dead worker's messages every hundred seconds only.
+            looks = {"unacked_restore_throttle": 1, "unacked_restore_interval": 1}
+            options |= {"visibility_timeout": redelivery_seconds, **looks}
         return Broker(
             url=url,
             backend=self._url("backend"),

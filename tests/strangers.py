@@ -69,6 +69,8 @@ def strangers() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "header timelimit: texts", message(headers=headers(timelimit=["x", "y"]))
     yield "header timelimit: three", message(headers=headers(timelimit=[1, 2, 3]))
     yield "header stamps and stamped_headers", message(headers=headers(stamps=5, stamped_headers=["a"]))
+    for kind, value in ODD.items():
+        yield f"an unknown task, id: {kind}", message(headers=headers(task="nobody's", id=value))
     for kind, parts in {"two parts": ([1], {}), "five": ([1], {}, {}, 4, 5), "numbers": (1, 2, 3)}.items():
         yield f"body: {kind}", message(body=body(*parts))
     for kind, embed in {"a list": [], "callbacks: 5": {"callbacks": 5}, "chain: x": {"chain": "x"}}.items():

@@ -18,6 +18,9 @@ GROWTH = 4
 #: A batch of several items that took too long is followed by one of this part of its size.
 SHRINK = 0.5
 
+#: A batch that is over its bound by less than this is one that kept it: no two take the same time.
+SLACK = 1.1
+
 #: A batch may always last this many launches, even beyond the user's bound. Otherwise a model with a launch of 0.5 s
 #: would compute one item at a time.
 LAUNCHES = 2.0
@@ -46,7 +49,7 @@ class Sizing:
     def observe(self, count: int, longest: int, seconds: float) -> None:
         """Learn from a batch that ran."""
         self.costs.observe(count, longest, seconds)
-        if seconds <= max(self._max_seconds, LAUNCHES * self.costs.launch_seconds):
+        if seconds <= SLACK * max(self._max_seconds, LAUNCHES * self.costs.launch_seconds):
             self._items = max(self._items, GROWTH * count)
             self._padded = max(self._padded, GROWTH * count * longest)
         elif count > 1:  # a single item that takes too long says nothing about batches of shorter ones

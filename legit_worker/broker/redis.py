@@ -27,7 +27,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
-from legit_worker.broker.acks import ReservingQoS, flush_acks
+from legit_worker.broker.acks import ReservingQoS
 from legit_worker.broker.bells import Bell, BellPoller
 from legit_worker.broker.reserve import MOST_BYTES, MOST_MESSAGES, RESERVE, SHA1, Reserved, Source
 
@@ -50,6 +50,15 @@ def taking(channel: Any) -> str:
     if not isinstance(channel, ReservingChannel):
         return "as the broker delivers them"
     return "reserved in groups" if channel.refusal is None else f"fetched one at a time: {channel.refusal}"
+
+
+def held_by_workers(channel: Any) -> tuple[int, float]:
+    """How many messages of a Redis broker are with workers, living or dead; and the seconds after which a message that
+    one worker took is given to another. Zeros for other brokers."""
+    if not isinstance(channel, stock.Channel) or not channel.ack_emulation:
+        return 0, 0.0
+    with channel.conn_or_acquire() as client:
+        return int(client.zcard(channel.unacked_index_key)), float(channel.visibility_timeout)
 
 
 def reserve_messages(app: Celery) -> None:
@@ -142,10 +151,10 @@ class ReservingChannel(stock.Channel):
         if self.refusal is not None or self._no_ack_queues.issuperset(self.active_queues):
             self._asked = []
             super()._brpop_start(timeout or self.patience())
-        elif self._looking and self._script_is_there():
-            self._ask()
-        else:
+        elif not self._looking:
             self._hang_bells()
+        elif self._script_is_there():
+            self._ask()
 
     def _ask(self) -> None:
         sources = self._sources()
@@ -172,10 +181,9 @@ class ReservingChannel(stock.Channel):
         """The server has answered. Raises `Empty` if it had nothing."""
         if not self._asked:
             return bool(super()._brpop_read(**options))
-        found = self._read_answer(options)
-        if not found:
+        self._reserved.extend(self._read_answer(options))
+        if not self._reserved:
             raise Empty
-        self._reserved.extend(found)
         if not self._closing:
             self._deliver_reserved()
         return True
@@ -276,6 +284,9 @@ class ReservingChannel(stock.Channel):
 
     def on_bell(self, bell: Bell) -> None:
         """A list is no longer empty, or it is time to look at those without a bell."""
+        if bell.asked_at is None:  # the server closed a connection that waited for nothing while the worker was busy
+            self.drop(bell)
+            return
         try:
             bell.answer()
         except ResponseError as error:
@@ -293,7 +304,7 @@ class ReservingChannel(stock.Channel):
 
     def patience(self) -> float:
         """Seconds that the server waits before it says that there is nothing (kombu 5.6: `brpop_timeout`)."""
-        return float(getattr(self.connection, "brpop_timeout", 1))
+        return float(getattr(self.connection, "brpop_timeout", 1)) or 1.0
 
     def _take_kombus_way(self, error: ResponseError) -> None:
         """If this server will never do what it is asked to do; else raise the error."""
@@ -315,7 +326,8 @@ class ReservingChannel(stock.Channel):
     def close(self) -> None:
         """Give back what was not delivered."""
         self._closing = True
-        flush_acks()
+        if isinstance(self.qos, ReservingQoS):  # not so without `ack_emulation`
+            self.qos.flush_acks()
         for bell in list(self._bells.values()):
             self.drop(bell)
         try:

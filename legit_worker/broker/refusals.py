@@ -84,7 +84,7 @@ class RefusingConsumer:
             try:
                 return handler(message, *rest)
             except DATA_ERRORS as error:
-                if message.acknowledged or self.begun() != before:
+                if self.begun() != before:
                     raise
                 refuse(message, error)
 
@@ -99,30 +99,28 @@ def give_up_request(request: Any, error: Exception) -> None:
     if request is None:
         raise error
     state.task_ready(request)
-    if request.acknowledged:
-        logger.error("the end of task %s[%s] can't be told", request.name, request.id, exc_info=error)
-    else:
-        request.acknowledged = True
-        refuse(request.message, error)
+    request.acknowledged = True
+    refuse(request.message, error)
 
 
 def refuse(message: Any, error: Exception) -> None:
-    """Take a message out of its queue: on Redis it is put aside, elsewhere its broker has dead letters if set up."""
+    """Take a message out of its queue: on Redis it is put aside, elsewhere its broker has dead letters if set up.
+
+    Celery may have rejected it before it stumbled; or the connection that it came by is gone, and it will come again.
+    """
     logger.error(
-        "a message can't become a task (%r) and %s: headers %.*s, body %.*s",
+        "a message can't become a task, or its task's end can't be told (%r): headers %.*s, body %.*s",
         error,
-        f"was put into the list {UNREADABLE_KEY}" if _is_kept(message) else "was rejected",
         SHOWN,
         safe_repr(message.headers),
         SHOWN,
         safe_repr(message.body),
         exc_info=error,
     )
-    if _is_kept(message):
+    if message.acknowledged or getattr(message.channel, "closed", False):
+        return
+    if isinstance(message.channel, ReservingChannel):
         message.channel.put_aside(message)
+        logger.error("the message was put into the list %s", UNREADABLE_KEY)
     else:
-        message.reject()
-
-
-def _is_kept(message: Any) -> bool:
-    return isinstance(message.channel, ReservingChannel)
+        message.reject_log_error(logger, (Exception,))

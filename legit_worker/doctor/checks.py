@@ -64,7 +64,7 @@ def examine(app: Celery) -> Iterator[str | Finding]:
         yield failure("settings", str(error), "correct these variables: nothing else can be looked at before")
         return
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "settings": lambda: _settings(chosen),
+        "settings": lambda: _settings(app, chosen),
         "versions": _versions,
         "broker": lambda: _broker(app),
         "results": lambda: _results(app),
@@ -97,9 +97,11 @@ def failure(about: str, seen: str, fix: str) -> Finding:
     return Finding(about=about, level="failure", seen=seen, fix=fix)
 
 
-def _settings(chosen: settings.Settings) -> Iterator[Finding]:
+def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
     ours = sum(name.startswith(settings.PREFIX) for name in os.environ)
     yield ok(f"{ours} variables, role {chosen.role}, {len(chosen.models)} models, {len(chosen.apps)} apps")
+    if not settings.is_enabled(default=app.main == "legit_worker"):
+        yield warning("LEGIT_WORKER_ENABLED is not 1 here: with this environment, workers are stock Celery's", "set it")
     for sentence in settings.not_yet_in_effect(chosen):
         yield warning(sentence, "leave it out, or wait for a release that reads it")
 
@@ -129,6 +131,8 @@ def _broker(app: Celery) -> Iterator[Finding]:
             return
         yield ok(f"{name} answers")
         if connection.transport.driver_type == "redis":
+            seconds = connection.default_channel.visibility_timeout
+            yield ok(f"a killed worker's messages come back after {seconds:.0f} s (visibility_timeout)")
             yield from _redis(connection.default_channel.client)
 
 

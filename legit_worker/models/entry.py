@@ -312,7 +312,8 @@ class Entry:
         self.loaded_at = self.used_at = monotonic()
         self.load_seconds, self.loads = self.loaded_at - start, self.loads + 1
         logger.info(
-            "model %r loaded on %s in %.1f s, %d bytes", self.alias, self._device.name, self.load_seconds, self.size
+            "model %r loaded on %s in %.1f s, %.0f MiB",
+            *(self.alias, self._device.name, self.load_seconds, self.size / 2**20),
         )
         return model  # type: ignore[no-any-return]
 

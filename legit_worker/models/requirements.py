@@ -7,9 +7,16 @@ package is there is found out in a millisecond, where torch takes seconds to imp
 from __future__ import annotations
 
 import importlib.util
+import logging
+from pathlib import Path
 
 from legit_worker.errors import SettingsError
 from legit_worker.settings import KINDS_WITH_PATH, Settings
+
+logger = logging.getLogger(__name__)
+
+#: What a path begins with that can be no name on the Hub.
+FOLDER_SIGNS = ("/", "./", "../", "~")
 
 #: The packages that a model of a kind needs, by role, and the extra of this package that brings them.
 NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -34,9 +41,20 @@ def check(chosen: Settings) -> None:
             )
 
 
+def is_missing_folder(path: str) -> bool:
+    """Whether this path can only be a folder's, and there is none."""
+    return path.startswith(FOLDER_SIGNS) and not Path(path).is_dir()
+
+
 def check_or_exit(chosen: Settings) -> None:
-    """At a worker's start: the process ends with the sentence instead of a traceback."""
+    """At a worker's start: the process ends with the sentence instead of a traceback.
+
+    A folder that is missing is a warning. It may be there when the first task asks for its model.
+    """
     try:
         check(chosen)
     except SettingsError as error:
         raise SystemExit(f"legit_worker: {error}") from None
+    for alias, model in chosen.models.items():
+        if model.kind in KINDS_WITH_PATH and model.path and is_missing_folder(model.path):
+            logger.warning("model %r: there is no folder %s, so its tasks will fail", alias, model.path)

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.protocol import ImageFile
+from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.shortway import ShortWay, minds_task, short_way
 from legit_worker.prep.texts import PreparedText
 
@@ -35,10 +35,6 @@ Run = Callable[[Iterable[Any]], list[Any]]
 
 #: Arguments of the library's `encode` and `predict` that say how to compute. The engine decides that.
 IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
-
-
-#: What a path begins with that can be no name on the Hub.
-FOLDER_SIGNS = ("/", "./", "../", "~")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ class SentenceModel:
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or the local cache, and put them on `device`."""
-        if self._path.startswith(FOLDER_SIGNS) and not Path(self._path).is_dir():
+        if is_missing_folder(self._path):
             # The library takes it for a name on the Hub, and complains of its characters.
             raise FileNotFoundError(f"there is no folder {self._path}")
         self._model = self._open(

@@ -18,6 +18,7 @@ from typing import Any
 from billiard.einfo import ExceptionInfo
 from celery._state import _set_task_join_will_block, task_join_will_block
 from celery.concurrency.base import apply_target
+from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from legit_worker.device import modes
@@ -218,9 +219,14 @@ def run_task(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     callback: Callable[[Any], Any],
+    error_callback: Callable[[Any], Any],
     accept_callback: Callable[[int, float], Any] | None,
 ) -> None:
-    """A fiber's whole life: Celery's `apply_target` (celery.concurrency.base, 5.7), told the fiber's own pid."""
+    """A fiber's whole life: Celery's `apply_target` (celery.concurrency.base, 5.7), told the fiber's own pid.
+
+    A task that ends by `sys.exit()`, a `KeyboardInterrupt` of its own, or a `MemoryError` fails. Celery would end the
+    worker with it, as if a child process had died, and prefork's parent tells `Request.on_failure` of that.
+    """
     fiber = current()
     assert fiber is not None
 
@@ -229,16 +235,42 @@ def run_task(
             raise GreenletExit
         if fiber.exclusive_depth:
             fiber.wait_to_be_alone()
-        return target(*args, **kwargs)
+        try:
+            return target(*args, **kwargs)
+        except (GreenletExit, WorkerShutdown, WorkerTerminate):
+            raise
+        except BaseException as error:
+            if isinstance(error, Exception):
+                raise
+            return _as_lost(error)
+
+    def tell(result: Any) -> Any:
+        return error_callback(result) if isinstance(result, ExceptionInfo) else callback(_without_memory_error(result))
 
     try:
-        apply_target(call_target, args, kwargs, callback, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
+        apply_target(call_target, args, kwargs, tell, accept_callback, pid=fiber.pid, propagate=(GreenletExit,))
     except TimeLimitPassed:
         limit, fiber.limit = fiber.limit, None
         if limit is not None and limit.hard is not None:
             limit.on_timeout(False, limit.hard)
     finally:
         fiber.holdings.end(fiber)
+
+
+def _without_memory_error(result: Any) -> Any:
+    """What Celery's trace returns, whose failure is stored. `Request.on_failure` would raise a `MemoryError` again."""
+    match result:
+        case (1, ExceptionInfo(exception=MemoryError() as error) as failure, _):
+            failure.exception = RuntimeError(repr(error))
+    return result
+
+
+def _as_lost(error: BaseException) -> ExceptionInfo:
+    """Celery's word for a task that took its process with it, which is stored as its failure."""
+    try:
+        raise WorkerLostError(repr(error)) from error
+    except WorkerLostError:
+        return ExceptionInfo()
 
 
 def refuse_task(

@@ -30,7 +30,7 @@ from celery.worker.state import maybe_shutdown
 from legit_worker import settings
 from legit_worker.apps import identify
 from legit_worker.broker.acks import flush_acks
-from legit_worker.broker.redis import reserve_messages, taking
+from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import DATA_ERRORS, give_up_request, refuse_unreadable
 from legit_worker.device.cpu import bound_kernels, keep_freed_memory
 from legit_worker.device.cuda import prepare_environment
@@ -199,7 +199,7 @@ class ModelPool(SoloPool):
         for request in requests:
             registry.residency.release(request)
         if errors := [str(request.future.exception()) for request in requests if request.future.exception()]:
-            logger.critical("the worker ends: %s. Correct the model's settings, or unpin it", "; ".join(errors))
+            logger.critical("the worker ends; correct the model's settings, or unpin it: %s", "; ".join(errors))
             raise SystemExit(EX_FAILURE)
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -253,13 +253,15 @@ class ModelPool(SoloPool):
 
     def _shut_down(self, until: float) -> None:
         """The one way out. Each step stands where it does because an earlier place would lose something."""
+        # No consumer is to be started any more.
+        self._prefetch = None
         # The consumer has stopped before the pool, so no task arrives any more. Those not started were not accepted:
         # the broker has them still, and gives them to another worker once this one's connection closes.
         self._backlog.clear()
         # Those that started run to their end: in a warm shutdown all, in a soft one those that can in its time, in a
         # cold one none. A signal that comes meanwhile can turn the first into one of the others.
         while self._running and monotonic() < min(until, self._soft.until_if_begun):
-            self._reports.finishing(len(self._running))
+            self._reports.finishing([fiber.waits_for for fiber in self._running])
             self._drain()
         # Celery tells the rest that they are cancelled, which is when their ends would be wrong afterwards.
         self._soft.cancel_rest()
@@ -339,7 +341,7 @@ class ModelPool(SoloPool):
         if threading.get_ident() != self._thread:  # a timer thread: greenlets can't leave theirs
             apply_target(target, args, kwargs, callback, accept_callback)
             return
-        run = functools.partial(run_task, target, args, kwargs or {}, callback, accept_callback)
+        run = functools.partial(run_task, target, args, kwargs or {}, callback, error_callback, accept_callback)
         try:
             soft, hard = self._limits(args, soft_timeout, timeout)
         except InvalidInputError as error:
@@ -540,8 +542,13 @@ class ModelPool(SoloPool):
         return not self._is_full() and not self._is_ending()
 
     def _may_start_early(self) -> bool:
-        """Whether one more may start of the tasks that a kill would lose."""
-        return sum(not fiber.acks_late for fiber in self._running - self._held) < EARLY_WINDOW
+        """Whether one more may start of the tasks that a kill would lose. Until then it is not acked."""
+        begun = len(self._running) - len(self._held)
+        return begun < self._most and self._running_early() < EARLY_WINDOW
+
+    def _running_early(self) -> int:
+        """Tasks whose messages were acked when they began."""
+        return sum(not fiber.acks_late for fiber in self._running) - sum(not fiber.acks_late for fiber in self._held)
 
     def _is_ending(self) -> bool:
         """Whether a task that began now would only be ended: one that did not is still the broker's."""
@@ -602,7 +609,8 @@ class ModelPool(SoloPool):
         waiting = len(self._backlog)
         self._most = self._share.most(begun + waiting, waiting, self.limit)
         if self._prefetch is not None:
-            self._prefetch.want(self._most + self._replaced)
+            # The broker counts what is not acked.
+            self._prefetch.want(max(1, self._most - self._running_early()) + self._replaced)
 
     def _parked(self) -> int:
         return sum(fiber.waits_for is not None for fiber in self._running)
@@ -630,6 +638,7 @@ class ModelPool(SoloPool):
         """Its handlers of signals are installed by now."""
         if sender.pool is self:
             reports.started(self.app, self._settings, int(self.limit), self.taking())
+            reports.with_others(*held_by_workers(sender.task_consumer.channel))
             self._soft.meet(sender)
             self._warn_of_early_acks()
 

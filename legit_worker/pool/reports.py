@@ -8,7 +8,7 @@ there was nothing to do.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
 from math import ceil, inf
 from time import monotonic
@@ -45,6 +45,17 @@ def started(app: Celery, chosen: settings.Settings, window: int, messages: str) 
         acks,
         messages,
     )
+
+
+def with_others(messages: int, seconds: float) -> None:
+    """What a worker finds that starts where another was killed."""
+    if messages:
+        logger.info(
+            "%d messages of this broker are with workers; if one of these was killed, its messages come back %.0f s "
+            "after it took them (broker_transport_options: visibility_timeout)",
+            messages,
+            seconds,
+        )
 
 
 def _device(chosen: str) -> str:
@@ -101,11 +112,13 @@ class Reports:
         self._before, self._since, self._tasks = totals, now, 0
         self._waits.clear()
 
-    def finishing(self, running: int) -> None:
-        """The worker ends once these are done. Called often, and says so now and then."""
-        if running and monotonic() - self._told_at > FINISHING_SECONDS:
+    def finishing(self, waits: Collection[str | None]) -> None:
+        """The worker ends once these tasks are done: for each, what it waits for. Called often, and says so seldom."""
+        if waits and monotonic() - self._told_at > FINISHING_SECONDS:
             self._told_at = monotonic()
-            logger.info("%d tasks still finishing", running)
+            counted = Counter(f"waiting for {what}" if what else "running" for what in waits)
+            kinds = ", ".join(f"{count} {what}" for what, count in counted.most_common())
+            logger.info("%d tasks still finishing: %s", len(waits), kinds)
 
 
 def _most(seconds: Collection[float]) -> float:

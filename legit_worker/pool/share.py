@@ -99,7 +99,10 @@ class Share:
 
 
 class Prefetch:
-    """Has the broker hand over as many tasks as the pool wants. Lives on the main thread; one per worker."""
+    """Has the broker hand over as many tasks as the pool wants. Lives on the main thread; one per worker.
+
+    Celery's own part of the prefetch count, one for each task that it holds for later, stays on top.
+    """
 
     def __init__(self, consumer: Any, count: int) -> None:
         self._consumer = consumer
@@ -108,45 +111,70 @@ class Prefetch:
         # Celery tells of `pool_grow` by this; the pool's next decision has it in mind.
         consumer._update_prefetch_count = lambda index=0: None
         self._qos: Any = None
-        self._wanted = count
+        # The pool's part of the count that the broker was told.
+        self._told = count
         self._decided_at = self._consumed_at = 0.0
+        # Consumers that were replaced, and whose last messages may be on their way.
+        self._cancelled: list[str] = []
 
     def is_due(self) -> bool:
         """Whether it is worth deciding again."""
         return monotonic() - self._decided_at >= DECIDE_SECONDS
 
     def want(self, count: int) -> None:
-        """The broker may hand over this many tasks beside those that Celery holds for later."""
+        """The broker may hand over this many tasks."""
         self._decided_at = monotonic()
         qos, before = self._consumer.qos, self._consumer.initial_prefetch_count
         self._consumer.initial_prefetch_count = count
         if qos is None:
             return
         if qos is not self._qos:  # a new connection
-            self._qos, self._wanted = qos, before
+            self._qos, self._told, self._cancelled = qos, before, []
+            # What Celery would do after a lost connection, to raise a count by and by, is done here.
+            self._consumer._maximum_prefetch_restored = True
         if self._is_worth_telling(count):
-            change, self._wanted = count - self._wanted, count
-            (qos.increment_eventually if change > 0 else qos.decrement_eventually)(abs(change))
-            if not self._is_global:
+            self._tell(count)
+            if self._is_by_consumer:
                 self._consume_anew()
 
+    def _tell(self, count: int) -> None:
+        """The hub hands it on. `worker_eta_task_limit` bounds the tasks that are held for later, and nothing else."""
+        with self._qos._mutex:
+            later = max(0, self._qos.value - self._told)
+            limit = getattr(self._qos, "max_prefetch", None)  # kombu 5.6
+            if limit is not None:
+                later = min(later, max(0, limit - count))
+            self._told, self._qos.value = count, count + later
+
     @property
-    def _is_global(self) -> bool:
-        """Whether a prefetch count is the channel's. With RabbitMQ's quorum queues it is a consumer's, for good."""
-        found, _ = detect_quorum_queues(self._consumer.app, "amqp")
-        return not (found and self._consumer.app.conf.worker_detect_quorum_queues)
+    def _is_by_consumer(self) -> bool:
+        """Whether a prefetch count is each consumer's own, and final. RabbitMQ's quorum queues have no other."""
+        driver = self._consumer.connection.transport.driver_type
+        found, _ = detect_quorum_queues(self._consumer.app, driver)
+        return bool(found and self._consumer.app.conf.worker_detect_quorum_queues)
 
     def _is_worth_telling(self, count: int) -> bool:
         if self._consumer.connection.transport.driver_type != "amqp":
-            return count != self._wanted
-        if not self._is_global and self._decided_at - self._consumed_at < CONSUMER_SECONDS:
+            return count != self._told
+        if self._is_by_consumer and self._decided_at - self._consumed_at < CONSUMER_SECONDS:
             return False
-        return not self._wanted / WORTH_TELLING < count < self._wanted * WORTH_TELLING
+        return not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING
 
     def _consume_anew(self) -> None:
-        """What was handed over stays; the next consumer begins with the new count."""
+        """What was handed over stays; the next consumers begin with the new count, in equal parts.
+
+        Nothing may wait for the broker between the first and the last of the old ones: a wait lets a remote command
+        come in, which may add or cancel a consumer.
+        """
         self._consumed_at = monotonic()
-        tasks = self._consumer.task_consumer
-        tasks.cancel()
-        self._qos.update()
+        tasks, channel = self._consumer.task_consumer, self._consumer.task_consumer.channel
+        for tag in self._cancelled:  # no message of theirs is on its way any more
+            channel.callbacks.pop(tag, None)
+        self._cancelled = list(tasks._active_tags.values())
+        tasks._active_tags.clear()
+        getattr(tasks, "_active_queue_no_ack", {}).clear()  # kombu 5.7
+        for tag in self._cancelled:
+            channel.basic_cancel(tag, nowait=True)
+        channel.basic_qos(0, max(1, self._qos.value // max(1, len(self._cancelled))), False)
+        self._qos.prev = self._qos.value
         tasks.consume()

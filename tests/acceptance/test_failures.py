@@ -35,6 +35,29 @@ def test_an_item_that_spoils_its_batch_fails_its_own_task_with_the_models_error(
             assert answer == item.upper()
 
 
+@pytest.mark.parametrize(("how", "error"), [("exit", "SystemExit(3)"), ("interrupt", "KeyboardInterrupt()")])
+def test_a_task_that_wants_to_end_its_process_fails_and_nobody_else_does(
+    model_pool: Worker, how: str, error: str
+) -> None:
+    tasks = [("ends_badly", how) if number % 10 == 5 else ("one", "text") for number in range(50)]
+    answers = model_pool.answers([model_pool.send(*task) for task in tasks])
+    for task, answer in zip(tasks, answers, strict=True):
+        if task[0] == "ends_badly":
+            assert type(answer).__name__ == "WorkerLostError"
+            assert error in str(answer)
+        else:
+            assert len(answer) == 8
+    assert model_pool.pool()["in_flight"] == 0
+
+
+def test_a_task_that_finds_no_memory_fails_and_nobody_else_does(model_pool: Worker) -> None:
+    neighbours = [model_pool.send("one", "text") for _ in range(20)]
+    answer = model_pool.answers([model_pool.send("ends_badly", "memory")])[0]
+    assert "MemoryError" in repr(answer)
+    assert all(len(one) == 8 for one in model_pool.answers(neighbours))
+    assert model_pool.pool()["in_flight"] == 0
+
+
 def test_a_storm_of_memory_errors_loses_no_task_and_what_never_fits_fails_alone(model_pool: Worker) -> None:
     """The device refuses every third batch, at random, and three items always."""
     items = [f"huge {number}" if number in (5, 700, 1500) else f"good {number}" for number in range(2000)]

@@ -84,7 +84,7 @@ def test_a_worker_that_can_not_do_its_work_does_not_start_and_says_why(
     twins = {f"LEGIT_WORKER_MODELS__{alias}__KIND": "simulated" for alias in ("text-3", "TEXT_3")}
     cases: list[tuple[str, dict[str, str], str]] = [
         ("without_torch", ENABLED | minilm, "needs torch, not installed in this Python: pip install 'legit-worker["),
-        ("project", ENABLED | gone, "the worker ends: model 'gone' (kind embed, path /nowhere) could not be loaded"),
+        ("project", ENABLED | gone, "unpin it: model 'gone' (kind embed, path /nowhere) could not be loaded"),
         ("project", ENABLED | {"LEGIT_WORKER_MODELS__MINILM__PATH": ""}, "LEGIT_WORKER_MODELS__MINILM__PATH is empty"),
         ("project", ENABLED | twins, "'text-3' and 'text_3' are one name"),
         ("project", {"LEGIT_WORKER_CONFIG": "/nowhere.toml"}, "LEGIT_WORKER_CONFIG='/nowhere.toml': No such file"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -101,9 +100,6 @@ def test_a_task_that_consumes_waits_for_its_message(sides: Sides, broker: Broker
 def test_ten_kills_in_three_thousand_tasks_lose_none(sides: Sides, servers: Any) -> None:
     broker: Broker = servers.fresh(redelivery_seconds=1)
     check_redis(broker)
-    # Newer kombu looks for a dead worker's messages at every tenth occasion only, which is every hundred seconds.
-    options = broker.transport_options | {"unacked_restore_throttle": 1}
-    broker = replace(broker, transport_options=options, environment={"PROJECT_TRANSPORT_OPTIONS": json.dumps(options)})
     client = broker.client()
     results = [client.send_task("one", [f"text {number}"], {"alias": "upper"}) for number in range(TASKS)]
     worker: Worker | None = None

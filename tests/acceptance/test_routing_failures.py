@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -168,9 +168,6 @@ def test_no_routed_result_is_missing_after_kills(
     start_worker: StartWorker, servers: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broker = servers.fresh(redelivery_seconds=1)
-    # Newer kombu looks for a dead worker's messages at every tenth occasion only, which is every hundred seconds.
-    options = broker.transport_options | {"unacked_restore_throttle": 1}
-    broker = replace(broker, transport_options=options, environment={"PROJECT_TRANSPORT_OPTIONS": json.dumps(options)})
     check_kills(start_worker, broker, capsys)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_what_is_held_follows_what_tasks_take(sides: Sides, broker: Broker) -> N
     worker.settle(heavy)
     light = [worker.send("no_model", number) for number in range(1000)]
     worker.settle(light)
-    poll(lambda: worker.stats()["prefetch_count"] > 500, "a wide window")
+    poll(lambda: worker.stats()["prefetch_count"] > 100, "a wide window")
 
 
 def test_tasks_that_run_their_own_code_for_long_are_left_to_others_too(sides: Sides, broker: Broker) -> None:
@@ -67,3 +68,32 @@ def test_tasks_that_run_their_own_code_for_long_are_left_to_others_too(sides: Si
         return [client.send_task("sleeps", [0.1]) for _ in range(TASKS // 2)]
 
     join_late(sides, broker, sleep, LEGIT_WORKER_MAX_HELD_SECONDS="1")
+
+
+def test_tasks_that_are_acked_early_are_left_to_others_too(sides: Sides, broker: Broker) -> None:
+    """Those that run are acked, and those that do not are still the broker's."""
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_HELD_SECONDS="1", PROJECT_ACKS_LATE="0")
+    results = [worker.send("one", "text", alias="heavy") for _ in range(100)]
+    held = []
+
+    def watch() -> bool:
+        held.append(len(worker.received) - done(worker))
+        return all(result.ready() for result in results)
+
+    poll(watch, "all answers")
+    assert max(held[len(held) // 2 :]) < 30, held
+
+
+def test_a_stopping_worker_takes_no_more_from_a_quorum_queue(start_worker: StartWorker, rabbitmq: Broker) -> None:
+    broker = dataclasses.replace(rabbitmq, queue_type="quorum")
+    worker = Sides(start_worker).worker("modelpool", broker=broker, LEGIT_WORKER_MAX_HELD_SECONDS="1")
+    client = broker.client()
+    last = [worker.send("sleeps", 0.05) for _ in range(100)]
+    poll(lambda: done(worker) > 20, "the first tasks")
+    last.append(worker.send("one", "text", alias="slow_to_load"))  # which keeps it for two seconds
+    worker.wait_for_log(last[-1].id)
+    worker.signal(signal.SIGTERM)
+    worker.wait_for_log("still finishing")
+    later = [client.send_task("no_model", [number]) for number in range(200)]
+    assert worker.wait() == 0
+    assert not worker.received & {result.id for result in later}

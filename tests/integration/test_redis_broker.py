@@ -544,6 +544,30 @@ def test_a_bell_that_does_not_answer_is_replaced(url: str, taker: Any, monkeypat
     assert bell not in channel._bells.values()
 
 
+def test_a_connection_that_the_server_closed_while_the_worker_was_full_is_made_anew(
+    url: str, server: redis.Redis, taker: Any
+) -> None:
+    """Servers close connections that have nothing to say for long."""
+    one = taker(prefetch_count=1)
+    loop = Turning(one)
+    cycle = one.connection.transport.cycle
+    deadline = time.monotonic() + SOON
+    while not cycle._bells and time.monotonic() < deadline:
+        next(loop.loop)
+    put(url, 1, 2)
+    loop.take(1)
+    while any(bell.asked_at for _, bell in cycle._bells.values()) and time.monotonic() < deadline:
+        next(loop.loop)
+    for client in server.client_list():
+        if client["cmd"] == "blmove":
+            server.client_kill_filter(_id=client["id"])
+    for _ in range(5):
+        next(loop.loop)
+    one.got[0].ack()
+    loop.take(2)
+    assert [message.payload for message in one.got] == [1, 2]
+
+
 # What other clients write.
 
 

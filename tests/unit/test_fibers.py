@@ -57,7 +57,8 @@ def test_a_fiber_that_was_parked_while_the_collector_ran_goes_when_it_ends() -> 
         current.park("a model")
 
     told: list[int] = []
-    run = functools.partial(fibers.run_task, target, (), {}, lambda _: None, lambda pid, _: told.append(pid))
+    nobody = [lambda _: None] * 2
+    run = functools.partial(fibers.run_task, target, (), {}, *nobody, lambda pid, _: told.append(pid))
     subject = fiber(run)
     subject.resume()
     gc.collect()
@@ -135,7 +136,12 @@ def test_a_task_that_is_revoked_as_it_is_accepted_never_runs_its_own_code() -> N
 
     def whole_life() -> None:
         fibers.run_task(
-            lambda: ran.append("its own code"), (), {}, lambda _: ran.append("stored"), lambda *_: subject.terminate()
+            lambda: ran.append("its own code"),
+            (),
+            {},
+            lambda _: ran.append("stored"),
+            lambda _: ran.append("failed"),
+            lambda *_: subject.terminate(),
         )
 
     subject = fiber(whole_life)

@@ -100,23 +100,33 @@ def test_it_is_never_more_than_the_window_nor_less_than_one(
 class Consumer:
     """Celery's, as far as its prefetch count is concerned."""
 
-    def __init__(self, driver: str = "redis", *, quorum: bool = False) -> None:
+    def __init__(self, driver: str = "redis", *, quorum: bool = False, queues: int = 1) -> None:
         self.told: list[int] = []
-        self.consuming: list[str] = []
+        #: What was said to the channel.
+        self.said: list[Any] = []
         arguments = {"x-queue-type": "quorum"} if quorum else {}
-        queues = {"work": SimpleNamespace(queue_arguments=arguments)}
         conf = SimpleNamespace(worker_detect_quorum_queues=True)
-        self.app = SimpleNamespace(amqp=SimpleNamespace(queues=queues), conf=conf)
+        declared = {"work": SimpleNamespace(queue_arguments=arguments)}
+        self.app = SimpleNamespace(amqp=SimpleNamespace(queues=declared), conf=conf)
         self.connection = SimpleNamespace(transport=SimpleNamespace(driver_type=driver))
+        tags = {f"queue {number}": f"tag {number}" for number in range(queues)}
+        channel = SimpleNamespace(
+            callbacks=dict.fromkeys(tags.values()),
+            basic_cancel=lambda tag, nowait: self.said.append(tag),
+            basic_qos=lambda size, count, is_global: self.said.append((count, is_global)),
+        )
         self.task_consumer = SimpleNamespace(
-            cancel=lambda: self.consuming.append("cancel"), consume=lambda: self.consuming.append("consume")
+            _active_tags=tags, channel=channel, consume=lambda: self.said.append("consume")
         )
         self.initial_prefetch_count = 1024
         self.prefetch_multiplier = 4
         self.qos: Any = None
+        self.eta_task_limit: int | None = None
 
     def connect(self) -> None:
-        self.qos = QoS(lambda prefetch_count: self.told.append(prefetch_count), self.initial_prefetch_count)
+        self.qos = QoS(
+            lambda prefetch_count: self.told.append(prefetch_count), self.initial_prefetch_count, self.eta_task_limit
+        )
         self.qos.update()
 
     def turn(self) -> None:
@@ -193,10 +203,42 @@ def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> Non
     prefetch = Prefetch(consumer, 32)
     consumer.connect()
     prefetch.want(500)
-    assert (consumer.told, consumer.consuming) == ([32, 500], ["cancel", "consume"])
+    assert consumer.said == ["tag 0", (500, False), "consume"]
+    consumer.turn()
+    assert consumer.told == [32], "the hub has nothing to add"
     prefetch.want(10)
-    assert consumer.told == [32, 500], "too soon"
+    assert len(consumer.said) == 3, "too soon"
+    consumer.task_consumer._active_tags["queue 0"] = "tag 1"
     clock.seconds += share.CONSUMER_SECONDS
     prefetch.want(10)
-    assert consumer.told == [32, 500, 10]
-    assert consumer.consuming == ["cancel", "consume"] * 2
+    assert consumer.said[3:] == ["tag 1", (10, False), "consume"]
+    assert consumer.task_consumer.channel.callbacks == {}
+
+
+def test_consumers_of_several_quorum_queues_share_the_count(clock: Any) -> None:
+    consumer = Consumer("amqp", quorum=True, queues=4)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(100)
+    assert consumer.said[-2:] == [(25, False), "consume"]
+
+
+def test_queues_that_are_called_quorum_on_redis_are_lists_like_others(clock: Any) -> None:
+    consumer = Consumer(quorum=True)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(100)
+    consumer.turn()
+    assert (consumer.told, consumer.said) == ([32, 100], [])
+
+
+def test_a_limit_of_tasks_for_later_does_not_bound_the_others() -> None:
+    consumer = Consumer()
+    consumer.eta_task_limit = 40
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    consumer.qos.increment_eventually(100)  # tasks with an ETA
+    for count, told in ((20, 28), (1, 9), (60, 60), (20, 20)):
+        prefetch.want(count)
+        consumer.turn()
+        assert consumer.told[-1] == told

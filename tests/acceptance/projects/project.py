@@ -84,6 +84,13 @@ def sleeps(seconds: float) -> None:
     time.sleep(seconds)
 
 
+@app.task(name="ends_badly")
+def ends_badly(how: str) -> None:
+    """In a way that is no `Exception`, or that Celery takes for its own end; after a model call."""
+    legit_worker.model("sim").map([how])
+    raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "memory": MemoryError("too large")}[how]
+
+
 @app.task(name="two_models")
 def two_models(item: str) -> list[Any]:
     """The second model's input depends on what came before."""
