@@ -1,1 +1,5 @@
-"""How a worker takes tasks from a Redis broker: many in one step, and none lost between the queue and the worker."""
+"""How a worker takes tasks from its broker.
+
+On Redis it takes many in one step, and loses none between the queue and itself. From any broker, a message that can't
+become a task does not end it.
+"""

@@ -1,6 +1,6 @@
 """Acks that go out together.
 
-In: acks, one by one, as Celery makes them. Out: one round trip for those of one turn of the hub.
+In: acks, one by one, as Celery makes them. Out: one round trip for each turn of the hub.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def flush_acks() -> None:
 
 
 class ReservingQoS(stock.QoS):
-    """kombu's accounts of what is not acked. What the script noted is not noted once more, and acks go in groups."""
+    """kombu's accounts of messages that are not acked. Those that the script noted are not noted again; acks are grouped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

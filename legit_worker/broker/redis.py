@@ -129,7 +129,7 @@ class ReservingChannel(stock.Channel):
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
     def _update_queue_cycle(self) -> None:
-        """Called at each change of what is consumed from."""
+        """Called when a queue is added or cancelled."""
         super()._update_queue_cycle()
         self._looking = True
 

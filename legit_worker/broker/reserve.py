@@ -12,8 +12,8 @@ from typing import Any
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
-#: The most messages, and bytes, of one reservation. The first after a wait is for one message and each that comes back
-#: full doubles the next, so that of a few messages an idle worker beside this one gets its share.
+#: The most messages, and bytes, of one reservation. The first after a wait is for one message, and each that comes back
+#: full doubles the next. So an idle worker beside this one gets its share of a few messages.
 MOST_MESSAGES = 64
 MOST_BYTES = 1 << 20
 

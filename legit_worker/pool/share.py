@@ -87,7 +87,7 @@ class Share:
         return max(1, min(window, int(self._max_seconds / UNKNOWN_SECONDS)))
 
     def _seconds(self, tasks: int) -> float:
-        """For the work of all parked tasks, and of so many that are yet to begin."""
+        """For the work of all parked tasks, and of this many that have not begun."""
         calls = self._calls / self._ended if self._ended else 1.0
         on_device = self._device_seconds(tasks * calls)
         if on_device is None and not self._ended:
