@@ -28,7 +28,7 @@ def flush_acks() -> None:
 
 
 class ReservingQoS(stock.QoS):
-    """kombu's accounts of messages that are not acked. Those that the script noted are not noted again; acks are grouped."""
+    """kombu's accounts of messages that are not acked. The script's messages are not noted again; acks are grouped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
