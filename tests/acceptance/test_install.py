@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import Broker, StartWorker, run_python
+from harness import Broker, StartWorker, poll, run_python
 
 SOLO = "celery.concurrency.solo:TaskPool"
 MODEL_POOL = "legit_worker.pool.pool:ModelPool"
@@ -121,10 +121,10 @@ def test_the_same_command_runs_model_pool_once_it_is_enabled(
     worker = start_worker(pool=pool, environment=SIM | environment | {"LEGIT_WORKER_WINDOW": "32"})
     results = [worker.send("one", number) for number in range(100)]
     assert worker.answers(results) == [simulated(number) for number in range(100)]
+    poll(lambda: worker.stats()["prefetch_count"] == 32, "the whole window")
     stats = worker.stats()
     assert stats["pool"]["implementation"] == MODEL_POOL
     assert stats["pool"]["window"] == 32
-    assert stats["prefetch_count"] == 32
     assert stats["pool"]["batches"] < stats["pool"]["items"] == 100
 
 
