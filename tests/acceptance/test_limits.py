@@ -178,7 +178,8 @@ def test_a_helpers_work_counts_and_the_wait_for_a_free_helper_does_not(
     assert worker.answers(results) == [0.7] * 4
     runtimes = [float(runtime) for runtime in re.findall(r"succeeded in ([\d.]+)s[^:]*: 0.7", worker.log)]
     assert len(runtimes) == 4
-    assert all(0.7 <= runtime < 1.5 for runtime in runtimes)
+    # What the helper says reaches the worker by another thread.
+    assert all(0.65 <= runtime < 1.5 for runtime in runtimes)
     late = failure(worker, "prepared", 20, is_alone, soft_time_limit=1)
     assert isinstance(late.result, SoftTimeLimitExceeded)
 
@@ -226,6 +227,8 @@ def test_a_limit_may_be_a_number_in_text(judge: Worker, limit: Any, seconds: flo
     "header", [*([limit, None] for limit in NO_NUMBERS), *([None, limit] for limit in NO_NUMBERS), 5, "5", [1, 2, 3]]
 )
 def test_a_limit_that_is_no_number_fails_its_task_alone(judge: Worker, journal: Path, header: Any) -> None:
+    if not judge.broker.url.startswith("redis") and ("nan" in repr(header) or "inf" in repr(header)):
+        pytest.skip("RabbitMQ ends a connection that brings such a number")
     errback = judge.client.signature("told", immutable=True)
     before = noted(journal, "signal InvalidInputError"), noted(journal, "errback called")
     result = failure(judge, "in_its_own_code", "text", headers={"timelimit": header}, link_error=errback)
