@@ -38,7 +38,8 @@ class Looked:
 
 def run(target: Any, args: tuple[Any, ...], asked: Asked) -> None:
     """As the pool does."""
-    task = partial(run_task, target, args, {}, Looked(asked, "callback"), Looked(asked, "accepted"))
+    told = [Looked(asked, where) for where in ("callback", "error_callback", "accepted")]
+    task = partial(run_task, target, args, {}, *told)
     Fiber(task, app="", name="task").resume()
 
 
@@ -72,7 +73,7 @@ def test_what_the_task_runs_below_another_librarys_greenlet_is_its_own() -> None
         fiber.overdue = SoftTimeLimitExceeded()
         greenlet(lambda: watcher.interrupt(SIGNAL, inspect.currentframe())).switch()
 
-    fiber = Fiber(partial(run_task, task, (), {}, print, None), app="", name="task")
+    fiber = Fiber(partial(run_task, task, (), {}, print, print, None), app="", name="task")
     with pytest.raises(SoftTimeLimitExceeded):
         fiber.resume()
 

@@ -74,7 +74,9 @@ class Loop:
 
     def start(self, task: Callable[[], Any], name: str = "task", **options: Any) -> Fiber:
         """As a message comes."""
-        fiber = Fiber(partial(run_task, task, (), {}, lambda _: None, None), app="", name=name, **options)
+        fiber = Fiber(
+            partial(run_task, task, (), {}, lambda _: None, lambda _: None, None), app="", name=name, **options
+        )
         sql.watch()
         self.switch(fiber.resume)
         return fiber
@@ -260,7 +262,9 @@ def test_no_time_limit_ends_what_is_written_after_the_tasks_own_code(loop: Loop,
     """Celery's own result backend may store results in the same database."""
     loop.start(partial(adds, loop, engine, 0))
     stores = Fiber(
-        partial(run_task, lambda: None, (), {}, lambda _: inserts_by_text(loop, engine, 1), None), app="", name="stores"
+        partial(run_task, lambda: None, (), {}, lambda _: inserts_by_text(loop, engine, 1), lambda _: None, None),
+        app="",
+        name="stores",
     )
     stores.resume()
     assert stores.waits_for
