@@ -60,20 +60,22 @@ class ModelPoolStep(bootsteps.Step):
         from legit_worker.models import requirements
         from legit_worker.models.quiet import quiet_libraries
 
-        requirements.check_or_exit(chosen)
-        quiet_libraries()
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":
             # Whatever the pool: its processes have this environment, too.
             bound_kernels()
-            self._swap_pool(worker, chosen)
-        else:
+            if self._swap_pool(worker, chosen):
+                return  # which looks at its requirements itself
+        requirements.check_or_exit(chosen)
+        quiet_libraries()
+        if chosen.role == "prep":
             aliases = ", ".join(chosen.models) or "none"
             logger.info("legit_worker %s, role prep, can't start CUDA; models: %s", legit_worker.__version__, aliases)
 
     @staticmethod
-    def _swap_pool(worker: Any, chosen: settings.Settings) -> None:
+    def _swap_pool(worker: Any, chosen: settings.Settings) -> bool:
+        """Whether the worker has a `ModelPool` now."""
         from legit_worker.pool.pool import ModelPool, window
 
         if worker.pool_cls is not SoloPool and not issubclass(worker.pool_cls, ModelPool):
@@ -82,13 +84,14 @@ class ModelPoolStep(bootsteps.Step):
                 "process loads its own. Start the worker with --pool=solo to have them batched.",
                 worker.pool_cls.__module__,
             )
-            return
+            return False
         if worker.pool_cls is SoloPool:
             worker.pool_cls = ModelPool
-        # Celery prefetches `concurrency * prefetch_multiplier`: with these the broker hands over one window.
+        # What Celery shows as its concurrency; how much the broker hands over is the pool's to say.
         # min_concurrency is a copy that the Pool step may have made already.
         worker.concurrency = worker.min_concurrency = window(chosen)
         worker.prefetch_multiplier = 1
+        return True
 
 
 def _tell_unknown(**_: Any) -> None:

@@ -104,7 +104,7 @@ class ModelPool(SoloPool):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings.load_or_exit()
-        # Under `-P custom` without `install()`, nobody did before.
+        # Here, and not in `install()` alone, since `-P custom` needs no `install()`.
         requirements.check_or_exit(self._settings)
         quiet_libraries()
         #: Tasks that have started in this worker.
@@ -536,19 +536,22 @@ class ModelPool(SoloPool):
 
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""
-        return len(self._running) - len(self._held) >= self.limit
+        return self._in_progress() >= self.limit
+
+    def _in_progress(self) -> int:
+        """Tasks that began, and wait for more than the delivery of their result."""
+        return len(self._running) - len(self._held)
 
     def _may_start(self) -> bool:
         return not self._is_full() and not self._is_ending()
 
     def _may_start_early(self) -> bool:
         """Whether one more may start of the tasks that a kill would lose. Until then it is not acked."""
-        begun = len(self._running) - len(self._held)
-        return begun < self._most and self._running_early() < EARLY_WINDOW
+        return self._in_progress() < self._most and self._running_early() < EARLY_WINDOW
 
     def _running_early(self) -> int:
         """Tasks whose messages were acked when they began."""
-        return sum(not fiber.acks_late for fiber in self._running) - sum(not fiber.acks_late for fiber in self._held)
+        return sum(not fiber.acks_late and fiber not in self._held for fiber in self._running)
 
     def _is_ending(self) -> bool:
         """Whether a task that began now would only be ended: one that did not is still the broker's."""
@@ -605,9 +608,8 @@ class ModelPool(SoloPool):
 
     def _decide_share(self) -> None:
         """Take no more tasks than others can spare, and tell the broker."""
-        begun = len(self._running) - len(self._held)
         waiting = len(self._backlog)
-        self._most = self._share.most(begun + waiting, waiting, self.limit)
+        self._most = self._share.most(self._in_progress() + waiting, waiting, self.limit)
         if self._prefetch is not None:
             # The broker counts what is not acked.
             self._prefetch.want(max(1, self._most - self._running_early()) + self._replaced)

@@ -15,9 +15,8 @@ from celery.utils.quorum_queues import detect_quorum_queues
 from legit_worker.pool.engine import UNKNOWN_SECONDS
 
 #: Predicted seconds of work that one worker holds beside the next batch of each model: 32 tasks while it knows nothing,
-#: since each then counts as `UNKNOWN_SECONDS`. Another worker that starts now
-#: waits no longer than this for its part, and batches are as even as they get: `scripts/bench` with
-#: LEGIT_WORKER_MAX_HELD_SECONDS set measures it again.
+#: since each then counts as `UNKNOWN_SECONDS`. Another worker that starts now waits no longer than this for its part,
+#: and batches are as even as they get: `scripts/bench` with LEGIT_WORKER_MAX_HELD_SECONDS set measures it again.
 MAX_HELD_SECONDS = 4.0
 
 #: The tasks that the mean of their own seconds is about: enough for a mix, few enough to follow one that changes.

@@ -65,6 +65,11 @@ def test_a_worker_that_ends_says_how_many_tasks_it_waits_for(start_worker: Start
     assert all(result.ready() for result in results)
 
 
+def test_a_folder_that_is_missing_is_told_once_at_the_start(start_worker: StartWorker) -> None:
+    worker = start_worker(environment=ENABLED | {"LEGIT_WORKER_MODELS__GONE__PATH": "/nowhere"})
+    assert len(lines(worker, "model 'gone': there is no folder /nowhere")) == 1
+
+
 def test_no_librarys_progress_or_advice_is_in_the_log(start_worker: StartWorker) -> None:
     worker = start_worker("legit_worker", environment={"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path())})
     assert len(worker.ask("legit_worker.embed_text", ["a text", "another one"])) == 2
