@@ -24,6 +24,7 @@ import kombu
 import pytest
 import tiny_models
 from harness import Broker, StartWorker, Worker
+from needs import CONNECT_SECONDS, find_server, missing
 from ownserver import Server, free_port
 
 #: The word in `setup.cfg` that stands for a Valkey the tests start themselves.
@@ -31,9 +32,6 @@ EMBEDDED = "embedded"
 
 #: Databases of the embedded Valkey: two per worker that a run starts, so no number is ever used twice.
 DATABASES = 4096
-
-#: Seconds within which a server that is there answers.
-CONNECT_SECONDS = 3
 
 #: Schemes of URLs behind which a server must be running.
 NETWORK = ("redis", "rediss", "valkey", "amqp", "pyamqp")
@@ -140,22 +138,6 @@ def _delete_queue(url: str, queue: str) -> None:
 
 
 @functools.cache
-def find_server(url: str) -> None:
-    """Skip the test at a desk, fail it in CI, where this server does not answer."""
-    try:
-        with kombu.Connection(url, connect_timeout=CONNECT_SECONDS) as connection:
-            connection.ensure_connection(max_retries=1, timeout=CONNECT_SECONDS)
-    except Exception as error:
-        missing(f"no server answers at {kombu.Connection(url).as_uri()}: {error}")
-
-
-def missing(what: str) -> None:
-    """What a test needs is not there."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what}. In CI this is a failure.", pytrace=False)
-    pytest.skip(what)
-
-
 def _named_url(config: pytest.Config, kind: str) -> str:
     """The URL, or the word `embedded`, that `--broker` or `--backend` names."""
     parser = configparser.ConfigParser(interpolation=None)

@@ -18,8 +18,8 @@ from typing import Any
 import kombu.pools
 import pytest
 from celery.result import AsyncResult
-from conftest import missing
 from harness import LATE, SIDES, Broker, Sides, StartWorker, Worker, poll
+from needs import missing
 from ownserver import RABBITMQ, RabbitServer, Server
 
 #: A dead connection's messages are given to a worker again after so many seconds.

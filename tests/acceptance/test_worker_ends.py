@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from celery.result import AsyncResult
-from conftest import find_server, missing
 from harness import StartWorker, poll
 from journal import Journal, Life, begin_life
+from needs import find_server, missing
 
 TERM, QUIT, INT = signal.SIGTERM, signal.SIGQUIT, signal.SIGINT
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import kombu
 import pytest
-from conftest import missing
+from needs import missing
 from ownserver import Server
 
 #: Seconds for the whole suite. It needs 130.

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import missing
 from harness import ROOT
+from needs import missing
 
 #: Seconds for pip, and for mypy without a cache.
 COMMAND_SECONDS = 300

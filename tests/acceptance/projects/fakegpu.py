@@ -18,7 +18,7 @@ from project import app
 
 __all__ = ["app"]
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from fakecuda import FakeCuda, OnGpu
 
 #: Seconds of a batch.

@@ -1,6 +1,6 @@
 """Stub drivers, so that real libraries run where there is no GPU and every call they make is seen.
 
-In: a C file of `tests/stubs`. Out: a folder for `LD_LIBRARY_PATH` with the library that it is compiled to.
+In: a C file of `tests/support/stubs`. Out: a folder for `LD_LIBRARY_PATH` with the library that it is compiled to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ STUBS = Path(__file__).parent / "stubs"
 
 
 def build(source: str, library: str, folder: Path) -> Path:
-    """Compile `tests/stubs/<source>` to `<folder>/<library>`. Returns the folder."""
+    """Compile `tests/support/stubs/<source>` to `<folder>/<library>`. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(folder / library), str(STUBS / source)]
     subprocess.run(command, check=True)
@@ -62,7 +62,7 @@ class CudaDriver:
 
 @dataclass(frozen=True)
 class Nvml:
-    """NVML over a machine that the test makes up: `tests/stubs/nvml.c` says how it is written down."""
+    """NVML over a machine that the test makes up: `tests/support/stubs/nvml.c` says how it is written down."""
 
     folder: Path
 

@@ -27,8 +27,8 @@ from celery.backends.rpc import RPCBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult, GroupResult
 
-ROOT = Path(__file__).parents[1]
-PROJECTS = Path(__file__).parent / "acceptance" / "projects"
+ROOT = Path(__file__).parents[2]
+PROJECTS = Path(__file__).parents[1] / "acceptance" / "projects"
 
 #: Seconds until a started command is ready. It needs two; a machine that does much else takes longer.
 START_SECONDS = 60

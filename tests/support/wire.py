@@ -34,7 +34,7 @@ NOISE = (
     (re.compile(r'"pid": \d+'), '"pid": <pid>'),
     # The number of a database, which kombu puts in front of what it publishes to everyone.
     (re.compile(r"^/\d+(?=\.)"), "/<database>"),
-    (re.compile(re.escape(str(Path(__file__).parents[1]))), "<root>"),
+    (re.compile(re.escape(str(Path(__file__).parents[2]))), "<root>"),
 )
 
 #: Asking for messages, and looking after a connection: how often depends on the clock.

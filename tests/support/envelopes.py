@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jsonschema import Draft202012Validator
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "envelope.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "envelope.schema.json").read_text())
 
 _validator = Draft202012Validator(SCHEMA)
 
