@@ -1,4 +1,4 @@
-"""Time limits of tasks: when they are over, and where a task's own code may be interrupted.
+"""Time limits of tasks, and when they are over.
 
 In: the seconds that Celery was told, per task, and the task's own seconds so far. Out: what is raised in the task, as
 the prefork pool would have it.
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, isfinite
-from types import FrameType
 from typing import Any
 
 import celery
@@ -25,12 +24,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a task that outlived its hard limit, since it caught what ended it, is ended again.
 AGAIN = 1.0
-
-#: Modules whose code below a task's trace is Celery's bookkeeping, and not the task.
-BOOKKEEPING = ("celery.", "kombu.", "legit_worker.routing.")
-
-#: The frame, by module and name, that calls what Celery handed to the pool: `legit_worker.pool.fibers.run_task`.
-TARGET = ("legit_worker.pool.fibers", "call_target")
 
 #: From this release on, `Request.on_timeout` tells all who are to know of a hard limit. Before, it leaves the signal,
 #: the event and whether the message goes back to `Request.on_failure`, which prefork calls, too (billiard.pool).
@@ -116,30 +109,3 @@ def timeout_callback(
             on_failure(ExceptionInfo())
 
     return tell
-
-
-def is_in_body(frame: FrameType | None) -> bool:
-    """Whether this code runs below a task's own function, and not in what Celery does before and after that.
-
-    Looks for the frame of `celery.app.trace.build_tracer.<locals>.trace_task` (5.5 to 5.7), which knows no state until
-    the function is over. Without one, Celery is about to trace the task or has done so, or tells how it ended; or what
-    runs is no task of Celery's, and all of it is its own.
-    """
-    above: FrameType | None = None
-    is_traced = False
-    while frame is not None:
-        module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
-        if name == "trace_task" and "retval" in frame.f_locals:
-            return bool(frame.f_locals["state"] is None) and not _is_bookkeeping(above)
-        if (module, name) == TARGET:
-            return above is not None and not is_traced
-        is_traced = is_traced or module == "celery.app.trace"
-        above, frame = frame, frame.f_back
-    return False
-
-
-def _is_bookkeeping(frame: FrameType | None) -> bool:
-    """Whether `trace_task` called this for its own purposes: signals, an error's handling, the state `STARTED`."""
-    if frame is None or frame.f_code.co_name in ("__call__", "__protected_call__"):
-        return frame is None
-    return str(frame.f_globals.get("__name__", "")).startswith(BOOKKEEPING)

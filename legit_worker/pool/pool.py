@@ -13,9 +13,8 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent import futures
-from concurrent.futures import Future
 from math import inf
 from time import monotonic
 from typing import Any
@@ -27,7 +26,7 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state
 from celery.worker.state import maybe_shutdown
 
-from legit_worker import settings
+from legit_worker import parking, settings
 from legit_worker.apps import identify
 from legit_worker.broker.acks import flush_acks
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
@@ -39,11 +38,13 @@ from legit_worker.errors import DeviceLostError, InvalidInputError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, limits, reports, sql, turns
+from legit_worker.pool import limits, reports, sql, turns
 from legit_worker.pool.backlog import Backlog
-from legit_worker.pool.clock import Waits, Work, work_of
+from legit_worker.pool.clock import Waits
 from legit_worker.pool.engine import Counters, Engine
-from legit_worker.pool.fibers import Fiber, refuse_task, run_task
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.host import FiberHost
+from legit_worker.pool.jobs import Job
 from legit_worker.pool.limits import Limit
 from legit_worker.pool.loop import Pace, Wakeup, listen
 from legit_worker.pool.reports import Reports
@@ -53,8 +54,6 @@ from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.waiter import Waiter
 from legit_worker.pool.watcher import Turn, Watcher
-from legit_worker.prep import processes
-from legit_worker.routing import lanes
 from legit_worker.routing.backend import Routing
 
 logger = logging.getLogger(__name__)
@@ -135,9 +134,10 @@ class ModelPool(SoloPool):
         self._pace = Pace(self._settings.max_queue_delay)
         self._hub: Any = None
         self._consumer: Any = None
-        # Tasks that are over but for their routed result; how many were held at the last look; and how many of them are
-        # held for long enough to have another task take their place.
-        self._held: set[Fiber] = set()
+        # Tasks that wait for the delivery of their result, how many did so at the last look, and how many of them
+        # wait for long enough to have another task take their place.
+        self._host = FiberHost(is_inline=self._inline)
+        self._held = self._host.delivering
         self._held_before = 0
         self._replaced = 0
         self._gave_way = False
@@ -183,10 +183,9 @@ class ModelPool(SoloPool):
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._runner_before = handle.use_runner(self._runner)
-        self._waiter_before = lanes.use_waiter(self._wait_for_delivery)
-        self._helpers_before = processes.use_waiter(self._wait_for_helper)
+        parking.use(self._host)
         self._stop_telling = tell_own_time()
-        turns.use(self._wake, sql.is_blind)
+        turns.use(sql.is_blind)
         self._load_pinned()
 
     def _load_pinned(self) -> None:
@@ -341,42 +340,52 @@ class ModelPool(SoloPool):
         if threading.get_ident() != self._thread:  # a timer thread: greenlets can't leave theirs
             apply_target(target, args, kwargs, callback, accept_callback)
             return
-        run = functools.partial(run_task, target, args, kwargs or {}, callback, error_callback, accept_callback)
-        try:
-            soft, hard = self._limits(args, soft_timeout, timeout)
-        except InvalidInputError as error:
-            run = functools.partial(refuse_task, error, error_callback, accept_callback)
-            soft = hard = None
-        fiber = self._fiber(args, callback, run)
-        if soft or hard:
-            on_timeout = limits.timeout_callback(fiber.name, timeout_callback, error_callback)
-            fiber.limit = Limit(soft=soft, hard=hard, on_timeout=on_timeout)
+        job = Job(
+            target=target,
+            args=args,
+            kwargs=kwargs or {},
+            callback=callback,
+            error_callback=error_callback,
+            accept_callback=accept_callback,
+        )
+        fiber = self._fiber(job, soft_timeout, timeout, timeout_callback)
         if self._inline or (self._may_start() and (fiber.acks_late or self._may_start_early())):
             self._start(fiber)
         else:
             self._backlog.append(fiber)
 
-    def _limits(self, args: tuple[Any, ...], soft: Any, hard: Any) -> tuple[float | None, float | None]:
-        """This task's limits in seconds: its message's, its own, or the worker's. Raises `InvalidInputError`."""
-        _, name, request = _describe(args)
-        header = request.get("timelimit")
-        source = f"in its message's header timelimit={header!r}" if header else "in its own options"
-        return (
-            limits.seconds_of(soft, f"the soft time limit of {name}, {source},") or self._soft_limit,
-            limits.seconds_of(hard, f"the time limit of {name}, {source},") or self._hard_limit,
-        )
-
-    def _fiber(self, args: tuple[Any, ...], callback: Callable[[Any], Any], run: Callable[[], Any]) -> Fiber:
-        task, name, request = _describe(args)
-        app = identify(self._settings, request) or ""
+    def _fiber(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Fiber:
+        run, limit = job.run, None
+        try:
+            limit = self._limit(job, soft, hard, on_timeout)
+        except InvalidInputError as error:
+            run = functools.partial(job.refuse, error)
+        app = identify(self._settings, job.headers) or ""
         if app not in self._settings.apps:
             app = ""
-        exclusive = self._inline or bool(app and not self._settings.apps[app].batching)
-        acks_late = bool(getattr(self.app.tasks.get(task), "acks_late", True))
-        owner = getattr(callback, "__self__", None)  # Celery's `Request`
-        fiber = Fiber(run, app=app, name=name, request=owner, acks_late=acks_late, exclusive=exclusive)
+        fiber = Fiber(
+            run,
+            app=app,
+            name=job.name,
+            request=job.request,
+            acks_late=bool(getattr(self.app.tasks.get(job.task), "acks_late", True)),
+            exclusive=self._inline or bool(app and not self._settings.apps[app].batching),
+            wake=self._wake,
+        )
+        fiber.limit = limit
         fiber.max_wait = self._settings.max_wait_seconds or inf
         return fiber
+
+    def _limit(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Limit | None:
+        """This task's limits: its message's, its own, or the worker's. Raises `InvalidInputError`."""
+        header = job.headers.get("timelimit")
+        source = f"in its message's header timelimit={header!r}" if header else "in its own options"
+        soft = limits.seconds_of(soft, f"the soft time limit of {job.name}, {source},") or self._soft_limit
+        hard = limits.seconds_of(hard, f"the time limit of {job.name}, {source},") or self._hard_limit
+        if not soft and not hard:
+            return None
+        tell = limits.timeout_callback(job.name, on_timeout, job.error_callback)
+        return Limit(soft=soft, hard=hard, on_timeout=tell)
 
     def _start(self, fiber: Fiber) -> None:
         self._pace.task_arrived()
@@ -491,7 +500,7 @@ class ModelPool(SoloPool):
 
     def _end_overdue(self) -> None:
         """Tell parked tasks whose time is over."""
-        for fiber in [fiber for fiber in self._running if fiber.overdue is not None or fiber.has_waited_too_long]:
+        for fiber in [fiber for fiber in self._running if fiber.pending is not None or fiber.has_waited_too_long]:
             if fiber.waits_for is not None and (error := fiber.due(fiber.waits_for)) is not None:
                 self._switch_to(fiber, error)
 
@@ -529,10 +538,8 @@ class ModelPool(SoloPool):
 
     def _stop_parking(self) -> None:
         handle.use_runner(self._runner_before)
-        lanes.use_waiter(self._waiter_before)
-        processes.use_waiter(self._helpers_before)
+        parking.stop()
         self._stop_telling()
-        turns.stop()
 
     def _is_full(self) -> bool:
         """Whether no other task may start. Those that only wait for another server don't count."""
@@ -556,47 +563,6 @@ class ModelPool(SoloPool):
     def _is_ending(self) -> bool:
         """Whether a task that began now would only be ended: one that did not is still the broker's."""
         return self._has_given_up or self._soft.has_begun
-
-    def _wait_for_delivery(self, done: Future[Any]) -> bool:
-        """Park the task until its result is where it belongs; False where it can't. Its own code is over, so an
-        exclusive section is no reason not to."""
-        fiber = fibers.current()
-        if done.done():
-            return True
-        if fiber is None or self._inline or not fiber.is_innermost():
-            return False
-        done.add_done_callback(lambda _: self._wake(fiber))
-        fiber.is_over = True
-        self._held.add(fiber)
-        try:
-            while not done.done():
-                fiber.park("its result to be routed")
-        finally:
-            self._held.discard(fiber)
-        return True
-
-    def _wait_for_helper(self, done: Future[Any], is_own: bool) -> None:
-        """Park the task until a helper process is done with its input; in an exclusive section, wait there."""
-        fiber = fibers.current()
-        if fiber is None:
-            futures.wait([done])
-            return
-        work = work_of(done) if is_own else Work()
-        fiber.clock.follow(work)
-        try:
-            with fiber.shield():
-                self._park_for_helper(fiber, done)
-        finally:
-            fiber.clock.settle(work)
-
-    def _park_for_helper(self, fiber: Fiber, done: Future[Any]) -> None:
-        if not fiber.may_park():
-            with fiber.clock.stopped():
-                futures.wait([done])
-            return
-        done.add_done_callback(lambda _: self._wake(fiber))
-        while not done.done():
-            fiber.park("a helper process")
 
     def _replace_held(self) -> None:
         """Other apps' tasks are not to wait for a server that is away: fetch one more for each that is held for long.
@@ -663,14 +629,6 @@ def _free_memory() -> None:
     """Models that nobody uses make room for a batch that found none."""
     default_registry().residency.evict_unused()
     give_back_cached()
-
-
-def _describe(args: tuple[Any, ...]) -> tuple[str, str, Mapping[str, Any]]:
-    """The task's name, that with its id, and its request, from the arguments of Celery's `trace_task_ret`
-    (celery.app.trace, 5.7)."""
-    if len(args) >= 3 and isinstance(args[2], Mapping):
-        return args[0], f"{args[0]}[{args[1]}]", args[2]
-    return "", "a call", {}
 
 
 def _leave() -> None:

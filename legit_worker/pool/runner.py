@@ -6,12 +6,13 @@ In: items, from a task's fiber. Out: their outputs, after however many turns of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from concurrent import futures
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from greenlet import GreenletExit
 
+from legit_worker import parking
 from legit_worker.device import modes
 from legit_worker.errors import DeviceLostError, UnknownModelError
 from legit_worker.models.entry import Entry
@@ -59,11 +60,11 @@ class FiberRunner:
         self._check_allowed(fiber, entry)
         if self.lost is not None:
             self._send_back(fiber, self.lost)
-        with fiber.shield():
+        with fiber.served():
             request = entry.residency.request(entry, must=not fiber.may_park())
             try:
                 with self._engine.expecting(entry):
-                    self._wait_for_load(fiber, request)
+                    self._wait_for_load(request)
                 try:
                     model = entry.outcome(request.future)
                 except DeviceLostError as error:
@@ -72,20 +73,13 @@ class FiberRunner:
             finally:
                 entry.residency.release(request)
 
-    def _wait_for_load(self, fiber: Fiber, request: Request) -> None:
-        if request.future.done():
-            return
-        waits_for = f"model {request.entry.alias} to load"
-        request.future.add_done_callback(lambda _: self._wake(fiber))
-        while not request.future.done():
-            if fiber.may_park():
-                fiber.park(waits_for)
-            else:
-                with fiber.clock.stopped():
-                    wait([request.future], timeout=REVIEW_SECONDS)
-                request.entry.residency.review()
-                if (error := fiber.due(waits_for)) is not None:
-                    raise error
+    @staticmethod
+    def _wait_for_load(request: Request) -> None:
+        def look() -> None:
+            futures.wait([request.future], timeout=REVIEW_SECONDS)
+            request.entry.residency.review()
+
+        parking.wait(request.future, f"model {request.entry.alias} to load", drive=look)
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """Parks while the engine computes. Raises what `preprocess` or `forward` raised for one of the items."""
@@ -116,7 +110,7 @@ class FiberRunner:
 
     def _wait(self, fiber: Fiber, entry: Entry, call: Call, until: Callable[[], bool]) -> None:
         while call.error is None and not until():
-            fiber.raise_overdue()
+            fiber.raise_due(f"model {entry.alias}")
             if fiber.may_park():
                 fiber.park(f"model {entry.alias}")
             else:

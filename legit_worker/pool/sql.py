@@ -58,7 +58,7 @@ class Use:
         if self._user is not None and self._user() is fiber:
             return
         self._is_shared = True
-        with fiber.shield():
+        with fiber.served():
             self._line.wait(fiber)
             self._user = ref(fiber)
             fiber.holdings.shared.add(self)

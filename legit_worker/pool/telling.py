@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -16,6 +15,7 @@ from celery.worker.consumer import consumer
 from celery.worker.request import Request
 
 from legit_worker.pool import fibers
+from legit_worker.pool.bodies import mark_body
 
 #: Seconds of waiting that a log line mentions. Less is what any task waits for its batch.
 NOTICEABLE = 0.1
@@ -48,10 +48,17 @@ def tell_own_time() -> Callable[[], None]:
         trace.logger.removeFilter(add_wait)
 
     for module, function in zip(modules, before, strict=True):
-        module.build_tracer = partial(function, monotonic=own_time)
+        module.build_tracer = _telling(function)
     Request.send_event = send_with_wait
     trace.logger.addFilter(add_wait)
     return undo
+
+
+def _telling(build_tracer: Callable[..., Any]) -> Callable[..., Any]:
+    def build(*args: Any, **options: Any) -> Any:
+        return mark_body(build_tracer(*args, **{"monotonic": own_time, **options}))
+
+    return build
 
 
 def own_time() -> float:

@@ -7,15 +7,12 @@ the first of them can go on, and whether a task may let others run at a model ca
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
-
-from legit_worker.pool.limits import is_in_body
 
 if TYPE_CHECKING:
     from legit_worker.pool.fibers import Fiber
@@ -76,6 +73,15 @@ class Holdings:
         look()
 
 
+@dataclass(eq=False)
+class Ticket:
+    """A task's place in a line."""
+
+    fiber: Fiber
+    #: Done once the task may look whether it can go on.
+    called: Future[None] = field(default_factory=Future)
+
+
 class Line:
     """Tasks that wait for one thing, first come, first served. Lives on the main thread; parks tasks, never blocks."""
 
@@ -93,7 +99,7 @@ class Line:
         self.is_free = is_free
         self._holders = holders
         self._needs = all if needs_all else any
-        self._waiting: deque[Fiber] = deque()
+        self._waiting: deque[Ticket] = deque()
 
     def __repr__(self) -> str:
         return f"<Line for {self._waits_for}: {len(self._waiting)} waiting>"
@@ -110,29 +116,32 @@ class Line:
         """
         if self.is_free(fiber) and (first or not self._waiting):
             return True
-        if _wake is None or not fiber.may_wait() or not self._will_move(fiber):
+        if not fiber.may_wait() or not self._will_move(fiber):
             return False
-        with fiber.shield(), _interrupted_in_its_own_code_only(fiber):
-            self._stand(fiber, 0 if first else len(self._waiting))
+        with fiber.served():
+            self._stand(Ticket(fiber), 0 if first else len(self._waiting))
         return True
 
-    def _stand(self, fiber: Fiber, place: int) -> None:
-        self._waiting.insert(place, fiber)
+    def _stand(self, ticket: Ticket, place: int) -> None:
+        fiber = ticket.fiber
+        self._waiting.insert(place, ticket)
         _lines.add(self)
         fiber.holdings.stands_in = self
         try:
-            while fiber is not self._waiting[0] or not self.is_free(fiber):
-                fiber.park(self._waits_for)
+            while ticket is not self._waiting[0] or not self.is_free(fiber):
+                ticket.called = Future()
+                fiber.wait_for(ticket.called, self._waits_for)
         finally:
             fiber.holdings.stands_in = None
-            self._waiting.remove(fiber)
+            self._waiting.remove(ticket)
             if not self._waiting:
                 _lines.discard(self)
 
     def look(self) -> None:
-        """Have the first one go on, if it can."""
-        if _wake is not None and self._waiting and self.is_free(self._waiting[0]):
-            _wake(self._waiting[0])
+        """Call the first one, if it can go on."""
+        first = self._waiting[0] if self._waiting else None
+        if first is not None and not first.called.done() and self.is_free(first.fiber):
+            first.called.set_result(None)
 
     def _will_move(self, fiber: Fiber, asking: frozenset[Fiber] = frozenset()) -> bool:
         """Whether those who have what this task waits for can go on without this task."""
@@ -171,7 +180,7 @@ class Gate:
         """Wait until this task is through. Returns its claims, to which the caller adds."""
         claims = self._claims.get(fiber)
         if claims is None:
-            with fiber.shield():  # a time limit between these lines would leave the gate closed for good
+            with fiber.served():  # a time limit between these lines would leave the gate closed for good
                 self.line.wait(fiber)
                 claims = self._claims[fiber] = []
                 fiber.holdings.gates.append(self)
@@ -208,24 +217,13 @@ def _no() -> bool:
     return False
 
 
-_wake: Callable[[Fiber], None] | None = None
 _is_blind: Callable[[], bool] = _no
 
 
-def use(wake: Callable[[Fiber], None], is_blind: Callable[[], bool]) -> None:
-    """From now on, tasks wait. `wake` has one resumed; `is_blind` says whether a task may have what nobody saw."""
-    global _wake, _is_blind
-    _wake, _is_blind = wake, is_blind
-
-
-def stop() -> None:
-    """From now on, nobody waits."""
-    global _wake, _is_blind
-    _wake, _is_blind = None, _no
-
-
-# A child that a task forks has no loop that would resume it.
-os.register_at_fork(after_in_child=stop)
+def use(is_blind: Callable[[], bool]) -> None:
+    """Ask `is_blind`, from now on, whether a task may have what nobody saw."""
+    global _is_blind
+    _is_blind = is_blind
 
 
 def look() -> None:
@@ -247,14 +245,3 @@ def _try(ask: Callable[[], T], default: T) -> T:
     except Exception:
         logger.warning("a task's transaction can't be asked or closed", exc_info=True)
         return default
-
-
-@contextmanager
-def _interrupted_in_its_own_code_only(fiber: Fiber) -> Iterator[None]:
-    """Celery stores results, too, and no time limit may end a task there."""
-    before = fiber.is_over
-    fiber.is_over = before or not is_in_body(sys._getframe())
-    try:
-        yield
-    finally:
-        fiber.is_over = before

@@ -18,11 +18,10 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from greenlet import GreenletExit, getcurrent
+from greenlet import GreenletExit
 
 from legit_worker.pool import fibers
-from legit_worker.pool.fibers import Fiber
-from legit_worker.pool.limits import is_in_body
+from legit_worker.pool.fibers import Fiber, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +112,10 @@ class Watcher:
         now, limit = monotonic(), fiber.limit
         due = None if limit is None else limit.due(fiber.clock.seconds(now), now)
         if due is not None:
-            fiber.overdue = due
+            fiber.pending = due
             self._wake()
         # In a model call that lets no others run, it waits without being parked.
-        if (fiber.waits_for is not None or fiber.shielded) and fiber.clock.waited(now) >= fiber.max_wait:
+        if fiber.phase in (Phase.PARKED, Phase.SERVED) and fiber.clock.waited(now) >= fiber.max_wait:
             fiber.has_waited_too_long = True
             self._wake()
 
@@ -124,17 +123,17 @@ class Watcher:
         """The main thread ends the parked tasks, and can't get to it while another one has it."""
         turn = self.turn
         if turn is not None and monotonic() >= self._ends_at():
-            turn.fiber.overdue = turn.fiber.overdue or GreenletExit()
+            turn.fiber.pending = turn.fiber.pending or GreenletExit()
 
     def _interrupt_overdue(self) -> None:
         turn = self.turn
-        if turn is not None and turn.fiber.overdue is not None and self._signal_before is not None:
+        if turn is not None and turn.fiber.pending is not None and self._signal_before is not None:
             signal.pthread_kill(self._main, SIGNAL)
 
     def _notice_stall(self, running: Collection[Fiber]) -> None:
         turn = self.turn
         # Inside a model call, what it waits for is this package's to bring: a batch, or a load.
-        if turn is None or turn is self._told or turn.fiber.shielded:
+        if turn is None or turn is self._told or turn.fiber.phase is Phase.SERVED:
             return
         seconds = monotonic() - max(turn.since, turn.fiber.served_at)
         parked = sum(fiber.waits_for is not None for fiber in running)
@@ -159,14 +158,10 @@ This is where it stands:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """The signal's handler: raises what is due in the task that runs, where its own code can take it.
+    """Raise what is due in the task that runs, if its own code does. Handles the signal.
 
-    Inside a model call it can't: it is told at the next place where it would park. One that parked meanwhile is told by
-    the loop.
+    Another library's greenlet below the fiber is one that the task's own code went to.
     """
     fiber = fibers.current()
-    if fiber is None or fiber.overdue is None or fiber.shielded:
-        return
-    # Another library's greenlet is one that the task's own code went to.
-    if getcurrent() is not fiber or is_in_body(frame):
-        fiber.raise_overdue()
+    if fiber is not None and fiber.phase is Phase.BODY:
+        fiber.raise_pending()

@@ -11,36 +11,21 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from legit_worker import settings
+from legit_worker import parking, settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.prep.guard import forbid_cuda
 
 #: Bytes of arguments that helpers may have, at work or before them. What comes on top waits in its task.
 MAX_BYTES = 256 * 2**20
 
-#: Has a task wait for a future in a way that lets others go on. With True, the future is the task's own work, and not
-#: another's that it waits behind.
-Waiter = Callable[["Future[Any]", bool], None]
-
-
-def _block(future: Future[Any], is_own: bool) -> None:
-    wait([future])
-
-
-_waiter: Waiter = _block
-
-
-def use_waiter(waiter: Waiter) -> Waiter:
-    """From now on, tasks wait for helpers like this. Returns how they did before."""
-    global _waiter
-    before, _waiter = _waiter, waiter
-    return before
+#: What a task waits for, in words.
+WHAT = "a helper process"
 
 
 class Helpers:
@@ -60,11 +45,11 @@ class Helpers:
         Raises what the function raises, and `InvalidInputError` where it ended its helper or took too long.
         """
         while self._at_work and sum(self._at_work.values()) + size > MAX_BYTES:
-            _waiter(next(iter(self._at_work)), False)
+            parking.wait(next(iter(self._at_work)), WHAT)
         future = self._pool.schedule(function, args=arguments, timeout=self._seconds)
         self._at_work[future] = size
         try:
-            _waiter(future, True)
+            parking.wait(future, WHAT, is_own=True)
         finally:
             del self._at_work[future]
             future.cancel()  # type: ignore[no-untyped-call]  # of a task that was revoked, or stopped by its time limit

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary, ref
 
 from celery import Celery
 
+from legit_worker import parking
 from legit_worker.routing.wires import Delivery, Wire, open_wire
 from legit_worker.settings import AppSettings
 
@@ -179,7 +180,7 @@ class Lanes:
         """Returns once a server has it: the app's own, or the broker as a dead letter. Parks where it can."""
         lane = self._lane(delivery.chosen.url)
         lane.add(delivery)
-        if not _wait(delivery.done):
+        if not parking.park(delivery.done, "its result to be routed"):
             patience = 0.0 if lane.is_down else BLOCKING_PATIENCE
             try:
                 delivery.done.result(timeout=patience)
@@ -273,16 +274,3 @@ def dead_letter(delivery: Delivery) -> Delivery:
 def _tell(done: Future[None]) -> None:
     if not done.done():
         done.set_result(None)
-
-
-#: Waits for a future while other tasks run, and says whether it could. Set by a pool that can.
-Waiter = Callable[[Future[Any]], bool]
-
-_wait: Waiter = lambda future: False  # noqa: E731
-
-
-def use_waiter(waiter: Waiter) -> Waiter:
-    """From now on, a task whose result is on its way waits like this. Returns how it waited before."""
-    global _wait
-    before, _wait = _wait, waiter
-    return before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import json
 import os
@@ -14,6 +13,7 @@ import pytest
 import torch
 from celery.result import allow_join_result, denied_join_result, task_join_will_block
 from greenlet import greenlet
+from jobs import job
 
 import legit_worker
 from legit_worker.pool import fibers
@@ -57,9 +57,7 @@ def test_a_fiber_that_was_parked_while_the_collector_ran_goes_when_it_ends() -> 
         current.park("a model")
 
     told: list[int] = []
-    nobody = [lambda _: None] * 2
-    run = functools.partial(fibers.run_task, target, (), {}, *nobody, lambda pid, _: told.append(pid))
-    subject = fiber(run)
+    subject = fiber(job(target, accept_callback=lambda pid, _: told.append(pid)).run)
     subject.resume()
     gc.collect()
     subject.resume()
@@ -134,17 +132,13 @@ def test_a_fiber_can_be_terminated_from_within_another_which_then_goes_on_as_it_
 def test_a_task_that_is_revoked_as_it_is_accepted_never_runs_its_own_code() -> None:
     ran: list[str] = []
 
-    def whole_life() -> None:
-        fibers.run_task(
-            lambda: ran.append("its own code"),
-            (),
-            {},
-            lambda _: ran.append("stored"),
-            lambda _: ran.append("failed"),
-            lambda *_: subject.terminate(),
-        )
-
-    subject = fiber(whole_life)
+    life = job(
+        lambda: ran.append("its own code"),
+        callback=lambda _: ran.append("stored"),
+        error_callback=lambda _: ran.append("failed"),
+        accept_callback=lambda *_: subject.terminate(),
+    )
+    subject = fiber(life.run)
     subject.resume()
     assert subject.dead
     assert ran == []

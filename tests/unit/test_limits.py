@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+from collections.abc import Callable
 from functools import partial
 from math import inf, nan
 from time import monotonic
@@ -11,53 +11,110 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.app.trace import trace_task_ret
+from celery.app.trace import build_tracer, trace_task_ret
 from celery.exceptions import SoftTimeLimitExceeded
 from greenlet import greenlet
 from harness import poll
+from jobs import job
 
 from legit_worker.errors import InvalidInputError
-from legit_worker.pool import watcher
-from legit_worker.pool.fibers import Fiber, run_task
-from legit_worker.pool.limits import AGAIN, Limit, TimeLimitPassed, is_in_body, seconds_of
+from legit_worker.pool import fibers, watcher
+from legit_worker.pool.bodies import mark_body
+from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.limits import AGAIN, Limit, TimeLimitPassed, seconds_of
 from legit_worker.pool.watcher import SIGNAL, Watcher
 
-#: What was asked, in order: where, and whether it is the task's own.
-Asked = list[tuple[str, bool]]
+#: What was asked, in order: where, and in which phase.
+Asked = list[tuple[str, Phase]]
 
 
 class Looked:
-    """A function that looks where it is."""
+    """A function that looks in which phase it is."""
 
     def __init__(self, asked: Asked, where: str) -> None:
         self.asked, self.where = asked, where
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        self.asked.append((self.where, is_in_body(inspect.currentframe())))
+        fiber = fibers.current()
+        assert fiber is not None
+        self.asked.append((self.where, fiber.phase))
 
 
 def run(target: Any, args: tuple[Any, ...], asked: Asked) -> None:
     """As the pool does."""
-    told = [Looked(asked, where) for where in ("callback", "error_callback", "accepted")]
-    task = partial(run_task, target, args, {}, *told)
-    Fiber(task, app="", name="task").resume()
+    told = {
+        where: Looked(asked, where.partition("_")[0]) for where in ("callback", "error_callback", "accept_callback")
+    }
+    Fiber(job(target, *args, **told).run, app="", name="task").resume()
 
 
 def test_what_is_no_task_of_celerys_is_its_own_and_what_is_told_of_it_is_not() -> None:
     asked: Asked = []
     run(Looked(asked, "body"), (), asked)
-    assert asked == [("accepted", False), ("body", True), ("callback", False)]
+    assert asked == [("accept", Phase.NEW), ("body", Phase.BODY), ("callback", Phase.ENDING)]
 
 
-def test_of_a_task_its_function_is_its_own_and_its_message_is_not() -> None:
+class RetriedError(Exception):
+    """What a task with `autoretry_for` may raise."""
+
+
+def plain(app: Celery, looks: Looked) -> None:
+    app.task(looks.__call__, name="looks", ignore_result=True, shared=False)
+
+
+def with_autoretry(app: Celery, looks: Looked) -> None:
+    def tries() -> None:
+        looks()
+
+    app.task(tries, name="looks", ignore_result=True, shared=False, autoretry_for=(RetriedError,))
+
+
+def with_pydantic(app: Celery, looks: Looked) -> None:
+    def checked() -> None:
+        looks()
+
+    app.task(checked, name="looks", ignore_result=True, shared=False, pydantic=True)
+
+
+def with_a_call_of_its_own(app: Celery, looks: Looked) -> None:
+    class Called(app.Task):  # type: ignore[misc, name-defined]
+        name, ignore_result = "looks", True
+
+        def __call__(self) -> None:
+            looks()
+
+        def run(self) -> None:
+            """Never."""
+
+    app.register_task(Called())
+
+
+def with_a_beginning(app: Celery, looks: Looked) -> None:
+    class Begins(app.Task):  # type: ignore[misc, name-defined]
+        name, ignore_result = "looks", True
+
+        def before_start(self, *_: Any) -> None:
+            Looked(looks.asked, "body")()
+
+        def run(self) -> None:
+            """Nothing."""
+
+    app.register_task(Begins())
+
+
+KINDS = [plain, with_autoretry, with_pydantic, with_a_call_of_its_own, with_a_beginning]
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_of_a_task_its_own_code_can_be_interrupted_and_what_celery_does_around_it_can_not(
+    make: Callable[[Celery, Looked], None],
+) -> None:
     app = Celery("limits", set_as_current=False)
     asked: Asked = []
-
-    @app.task(name="looks", ignore_result=True)
-    def looks() -> None:
-        Looked(asked, "body")()
-
+    make(app, Looked(asked, "body"))
     app.finalize()
+    task = app.tasks["looks"]
+    task.__trace__ = mark_body(build_tracer("looks", task, app=app))
 
     def loads(*_: Any, **__: Any) -> Any:
         Looked(asked, "message")()
@@ -65,15 +122,29 @@ def test_of_a_task_its_function_is_its_own_and_its_message_is_not() -> None:
 
     request = {"id": "one", "task": "looks", "delivery_info": {}}
     run(partial(trace_task_ret, loads=loads, app=app), ("looks", "one", request, "", "json", "utf-8"), asked)
-    assert asked == [("accepted", False), ("message", False), ("body", True), ("callback", False)]
+    phases = [("accept", Phase.NEW), ("message", Phase.NEW), ("body", Phase.BODY), ("callback", Phase.ENDING)]
+    assert asked == phases
+
+
+def test_each_of_a_mapped_tasks_calls_is_its_own_code() -> None:
+    app = Celery("limits", set_as_current=False)
+    asked: Asked = []
+    plain(app, Looked(asked, "body"))
+    app.finalize()
+    task = app.tasks["celery.starmap"]
+    task.__trace__ = mark_body(build_tracer(task.name, task, app=app))
+    loads = lambda *_, **__: ((app.signature("looks"), [(), ()]), {}, {})  # noqa: E731
+    request = {"id": "one", "task": task.name, "delivery_info": {}}
+    run(partial(trace_task_ret, loads=loads, app=app), (task.name, "one", request, "", "json", "utf-8"), asked)
+    assert asked == [("accept", Phase.NEW), *[("body", Phase.BODY)] * 2, ("callback", Phase.ENDING)]
 
 
 def test_what_the_task_runs_below_another_librarys_greenlet_is_its_own() -> None:
     def task() -> None:
-        fiber.overdue = SoftTimeLimitExceeded()
-        greenlet(lambda: watcher.interrupt(SIGNAL, inspect.currentframe())).switch()
+        fiber.pending = SoftTimeLimitExceeded()
+        greenlet(lambda: watcher.interrupt(SIGNAL, None)).switch()
 
-    fiber = Fiber(partial(run_task, task, (), {}, print, print, None), app="", name="task")
+    fiber = Fiber(job(task).run, app="", name="task")
     with pytest.raises(SoftTimeLimitExceeded):
         fiber.resume()
 
@@ -115,18 +186,18 @@ class Unlookable:
 def test_a_task_that_the_watcher_cannot_look_at_takes_the_limits_from_no_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fibers = [Fiber(lambda: None, app="", name=f"task {number}") for number in range(3)]
-    for fiber in fibers:
+    tasks = [Fiber(lambda: None, app="", name=f"task {number}") for number in range(3)]
+    for fiber in tasks:
         fiber.limit = Unlookable()  # type: ignore[assignment]
-    fibers[1].limit = Limit(soft=0.001, hard=None, on_timeout=lambda is_soft, seconds: None)
+    tasks[1].limit = Limit(soft=0.001, hard=None, on_timeout=lambda is_soft, seconds: None)
     looks: list[float] = []
-    subject = Watcher(running=set(fibers), wake=lambda: looks.append(monotonic()), stall_seconds=60)
-    with caplog.at_level(logging.ERROR), fibers[1].clock.running():
+    subject = Watcher(running=set(tasks), wake=lambda: looks.append(monotonic()), stall_seconds=60)
+    with caplog.at_level(logging.ERROR), tasks[1].clock.running():
         subject.start()
         try:
-            poll(lambda: fibers[1].overdue, "the limit of the one that can be looked at")
-            fibers[1].limit = Limit(soft=None, hard=0.001, on_timeout=lambda is_soft, seconds: None)
-            poll(lambda: isinstance(fibers[1].overdue, TimeLimitPassed), "a later look")
+            poll(lambda: tasks[1].pending, "the limit of the one that can be looked at")
+            tasks[1].limit = Limit(soft=None, hard=0.001, on_timeout=lambda is_soft, seconds: None)
+            poll(lambda: isinstance(tasks[1].pending, TimeLimitPassed), "a later look")
         finally:
             subject.stop()
     assert len([record for record in caplog.records if "the watcher failed" in record.message]) == 1

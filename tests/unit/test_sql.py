@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from celery.exceptions import SoftTimeLimitExceeded
+from jobs import job
 from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
@@ -19,7 +20,7 @@ from sqlalchemy.pool import NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 from legit_worker import exclusive
 from legit_worker.pool import fibers, locks, sql, turns
-from legit_worker.pool.fibers import Fiber, run_task
+from legit_worker.pool.fibers import Fiber, Phase
 
 #: More than a pool of SQLAlchemy's has connections by default.
 TASKS = 30
@@ -74,9 +75,7 @@ class Loop:
 
     def start(self, task: Callable[[], Any], name: str = "task", **options: Any) -> Fiber:
         """As a message comes."""
-        fiber = Fiber(
-            partial(run_task, task, (), {}, lambda _: None, lambda _: None, None), app="", name=name, **options
-        )
+        fiber = Fiber(job(task).run, app="", name=name, wake=self.wake, **options)
         sql.watch()
         self.switch(fiber.resume)
         return fiber
@@ -112,10 +111,10 @@ class Loop:
 @pytest.fixture
 def loop() -> Iterator[Loop]:
     loop = Loop()
-    turns.use(loop.wake, sql.is_blind)
+    turns.use(sql.is_blind)
     sql.watch()
     yield loop
-    turns.stop()
+    turns.use(lambda: False)
 
 
 #: Who waits for a lock in vain, waits this long, in seconds.
@@ -250,7 +249,7 @@ def test_a_task_that_is_over_its_time_while_it_waits_gets_the_error_in_its_state
 
     loop.start(partial(adds, loop, engine, 0))
     late = loop.start(task)
-    assert not late.is_over
+    assert late.phase is Phase.PARKED
     late.resume(SoftTimeLimitExceeded())
     assert late.dead
     assert steps == ["told"]
@@ -261,14 +260,11 @@ def test_a_task_that_is_over_its_time_while_it_waits_gets_the_error_in_its_state
 def test_no_time_limit_ends_what_is_written_after_the_tasks_own_code(loop: Loop, engine: Engine) -> None:
     """Celery's own result backend may store results in the same database."""
     loop.start(partial(adds, loop, engine, 0))
-    stores = Fiber(
-        partial(run_task, lambda: None, (), {}, lambda _: inserts_by_text(loop, engine, 1), lambda _: None, None),
-        app="",
-        name="stores",
-    )
+    told = job(lambda: None, callback=lambda _: inserts_by_text(loop, engine, 1))
+    stores = Fiber(told.run, app="", name="stores", wake=loop.wake)
     stores.resume()
     assert stores.waits_for
-    assert stores.is_over
+    assert stores.phase is Phase.ENDING
     while loop.turn():
         pass
     assert rows(engine) == {0: "after", 1: "after"}

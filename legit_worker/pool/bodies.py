@@ -1,0 +1,45 @@
+"""Where a task's own code begins and ends inside Celery's trace of it.
+
+In: the tracers that Celery builds. Out: the fiber's phase, so that a time limit or a revoke interrupts the task's code
+alone, and never what Celery does before and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from legit_worker.pool import fibers
+
+
+def mark_body(tracer: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a tracer tell the fiber when the task's own code runs. Returns the tracer.
+
+    The tracer is a closure (`celery.app.trace.build_tracer`, 5.5 to 5.7). It calls the task by its variable `fun`,
+    whatever that is: `run`, a custom `__call__`, or the wrappers of `autoretry_for` and `pydantic`.
+    """
+    cells = dict(zip(tracer.__code__.co_freevars, tracer.__closure__ or (), strict=True))
+    for name, is_last in (("task_before_start", False), ("fun", True)):
+        cell = cells[name]
+        if cell.cell_contents is not None:
+            cell.cell_contents = in_body(cell.cell_contents, is_last=is_last)
+    return tracer
+
+
+def in_body(function: Callable[..., Any], *, is_last: bool = True) -> Callable[..., Any]:
+    """The same function, which tells the fiber that it is the task's own code. After the last one the task is over."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        fiber = fibers.current()
+        if fiber is None or not fiber.enter_body():
+            return function(*args, **kwargs)
+        is_over = True
+        try:
+            fiber.raise_pending()
+            result = function(*args, **kwargs)
+            is_over = is_last
+        finally:
+            fiber.leave_body(is_over=is_over)
+        return result
+
+    return run

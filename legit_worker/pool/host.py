@@ -1,0 +1,90 @@
+"""How tasks wait in this pool: they park, and the loop goes on to others.
+
+In: futures that tasks wait for (`legit_worker.parking`). Out: control to the loop, and back once a future is done.
+"""
+
+from __future__ import annotations
+
+from concurrent import futures
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from legit_worker import parking
+from legit_worker.device import modes
+from legit_worker.pool import fibers
+from legit_worker.pool.clock import Work, work_of
+from legit_worker.pool.fibers import Fiber, Phase
+
+#: Seconds between two looks at the time of a task that waits without parking.
+LOOK = 0.25
+
+
+class FiberHost(parking.Host):
+    """Parks fibers. In a thread that has none, waits as the base class does. Lives as long as its pool."""
+
+    def __init__(self, *, is_inline: bool) -> None:
+        # Without an event loop nobody would come back to a parked task.
+        self._is_inline = is_inline
+        #: Tasks that are over and wait for the delivery of their result.
+        self.delivering: set[Fiber] = set()
+
+    def wait(self, done: Future[Any], what: str, drive: parking.Drive | None, is_own: bool) -> None:
+        """Park, if the task may. If not, `drive` until then, or block: the task may hold what others would need."""
+        fiber = fibers.current()
+        if fiber is None:
+            super().wait(done, what, drive, is_own)
+            return
+        work = work_of(done) if is_own else Work()
+        fiber.clock.follow(work)
+        try:
+            with fiber.served():
+                self._wait(fiber, done, what, drive)
+        finally:
+            fiber.clock.settle(work)
+
+    def _wait(self, fiber: Fiber, done: Future[Any], what: str, drive: parking.Drive | None) -> None:
+        while not done.done():
+            fiber.raise_due(what)
+            if fiber.may_park():
+                fiber.wait_for(done, what)
+            else:
+                self._drive(fiber, done, drive)
+
+    @staticmethod
+    def _drive(fiber: Fiber, done: Future[Any], drive: parking.Drive | None) -> None:
+        restore = modes.suspend()
+        try:
+            with fiber.clock.stopped():  # others' batches may come first
+                if drive is None:
+                    futures.wait([done], timeout=LOOK)
+                else:
+                    drive()
+        finally:
+            restore()
+
+    def park(self, done: Future[Any], what: str) -> bool:
+        """Park a task that is over until its result is delivered. Such a task does not count in the window."""
+        fiber = fibers.current()
+        if done.done():
+            return True
+        if fiber is None or self._is_inline or not fiber.may_park():
+            return False
+        if fiber.phase is Phase.ENDING:
+            self.delivering.add(fiber)
+        try:
+            fiber.wait_for(done, what)
+        finally:
+            self.delivering.discard(fiber)
+        return True
+
+    def give_way(self, what: str) -> None:
+        """Park until the loop comes round, if the task may."""
+        fiber = fibers.current()
+        if fiber is not None and fiber.may_park():
+            fiber.give_way(what)
+
+    def serving(self) -> AbstractContextManager[object]:
+        """Keep what ends the task out of this package's code."""
+        fiber = fibers.current()
+        return nullcontext() if fiber is None else fiber.served()

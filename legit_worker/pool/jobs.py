@@ -1,0 +1,134 @@
+"""What Celery hands to a pool for one task, and what the pool's fiber does with it.
+
+In: the arguments of `apply_async`. Out: Celery's callbacks, when the task is accepted and when it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from celery.concurrency.base import apply_target
+from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
+from greenlet import GreenletExit
+
+from legit_worker.pool.bodies import in_body
+from legit_worker.pool.fibers import Fiber, Phase, current
+from legit_worker.pool.limits import TimeLimitPassed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One task, as `celery.worker.request.Request.execute_using_pool` (5.5 to 5.7) hands it over."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any]
+    callback: Callable[[Any], Any]
+    error_callback: Callable[[Any], Any]
+    accept_callback: Callable[[int, float], Any] | None
+
+    @property
+    def task(self) -> str:
+        """The task's name, `""` if the target is no task."""
+        return self.args[0] if self.is_task else ""
+
+    @property
+    def name(self) -> str:
+        """The task's name with its id."""
+        return f"{self.args[0]}[{self.args[1]}]" if self.is_task else "a call"
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """The task's request, empty if the target is no task."""
+        return self.args[2] if self.is_task else {}
+
+    @property
+    def is_task(self) -> bool:
+        """Whether the arguments are those of Celery's `trace_task_ret` (celery.app.trace, 5.5 to 5.7)."""
+        return len(self.args) >= 3 and isinstance(self.args[2], Mapping)
+
+    @property
+    def request(self) -> Any:
+        """Celery's `Request`, whose methods the callbacks are; None if the target is no task."""
+        return getattr(self.callback, "__self__", None)
+
+    def run(self) -> None:
+        """Run the task from its acceptance to its end, as `apply_target` does (celery.concurrency.base, 5.7).
+
+        A task that ends by `sys.exit()`, a `KeyboardInterrupt` of its own, or a `MemoryError` fails. Celery would end
+        the worker with it, as if a child process had died, and prefork's parent tells `Request.on_failure` of that.
+        """
+        fiber = _here()
+        try:
+            apply_target(
+                self._call,
+                self.args,
+                dict(self.kwargs),
+                self._tell,
+                self.accept_callback,
+                pid=fiber.pid,
+                propagate=(GreenletExit,),
+            )
+        except TimeLimitPassed:
+            limit, fiber.limit = fiber.limit, None
+            if limit is not None and limit.hard is not None:
+                limit.on_timeout(False, limit.hard)
+        finally:
+            fiber.holdings.end(fiber)
+
+    def refuse(self, error: Exception) -> None:
+        """Fail a task that can't begin."""
+        fiber = _here()
+        fiber.phase = Phase.ENDING
+        if self.accept_callback is not None:  # which acks, if the task is acked early
+            self.accept_callback(fiber.pid, monotonic())
+        try:
+            raise error
+        except Exception:
+            self.error_callback(ExceptionInfo())
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        fiber = _here()
+        if isinstance(fiber.pending, GreenletExit):  # revoked as it was accepted
+            fiber.raise_pending()
+        if fiber.exclusive_depth:
+            fiber.wait_to_be_alone()
+        # Of a task, Celery's tracer says where its own code is.
+        target = self.target if self.is_task else in_body(self.target)
+        try:
+            return target(*args, **kwargs)
+        except (Exception, GreenletExit, WorkerShutdown, WorkerTerminate):
+            raise
+        except BaseException as error:
+            return _as_lost(error)
+
+    def _tell(self, result: Any) -> Any:
+        if isinstance(result, ExceptionInfo):
+            return self.error_callback(result)
+        return self.callback(_without_memory_error(result))
+
+
+def _here() -> Fiber:
+    fiber = current()
+    assert fiber is not None
+    return fiber
+
+
+def _without_memory_error(result: Any) -> Any:
+    """What Celery's trace returns, whose failure is stored. `Request.on_failure` would raise a `MemoryError` again."""
+    match result:
+        case (1, ExceptionInfo(exception=MemoryError() as error) as failure, _):
+            failure.exception = RuntimeError(repr(error))
+    return result
+
+
+def _as_lost(error: BaseException) -> ExceptionInfo:
+    """Celery's word for a task that took its process with it, which is stored as its failure."""
+    try:
+        raise WorkerLostError(repr(error)) from error
+    except WorkerLostError:
+        return ExceptionInfo()
