@@ -76,7 +76,8 @@ class ModelPoolStep(bootsteps.Step):
     @staticmethod
     def _swap_pool(worker: Any, chosen: settings.Settings) -> bool:
         """Whether the worker has a `ModelPool` now."""
-        from legit_worker.pool.pool import ModelPool, window
+        from legit_worker.pool.intake import window
+        from legit_worker.pool.pool import ModelPool
 
         if worker.pool_cls is not SoloPool and not issubclass(worker.pool_cls, ModelPool):
             logger.warning(

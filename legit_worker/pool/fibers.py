@@ -223,20 +223,24 @@ class Fiber(greenlet):
         if (error := self.due(waits_for)) is not None:
             raise error
 
+    @property
+    def is_due(self) -> bool:
+        """Whether something must be raised in it where it waits, perhaps later."""
+        is_late = self.pending is not None or (self.has_waited_too_long and not self.woken)
+        return is_late and self.phase in (Phase.PARKED, Phase.SERVED)
+
     def due(self, waits_for: str) -> BaseException | None:
         """What must be raised in it where it waits, if anything. What came due in a batch is told after the batch."""
-        if self.phase not in (Phase.PARKED, Phase.SERVED) or self.clock.is_in_batch:
+        if not self.is_due or self.clock.is_in_batch:
             return None
         if self.pending is not None:
             error, self.pending = self.pending, None
             return error
-        if self.has_waited_too_long and not self.woken:
-            return WaitedTooLongError(
-                f"{self.name} has waited for {self.clock.waited(monotonic()):.1f} s in all, now for {waits_for}, "
-                f"and LEGIT_WORKER_MAX_WAIT_SECONDS is {self.max_wait:g}: send it again when less is queued, start "
-                "another worker, or raise the bound"
-            )
-        return None
+        return WaitedTooLongError(
+            f"{self.name} has waited for {self.clock.waited(monotonic()):.1f} s in all, now for {waits_for}, "
+            f"and LEGIT_WORKER_MAX_WAIT_SECONDS is {self.max_wait:g}: send it again when less is queued, start "
+            "another worker, or raise the bound"
+        )
 
     def resume(self, error: BaseException | None = None) -> None:
         """Start it, or let it go on, or raise `error` where it is parked. Called by the loop."""

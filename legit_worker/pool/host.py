@@ -15,6 +15,7 @@ from legit_worker.device import modes
 from legit_worker.pool import fibers
 from legit_worker.pool.clock import Work, work_of
 from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.running import Running
 
 #: Seconds between two looks at the time of a task that waits without parking.
 LOOK = 0.25
@@ -23,11 +24,10 @@ LOOK = 0.25
 class FiberHost(parking.Host):
     """Parks fibers. In a thread that has none, waits as the base class does. Lives as long as its pool."""
 
-    def __init__(self, *, is_inline: bool) -> None:
+    def __init__(self, running: Running, *, is_inline: bool) -> None:
+        self._running = running
         # Without an event loop nobody would come back to a parked task.
         self._is_inline = is_inline
-        #: Tasks that are over and wait for the delivery of their result.
-        self.delivering: set[Fiber] = set()
 
     def wait(self, done: Future[Any], what: str, drive: parking.Drive | None, is_own: bool) -> None:
         """Park, if the task may. If not, `drive` until then, or block: the task may hold what others would need."""
@@ -71,11 +71,11 @@ class FiberHost(parking.Host):
         if fiber is None or self._is_inline or not fiber.may_park():
             return False
         if fiber.phase is Phase.ENDING:
-            self.delivering.add(fiber)
+            self._running.delivering.add(fiber)
         try:
             fiber.wait_for(done, what)
         finally:
-            self.delivering.discard(fiber)
+            self._running.delivering.discard(fiber)
         return True
 
     def give_way(self, what: str) -> None:

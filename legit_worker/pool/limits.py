@@ -61,6 +61,12 @@ class Limit:
             return error
         return None
 
+    def remaining(self, own: float, now: float) -> float:
+        """Seconds until something may be due, at the earliest."""
+        if self._again_at < inf:
+            return self._again_at - now
+        return min(inf if limit is None else limit - own for limit in (self.soft, self.hard))
+
 
 def seconds_of(value: Any, what: str) -> float | None:
     """A limit as a number; None for 0 and for nothing, which are no limit. Raises `InvalidInputError`.

@@ -1,172 +1,157 @@
-"""Where the engine meets kombu's hub: when to fetch more tasks, and when to compute.
+"""The one place that advances tasks: it starts them, computes their batches, and resumes them.
 
-In: arrivals, and how much work waits. Out: calls of `compute`, one batch each, between which the hub does its own
-work: messages, acks, heartbeats, remote control.
+In: fibers that may begin or go on, and what ends one that waits. Out: control to one fiber at a time. The hub calls
+`turn` between two messages, and the shutdown calls the same `turn` until nothing runs.
 """
 
 from __future__ import annotations
 
-import select
-import socket
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from time import monotonic
 
-from legit_worker.batching.sizing import LAUNCH_SHARE
-
-#: Seconds to listen for one more task before a batch, when the last ones came singly. A broker on this machine
-#: answers in a third of it; a lone task waits no longer than this.
-GLANCE = 0.0004
-
-#: A task that arrives within this many seconds of a batch's end had been waiting for it.
-AT_ONCE = 0.002
-
-#: The poller sleeps for whole milliseconds. To listen for less, it is asked again and again.
-POLLER_TICK = 0.001
-
-#: The same, when a task stood waiting as soon as the last batch was done: the queue is not empty, and a broker
-#: across a network may need this long to give the next one.
-LOOK = 0.010
-
-#: The most seconds between two batches that fetching may take, so that first answers don't wait for a full window.
-MAX_FETCH_SECONDS = 0.5
-
-#: With this many seconds of work waiting beside the next batch, no more is fetched: batches pack as well as they ever
-#: will, and what is left in the queue is left for other workers.
-ENOUGH_SECONDS = 2.0
-
-#: How long one look may block the hub's timers.
-MAX_LOOK = 0.05
-
-#: Seconds of a launch that is worth `LAUNCH_SHARE` of them to listen for company. A quicker one gets a glance.
-DEAR_LAUNCH = 0.05
+from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
+from legit_worker.errors import DeviceLostError
+from legit_worker.pool import sql, turns
+from legit_worker.pool.backlog import Backlog
+from legit_worker.pool.engine import Engine
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.intake import Intake
+from legit_worker.pool.pace import Pace
+from legit_worker.pool.running import Running
+from legit_worker.pool.wakeup import Wakeup
+from legit_worker.pool.watcher import Turn, Watcher
 
 
-class Wakeup:
-    """A file descriptor that the hub finds readable from `set` to `clear`. `set` may be called by any thread."""
+class Loop:
+    """One pool's. Lives on the main thread, except for `wake` and `note_lost`. Owns the backlog and who is ready."""
 
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def fileno(self) -> int:
-        """What the hub polls."""
-        return self._reader.fileno()
-
-    def set(self) -> None:
-        """Have the hub call back soon. Twice is as good as once; after `close`, nobody is called."""
-        with suppress(OSError):
-            self._writer.send(b"\0")
-
-    def wait(self, seconds: float) -> None:
-        """Until it is set, or for this many seconds. `select.select` would take no descriptor from 1,024 on."""
-        poller = select.poll()
-        poller.register(self._reader, select.POLLIN)
-        poller.poll(seconds * 1000)
-
-    def clear(self) -> None:
-        """Until the next `set`, let the hub sleep."""
-        with suppress(BlockingIOError):
-            self._reader.recv(4096)
-
-    def close(self) -> None:
-        """Free both ends."""
-        self._reader.close()
-        self._writer.close()
-
-
-def listen(poll: Callable[[float], object], seconds: float) -> bool:
-    """Whether the hub's poller finds something to do within `seconds`; it stays there to be found again."""
-    if seconds >= POLLER_TICK:
-        return bool(poll(seconds))
-    until = monotonic() + seconds
-    while not (found := bool(poll(0))) and monotonic() < until:
-        pass
-    return found
-
-
-class Pace:
-    """Decides, each time the hub comes round, whether to look for more tasks first. Lives on the main thread.
-
-    Fetching fills the window, and a full window packs into even batches; but it must not take longer than computing
-    what was fetched, or tasks wait for nothing. It goes on for longer if tasks stand waiting and a batch takes as long
-    for one item as for many, as on a GPU: until the launch is a small part of the time. With `max_delay` set by the
-    user, that bounds the wait instead.
-    """
-
-    def __init__(self, max_delay: float | None) -> None:
-        self._max_delay = max_delay
-        self._batch_done_at = 0.0
-        #: When this round of fetching began; None until the first look after a batch.
-        self._began: float | None = None
-        self._arrived = False
-        #: A task stood waiting when the last batch was done, and looking longer since has paid.
-        self._backlog = False
-
-    def task_arrived(self) -> None:
-        """The hub handed over a task."""
-        self._arrived = True
-
-    def batch_done(self) -> None:
-        """The engine ran a batch."""
-        self._batch_done_at, self._began = monotonic(), None
-
-    def should_compute(
+    def __init__(
         self,
         *,
-        waiting_seconds: float,
-        surplus_seconds: float,
-        launch_seconds: float,
-        full: Callable[[], bool],
-        look: Callable[[float], bool],
-    ) -> bool:
-        """Whether to run a batch now; else let the hub go round once more.
+        engine: Engine,
+        running: Running,
+        wakeup: Wakeup,
+        watcher: Watcher,
+        pace: Pace,
+        intake: Intake,
+        review_models: Callable[[], None],
+        ran: Callable[[Fiber, float], None],
+    ) -> None:
+        """`review_models` loads and evicts what can be by now; `ran` hears of each fiber's seconds on the thread."""
+        self._engine = engine
+        self._running = running
+        self._wakeup = wakeup
+        self._watcher = watcher
+        self._pace = pace
+        self._intake = intake
+        self._review_models = review_models
+        self._ran = ran
+        #: Tasks that came and have not begun.
+        self.backlog = Backlog()
+        self._ready: deque[Fiber] = deque()
+        # Tasks that must be ended or warned once their batch is over.
+        self._due: dict[Fiber, None] = {}
+        #: The device is gone for good.
+        self.lost: DeviceLostError | None = None
+        self._is_loss_told = False
 
-        `waiting_seconds` is how long all that waits would take to compute, `surplus_seconds` the same beside the next
-        batches, and `launch_seconds` how long the next batch takes at least. `full` says whether more tasks would not
-        make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
+    def __repr__(self) -> str:
+        return f"<Loop: {len(self._running)} running, {len(self._ready)} ready, {len(self.backlog)} not started>"
+
+    def admit(self, fiber: Fiber) -> None:
+        """Start a task that came, or keep it until it may start."""
+        if self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early()):
+            self.start(fiber)
+        else:
+            self.backlog.append(fiber)
+
+    def start(self, fiber: Fiber) -> None:
+        """Run a task until it parks for the first time, or ends."""
+        self._pace.task_arrived()
+        self._running.add(fiber)
+        self._watcher.follow(fiber)
+        self._switch_to(fiber)
+        self._wakeup.set()
+
+    def wake(self, fiber: Fiber) -> None:
+        """Have a parked fiber resumed at the next turn. Called by any thread."""
+        if not fiber.woken:
+            fiber.woken = True
+            self._ready.append(fiber)
+        self._wakeup.set()
+
+    def note_lost(self, error: DeviceLostError) -> None:
+        """The device is gone. The next turn raises that, once: a fiber can't end other fibers."""
+        self.lost = self.lost or error
+        self._wakeup.set()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would advance anything now."""
+        return bool(self._ready) or self._engine.can_step
+
+    def turn(self, should_compute: Callable[[], bool]) -> None:
+        """Advance all that can be by now, and compute one batch if `should_compute`.
+
+        Raises `DeviceLostError`, and what a lost connection raises in Celery's own callbacks, as in solo.
         """
-        now = monotonic()
-        arrived, self._arrived = self._arrived, False
-        if self._began is None:
-            self._began = now
-            self._backlog = self._backlog or (arrived and now - self._batch_done_at < AT_ONCE)
-        elapsed = now - self._began
-        if self._max_delay is not None:
-            return self._is_over(self._max_delay - elapsed, arrived, full, look)
-        if surplus_seconds > ENOUGH_SECONDS:
-            return True
-        patience = self._patience(elapsed, waiting_seconds, launch_seconds, full)
-        if patience is None:
-            return True
-        if arrived:  # go round first: the hub asks the broker for the next task only then
-            return False
-        found = look(patience)
-        self._backlog = self._backlog and (found or patience == _glance(launch_seconds))
-        return not found
+        self._review_models()
+        if self.lost is not None and not self._is_loss_told:
+            self._is_loss_told = True
+            raise self.lost
+        if self._engine.collect():
+            self._pace.batch_done()
+        self._end_due()
+        self.resume_ready()
+        if self._engine.can_step and should_compute():
+            self._engine.step()
+            self.resume_ready()
+            self._pace.batch_done()
 
-    def _patience(
-        self, elapsed: float, waiting_seconds: float, launch_seconds: float, full: Callable[[], bool]
-    ) -> float | None:
-        """Seconds to listen for one more task; None if enough time went into fetching."""
-        glance = _glance(launch_seconds)
-        if elapsed <= min(MAX_FETCH_SECONDS, waiting_seconds):
-            return max(glance, min(LOOK, waiting_seconds)) if self._backlog else glance
-        if self._backlog and elapsed < min(MAX_FETCH_SECONDS, launch_seconds / LAUNCH_SHARE) and not full():
-            return glance
-        return None
+    def wait(self, seconds: float) -> None:
+        """Sleep until something happens: all that runs waits for a load, the device, or somebody else."""
+        self._wakeup.wait(seconds)
+        self._wakeup.clear()
+        turns.look()
 
-    @staticmethod
-    def _is_over(left: float, arrived: bool, full: Callable[[], bool], look: Callable[[float], bool]) -> bool:
-        """Whether the delay that the user chose is over. If not, listen for a part of the time that is left."""
-        if left <= 0 or full():
-            return True
-        if not arrived:
-            look(min(left, MAX_LOOK))
-        return False
+    def resume_ready(self) -> None:
+        """Let those go on whose waiting is over, then begin others in the place of those that ended."""
+        for _ in range(len(self._ready)):
+            fiber = self._ready.popleft()
+            if not fiber.dead:
+                self._switch_to(fiber)
+        early = self._intake.may_start_early
+        while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
+            self.start(first)
 
+    def _end_due(self) -> None:
+        """Raise what is due in the tasks that wait. One whose batch is being computed is told after that."""
+        due = self._due | dict.fromkeys(self._watcher.take_due())
+        self._due = {}
+        for fiber in due:
+            if fiber.waits_for is None:
+                continue
+            error = fiber.due(fiber.waits_for)
+            if error is not None:
+                self._switch_to(fiber, error)
+            elif fiber.is_due:
+                self._due[fiber] = None
 
-def _glance(launch_seconds: float) -> float:
-    """Seconds to listen when nobody is known to wait."""
-    return min(MAX_LOOK, launch_seconds * LAUNCH_SHARE) if launch_seconds >= DEAR_LAUNCH else GLANCE
+    def _switch_to(self, fiber: Fiber, error: BaseException | None = None) -> None:
+        """Run a fiber until it parks or ends.
+
+        What a server's or a network's failure raises in Celery's own callbacks goes up to the worker, as in solo. A
+        message that they can't deal with does not end the worker.
+        """
+        sql.watch()
+        turn = self._watcher.turn = Turn(fiber=fiber, since=monotonic())
+        try:
+            fiber.resume(error)
+        except DATA_ERRORS as data_error:
+            give_up_request(fiber.request, data_error)
+        finally:
+            self._watcher.turn = None
+            if fiber.dead:
+                self._running.discard(fiber)
+            self._ran(fiber, monotonic() - turn.since)

@@ -21,6 +21,15 @@ from legit_worker.pool.engine import Counters
 
 logger = logging.getLogger(__name__)
 
+#: Of the tasks that are acked early, how many a warning names.
+NAMED = 3
+
+#: What an operator reads at the start. A task in the queue, or one that has not started, is never lost.
+EARLY_ACKS = (
+    "Some tasks are acked before they run (%s: %d in all). A kill of this worker loses those that have started, up to "
+    "%d, and nobody is told; no more of them run at once. Set acks_late=True for each that may run twice."
+)
+
 #: Seconds between two lines of a busy worker.
 BUSY_SECONDS = 60.0
 
@@ -56,6 +65,14 @@ def with_others(messages: int, seconds: float) -> None:
             messages,
             seconds,
         )
+
+
+def early_acks(app: Celery, most: int) -> None:
+    """Warn of tasks that a kill loses: solo loses one of them, and this pool the `most` that may be in flight."""
+    tasks = app.tasks.items()
+    early = sorted(name for name, task in tasks if not task.acks_late and not name.startswith("celery."))
+    if early:
+        logger.warning(EARLY_ACKS, ", ".join(early[:NAMED]), len(early), most)
 
 
 def _device(chosen: str) -> str:

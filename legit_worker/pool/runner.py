@@ -23,6 +23,8 @@ from legit_worker.pool import fibers
 from legit_worker.pool.calls import Call
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.loop import Loop
+from legit_worker.pool.running import Running
 from legit_worker.settings import fold
 
 #: Items of one call that are prepared at a time. The rest stay as they came, so that a call of 10,000 items neither
@@ -34,19 +36,13 @@ class FiberRunner:
     """Runs handles of the fibers' thread; those of any other thread are computed directly, beside the engine."""
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        wake: Callable[[Fiber], None],
-        on_lost: Callable[[], None],
-        models_of: Callable[[str], tuple[str, ...] | None],
+        self, engine: Engine, loop: Loop, running: Running, *, models_of: Callable[[str], tuple[str, ...] | None]
     ) -> None:
+        """`models_of` says which models an app may use, None for all."""
         self._engine = engine
-        self._wake = wake
-        self._on_lost = on_lost
+        self._loop = loop
+        self._running = running
         self._models_of = models_of
-        #: The device is gone for good: every fiber that comes is sent back.
-        self.lost: DeviceLostError | None = None
         self._direct = DirectRunner(must=True)
 
     @contextmanager
@@ -58,8 +54,8 @@ class FiberRunner:
                 yield model
             return
         self._check_allowed(fiber, entry)
-        if self.lost is not None:
-            self._send_back(fiber, self.lost)
+        if self._loop.lost is not None:
+            self._send_back(fiber, self._loop.lost)
         with fiber.served():
             request = entry.residency.request(entry, must=not fiber.may_park())
             try:
@@ -90,7 +86,7 @@ class FiberRunner:
             app=fiber.app,
             size=len(items),
             low_water=CHUNK // 2,
-            on_progress=lambda: self._wake(fiber),
+            on_progress=lambda: self._loop.wake(fiber),
             clock=fiber.clock,
             postprocess=entry.model_now.postprocess,
         )
@@ -127,18 +123,13 @@ class FiberRunner:
         except DeviceLostError as error:
             if call.error is None:
                 self._send_back(fiber, error)
-            self.note_lost(error)  # and this task is the one whose item it was
+            self._loop.note_lost(error)  # and this task is the one whose item it was
         finally:
             restore()
 
-    def note_lost(self, error: DeviceLostError) -> None:
-        """The device is gone. The loop hears of it at its next turn: it can't end fibers from within one."""
-        self.lost = self.lost or error
-        self._on_lost()
-
     def _send_back(self, fiber: Fiber, error: DeviceLostError) -> NoReturn:
         """End a task whose device is gone: its message goes back, or, where it was acked early, it fails."""
-        self.note_lost(error)
+        self._loop.note_lost(error)
         if fiber.acks_late:
             raise GreenletExit from error
         raise DeviceLostError(*error.args) from error

@@ -11,22 +11,30 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import count
 from math import inf
 from time import monotonic
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 from greenlet import GreenletExit
 
 from legit_worker.pool import fibers
 from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.running import Running
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks, while a running task has a limit, and otherwise.
 LIMIT_LOOK, STALL_LOOK = 0.1, 1.0
+
+#: Looks at tasks that are over which are kept for the next time.
+SPARE = 256
 
 #: Nobody uses it: Celery has its own meanings for the others that a program may choose, and `SIGALRM` is tasks'.
 SIGNAL = signal.SIGVTALRM
@@ -44,12 +52,16 @@ class Turn:
 
 
 class Watcher:
-    """A thread of its own, from `start` to `stop`. Never runs task code, takes no lock that the main thread holds."""
+    """A thread of its own, from `start` to `stop`. Never runs task code, takes no lock that the main thread holds.
+
+    Of tasks with a limit it keeps the earliest time at which each can be over, so looking costs the same however many
+    there are.
+    """
 
     def __init__(
         self,
         *,
-        running: set[Fiber],
+        running: Running,
         wake: Callable[[], None],
         stall_seconds: float,
         ends_at: Callable[[], float] = lambda: inf,
@@ -61,10 +73,19 @@ class Watcher:
         self._ends_at = ends_at
         self._main = 0
         self._poke = threading.Event()
+        self._thread: threading.Thread | None = None
         self._is_over = False
         self._signal_before: Any = None
         self._told: Turn | None = None
         self._has_failed = False
+        # Tasks with a limit: those that began since the last look; and all, by the time of the next look at each.
+        # A task that is over is not kept by these.
+        self._begun: deque[ref[Fiber]] = deque()
+        self._looks: list[tuple[float, int, ref[Fiber]]] = []
+        self._numbers = count()
+        self._looks_often = False
+        # Tasks in which something was noted since the loop last asked.
+        self._noted: deque[Fiber] = deque()
         #: Which fiber has the main thread. Set by it.
         self.turn: Turn | None = None
 
@@ -73,31 +94,58 @@ class Watcher:
         self._main = threading.get_ident()
         if threading.current_thread() is threading.main_thread():  # elsewhere, running code can't be interrupted
             self._signal_before = signal.signal(SIGNAL, interrupt)
-        threading.Thread(target=self._run, name="legit-watcher", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="legit-watcher", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Called on the main thread; twice is as good as once."""
+        """Called on the main thread; twice is as good as once.
+
+        The signal's handler stays if the default would take its place: that ends the process at a signal under way.
+        """
         self._is_over = True
         self._poke.set()
-        if self._signal_before is not None:
+        if self._thread is not None:
+            self._thread.join(STALL_LOOK)
+        if self._signal_before not in (None, signal.SIG_DFL):
             signal.signal(SIGNAL, self._signal_before)
-            self._signal_before = None
+        self._signal_before = None
 
-    def look_often(self) -> None:
-        """A task with a limit begins, or one that may not wait for ever."""
-        self._poke.set()
+    def follow(self, fiber: Fiber) -> None:
+        """A task begins. Called on the main thread."""
+        if fiber.limit is not None or fiber.max_wait < inf:
+            self._begun.append(ref(fiber))
+            if not self._looks_often:
+                self._poke.set()
+
+    def take_due(self) -> list[Fiber]:
+        """The tasks in which something was noted since the last call. Called on the main thread."""
+        return [self._noted.popleft() for _ in range(len(self._noted))]
 
     def _run(self) -> None:
         while not self._is_over:
-            running = self._running.copy()  # in one step, unlike tuple(): the main thread changes it
-            limited = [fiber for fiber in running if fiber.limit is not None or fiber.max_wait < inf]
-            for fiber in limited:
-                self._try(self._note_due, fiber)
-            for step in (self._note_end, self._interrupt_overdue):
+            for step in (self._look_at_limits, self._note_end, self._interrupt_overdue, self._notice_stall):
                 self._try(step)
-            self._try(self._notice_stall, running)
-            self._poke.wait(LIMIT_LOOK if limited or self._ends_at() < inf else STALL_LOOK)
+            self._looks_often = bool(self._looks) or self._ends_at() < inf
+            if not self._begun or self._looks_often:
+                self._poke.wait(LIMIT_LOOK if self._looks_often else STALL_LOOK)
             self._poke.clear()
+
+    def _look_at_limits(self) -> None:
+        now = monotonic()
+        for _ in range(len(self._begun)):
+            heappush(self._looks, (now, next(self._numbers), self._begun.popleft()))
+        if len(self._looks) > SPARE + 2 * len(self._running):
+            self._looks = [look for look in self._looks if _is_alive(look[2])]
+            heapify(self._looks)
+        while self._looks and self._looks[0][0] <= now:
+            _, number, here = heappop(self._looks)
+            fiber = here()
+            if fiber is None or fiber.dead:
+                continue
+            self._try(self._note_due, fiber, now)
+            after = _remaining(fiber, now)
+            if after < inf:
+                heappush(self._looks, (now + max(LIMIT_LOOK, after), number, here))
 
     def _try(self, step: Callable[..., None], *args: Any) -> None:
         """One task that can't be looked at must not take the limits from all others."""
@@ -108,16 +156,19 @@ class Watcher:
                 self._has_failed = True
                 logger.exception("the watcher failed at %s; it goes on, and says so this once", step.__name__)
 
-    def _note_due(self, fiber: Fiber) -> None:
-        now, limit = monotonic(), fiber.limit
+    def _note_due(self, fiber: Fiber, now: float) -> None:
+        limit = fiber.limit
         due = None if limit is None else limit.due(fiber.clock.seconds(now), now)
+        # In a model call that lets no others run, it waits without being parked.
+        waits = fiber.phase in (Phase.PARKED, Phase.SERVED)
         if due is not None:
             fiber.pending = due
-            self._wake()
-        # In a model call that lets no others run, it waits without being parked.
-        if fiber.phase in (Phase.PARKED, Phase.SERVED) and fiber.clock.waited(now) >= fiber.max_wait:
+        elif waits and fiber.clock.waited(now) >= fiber.max_wait and not fiber.has_waited_too_long:
             fiber.has_waited_too_long = True
-            self._wake()
+        else:
+            return
+        self._noted.append(fiber)
+        self._wake()
 
     def _note_end(self) -> None:
         """The main thread ends the parked tasks, and can't get to it while another one has it."""
@@ -130,20 +181,35 @@ class Watcher:
         if turn is not None and turn.fiber.pending is not None and self._signal_before is not None:
             signal.pthread_kill(self._main, SIGNAL)
 
-    def _notice_stall(self, running: Collection[Fiber]) -> None:
+    def _notice_stall(self) -> None:
         turn = self.turn
         # Inside a model call, what it waits for is this package's to bring: a batch, or a load.
         if turn is None or turn is self._told or turn.fiber.phase is Phase.SERVED:
             return
         seconds = monotonic() - max(turn.since, turn.fiber.served_at)
-        parked = sum(fiber.waits_for is not None for fiber in running)
-        if seconds >= self._stall_seconds and parked:
+        if seconds >= self._stall_seconds and (parked := self._running.parked):
             self._told = turn
             logger.warning(STALLED, turn.fiber.name, seconds, parked, self._stack())
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main)
         return "".join(traceback.format_stack(frame)[-FRAMES:])
+
+
+def _is_alive(here: ref[Fiber]) -> bool:
+    fiber = here()
+    return fiber is not None and not fiber.dead
+
+
+def _remaining(fiber: Fiber, now: float) -> float:
+    """Seconds until something may be due in a task, at the earliest."""
+    wait = inf if fiber.has_waited_too_long else fiber.max_wait - fiber.clock.waited(now)
+    if fiber.limit is None:
+        return wait
+    try:
+        return min(wait, fiber.limit.remaining(fiber.clock.seconds(now), now))
+    except Exception:  # a limit that can't be asked was logged once
+        return wait
 
 
 #: What an operator reads when one task keeps all others from going on.

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from math import inf, nan
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from legit_worker.pool import fibers, watcher
 from legit_worker.pool.bodies import mark_body
 from legit_worker.pool.fibers import Fiber, Phase
 from legit_worker.pool.limits import AGAIN, Limit, TimeLimitPassed, seconds_of
+from legit_worker.pool.running import Running
 from legit_worker.pool.watcher import SIGNAL, Watcher
 
 #: What was asked, in order: where, and in which phase.
@@ -189,15 +189,19 @@ def test_a_task_that_the_watcher_cannot_look_at_takes_the_limits_from_no_other(
     tasks = [Fiber(lambda: None, app="", name=f"task {number}") for number in range(3)]
     for fiber in tasks:
         fiber.limit = Unlookable()  # type: ignore[assignment]
-    tasks[1].limit = Limit(soft=0.001, hard=None, on_timeout=lambda is_soft, seconds: None)
-    looks: list[float] = []
-    subject = Watcher(running=set(tasks), wake=lambda: looks.append(monotonic()), stall_seconds=60)
+    tasks[1].limit = Limit(soft=0.001, hard=0.3, on_timeout=lambda is_soft, seconds: None)
+    running = Running()
+    for task in tasks:
+        running.add(task)
+    subject = Watcher(running=running, wake=lambda: None, stall_seconds=60)
     with caplog.at_level(logging.ERROR), tasks[1].clock.running():
         subject.start()
+        for task in tasks:
+            subject.follow(task)
         try:
-            poll(lambda: tasks[1].pending, "the limit of the one that can be looked at")
-            tasks[1].limit = Limit(soft=None, hard=0.001, on_timeout=lambda is_soft, seconds: None)
+            poll(lambda: isinstance(tasks[1].pending, SoftTimeLimitExceeded), "the one that can be looked at")
             poll(lambda: isinstance(tasks[1].pending, TimeLimitPassed), "a later look")
         finally:
             subject.stop()
+    assert set(subject.take_due()) == {tasks[1]}
     assert len([record for record in caplog.records if "the watcher failed" in record.message]) == 1

@@ -8,8 +8,10 @@ import socket
 
 import pytest
 
-from legit_worker.pool import loop
-from legit_worker.pool.loop import Pace, Wakeup
+from legit_worker.pool import pace as pace_module
+from legit_worker.pool import wakeup
+from legit_worker.pool.pace import Pace
+from legit_worker.pool.wakeup import Wakeup
 
 
 class Listener:
@@ -47,7 +49,7 @@ def test_a_lone_task_is_computed_after_one_glance() -> None:
     pace.task_arrived()
     assert not ask(pace, listener)
     assert ask(pace, listener)
-    assert listener.asked == [loop.GLANCE]
+    assert listener.asked == [pace_module.GLANCE]
 
 
 def test_while_tasks_come_it_fetches() -> None:
@@ -76,7 +78,7 @@ def test_where_launches_are_dear_and_tasks_stand_waiting_it_goes_on_fetching() -
     assert not ask(pace, listener, **dear)
     listener.asked.clear()
     assert not ask(pace, listener, **dear)
-    assert listener.asked == [loop.GLANCE]
+    assert listener.asked == [pace_module.GLANCE]
     listener.hears = False
     assert ask(pace, listener, **dear), "nothing more came at once"
     pace.task_arrived()
@@ -94,7 +96,7 @@ def test_a_full_batch_does_not_wait_for_more() -> None:
 def test_with_plenty_of_work_waiting_it_leaves_the_rest_to_other_workers() -> None:
     pace, listener = Pace(None), Listener(hears=True)
     pace.task_arrived()
-    assert ask(pace, listener, surplus_seconds=loop.ENOUGH_SECONDS * 1.01)
+    assert ask(pace, listener, surplus_seconds=pace_module.ENOUGH_SECONDS * 1.01)
     assert listener.asked == []
 
 
@@ -103,11 +105,12 @@ def test_a_launch_of_many_seconds_is_no_reason_to_leave_tasks_to_others() -> Non
     pace, listener = Pace(None), Listener(hears=True)
     for _ in range(50):
         pace.task_arrived()
-        assert not ask(pace, listener, waiting_seconds=loop.ENOUGH_SECONDS * 10)
+        assert not ask(pace, listener, waiting_seconds=pace_module.ENOUGH_SECONDS * 10)
 
 
 @pytest.mark.parametrize(
-    ("launch", "patience"), [(0.0, loop.GLANCE), (0.02, loop.GLANCE), (0.2, 0.01), (2.5, loop.MAX_LOOK)]
+    ("launch", "patience"),
+    [(0.0, pace_module.GLANCE), (0.02, pace_module.GLANCE), (0.2, 0.01), (2.5, pace_module.MAX_LOOK)],
 )
 def test_a_task_listens_for_company_for_a_small_part_of_a_slow_launch(launch: float, patience: float) -> None:
     pace, listener = Pace(None), Listener()
@@ -123,7 +126,7 @@ def test_after_a_batch_that_found_a_task_waiting_it_looks_longer() -> None:
     pace.task_arrived()
     assert not ask(pace, listener)
     assert ask(pace, listener)
-    assert listener.asked == [loop.LOOK]
+    assert listener.asked == [pace_module.LOOK]
 
 
 def test_when_looking_longer_brought_nothing_it_glances_again() -> None:
@@ -134,7 +137,7 @@ def test_when_looking_longer_brought_nothing_it_glances_again() -> None:
     ask(pace, listener)
     pace.batch_done()
     ask(pace, listener)
-    assert listener.asked == [loop.LOOK, loop.GLANCE]
+    assert listener.asked == [pace_module.LOOK, pace_module.GLANCE]
 
 
 def test_a_delay_of_zero_never_waits() -> None:
@@ -153,7 +156,7 @@ def test_while_tasks_come_a_delay_does_not_keep_the_hub_from_fetching_the_next()
 def test_a_delay_that_the_user_chose_is_waited_for_unless_the_batch_is_full() -> None:
     pace, listener = Pace(60.0), Listener()
     assert not ask(pace, listener)
-    assert listener.asked == [loop.MAX_LOOK]
+    assert listener.asked == [pace_module.MAX_LOOK]
     assert ask(pace, listener, full=True)
 
 
@@ -165,14 +168,14 @@ def test_listening_for_less_than_the_pollers_tick_asks_again_until_the_time_is_o
         asked.append(seconds)
         return next(answers)
 
-    assert loop.listen(poll, loop.POLLER_TICK / 2)
+    assert wakeup.listen(poll, wakeup.POLLER_TICK / 2)
     assert asked == [0, 0, 0]
-    assert not loop.listen(lambda seconds: None, 0.0001)
+    assert not wakeup.listen(lambda seconds: None, 0.0001)
 
 
 def test_listening_for_longer_leaves_the_waiting_to_the_poller() -> None:
     listener = Listener(hears=True)
-    assert loop.listen(listener, 0.01)
+    assert wakeup.listen(listener, 0.01)
     assert listener.asked == [0.01]
 
 

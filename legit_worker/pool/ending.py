@@ -1,0 +1,171 @@
+"""How a worker ends: warm, soft, cold, or because its device is lost.
+
+In: Celery's `stop` and `terminate`, and `DeviceLostError`. Out: tasks that end or go back to the broker, and the
+process's exit code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from math import inf
+from time import monotonic
+from typing import Any
+
+from celery.worker import state
+
+from legit_worker.broker.acks import flush_acks
+from legit_worker.errors import DeviceLostError
+from legit_worker.pool.engine import Engine
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.intake import Intake
+from legit_worker.pool.loop import Loop
+from legit_worker.pool.reports import Reports
+from legit_worker.pool.running import Running
+from legit_worker.pool.softly import SoftShutdown
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a worker waits, at its end, for batches that nobody waits for any more.
+FLIGHT_SECONDS = 5.0
+
+#: Seconds between two looks while all that still runs waits for something.
+LOOK = 0.25
+
+
+class Ending:
+    """One pool's. Lives on the main thread."""
+
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        running: Running,
+        engine: Engine,
+        intake: Intake,
+        soft: SoftShutdown,
+        reports: Reports,
+        release: Callable[[], None],
+    ) -> None:
+        """`release` gives back what the pool has of the process, once no task runs."""
+        self._loop = loop
+        self._running = running
+        self._engine = engine
+        self._intake = intake
+        self._soft = soft
+        self._reports = reports
+        self._release = release
+        #: The hub, whose timers go on until the end, and the consumer, once there is one.
+        self.hub: Any = None
+        self.consumer: Any = None
+
+    def warm(self) -> None:
+        """Let all tasks end that have started."""
+        if not self._soft.is_called_by_handler():
+            self._shut_down(until=inf)
+
+    def cold(self) -> None:
+        """End all tasks now, or after the time of a soft shutdown if the project has one."""
+        self._shut_down(until=self._soft.until)
+
+    def _shut_down(self, until: float) -> None:
+        """The one way out. Each step stands where it does because an earlier place would lose something."""
+        # No consumer may be started any more.
+        self._intake.close()
+        # The consumer has stopped before the pool, so no task arrives any more. Those not started were not accepted:
+        # the broker has them still, and gives them to another worker once this one's connection closes.
+        self._loop.backlog.clear()
+        # Those that started run to their end: in a warm shutdown all, in a soft one those that can in its time, in a
+        # cold one none. A signal that comes meanwhile can turn the first into one of the others.
+        while len(self._running) and monotonic() < min(until, self._soft.until_if_begun):
+            self._reports.finishing([fiber.waits_for for fiber in self._running])
+            self._drain()
+        # Celery tells the rest that they are cancelled, before their ends, which would be wrong afterwards.
+        self._soft.cancel_rest()
+        # Whoever is left unwinds where it stands. Its message, acked late, goes back to the broker.
+        for fiber in self._running:
+            self._unwind(fiber)
+            self._running.discard(fiber)
+        # A thread that waits for the device must not come back to an interpreter that is gone.
+        self._engine.wait(FLIGHT_SECONDS)
+        # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
+        self._release()
+
+    def _drain(self) -> None:
+        """Do what the hub would do, once."""
+        try:
+            self._loop.turn(lambda: True)
+        except DeviceLostError as error:
+            self.give_up(error)
+        except Exception:  # a callback that met a lost connection must not take the other tasks with it
+            logger.exception("a task ended badly while the worker was stopping")
+        if len(self._running) and not self._loop.has_work:
+            self._loop.wait(LOOK)
+        # The hub no longer turns, and both must go on: what is done is acked before whoever stops us loses
+        # patience and kills, and heartbeats keep the connection for the acks that follow.
+        self._tend_hub()
+
+    def _tend_hub(self) -> None:
+        """What the hub does for Celery between two messages; as prefork does while it drains (5.7)."""
+        if self.hub is None:
+            return
+        try:
+            self.hub.fire_timers()
+            for callback in self.hub._pop_ready():
+                callback()
+            flush_acks()
+        except Exception:
+            logger.warning("an ack or a heartbeat failed while the worker was stopping", exc_info=True)
+
+    @staticmethod
+    def _unwind(fiber: Fiber, error: BaseException | None = None) -> None:
+        """One that ends badly must not keep the others from their end."""
+        try:
+            fiber.terminate(error)
+        except Exception:
+            logger.exception("task %s ended badly", fiber.name)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a task that began now would only be ended."""
+        return self._loop.lost is not None or self._soft.has_begun
+
+    def give_up(self, error: DeviceLostError) -> None:
+        """End a process that is of no more use: hand back what it holds, and leave with an exit code that says so.
+
+        Tasks whose messages were acked early can't be handed back. They fail with the error.
+        """
+        # First, so that whatever happens below, the worker ends.
+        if state.should_stop == os.EX_SOFTWARE:
+            return
+        state.should_stop = os.EX_SOFTWARE
+        if self.consumer is not None:  # in the middle of a warm shutdown, `should_stop` comes too late
+            self.consumer.controller.exitcode = os.EX_SOFTWARE
+        atexit.register(_leave)
+        self._loop.note_lost(error)
+        logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
+        self._loop.backlog.clear()
+        self._engine.forget()
+        self._loop.resume_ready()  # the one whose item it was
+        for fiber in self._running:
+            if fiber not in self._running.delivering:
+                self._unwind(fiber, None if fiber.acks_late else DeviceLostError(*error.args))
+                if fiber.dead:
+                    self._running.discard(fiber)
+
+
+def _leave() -> None:
+    """End a process whose device is lost, when nothing but Python's own end is left.
+
+    That would free tensors, which torch then answers by an abort and another exit code.
+    """
+    atexit.unregister(_leave)
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(os.EX_SOFTWARE)

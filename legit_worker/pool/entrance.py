@@ -1,0 +1,80 @@
+"""From Celery's arguments to a fiber: whose task it is, how long it may take, and when it is acked.
+
+In: what `apply_async` gets. Out: a fiber that has not begun.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from math import inf
+from typing import Any
+
+from celery import Celery
+
+from legit_worker import settings
+from legit_worker.apps import identify
+from legit_worker.errors import InvalidInputError
+from legit_worker.pool import limits
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.jobs import Job
+from legit_worker.pool.limits import Limit
+
+
+class Entrance:
+    """One pool's. Lives on the main thread."""
+
+    def __init__(
+        self,
+        app: Celery,
+        chosen: settings.Settings,
+        options: Mapping[str, Any],
+        *,
+        wake: Callable[[Fiber], None],
+        is_inline: bool,
+    ) -> None:
+        """`options` are those that the worker's command line gave to its pool. Bad limits there end the process."""
+        self._app = app
+        self._settings = chosen
+        self._wake = wake
+        self._is_inline = is_inline
+        try:
+            #: The worker's own limits in seconds.
+            self.soft = limits.seconds_of(options.get("soft_timeout"), "the worker's soft time limit")
+            self.hard = limits.seconds_of(options.get("timeout"), "the worker's time limit")
+        except InvalidInputError as error:
+            raise SystemExit(f"legit_worker: {error}") from None
+
+    def fiber(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Fiber:
+        """The fiber of a task, which fails at once if its limits are no numbers."""
+        run, limit = job.run, None
+        try:
+            limit = self._limit(job, soft, hard, on_timeout)
+        except InvalidInputError as error:
+            run = functools.partial(job.refuse, error)
+        app = identify(self._settings, job.headers) or ""
+        if app not in self._settings.apps:
+            app = ""
+        fiber = Fiber(
+            run,
+            app=app,
+            name=job.name,
+            request=job.request,
+            acks_late=bool(getattr(self._app.tasks.get(job.task), "acks_late", True)),
+            exclusive=self._is_inline or bool(app and not self._settings.apps[app].batching),
+            wake=self._wake,
+        )
+        fiber.limit = limit
+        fiber.max_wait = self._settings.max_wait_seconds or inf
+        return fiber
+
+    def _limit(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Limit | None:
+        """This task's limits: its message's, its own, or the worker's. Raises `InvalidInputError`."""
+        header = job.headers.get("timelimit")
+        source = f"in its message's header timelimit={header!r}" if header else "in its own options"
+        soft = limits.seconds_of(soft, f"the soft time limit of {job.name}, {source},") or self.soft
+        hard = limits.seconds_of(hard, f"the time limit of {job.name}, {source},") or self.hard
+        if not soft and not hard:
+            return None
+        tell = limits.timeout_callback(job.name, on_timeout, job.error_callback)
+        return Limit(soft=soft, hard=hard, on_timeout=tell)

@@ -1,0 +1,107 @@
+"""How many tasks this worker has at a time: those that may run, and those that the broker may hand over.
+
+In: which tasks have begun, and what those that are held are predicted to take. Out: whether one more may start, and
+the prefetch count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from legit_worker import settings
+from legit_worker.pool.running import Running
+from legit_worker.pool.share import Prefetch, Share
+
+#: Tasks in flight if LEGIT_WORKER_WINDOW does not say. Measured with MiniLM on two CPU cores: 388 short texts a second
+#: with 64, 362 with 256, 444 with 1,024. Mixed texts don't care. `LEGIT_WORKER_WINDOW=256 scripts/bench` measures it.
+DEFAULT_WINDOW = 1024
+
+#: The most tasks that run at once and are acked early: a kill loses all of them. They are enough for a batch of short
+#: texts, and a prefork worker with as many processes loses as many.
+EARLY_WINDOW = 32
+
+
+def window(chosen: settings.Settings) -> int:
+    """How many tasks may be in flight."""
+    return chosen.window or DEFAULT_WINDOW
+
+
+class Intake:
+    """One pool's. Lives on the main thread."""
+
+    def __init__(
+        self, limit: int, running: Running, share: Share, *, waiting: Callable[[], int], is_ending: Callable[[], bool]
+    ) -> None:
+        """`waiting` counts the tasks that came and have not begun; `is_ending` says that no task may begin any more."""
+        #: The window.
+        self.limit = limit
+        self._running = running
+        self._share = share
+        self._waiting = waiting
+        self._is_ending = is_ending
+        #: The tasks that this worker may hold now.
+        self.most = share.cold(limit)
+        self._prefetch: Prefetch | None = None
+        # How many tasks waited for a delivery at the last look, and how many of them have waited since the look before:
+        # others take their places.
+        self._delivering_before = self._replaced = 0
+
+    def __repr__(self) -> str:
+        return f"<Intake: {self.in_progress} in progress, may hold {self.most}, window {self.limit}>"
+
+    def tell(self, consumer: Any) -> None:
+        """Meet the worker's consumer before it connects: from now on the broker hears how many tasks to hand over."""
+        self._prefetch = Prefetch(consumer, self.most)
+
+    def close(self) -> None:
+        """Tell the broker nothing any more."""
+        self._prefetch = None
+
+    @property
+    def in_progress(self) -> int:
+        """Tasks that began. Those that wait for the delivery of their result don't count."""
+        return len(self._running) - len(self._running.delivering)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window is."""
+        return self.in_progress >= self.limit
+
+    def may_start(self) -> bool:
+        """Whether one more task may begin. One that would only be ended stays the broker's."""
+        return not self.is_full and not self._is_ending()
+
+    def may_start_early(self) -> bool:
+        """Whether one more may begin that a kill would lose. Until then it is not acked."""
+        return self.in_progress < self.most and self._running.early < EARLY_WINDOW
+
+    def resize(self, limit: int) -> None:
+        """Have another window. What runs goes on."""
+        self.limit = max(1, limit)
+        self.decide()
+
+    def decide_if_due(self) -> None:
+        """Decide again, unless that was a moment ago."""
+        if self._prefetch is not None and self._prefetch.is_due():
+            self.decide()
+
+    def decide(self) -> None:
+        """Take no more tasks than others can spare, and tell the broker, which counts those that are not acked."""
+        waiting = self._waiting()
+        self.most = self._share.most(self.in_progress + waiting, waiting, self.limit)
+        if self._prefetch is not None:
+            self._prefetch.want(max(1, self.most - self._running.early) + self._replaced)
+
+    def replace_delivering(self) -> None:
+        """Fetch one more task for each whose delivery takes long: other apps don't wait for a server that is away.
+
+        The bytes that a lane takes bound what waits (`routing.lanes.MAX_WAITING_BYTES`).
+        """
+        delivering = len(self._running.delivering)
+        self._replaced, self._delivering_before = min(delivering, self._delivering_before), delivering
+        self.decide()
+
+    def reconnect(self) -> None:
+        """The broker counts from zero again: what waits for its delivery from before has no place in its count."""
+        self._replaced = 0

@@ -1,0 +1,52 @@
+"""Which tasks have begun, and which of them count.
+
+In: fibers, as they begin and end. Out: how many are in progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from legit_worker.pool.fibers import Fiber
+
+
+class Running:
+    """The tasks that have begun and are not over. Changed on the main thread; any thread may read it."""
+
+    def __init__(self) -> None:
+        self._all: set[Fiber] = set()
+        self._early: set[Fiber] = set()
+        #: Those that wait for the delivery of their result.
+        self.delivering: set[Fiber] = set()
+        #: Those that wait for a model's load.
+        self.loading: set[Fiber] = set()
+        #: Tasks that have ever begun.
+        self.begun = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Fiber]:
+        return iter(self._all.copy())  # in one step, unlike tuple(): the main thread may change it meanwhile
+
+    def add(self, fiber: Fiber) -> None:
+        """One begins."""
+        self.begun += 1
+        self._all.add(fiber)
+        if not fiber.acks_late:
+            self._early.add(fiber)
+
+    def discard(self, fiber: Fiber) -> None:
+        """One is over."""
+        self._all.discard(fiber)
+        self._early.discard(fiber)
+
+    @property
+    def parked(self) -> int:
+        """How many wait."""
+        return sum(fiber.waits_for is not None for fiber in self)
+
+    @property
+    def early(self) -> int:
+        """How many run whose messages were acked when they began. Those that wait for a delivery don't count."""
+        return len(self._early - self.delivering) if self._early else 0
