@@ -71,7 +71,10 @@ class ModelPoolStep(bootsteps.Step):
         quiet_libraries()
         if chosen.role == "prep":
             aliases = ", ".join(chosen.models) or "none"
-            logger.info("legit_worker %s, role prep, can't start CUDA; models: %s", legit_worker.__version__, aliases)
+            logger.info(
+                "legit_worker %s, role prep, can't start CUDA; models: %s; settings: %s",
+                *(legit_worker.__version__, aliases, settings.listed_changes(chosen)),
+            )
 
     @staticmethod
     def _swap_pool(worker: Any, chosen: settings.Settings) -> bool:

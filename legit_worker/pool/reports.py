@@ -46,13 +46,14 @@ def started(app: Celery, chosen: settings.Settings, window: int, messages: str) 
 
     acks = "late" if app.conf.task_acks_late else "early"
     logger.info(
-        "legit_worker %s on %s: %s; window %d, acks %s, messages %s",
+        "legit_worker %s on %s: %s; window %d, acks %s, messages %s; settings: %s",
         legit_worker.__version__,
         _device(chosen.device),
         _models(chosen.models),
         window,
         acks,
         messages,
+        settings.listed_changes(chosen),
     )
 
 

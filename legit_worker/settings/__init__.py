@@ -14,6 +14,7 @@ from legit_worker.settings.schema import (
     ModelSettings,
     Settings,
     changed,
+    listed_changes,
     not_yet_in_effect,
     path_variable,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "fold",
     "is_enabled",
     "is_prep",
+    "listed_changes",
     "load",
     "load_or_exit",
     "not_yet_in_effect",

@@ -234,6 +234,12 @@ def changed(group: BaseModel, parents: Name = ()) -> Iterator[str]:
             yield f"{spelled(name)}={_without_login(value) if field == 'url' else _written(value)}"
 
 
+def listed_changes(settings: Settings) -> str:
+    """Write for the log what `changed` finds, without what the rest of a worker's first line says."""
+    told = tuple(f"{spelled((name,))}=" for name in ("enabled", "role"))
+    return ", ".join(line for line in changed(settings) if not line.startswith(told)) or "the defaults"
+
+
 def _written(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
@@ -241,6 +247,8 @@ def _written(value: Any) -> str:
 
 
 def _without_login(url: str) -> str:
-    """Keep the scheme and what follows the last `@`: a password may hold any other character."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+    """Keep the scheme and the server's address. Keep nothing if it is not clear where the password ends."""
+    scheme, separator, rest = url.partition("://")
+    login, _, place = rest.rpartition("@")
+    is_clear = separator and ":" not in scheme and not {"@", "?"} & set(login)
+    return f"{scheme}://{place.partition('?')[0]}" if is_clear else "…"

@@ -34,10 +34,27 @@ def test_a_ready_worker_says_in_one_line_what_it_is(
     )
 
 
+def test_a_ready_worker_names_the_settings_that_differ_from_their_defaults_and_no_password(
+    start_worker: StartWorker,
+) -> None:
+    app = {"RESULT_ROUTING": "on", "URL": "redis://me:hunter2@results.invalid:6379/3?ssl_password=hunter2"}
+    chosen = {f"LEGIT_WORKER_APPS__VOD__{name}": value for name, value in app.items()}
+    chosen |= {"LEGIT_WORKER_WINDOW": "7", "LEGIT_WORKER_STALL_SECONDS": "5", "LEGIT_WORKER_MODELS__SIM__PIN": "1"}
+    worker = start_worker(environment=ENABLED | SIM | chosen)
+    (line,) = lines(worker, "window 7")
+    assert line.endswith(
+        "; settings: LEGIT_WORKER_MODELS__SIM__KIND=simulated, LEGIT_WORKER_MODELS__SIM__PIN=on, "
+        "LEGIT_WORKER_DEVICE=cpu, LEGIT_WORKER_WINDOW=7, "
+        "LEGIT_WORKER_APPS__VOD__RESULT_ROUTING=on, LEGIT_WORKER_APPS__VOD__URL=redis://results.invalid:6379/3"
+    )
+    assert "hunter2" not in worker.log
+
+
 def test_a_prep_worker_says_that_it_is_one(start_worker: StartWorker) -> None:
-    worker = start_worker(environment=SIM | {"LEGIT_WORKER_ROLE": "prep"})
+    worker = start_worker(environment=SIM | {"LEGIT_WORKER_ROLE": "prep", "LEGIT_WORKER_PREP_SECONDS": "9"})
     (line,) = lines(worker, "role prep")
     assert re.search(r"INFO/.* legit_worker \S+, role prep, can't start CUDA; models: sim", line)
+    assert line.endswith("; settings: LEGIT_WORKER_MODELS__SIM__KIND=simulated, LEGIT_WORKER_PREP_SECONDS=9.0")
 
 
 def test_a_busy_worker_reports_itself_and_an_idle_one_does_not(start_worker: StartWorker) -> None:

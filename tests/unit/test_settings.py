@@ -24,6 +24,7 @@ from legit_worker.settings import (
     AppSource,
     ModelSettings,
     Settings,
+    changed,
     fold,
     is_enabled,
     is_prep,
@@ -857,3 +858,47 @@ def test_the_whole_package_imports_neither_torch_nor_pynvml() -> None:
     root = Path(sys.modules["legit_worker"].__path__[0]).parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == ""
+
+
+def test_what_differs_from_the_defaults_is_written_as_variables() -> None:
+    chosen = loaded(
+        ENABLED=1,
+        ROLE="device",
+        MODELS__MINILM__PATH="/models/minilm",
+        MODELS__MINILM__PIN=1,
+        VRAM_LIMIT="4GiB",
+        VRAM_HEADROOM="10%",
+        APP_FROM="header:team,reply_to",
+        PREP_HOSTS="a.example,b.example",
+        TASKS__EMBED_TEXT='{"conductor.embed": {"content": "text"}}',
+        APPS__VOD__BATCHING="off",
+        APPS__VOD__MODELS="minilm",
+    )
+    assert list(changed(chosen)) == [
+        "LEGIT_WORKER_ENABLED=on",
+        "LEGIT_WORKER_MODELS__MINILM__PATH=/models/minilm",
+        "LEGIT_WORKER_MODELS__MINILM__PIN=on",
+        "LEGIT_WORKER_VRAM_LIMIT=4GiB",
+        "LEGIT_WORKER_PREP_HOSTS=a.example,b.example",
+        'LEGIT_WORKER_TASKS__EMBED_TEXT={"conductor.embed": {"content": "text"}}',
+        "LEGIT_WORKER_APPS__VOD__BATCHING=off",
+        "LEGIT_WORKER_APPS__VOD__MODELS=minilm",
+        "LEGIT_WORKER_APP_FROM=header:team,reply_to",
+    ]
+    assert list(changed(Settings())) == []
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://me:{}@host:6379/3?password={}", "redis://host/0?password={}", "me:{}@host", "amqp://{}@host//"]
+)
+@pytest.mark.parametrize("password", ["hunter2", "hun/ter2", "hun@ter2", "hun?ter2", "hun#ter2", "hun://ter2"])
+def test_no_url_among_them_shows_a_password(url: str, password: str) -> None:
+    (line,) = changed(loaded(APPS__VOD__URL=url.replace("{}", password)))
+    assert line.startswith("LEGIT_WORKER_APPS__VOD__URL=")
+    assert "hun" not in line
+    assert "ter2" not in line
+
+
+def test_a_url_among_them_shows_its_server() -> None:
+    (line,) = changed(loaded(APPS__VOD__URL=URL))
+    assert line == "LEGIT_WORKER_APPS__VOD__URL=redis://results:6379/3"
