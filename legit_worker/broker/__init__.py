@@ -1,5 +1,5 @@
 """How a worker takes tasks from its broker.
 
-On Redis it takes many in one step, and loses none between the queue and itself. From any broker, a message that can't
-become a task does not end it.
+On Redis, a worker takes many messages in one step, and a kill loses none on its way. With any broker, a message that
+can't become a task does not end the worker.
 """

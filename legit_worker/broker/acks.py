@@ -1,6 +1,6 @@
 """Acks that go out together.
 
-In: acks, one by one, as Celery makes them. Out: one round trip for each turn of the hub.
+In: acks, one by one, as Celery makes them. Out: one round trip in each turn of the hub.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from kombu.transport import virtual
 
 logger = logging.getLogger(__name__)
 
-#: The most acks that wait for company in a worker's event loop. They go out before the hub waits, or at this number.
+#: Acks go out before the hub waits, or as soon as there are this many.
 MOST_ACKS = 64
 
-#: Those that have some.
+#: The accounts that have unsent acks.
 _with_acks: weakref.WeakSet[ReservingQoS] = weakref.WeakSet()
 
 
 def flush_acks() -> None:
-    """Send all acks that wait."""
+    """Send all unsent acks."""
     for qos in list(_with_acks):
         qos.flush_acks()
 
 
 class ReservingQoS(stock.QoS):
-    """kombu's accounts of messages that are not acked. The script's messages are not noted again; acks are grouped."""
+    """kombu's accounts of unacked messages. It groups acks, and does not note again what the script has noted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._acked: list[str] = []
 
     def ack(self, delivery_tag: str) -> None:
-        """A message is done with. Celery says so from the hub's queue, which the hub empties before it waits."""
-        if self.channel.closed:  # a connection that was lost: its messages were given back, and will be delivered again
+        """Ack a message: now without an event loop, else before the hub waits."""
+        if self.channel.closed:  # the connection was lost, kombu gave its messages back, and they come again
             virtual.QoS.ack(self, delivery_tag)
             return
         if self.channel.connection.cycle.hub is None:
@@ -49,7 +49,7 @@ class ReservingQoS(stock.QoS):
             self.flush_acks()
 
     def flush_acks(self) -> None:
-        """Send the acks that wait. If the connection is gone they are forgotten, and their tasks run again."""
+        """Send the unsent acks. If the connection is gone, forget them: their tasks run again."""
         acked, self._acked = self._acked, []
         _with_acks.discard(self)
         if not acked:
@@ -61,7 +61,7 @@ class ReservingQoS(stock.QoS):
             logger.critical("%d tasks that are done could not be acked, and will run again: %r", len(acked), error)
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """A message is being delivered."""
+        """Note a message that is being delivered, unless the script has noted it."""
         if delivery_tag == self.channel.noted:
             virtual.QoS.append(self, message, delivery_tag)
         else:

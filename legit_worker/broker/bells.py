@@ -1,6 +1,6 @@
 """How a channel waits for a Redis list without taking from it.
 
-In: lists that are empty. Out: a word to the channel when one no longer is.
+In: empty lists. Out: a call to the channel as soon as a list has a message.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class Bell:
-    """Rings when a list has something in it, and leaves it there. One connection to the server.
+    """Rings when a list has a message, and leaves the message there. Owns one connection to the server.
 
-    No command waits without taking. To move the last element to where it was comes to the same.
+    Redis has no command that waits without taking. So this one moves the last element to where it was.
     """
 
     def __init__(self, connection: Any, key: str) -> None:
@@ -29,16 +29,16 @@ class Bell:
         self.asked_at: float | None = None
 
     def fileno(self) -> int:
-        """What the poller watches."""
+        """Return the descriptor that the poller watches."""
         return int(self.connection._sock.fileno())
 
     def ask(self, timeout: float) -> None:
-        """Have the server answer when the list is not empty, or after `timeout` seconds."""
+        """Ask the server to answer when the list is not empty, or after `timeout` seconds."""
         self.connection.send_command("BLMOVE", self.key, self.key, "RIGHT", "RIGHT", timeout)
         self.asked_at = monotonic()
 
     def answer(self) -> None:
-        """Read what the server said; what it is doesn't matter."""
+        """Read the server's answer, and forget it."""
         self.asked_at = None
         self.connection.read_response(disable_decoding=True)
 
@@ -49,17 +49,17 @@ class Hearer(Protocol):
     health_check_interval: float | None
 
     def on_bell(self, bell: Bell) -> None:
-        """A bell has rung."""
+        """Look at the lists again: a bell has rung."""
 
     def drop(self, bell: Bell) -> None:
-        """A bell's connection is of no more use."""
+        """Disconnect a bell."""
 
     def patience(self) -> float:
-        """Seconds that the server waits before it says that there is nothing."""
+        """Return the seconds that the server waits before it answers that the list is empty."""
 
 
 class BellPoller(stock.MultiChannelPoller):
-    """kombu's poller, which polls bells too. A bell is heard even while the prefetch count has no room."""
+    """kombu's poller, which polls bells too. It hears a bell even while the prefetch count is used up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,21 +68,21 @@ class BellPoller(stock.MultiChannelPoller):
 
     @property
     def fds(self) -> dict[int, Any]:
-        """All that is polled, by file descriptor."""
+        """What this polls, by file descriptor."""
         return {**super().fds, **self._bells}
 
     def on_poll_start(self) -> None:
-        """The hub is about to wait."""
+        """Send the acks: the hub is about to wait."""
         flush_acks()
         super().on_poll_start()
 
     def watch(self, channel: Hearer, bell: Bell) -> None:
-        """Begin to poll a bell that has just been connected."""
+        """Poll a bell that is connected."""
         self._bells[bell.fileno()] = channel, bell
         self.poller.register(bell.fileno(), self.eventflags)
 
     def unwatch(self, bell: Bell) -> None:
-        """Stop polling one that is about to be disconnected."""
+        """Stop polling a bell."""
         for fileno, (_, watched) in list(self._bells.items()):
             if watched is bell:
                 del self._bells[fileno]
@@ -92,31 +92,31 @@ class BellPoller(stock.MultiChannelPoller):
                     self.poller.unregister(fileno)
 
     def on_readable(self, fileno: int) -> Any:
-        """A bell's answer, or what kombu awaits."""
+        """Hear a bell, or read what kombu awaits."""
         if fileno in self._bells:
             channel, bell = self._bells[fileno]
             return channel.on_bell(bell)
         return super().on_readable(fileno)
 
     def handle_event(self, fileno: int, event: int) -> Any:
-        """The same without an event loop. A bell delivers nothing, so whoever drains goes on waiting."""
+        """Do the same without an event loop. A bell delivers no message, so the caller goes on waiting."""
         if fileno in self._bells:
             return self.on_readable(fileno)
         return super().handle_event(fileno, event)
 
     def maybe_check_brpop_health(self) -> None:
-        """Called from time to time (kombu 5.7): drop connections on which an answer is overdue."""
-        getattr(super(), "maybe_check_brpop_health", lambda: None)()
+        """Drop connections on which an answer is overdue. kombu 5.7 calls this from time to time."""
+        getattr(super(), "maybe_check_brpop_health", lambda: None)()  # kombu 5.5 has none
         for channel, bell in list(self._bells.values()):
             patience = channel.patience() + (channel.health_check_interval or 0)
             is_overdue = bell.asked_at is not None and monotonic() - bell.asked_at > patience
-            if is_overdue and not _is_readable(bell):  # nor has it come while the worker computed
+            if is_overdue and not _is_readable(bell):  # an answer that came while the worker computed is unread
                 logger.warning("Redis gave no answer for %.0f seconds; connecting anew", patience)
                 channel.drop(bell)
 
 
 def _is_readable(file: Any) -> bool:
-    """Now. `select.select` takes no descriptor from 1,024 on."""
+    """Tell whether it has something to read now. `select.select` refuses descriptors from 1,024 on."""
     poller = select.poll()
     poller.register(file, select.POLLIN)
     return bool(poller.poll(0))

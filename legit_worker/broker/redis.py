@@ -1,12 +1,12 @@
-"""kombu's Redis transport, with one difference: a message is never in neither place.
+"""kombu's Redis transport, which loses no message between its queue and the worker.
 
-kombu pops a message and notes it among the unacked ones in a second step; a worker that is killed in between loses
-it, and one message stands there for as long as the worker computes. Here a script on the server does both at once,
-for as many messages as the prefetch count has room. Keys, values and everything else are kombu's: stock workers share
-the queues, and each restores what the other left behind.
+kombu pops a message and notes it among the unacked ones in a second step. A worker that is killed between the two
+steps loses the message, and while a worker computes, one message stays between them. Here a script on the server does
+both steps at once, for as many messages as the prefetch count allows. Keys, values and everything else are kombu's:
+stock workers share the queues, and each kind of worker restores the messages of the other.
 
-In: kombu's calls on a channel that consumes. Out: deliveries, as kombu would make them. A server that refuses this (one
-older than Redis 6.2, or a user who may not run scripts) is asked as kombu asks.
+In: kombu's calls on a channel that consumes. Out: deliveries, as kombu would make them. If a server refuses the script
+(Redis before 6.2, or a user who may not run scripts), messages come as kombu fetches them.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ from legit_worker.broker.reserve import MOST_BYTES, MOST_MESSAGES, RESERVE, SHA1
 
 logger = logging.getLogger(__name__)
 
-#: The list for bytes that are no message, or a message that can't become a task. A stock worker stops at such a
-#: message, and the message is gone.
+#: The list that keeps bytes which are no message, and messages that can't become a task.
 UNREADABLE_KEY = "legit.unreadable"
 
-#: What servers say, in lower case, to a command that they don't have, or that this user may not run. Inside a script
-#: such an answer is no `NoPermissionError`.
+#: Parts of a server's answer, in lower case, to a command that it does not have or that this user may not run. Redis
+#: raises no `NoPermissionError` inside a script.
 REFUSALS = ("unknown command", "unknown subcommand", "can't run this command", "acl failure in script")
 
-#: The refusals of this process that the log has told.
+#: The refusals that this process has logged.
 refusals: set[str] = set()
 
 
 def taking(channel: Any) -> str:
-    """How messages come by this channel, for the log and the statistics."""
+    """Say how messages come by this channel, for the log and the statistics."""
     if not isinstance(channel, ReservingChannel):
         return "as the broker delivers them"
     return "reserved in groups" if channel.refusal is None else f"fetched one at a time: {channel.refusal}"
 
 
 def held_by_workers(channel: Any) -> tuple[int, float]:
-    """How many messages of a Redis broker are with workers, living or dead; and the seconds after which a message that
-    one worker took is given to another. Zeros for other brokers."""
+    """Count the messages of a Redis broker that workers hold, and return the broker's visibility timeout in seconds.
+
+    The count includes dead workers. Returns zeros for other brokers.
+    """
     if not isinstance(channel, stock.Channel) or not channel.ack_emulation:
         return 0, 0.0
     with channel.conn_or_acquire() as client:
@@ -62,26 +63,30 @@ def held_by_workers(channel: Any) -> tuple[int, float]:
 
 
 def reserve_messages(app: Celery) -> None:
-    """From now on, consumers of this app reserve if the broker is Redis. Other brokers are as they were."""
+    """Let consumers of this app reserve messages if the broker is Redis. Other brokers stay as they were."""
     connection = app.amqp.Connection
     if not issubclass(connection, ReservingConnection):
         app.amqp.Connection = type(connection.__name__, (ReservingConnection, connection), {})
 
 
 class ReservingConnection(kombu.Connection):
-    """A connection to any broker, and after a failover to any other."""
+    """A connection to any broker, which may fail over to a broker of another kind."""
 
     def get_transport_cls(self) -> type:
-        """As kombu chose it from the URL; and reserving, if it is the Redis one or built on it."""
+        """Return kombu's transport for the URL; if it is the Redis transport or a subclass, one that reserves."""
         chosen: type = super().get_transport_cls()
         return reserving(chosen) if issubclass(chosen, stock.Transport) else chosen
 
 
 @functools.cache
 def reserving(transport: type[stock.Transport]) -> type[stock.Transport]:
-    """The transport class (plain, Sentinel, or a project's own) with channels that reserve."""
+    """Return a subclass of a transport (plain, Sentinel, or a project's own) whose channels reserve."""
     channel = type(transport.Channel.__name__, (ReservingChannel, transport.Channel), {})
     return type(transport.__name__, (ReservingTransport, transport), {"Channel": channel})
+
+
+class NoMessageError(ValueError):
+    """The bytes are no message that kombu could deliver."""
 
 
 class ReservingTransport:
@@ -92,62 +97,59 @@ class ReservingTransport:
         self.cycle = BellPoller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """The worker's event loop takes over from the poller's own."""
+        """Let the poller know the worker's event loop."""
         self.cycle.hub = loop
         super().register_with_event_loop(connection, loop)  # type: ignore[misc]
 
 
 class ReservingChannel(stock.Channel):
-    """A Redis channel that reserves. kombu's `BRPOP` handlers are the seam: what they started now asks the script.
+    """A Redis channel that reserves messages. It overrides kombu's `BRPOP` handlers to run the script.
 
-    Three states. Looking: the script's answer is awaited (`_in_poll`). Waiting: it found nothing more, and a bell hangs
-    on each list. Full: the prefetch count has no room, and kombu doesn't call.
+    It has three states. Looking: the channel awaits the script's answer (`_in_poll`). Waiting: the lists were empty,
+    and each has a bell. Full: the prefetch count is used up, and kombu doesn't call.
     """
 
     QoS = ReservingQoS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bells: dict[str, Bell] = {}
-        #: Lists of other priorities than the most urgent are first found by chance; from then on they have a bell.
+        #: Lists that had a message. A list of a lower priority gets a bell once it has had one.
         self._seen: set[str] = set()
         self._reserved: deque[Reserved] = deque()
-        #: What the last question was about; empty if kombu asked it.
+        #: The lists that the script was asked about; empty if kombu sent a `BRPOP`.
         self._asked: list[Source] = []
         #: Queues whose consumer doesn't ack.
         self._no_ack_queues: set[str] = set()
         self._looking = True
         self._has_script = False
         self._group = 1
-        #: Why messages are taken kombu's way; None while they are reserved.
+        #: The server's refusal, after which kombu fetches the messages; None while the script reserves them.
         self.refusal: str | None = None
+        #: The tag of the message that is being delivered, if the script has noted it.
         self.noted: str | None = None
         super().__init__(*args, **kwargs)
 
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
-        """Messages for a consumer that doesn't ack are not noted; a channel of such consumers alone is kombu's."""
+        """Remember the queues whose consumer doesn't ack. If there are no others, kombu fetches the messages."""
         (self._no_ack_queues.add if no_ack or not self.ack_emulation else self._no_ack_queues.discard)(queue)
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
     def _update_queue_cycle(self) -> None:
-        """Called when a queue is added or cancelled."""
+        """Look at the lists again: a queue was added or cancelled."""
         super()._update_queue_cycle()
         self._looking = True
 
     def _sources(self) -> list[Source]:
-        """All that is consumed from, in the script's order."""
+        """Return the lists of all consumed queues, in the script's order."""
         queues = self._queue_cycle.consume(len(self.active_queues))
         return [
-            Source(
-                queue,
-                self.global_keyprefix + self._q_for_pri(queue, step),
-                queue not in self._no_ack_queues,
-            )
+            Source(queue, self.global_keyprefix + self._q_for_pri(queue, step), queue not in self._no_ack_queues)
             for step in self.priority_steps
             for queue in queues
         ]
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """kombu has room for more and awaits nothing. `timeout` is for BRPOP alone."""
+        """Ask for messages: kombu has room for more and awaits no answer. Only BRPOP uses `timeout`."""
         if self.refusal is not None or self._no_ack_queues.issuperset(self.active_queues):
             self._asked = []
             super()._brpop_start(timeout or self.patience())
@@ -166,19 +168,15 @@ class ReservingChannel(stock.Channel):
         queues = sources[: len(sources) // len(self.priority_steps)]
         named = [part for source in queues for part in (source.queue, int(source.acks))]
         turns = int(self.queue_order_strategy == "round_robin")
-        arguments = [self._room(), MOST_BYTES, repr(time()), f"{uuid4()}.", turns, *named]
+        # Without an event loop, a caller gets one message a call, as from kombu.
+        room = 1 if self.connection.cycle.hub is None else self.qos.can_consume_max_estimate() or self._group
+        arguments = [min(self._group, room), MOST_BYTES, repr(time()), f"{uuid4()}.", turns, *named]
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
         self.client.connection.send_command("EVALSHA", SHA1, len(keys), *keys, *arguments)
 
-    def _room(self) -> int:
-        """How many messages to ask for. Whoever drains by hand gets one a call, as from kombu."""
-        if self.connection.cycle.hub is None:
-            return 1
-        return min(self._group, self.qos.can_consume_max_estimate() or self._group)
-
     def _brpop_read(self, **options: Any) -> bool:
-        """The server has answered. Raises `Empty` if it had nothing."""
+        """Read the server's answer and deliver its messages. Raises `Empty` if there were none."""
         if not self._asked:
             return bool(super()._brpop_read(**options))
         self._reserved.extend(self._read_answer(options))
@@ -191,7 +189,7 @@ class ReservingChannel(stock.Channel):
     def _read_answer(self, options: dict[str, Any]) -> list[Reserved]:
         try:
             more, *found = self.client.parse_response(self.client.connection, "EVALSHA", **options)
-        except NoScriptError:  # a server that was restarted
+        except NoScriptError:  # the server was restarted
             self._has_script = False
             return []
         except ResponseError as error:
@@ -202,7 +200,7 @@ class ReservingChannel(stock.Channel):
             raise
         finally:
             self._in_poll = None
-            if hasattr(self, "_flush_brpop_reauth"):  # kombu 5.7: now that the connection is idle
+            if hasattr(self, "_flush_brpop_reauth"):  # kombu 5.7 does this once the connection is idle
                 self._flush_brpop_reauth()
         self._looking = bool(more)
         self._group = min(2 * self._group, MOST_MESSAGES) if more else 1
@@ -214,7 +212,7 @@ class ReservingChannel(stock.Channel):
         return reserved
 
     def _script_is_there(self) -> bool:
-        """Load it if this server may not have it. kombu's own scripts need `SCRIPT LOAD` and `EVALSHA`, too."""
+        """Load the script if this server may not have it. kombu's own scripts need the same commands."""
         try:
             self._has_script = self._has_script or bool(self.client.script_load(RESERVE))
         except ResponseError as error:
@@ -222,44 +220,42 @@ class ReservingChannel(stock.Channel):
         return self._has_script
 
     def _deliver_reserved(self) -> None:
-        """What a consumer's error leaves here is delivered next time, or given back."""
+        """Deliver in order. If a consumer raises, the rest is delivered next time, or given back."""
         while self._reserved:
             reserved = self._reserved.popleft()
             payload = reserved.payload()
-            lacked = payload is not None and reserved.complete(payload)
-            if payload is None or not self._has_readable_body(payload):
-                self._put_bytes_aside(reserved)
-                continue
-            self._queue_cycle.rotate(reserved.source.queue)
-            # kombu can't restore a message without these: it is noted again, as it is delivered.
-            self.noted = reserved.tag if reserved.source.acks and not lacked else None
             try:
-                self.connection._deliver(payload, reserved.source.queue)
-            finally:
-                self.noted = None
+                if payload is None:
+                    raise NoMessageError
+                self._deliver_payload(payload, reserved)
+            except NoMessageError:
+                logger.error(
+                    "%d bytes in queue %s are no message, and were put into the list %s: %.100r",
+                    *(len(reserved.raw), reserved.source.queue, UNREADABLE_KEY, reserved.raw),
+                )
+                self._move_aside(reserved.raw, reserved.tag)
 
-    def _has_readable_body(self, payload: dict[str, Any]) -> bool:
-        """Whether kombu can make a `Message` of it; what the body says is the consumer's business."""
-        body = payload.get("body")
+    def _deliver_payload(self, payload: dict[str, Any], reserved: Reserved) -> None:
+        lacked = reserved.complete(payload)
+        self._queue_cycle.rotate(reserved.source.queue)
+        # kombu can't restore a message that lacked a part. So kombu notes the completed message again.
+        self.noted = reserved.tag if reserved.source.acks and not lacked else None
         try:
-            return not body or self.decode_body(body, payload["properties"].get("body_encoding")) is not None
-        except Exception:  # base64 that is none, an encoding that is a list
-            return False
+            self.connection._deliver(payload, reserved.source.queue)
+        finally:
+            self.noted = None
 
-    def _put_bytes_aside(self, reserved: Reserved) -> None:
-        logger.error(
-            "%d bytes in queue %s are no message, and were put into the list %s: %.100r",
-            len(reserved.raw),
-            reserved.source.queue,
-            UNREADABLE_KEY,
-            reserved.raw,
-        )
-        self._move_aside(reserved.raw, reserved.tag)
+    def decode_body(self, body: Any, encoding: Any = None) -> Any:
+        """Decode a message's body. Raises `NoMessageError` before any consumer sees the message."""
+        try:
+            return super().decode_body(body, encoding)
+        except Exception as error:  # the base64 is wrong, or the encoding is a list
+            raise NoMessageError(f"the body can't be decoded: {error}") from error
 
     def put_aside(self, message: kombu.Message) -> None:
-        """A message that can't become a task leaves the queue, and is kept in the list `UNREADABLE_KEY`."""
+        """Move a message that can't become a task from its queue to the list `UNREADABLE_KEY`."""
         self._move_aside(dumps(message._raw), message.delivery_tag)
-        message.reject()  # the server has forgotten it by now; this tells kombu's own accounts
+        message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
         with self.conn_or_acquire() as client, client.pipeline() as pipe:
@@ -269,7 +265,7 @@ class ReservingChannel(stock.Channel):
     def _hang_bells(self) -> None:
         sources = self._sources()
         queues = len(self.active_queues)
-        self._seen.intersection_update(source.key for source in sources)  # of queues that are consumed from
+        self._seen.intersection_update(source.key for source in sources)
         wanted = {source.key for number, source in enumerate(sources) if number < queues or source.key in self._seen}
         for key in self._bells.keys() - wanted:
             self.drop(self._bells[key])
@@ -283,8 +279,8 @@ class ReservingChannel(stock.Channel):
                 self._bells[key].ask(self.patience())
 
     def on_bell(self, bell: Bell) -> None:
-        """A list is no longer empty, or it is time to look at those without a bell."""
-        if bell.asked_at is None:  # the server closed a connection that waited for nothing while the worker was busy
+        """Look at the lists again: one has a message, or the lists without a bell are due for a look."""
+        if bell.asked_at is None:  # the server closed this idle connection while the worker was busy
             self.drop(bell)
             return
         try:
@@ -297,17 +293,17 @@ class ReservingChannel(stock.Channel):
         self._looking = True
 
     def drop(self, bell: Bell) -> None:
-        """Disconnect a bell. If it is wanted, there will be another."""
+        """Disconnect a bell. `_hang_bells` makes another if it needs one."""
         self._bells.pop(bell.key, None)
         self.connection.cycle.unwatch(bell)
         bell.connection.disconnect()
 
     def patience(self) -> float:
-        """Seconds that the server waits before it says that there is nothing (kombu 5.6: `brpop_timeout`)."""
-        return float(getattr(self.connection, "brpop_timeout", 1)) or 1.0
+        """Return the seconds that the server waits before it answers that the list is empty."""
+        return float(getattr(self.connection, "brpop_timeout", 1)) or 1.0  # kombu 5.5 has none
 
     def _take_kombus_way(self, error: ResponseError) -> None:
-        """If this server will never do what it is asked to do; else raise the error."""
+        """Let kombu fetch the messages if this server refuses the script. Raises any other error again."""
         text = str(error)
         if not isinstance(error, NoPermissionError) and not any(refusal in text.lower() for refusal in REFUSALS):
             raise error
@@ -324,9 +320,9 @@ class ReservingChannel(stock.Channel):
             self.drop(bell)
 
     def close(self) -> None:
-        """Give back what was not delivered."""
+        """Send the acks, and give back the messages that were not delivered."""
         self._closing = True
-        if isinstance(self.qos, ReservingQoS):  # not so without `ack_emulation`
+        if isinstance(self.qos, ReservingQoS):  # kombu's own class without `ack_emulation`
             self.qos.flush_acks()
         for bell in list(self._bells.values()):
             self.drop(bell)
@@ -335,7 +331,12 @@ class ReservingChannel(stock.Channel):
                 with suppress(Empty):
                     self._brpop_read()
             while self._reserved:
-                self._give_back(self._reserved.pop())
+                reserved = self._reserved.pop()
+                if reserved.source.acks:
+                    self.qos.restore_by_tag(reserved.tag)
+                else:
+                    with self.conn_or_acquire() as client:
+                        client.rpush(reserved.source.key.removeprefix(self.global_keyprefix), reserved.raw)
         except self.connection_errors:
             logger.warning(
                 "the connection broke with %d messages not yet delivered: they are given to a worker after the "
@@ -343,10 +344,3 @@ class ReservingChannel(stock.Channel):
                 len(self._reserved) + 1,
             )
         super().close()
-
-    def _give_back(self, reserved: Reserved) -> None:
-        if reserved.source.acks:
-            self.qos.restore_by_tag(reserved.tag)
-        else:
-            with self.conn_or_acquire() as client:
-                client.rpush(reserved.source.key.removeprefix(self.global_keyprefix), reserved.raw)

@@ -1,7 +1,7 @@
-"""Messages that can't become a task: one such message must not end a worker.
+"""Messages that can't become a task: they must not end a worker.
 
-In: messages of any broker, as a worker's consumer gets them. Out: the same to Celery; one that Celery stumbles over,
-before any task of it began, is logged and leaves the queue.
+In: messages of any broker, as a worker's consumer gets them. Out: the same messages to Celery. If Celery fails over a
+message before its task began, the error is logged and the message leaves the queue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from legit_worker.broker.redis import UNREADABLE_KEY, ReservingChannel
 
 logger = logging.getLogger(__name__)
 
-#: What Celery and kombu raise over data that are not as they expect. Nothing here is a server's or a network's fault.
+#: Celery and kombu raise these over unexpected data. None of them is the fault of a server or a network.
 DATA_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -31,7 +31,7 @@ DATA_ERRORS = (
     ValueError,
 )
 
-#: Is given a message, and what is wrong with it if that is known.
+#: Takes a message, and the error if kombu could not read it.
 Handler = Callable[..., Any]
 
 #: Characters of a message's headers and body that an error's log line shows.
@@ -39,7 +39,7 @@ SHOWN = 300
 
 
 def refuse_unreadable(app: Celery, *, begun: Callable[[], int]) -> None:
-    """From now on, this app's workers outlive any message. `begun` counts the tasks that the worker has started."""
+    """Let this app's workers survive any message. `begun` counts the tasks that the worker has started."""
     consumer = app.amqp.Consumer
     if not issubclass(consumer, RefusingConsumer):
         consumer = type(consumer.__name__, (RefusingConsumer, consumer), {})
@@ -50,7 +50,7 @@ def refuse_unreadable(app: Celery, *, begun: Callable[[], int]) -> None:
 class RefusingConsumer:
     """Mixed into the consumer that a worker takes its tasks from. Lives on the main thread."""
 
-    #: How many tasks have begun.
+    #: The number of tasks that have begun.
     begun: Callable[[], int]
 
     _on_message: Handler | None = None
@@ -58,7 +58,7 @@ class RefusingConsumer:
 
     @property
     def on_message(self) -> Handler | None:
-        """What Celery does with a message that kombu could read."""
+        """Celery's handler of a message that kombu could read."""
         return self._on_message
 
     @on_message.setter
@@ -67,7 +67,7 @@ class RefusingConsumer:
 
     @property
     def on_decode_error(self) -> Handler | None:
-        """What Celery does with one that kombu could not read: it logs, which can fail in its turn."""
+        """Celery's handler of a message that kombu could not read: it logs, and logging can fail, too."""
         return self._on_decode_error
 
     @on_decode_error.setter
@@ -75,7 +75,7 @@ class RefusingConsumer:
         self._on_decode_error = self._guarded(handler)
 
     def _guarded(self, handler: Handler | None) -> Handler | None:
-        """The same, but for errors over a message's data. What a task raises that has begun is the pool's business."""
+        """Wrap a handler: an error over a message's data removes the message, unless its task has begun."""
         if handler is None:
             return None
 
@@ -92,9 +92,9 @@ class RefusingConsumer:
 
 
 def give_up_request(request: Any, error: Exception) -> None:
-    """A task has begun, and Celery could not tell how it ended. Raises the error if what ran is no task.
+    """End a request whose result Celery could not store. Raises the error if no task ran.
 
-    Celery's own state of a request that is over is set as `Request.on_failure` sets it (celery.worker, 5.7).
+    Sets Celery's state of the request as `Request.on_failure` does (celery.worker, 5.7).
     """
     if request is None:
         raise error
@@ -104,10 +104,7 @@ def give_up_request(request: Any, error: Exception) -> None:
 
 
 def refuse(message: Any, error: Exception) -> None:
-    """Take a message out of its queue: on Redis it is put aside, elsewhere its broker has dead letters if set up.
-
-    Celery may have rejected it before it stumbled; or the connection that it came by is gone, and it will come again.
-    """
+    """Remove a message from its queue. On Redis a list keeps it; other brokers may have a dead-letter exchange."""
     logger.error(
         "a message can't become a task, or its task's end can't be told (%r): headers %.*s, body %.*s",
         error,
@@ -117,6 +114,7 @@ def refuse(message: Any, error: Exception) -> None:
         safe_repr(message.body),
         exc_info=error,
     )
+    # Celery has rejected it already; or its connection is gone, and the message comes again.
     if message.acknowledged or getattr(message.channel, "closed", False):
         return
     if isinstance(message.channel, ReservingChannel):

@@ -1,6 +1,6 @@
-"""The script that reserves messages on a Redis server, and what a reserved message is.
+"""The script that reserves messages on a Redis server, and the messages that it reserved.
 
-In: the script's answer. Out: messages that kombu can deliver; bytes that are no message are told apart.
+In: the script's answer. Out: messages that kombu can deliver, and bytes that are no message.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
-#: The most messages, and bytes, of one reservation. The first after a wait is for one message, and each that comes back
-#: full doubles the next. So an idle worker beside this one gets its share of a few messages.
+#: The most messages, and bytes, of one reservation. The first reservation after a wait asks for one message, and each
+#: full one doubles the next. So if there are few messages, an idle worker beside this one gets its share.
 MOST_MESSAGES = 64
 MOST_BYTES = 1 << 20
 
-#: Reserves messages: each is noted among the unacked ones, as kombu's `QoS.append` does it (kombu.transport.redis,
-#: 5.7), and only then taken off its list, so that an error between the two loses nothing. Messages of a queue whose
-#: consumer doesn't ack are only taken, as kombu does it.
+#: Reserves messages. It notes each message among the unacked ones, as kombu's `QoS.append` does (kombu.transport.redis,
+#: 5.7), and only then takes it off its list, so an error between the two loses nothing. If a queue's consumer doesn't
+#: ack, the script takes its messages and notes nothing, as kombu does.
 #:
 #: KEYS: the unacked messages, their index, then lists: most urgent priority first, the queues of one priority in a row.
-#: ARGV: most messages, most bytes, now (seconds), what a new tag starts with, 1 if queues take turns; then for each
+#: ARGV: most messages, most bytes, now (seconds), the start of a new tag, 1 if queues take turns; then for each
 #: queue its name, and 1 if its messages are acked.
 #: Returns 1 if more may be waiting, else 0; then, for each message, its list's number, its tag, and its bytes.
 RESERVE = """
@@ -83,11 +83,11 @@ SHA1 = hashlib.sha1(RESERVE.encode(), usedforsecurity=False).hexdigest()
 
 @dataclass(frozen=True)
 class Source:
-    """One list that messages are reserved from."""
+    """One list of messages."""
 
     queue: str
     key: str
-    #: Whether its consumer acks; otherwise the server notes nothing.
+    #: Whether its consumer acks; otherwise the script notes nothing.
     acks: bool
 
 
@@ -100,15 +100,15 @@ class Reserved:
     raw: bytes
 
     def payload(self) -> dict[str, Any] | None:
-        """What it says; None if it is no message."""
+        """Parse the bytes; None if they are no message."""
         try:
             payload = loads(bytes_to_str(self.raw))
-        except Exception:  # kombu's JSON makes objects, whose constructors raise what they like
+        except Exception:  # kombu's JSON calls constructors, which may raise anything
             return None
         return payload if isinstance(payload, dict) else None
 
     def complete(self, payload: dict[str, Any]) -> bool:
-        """Give a message its tag, and what a foreign client left out. Returns whether that was anything."""
+        """Give a message its tag, and the parts that a foreign client left out. Returns whether parts were missing."""
         lacks = [part for part in ("headers", "properties") if not isinstance(payload.get(part), dict)]
         payload |= {part: {} for part in lacks}
         properties = payload["properties"]
