@@ -1,10 +1,10 @@
-"""The result backend that routes: whatever backend the project has, and one envelope per finished task.
+"""The result backend that routes: the project's own backend, and one envelope for each finished task.
 
-In: Celery's word that a task has ended. Out: the stock result, and the envelope on the app's queue, both before Celery
+In: Celery's calls when a task ends. Out: the stock result, and the envelope on the app's queue, both before Celery
 acks the task's message.
 
-Sources: celery.backends.base.Backend, celery.backends.redis and celery.app.trace (5.5 to 5.7): every way in which a
-task ends goes through `mark_as_done`, `mark_as_failure`, `mark_as_revoked` or `chord_error_from_stack`.
+Sources: celery.backends.base.Backend, celery.backends.redis and celery.app.trace (5.5 to 5.7). Whenever a task ends,
+Celery calls `mark_as_done`, `mark_as_failure`, `mark_as_revoked` or `chord_error_from_stack`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ from legit_worker.routing.wires import Delivery, connect, is_redis, push_all
 
 logger = logging.getLogger(__name__)
 
-
-#: Seconds within which Celery marks the same hard time limit once more.
+#: Seconds within which Celery may mark the same hard time limit again.
 TOLD_AGAIN = 10.0
 
 
 class RoutingBackend:
-    """What a `result_backend` URL names: `legit_worker.routing:RoutingBackend+redis://localhost/0`.
+    """The class in a `result_backend` URL: `legit_worker.routing:RoutingBackend+redis://localhost/0`.
 
-    Making one gives an instance of the wrapped backend's own class that routes as well. So nothing that the wrapped
-    one has is missing, and what it calls of itself (chords, chains) is seen.
+    Its instance is of a subclass of the wrapped backend. So it has every method of that backend, and it sees the calls
+    that the backend makes to itself for chords and chains.
     """
 
     def __new__(cls, app: Celery, url: str | None = None, **options: Any) -> Any:
@@ -52,25 +51,25 @@ class RoutingBackend:
 
 
 def route_results(app: Celery) -> None:
-    """Have every backend that this Celery app makes route, if the settings have any app's results routed."""
+    """Let every backend of this Celery app route, if the settings route any app's results."""
 
     def get_backend() -> Any:
         wrapped, url = by_url(app.backend_cls or app.conf.result_backend, app.loader)
         is_bare = wrapped is not RoutingBackend
         return (routing(wrapped) if is_bare and _any_app_routes() else wrapped)(app=app, url=url)
 
-    # The only place in Celery that every spelling of the setting passes, whenever the project spells it.
+    # The only function of Celery that sees every spelling of the setting, whenever the project sets it.
     app._get_backend = get_backend
 
 
 def _any_app_routes() -> bool:
-    """Where none does, the backend is the stock one itself: not even a traceback shows a frame of this module."""
+    """If no app routes, the backend is the stock one: not even a traceback shows a frame of this module."""
     return any(chosen.result_routing for chosen in settings.load(enabled_by_default=True).apps.values())
 
 
 @functools.cache
 def routing(wrapped: Any) -> Any:
-    """The class of the wrapped backend, routing. One class per backend, so that it is equal to itself."""
+    """Return a subclass of the wrapped backend that routes: always the same one for one backend."""
     mixins = (JoinsRedis, Routing) if issubclass(wrapped, RedisBackend) else (Routing,)
     return type(f"Routing{wrapped.__name__}", (*mixins, wrapped), {"wrapped": wrapped})
 
@@ -80,7 +79,7 @@ def _unpickled(wrapped: Any, function: Callable[..., Any], *rest: Any) -> Any:
 
 
 class Join:
-    """Deliveries that a Redis pipeline may take along."""
+    """Deliveries that may join the pipeline which stores the result."""
 
     def __init__(self, deliveries: list[Delivery]) -> None:
         self.deliveries = deliveries
@@ -89,12 +88,12 @@ class Join:
 
 _join: ContextVar[Join | None] = ContextVar("legit_worker_join", default=None)
 
-#: The request of the chord's part that is being counted: whose app the chord's body has.
+#: The request of the chord's part that Celery counts now: the chord's body has the same app.
 _part: ContextVar[Request | None] = ContextVar("legit_worker_part", default=None)
 
 
 class Routing:
-    """Goes before a backend's class."""
+    """Mixed into a backend's class. Any thread may call it."""
 
     wrapped: Any
     app: Celery
@@ -113,7 +112,7 @@ class Routing:
         return _unpickled, (self.wrapped, function, *rest)
 
     def report(self) -> dict[str, Any]:
-        """For `inspect stats`."""
+        """Return the figures for `inspect stats`."""
         return self.lanes.report()
 
     def mark_as_done(
@@ -124,7 +123,7 @@ class Routing:
         store_result: bool = True,
         state: str = states.SUCCESS,
     ) -> Any:
-        """As the wrapped one, and routed."""
+        """Store as the wrapped backend does, and route."""
         stock: Callable[..., Any] = super().mark_as_done  # type: ignore[misc]
         ended = self._ended(task_id, request, "SUCCESS", result)
         return self._route(lambda: stock(task_id, result, request, store_result, state), ended, request)
@@ -139,7 +138,7 @@ class Routing:
         call_errbacks: bool = True,
         state: str = states.FAILURE,
     ) -> Any:
-        """As the wrapped one, and routed."""
+        """Store as the wrapped backend does, and route."""
         stock: Callable[..., Any] = super().mark_as_failure  # type: ignore[misc]
         ended = () if self._is_told_again(task_id, exc) else self._ended(task_id, request, "FAILURE", exc)
         rest = (traceback, request, store_result, call_errbacks, state)
@@ -153,13 +152,13 @@ class Routing:
         store_result: bool = True,
         state: str = states.REVOKED,
     ) -> Any:
-        """As the wrapped one, and routed."""
+        """Store as the wrapped backend does, and route."""
         stock: Callable[..., Any] = super().mark_as_revoked  # type: ignore[misc]
         ended = self._ended(task_id, request, "REVOKED", TaskRevokedError(reason or "revoked"))
         return self._route(lambda: stock(task_id, reason, request, store_result, state), ended, request)
 
     def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the wrapped one; remembers whose part it was, in case it is the chord's end."""
+        """Do as the wrapped backend does, and remember the part's request in case the chord fails here."""
         token = _part.set(_as_mapping(request))
         try:
             return super().on_chord_part_return(request, *args, **kwargs)  # type: ignore[misc]
@@ -167,7 +166,7 @@ class Routing:
             _part.reset(token)
 
     def chord_error_from_stack(self, callback: Any, exc: Any = None) -> Any:
-        """As the wrapped one, and the body, which never runs, is routed as failed."""
+        """Do as the wrapped backend does, and route a failure for the chord's body, which never runs."""
         error = sys.exc_info()[1] if exc is None else exc
         cause = _part.get() or {}
         app = self._routed_app(callback.get("options", {}).get("headers") or {}) or self._routed_app(cause)
@@ -176,14 +175,26 @@ class Routing:
         return self._route(stock, ended, cause)
 
     def unknown_task(self, request: Request, task_id: str, name: str) -> None:
-        """Celery rejected a message whose task no worker here has. It told the wrapped backend by itself."""
+        """Route a failure for a message whose task this worker does not have. Celery has stored the stock result."""
         app = self._routed_app(request)
         ended = endings(app, task_id, {**request, "task": name}, "FAILURE", NotRegistered(name)) if app else ()
         for delivery in self._deliveries(ended, request):
             self.lanes.send(delivery)
 
+    def hand_on(self, request: Request, headers: dict[str, Any]) -> None:
+        """Give a sent task's headers the app and `meta` of this request, if its results are routed."""
+        app = self._routed_app(request)
+        if app is None:
+            return
+        headers.setdefault(carrier(self._chosen), app)
+        # A retry has the same id, and so does a replacement: both are the same task.
+        same = headers.get("id") == request.get("id")
+        for name in ("meta", "route", "queued_at") if same else ("meta",):
+            if (value := header(name, request)) is not None:
+                headers.setdefault(name, value)
+
     def _is_told_again(self, task_id: str, exc: Any) -> bool:
-        """Celery's prefork pool marks a hard time limit twice: when it strikes, and when its process is gone."""
+        """Tell whether Celery marks a hard time limit again: prefork does so when the task's process is gone."""
         if not isinstance(exc, TimeLimitExceeded):
             return False
         now = monotonic()
@@ -199,7 +210,7 @@ class Routing:
         return endings(app, task_id, mapping, status, value, model=handle.last_called.get())
 
     def _routed_app(self, request: Request) -> str | None:
-        """The app that the request names, if its results are routed."""
+        """Return the app that the request names, if its results are routed."""
         name = app_of(self._chosen, request)
         return name if name in self._chosen.apps and self._chosen.apps[name].result_routing else None
 
@@ -211,11 +222,11 @@ class Routing:
             logger.warning("results of app %.128r are not routed: no LEGIT_WORKER_APPS__<APP>__… names it", name)
 
     def _route(self, stock: Callable[[], Any], ended: Iterable[Ending], request: Any) -> Any:
-        """The stock result and the envelopes, in one transaction where both are on one Redis."""
+        """Store the stock result and send the envelopes, in one transaction if both are on one Redis."""
         deliveries = list(self._deliveries(ended, _as_mapping(request) or {}))
         if not deliveries:
             return stock()
-        # With deduplication a task that has a result does not run again: by then its envelope must be there.
+        # With deduplication, a task that has a result does not run again. So its envelope must be sent first.
         if self.app.conf.worker_deduplicate_successful_tasks:
             self._send(deliveries)
             return stock()
@@ -246,7 +257,7 @@ class Routing:
 
     @contextmanager
     def _joining(self, deliveries: list[Delivery]) -> Iterator[list[Delivery]]:
-        """Inside, the wrapped backend may take some along. Gives those that are left to send, once it is over."""
+        """Let the wrapped backend's pipeline take deliveries along. After the block, the list has the rest."""
         left = list(deliveries)
         join = Join([delivery for delivery in deliveries if self._is_same_server(delivery.chosen.url)])
         token = _join.set(join)
@@ -262,20 +273,20 @@ class Routing:
 
 
 class JoinsRedis:
-    """Goes before `Routing` where the wrapped backend is Redis: its result and the envelope in one transaction."""
+    """Mixed in if the wrapped backend is Redis: stores the result and the envelope in one transaction."""
 
     app: Celery
     connparams: dict[str, Any]
 
     @property
     def client(self) -> Any:
-        """The wrapped backend's client, whose pipelines take along what is to be joined."""
+        """The wrapped backend's client. Its pipelines take the joined deliveries along."""
         client = super().client  # type: ignore[misc]
         join = _join.get()
         return client if join is None or join.is_done or not join.deliveries else _Joined(client, join)
 
     def _set(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs again, with a new pipeline, where Redis did not answer: what is joined is done once it returns."""
+        """Store a result. Celery calls this again, with a new pipeline, if Redis did not answer."""
         returned = super()._set(*args, **kwargs)  # type: ignore[misc]
         join = _join.get()
         if join is not None:
@@ -311,7 +322,7 @@ def _address(params: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class _Joined:
-    """A Redis client whose pipelines begin with the joined pushes."""
+    """A Redis client. Its pipelines begin with the joined pushes."""
 
     def __init__(self, client: Any, join: Join) -> None:
         self._client = client
@@ -327,12 +338,12 @@ class _Joined:
 
 
 def _as_mapping(request: Any) -> dict[str, Any] | None:
-    """Celery's request by its names. None where Celery made one up that has no headers."""
+    """Return Celery's request as a dictionary. None if Celery made one up that has no headers."""
     return vars(request) if hasattr(request, "called_directly") else request if isinstance(request, dict) else None
 
 
 def _connect_signals() -> None:
-    """Once per process, however many backends there are."""
+    """Connect once per process, for any number of backends."""
     signals.task_prerun.connect(_remember_start, dispatch_uid="legit_worker.routing")
     signals.before_task_publish.connect(_inherit, dispatch_uid="legit_worker.routing")
     signals.task_unknown.connect(_route_unknown, dispatch_uid="legit_worker.routing")
@@ -346,22 +357,13 @@ def _remember_start(task: Any = None, **_: Any) -> None:
 
 
 def _inherit(headers: dict[str, Any] | None = None, **_: Any) -> None:
-    """A task that is sent by a routed task has its app and its `meta`, where it does not say otherwise."""
     parent = get_current_task()
     if parent is None or headers is None:
         return
     backend = parent.app.backend
     request = _as_mapping(parent.request)
-    if not isinstance(backend, Routing) or not request:
-        return
-    app = backend._routed_app(request)
-    if app is not None:
-        headers.setdefault(carrier(backend._chosen), app)
-        # A retry is the same task once more, and so is what it replaces itself by.
-        same = headers.get("id") == request.get("id")
-        for name in ("meta", "route", "queued_at") if same else ("meta",):
-            if (value := header(name, request)) is not None:
-                headers.setdefault(name, value)
+    if isinstance(backend, Routing) and request:
+        backend.hand_on(request, headers)
 
 
 def _route_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
@@ -371,7 +373,7 @@ def _route_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> N
         request["reply_to"] = message.properties.get("reply_to")
         try:
             payload = message.payload
-        except Exception:  # whatever a decoder raises: then its arguments name no app
+        except Exception:  # a decoder may raise anything; then no argument names the app
             payload = None
         if isinstance(payload, dict):  # protocol 1
             request |= payload
@@ -384,6 +386,6 @@ def _warn_of_early_acks(sender: Any, **_: Any) -> None:
     app = sender.app
     if isinstance(app.backend, Routing) and not app.conf.task_acks_late:
         logger.warning(
-            "task_acks_late is off: a task that is acked before it runs can be lost with its routed result when the "
-            "worker is killed. Set task_acks_late = True for at-least-once results."
+            "task_acks_late is off: a killed worker can lose a task that it has acked early, and that task's routed "
+            "result. Set task_acks_late = True to get each result at least once."
         )

@@ -1,6 +1,6 @@
-"""The dead letters of an app: envelopes that its queue did not take.
+"""The dead letters of an app: envelopes that did not reach its queue.
 
-In: an app's name. Out: its envelopes, oldest first; sent again, or gone.
+In: an app's name. Out: its envelopes, oldest first; sent again, or deleted.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from celery import Celery
 from kombu import Connection
-from kombu.exceptions import ChannelError, OperationalError
+from kombu.exceptions import ChannelError
 
 from legit_worker.errors import RoutingError
 from legit_worker.routing.formats import queue_of
 from legit_worker.routing.lanes import dead_queue
-from legit_worker.routing.wires import Delivery, connect, is_redis, open_wire
+from legit_worker.routing.wires import Delivery, connect, is_redis, open_wire, reach
 from legit_worker.settings import NAME, Settings
 
 
@@ -27,24 +27,24 @@ class _Box(Protocol):
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[bytes]:
-        """All, oldest first; they stay."""
+        """Read all, oldest first, and keep them."""
 
     def take(self) -> Iterator[bytes]:
-        """Each one that is there now; it is gone once the next is asked for."""
+        """Read each letter, and delete it when the caller asks for the next."""
 
     def clear(self) -> None:
-        """They are gone."""
+        """Delete all."""
 
 
 class DeadLetters:
-    """What `celery legit results` shows and moves."""
+    """The dead letters that `celery legit results` shows and moves."""
 
     def __init__(self, app: Celery, chosen: Settings) -> None:
         self._app = app
         self._chosen = chosen
 
     def counts(self) -> dict[str, int]:
-        """How many each configured app has."""
+        """Count the dead letters of each configured app."""
         found = {}
         for name in self._chosen.apps:
             with self._box(name) as box:
@@ -52,22 +52,22 @@ class DeadLetters:
         return found
 
     def envelopes(self, name: str) -> list[dict[str, Any]]:
-        """All of one app's, oldest first."""
+        """Return an app's dead letters, oldest first."""
         with self._box(name) as box:
             return [json.loads(envelope) for envelope in box]
 
     def drop(self, name: str) -> int:
-        """Forget them. Returns how many."""
+        """Delete an app's dead letters. Returns how many there were."""
         with self._box(name) as box:
             count = len(box)
             box.clear()
             return count
 
     def replay(self, name: str) -> int:
-        """Send each again, to where the settings say now. Returns how many.
+        """Send each dead letter to the queue that the settings name now. Returns how many it sent.
 
-        One is gone from the dead letters only when the app's server has it. Raises `RoutingError` where that one does
-        not answer; the rest stay.
+        A letter is deleted only when the app's server has it. If that server does not answer, raises `RoutingError`
+        and keeps the rest.
         """
         chosen = self._chosen.apps.get(name)
         if chosen is None:
@@ -98,8 +98,8 @@ class DeadLetters:
             raise RoutingError(f"{name!r} is no app's name")
         with connect(self._app, None) as connection:
             try:
-                connection.ensure_connection(max_retries=1, interval_start=0)
-            except OperationalError as error:
+                reach(connection)
+            except (OSError, *connection.connection_errors) as error:
                 raise RoutingError(f"the broker {connection.as_uri()} does not answer: {error}") from None
             box = (_RedisBox if is_redis(connection) else _BrokerBox)(connection, dead_queue(name))
             if name not in self._chosen.apps and not len(box):  # letters outlive their app's settings
@@ -124,7 +124,7 @@ class _RedisBox:
             if envelope is None:
                 return
             yield envelope
-            # By value: somebody else may be taking from the same list.
+            # By value: another process may take from the same list.
             self._client.lrem(self._key, 1, envelope)
 
     def clear(self) -> None:
@@ -142,7 +142,7 @@ class _BrokerBox:
         return 0
 
     def __iter__(self) -> Iterator[bytes]:
-        # A channel of its own, that gives back what it got once it closes.
+        # When this channel closes, the broker gets its messages back.
         with self._connection.channel() as channel:
             for message in self._messages(channel):
                 yield _bytes(message.body)

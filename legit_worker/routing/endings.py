@@ -1,7 +1,6 @@
-"""Which tasks end with an event in Celery, and what their app is told. Pure.
+"""Which tasks end when Celery says that one has ended, and what each app is told. Pure.
 
-In: a task's request and what became of it, or the signature of a task that now never runs. Out: endings, none where
-nothing is to be routed.
+In: a task's request and its outcome, or the signature of a task that will never run. Out: the endings to route.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from legit_worker.routing.envelope import Ending
 from legit_worker.routing.formats import queue_of
 from legit_worker.settings import Settings
 
-#: Celery's own housekeeping, whose results nobody waits for.
+#: Celery's own housekeeping tasks: nobody waits for their results.
 INTERNAL = ("celery.chord_unlock", "celery.backend_cleanup", "celery.accumulate")
 
-#: Where a request keeps the time at which its task began, seconds since the epoch.
+#: The request's attribute for the time at which its task began, in seconds since the epoch.
 STARTED_AT = "legit_worker_started_at"
 
-#: Where it keeps whether a chain was to go on after its task. Celery 5.5 takes the next step out of the chain before it
-#: says that this one is done, which makes the last but one look like the last.
+#: The request's attribute that tells whether its chain had a next step. Celery 5.5 takes the next step out of the chain
+#: before it marks this one as done, so the last step but one would look like the last.
 GOES_ON = "legit_worker_goes_on"
 
 Request = Mapping[str, Any]
@@ -39,7 +38,7 @@ def endings(
     *,
     model: str | None = None,
 ) -> Iterator[Ending]:
-    """What this task's end means for its app: its own ending, or that of the chain which goes no further.
+    """Return the endings that this task's end causes: its own, and if its chain stops here, the chain's.
 
     `value` is the task's result, or its error.
     """
@@ -55,7 +54,7 @@ def endings(
 
 
 def never_run(app: str, signature: Request, cause: Request, status: Status, value: Any) -> Iterator[Ending]:
-    """The endings of a task, or of a whole canvas, that will not run because of what happened to `cause`."""
+    """Return the endings of a task or a whole canvas that will not run, because `cause` ended like this."""
     for last in _last_of(signature):
         options = last.get("options") or {}
         own = options.get("headers") or {}
@@ -66,12 +65,12 @@ def never_run(app: str, signature: Request, cause: Request, status: Status, valu
 
 
 def destination(app: str, chosen: Settings, request: Request) -> str:
-    """The queue for an app's envelope."""
+    """Return the queue for an app's envelope."""
     return answer_queue(app, chosen, request) or queue_of(app, chosen.apps[app])
 
 
 def app_of(chosen: Settings, request: Request) -> str | None:
-    """Which app a task is for; None also for one whose headers are out of all order."""
+    """Return the app that a task is for; None if it names none, or if its headers can't be read."""
     try:
         return identify(chosen, request)
     except (AttributeError, TypeError):
@@ -79,7 +78,7 @@ def app_of(chosen: Settings, request: Request) -> str | None:
 
 
 def _last_of(signature: Request) -> Iterator[Request]:
-    """The tasks whose results are the canvas's result. One inside a chord is not: its body's end is told instead."""
+    """Return the tasks whose results are the canvas's result. A chord's result is its body's, not its parts'."""
     options, kwargs = signature.get("options") or {}, signature.get("kwargs") or {}
     kind = signature.get("subtask_type")
     if options.get("chain"):

@@ -1,7 +1,7 @@
-"""What an app is told about one task. Pure.
+"""The envelope: one JSON object that tells an app how a task ended. Pure.
 
-In: how a task ended. Out: the bytes of one JSON object, `docs/envelope.schema.json`; whatever can't be put into one
-becomes a failure that says why.
+In: how a task ended. Out: the object's bytes, as in `docs/envelope.schema.json`. A result that JSON can't hold becomes
+a failure that says why.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLo
 
 from legit_worker.errors import RoutingError
 
-#: The version of the envelope. What may change within it stands in `docs/result-routing.md`.
+#: The version of the envelope. `docs/result-routing.md` says what may change within one version.
 VERSION = 1
 
-#: Characters of an error's message.
+#: The most characters of an error's message.
 MAX_MESSAGE = 2000
 
-#: Errors of others that may be gone when the same message is sent again.
+#: Errors that may not come again if the same message is sent again.
 _RETRYABLE = (ConnectionError, TimeoutError, SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError)
 
 #: The user and password of a URL.
@@ -43,10 +43,10 @@ class Ending:
     task: str
     app: str
     status: Literal["SUCCESS", "FAILURE", "REVOKED"]
-    #: The task's return value, of any type; None where it failed.
+    #: The task's return value, of any type; None if it failed.
     result: Any = None
     error: BaseException | None = None
-    #: 1 for the first; a retry is the next, the same message delivered again is not.
+    #: 1 for the first attempt. A retry counts, a redelivery of the same message does not.
     attempt: int = 1
     #: The alias of the model that it called last.
     model: str | None = None
@@ -54,14 +54,14 @@ class Ending:
     meta: Any = None
     #: The producer's header `queued_at`, an ISO 8601 time.
     queued_at: Any = None
-    #: Seconds since the epoch; None where it never began.
+    #: Seconds since the epoch; None if it never began.
     started_at: float | None = None
     finished_at: float
     worker: str
 
 
 def seal(ending: Ending, *, encoding: str, max_bytes: int) -> bytes:
-    """The envelope, in UTF-8. `encoding`: `json`, or `base64` for arrays of floats."""
+    """Write the envelope, in UTF-8. With the encoding `base64`, arrays of floats are base64."""
     try:
         result = _with_base64(_plain(ending.result)) if encoding == "base64" else ending.result
         envelope = _dumped(_fields(ending) | {"result": result})
@@ -74,7 +74,7 @@ def seal(ending: Ending, *, encoding: str, max_bytes: int) -> bytes:
 
 
 def _refusal(ending: Ending, message: str, max_bytes: int) -> bytes:
-    """A failure in place of what can't be sent. `meta` stays if it is not itself the trouble."""
+    """Write a failure in place of a result that can't be sent, with `meta` if JSON can hold that."""
     error = RoutingError(message)
     error.retryable = False
     failed = replace(ending, status="FAILURE", result=None, error=error, queued_at=None)
@@ -89,7 +89,7 @@ def _refusal(ending: Ending, message: str, max_bytes: int) -> bytes:
 
 
 def _fields(ending: Ending) -> dict[str, Any]:
-    """All but the result."""
+    """Return all fields but the result."""
     return {
         "v": VERSION,
         "id": ending.id,
@@ -109,8 +109,8 @@ def _fields(ending: Ending) -> dict[str, Any]:
 
 
 def _error(error: BaseException) -> dict[str, Any]:
-    """Without its traceback, and without the passwords that URLs in messages hold."""
-    # Celery wraps what it can't pickle; the name that the task's author knows is inside.
+    """Describe an error without its traceback, and without the passwords of URLs in its message."""
+    # Celery wraps an error that it can't pickle. The wrapper has the name that the task's author knows.
     name = getattr(error, "exc_cls_name", None) or type(error).__name__
     return {
         "type": name,
@@ -125,7 +125,7 @@ def _time(seconds: float) -> str:
 
 
 def _checked_time(text: Any) -> str | None:
-    """What a producer wrote, if it is a time."""
+    """Return a producer's text as a time; None if it is none."""
     try:
         return _time(datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(timezone.utc).timestamp())
     except (AttributeError, TypeError, ValueError, OverflowError):
@@ -133,12 +133,12 @@ def _checked_time(text: Any) -> str | None:
 
 
 def _dumped(value: Any) -> bytes:
-    # No NaN: neither PHP nor JavaScript would read it.
+    # Neither PHP nor JavaScript can read NaN.
     return json.dumps(value, default=_plain_object, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _plain_object(value: Any) -> Any:
-    """As JSON, what Celery's own serializers accept besides JSON, and arrays. Raises `TypeError`."""
+    """Convert arrays, and the types that Celery's serializers accept besides JSON. Raises `TypeError`."""
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, UUID | Decimal):
@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
 
 
 def _with_base64(value: Any) -> Any:
-    """Each array of floats, of any rank, as `{"base64", "dtype", "shape"}`: little-endian float32, row by row."""
+    """Write each array of floats, of any rank, as `{"base64", "dtype", "shape"}`: little-endian float32, by rows."""
     if isinstance(value, Mapping):
         return {key: _with_base64(_plain(inner)) for key, inner in value.items()}
     if not isinstance(value, list | tuple):
@@ -174,7 +174,7 @@ def _with_base64(value: Any) -> Any:
 
 
 def _shape(value: Any, floats: list[float]) -> tuple[int, ...] | None:
-    """The shape of a rectangular list of floats, which are added to `floats`; None for anything else."""
+    """Return the shape of a rectangular list of floats, and add its numbers to `floats`. None for anything else."""
     if isinstance(value, float):
         floats.append(value)
         return ()

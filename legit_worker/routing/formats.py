@@ -1,7 +1,6 @@
 """An envelope in the form that an app's own consumer reads. Pure.
 
-In: an envelope's bytes, and the app's settings. Out: what to push onto lists in Redis, or one message for a broker
-such as RabbitMQ.
+In: an envelope's bytes, and the app's settings. Out: values for lists in Redis, or one message for another broker.
 
 Sources: Celery's protocol 2, https://docs.celeryq.dev/en/stable/internals/protocol.html; kombu's Redis transport
 (kombu.transport.redis, 5.6); Laravel's Illuminate\\Queue\\Queue::createStringPayload and LuaScripts::push (8 to 12).
@@ -19,13 +18,13 @@ from typing import Any
 
 from legit_worker.settings import AppSettings
 
-#: Of all UUIDv5 made here.
+#: The namespace of every UUIDv5 made here.
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "legit_worker:result")
 
 
 @dataclass(frozen=True)
 class Push:
-    """One value for the end of a Redis list: the right one, or the left."""
+    """One value for the right or the left end of a Redis list."""
 
     key: str
     value: bytes
@@ -34,7 +33,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Message:
-    """One message for the queue, by the default exchange."""
+    """One message to the queue through the default exchange."""
 
     body: bytes
     headers: dict[str, Any] = field(default_factory=dict)
@@ -42,12 +41,12 @@ class Message:
 
 
 def queue_of(app: str, chosen: AppSettings) -> str:
-    """The app's configured queue."""
+    """Return the app's configured queue."""
     return chosen.queue or f"{app}.results"
 
 
 def pushes(chosen: AppSettings, queue: str, task_id: str, envelope: bytes) -> list[Push]:
-    """For Redis, to be executed in one transaction."""
+    """Return the values for Redis, which belong into one transaction."""
     if chosen.format == "json":
         return [Push(chosen.prefix + queue, envelope)]
     if chosen.format == "celery":
@@ -57,7 +56,7 @@ def pushes(chosen: AppSettings, queue: str, task_id: str, envelope: bytes) -> li
 
 
 def message(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:
-    """For RabbitMQ, and any other transport of kombu's."""
+    """Return the message for RabbitMQ, or for any other transport of kombu."""
     if chosen.format == "json":
         return Message(envelope)
     if chosen.format == "celery":
@@ -67,7 +66,7 @@ def message(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:
 
 
 def stable_id(task_id: str) -> str:
-    """The same for every envelope of a task, so that consumers see duplicates."""
+    """Return the same id for every envelope of a task, so that consumers see duplicates."""
     return str(uuid.uuid5(NAMESPACE, task_id))
 
 
@@ -105,11 +104,11 @@ def _laravel(chosen: AppSettings, task_id: str, envelope: bytes) -> bytes:
         "failOnTimeout": False,
         "backoff": None,
         "timeout": None,
-        # Laravel tells reserved jobs apart by their whole text: this differs where all else is equal.
+        # Laravel tells reserved jobs apart by their whole text. So one part must always differ.
         "id": secrets.token_hex(16),
         "attempts": 0,
     }
-    # The envelope is JSON already, and may be large: it is set in, not parsed and written once more.
+    # The envelope is JSON already, and may be large: it is not parsed and written again.
     return b'%b,"data":%b}' % (json.dumps(job).encode()[:-1], envelope)
 
 

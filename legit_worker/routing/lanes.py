@@ -1,8 +1,7 @@
-"""How envelopes reach a server that may be away, without anybody else waiting for it.
+"""How envelopes reach a server that may be away, while the other servers' envelopes go on.
 
-In: deliveries, from whatever thread a task ends in. Out: `Delivery.done`, once a server has the envelope. Each server
-has a lane with a thread of its own. A delivery that can't be made in time goes to the dead letters,
-`legit.dead.<app>` on the app's broker.
+In: deliveries, from any thread. Out: `Delivery.done`, as soon as a server has the envelope. Each server has a lane
+with its own thread. A delivery that is not made in time goes to the dead letters, `legit.dead.<app>` on the broker.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ from legit_worker.settings import AppSettings
 
 logger = logging.getLogger(__name__)
 
-#: Seconds before a server that is away is tried again: at first, and at most.
+#: Seconds before a lane tries a server again: the first pause, and the longest.
 FIRST_RETRY, LAST_RETRY = 0.1, 3.0
 
-#: Names of unknown apps that are logged; the rest are only counted.
+#: The most names of unknown apps that the log shows.
 MAX_NAMES = 100
 
-#: Bytes of envelopes that wait for one server. What comes on top goes to the dead letters at once.
+#: The most bytes of envelopes that wait for one server. Further envelopes go to the dead letters at once.
 MAX_WAITING_BYTES = 64 * 2**20
 
-#: Seconds that a process with nothing else to run while it waits (prefork, threads, stock solo) waits for a server
-#: that was there a moment ago.
+#: Seconds that a process without other work (prefork, threads, stock solo) waits for a server that answered before.
 BLOCKING_PATIENCE = 5.0
 
 
 class Lane:
-    """The way to one server. `add` may be called by any thread; the rest happens in the lane's own."""
+    """The way to one server. Any thread may call its public methods; the lane's own thread sends."""
 
     def __init__(self, wire: Wire, undeliverable: Callable[[Delivery, str], None] | None) -> None:
         self.name = wire.name
@@ -51,7 +49,7 @@ class Lane:
         self._waiting: deque[Delivery] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
-        #: Whether the server did not answer when it was last tried.
+        #: Whether the server did not answer the last try.
         self.is_down = False
         self._thread = threading.Thread(target=self._run, name=f"legit_worker lane {self.name}", daemon=True)
         self._thread.start()
@@ -60,7 +58,7 @@ class Lane:
         return f"<Lane {self.name}: {len(self._waiting)} waiting{', server away' if self.is_down else ''}>"
 
     def add(self, delivery: Delivery) -> None:
-        """Send it as soon as the server takes it."""
+        """Queue a delivery. If too many bytes wait already, it is a dead letter."""
         with self._changed:
             fits = self._undeliverable is None or self._bytes + len(delivery.envelope) <= MAX_WAITING_BYTES
             if fits:
@@ -71,7 +69,7 @@ class Lane:
             self._undeliverable(delivery, f"over {MAX_WAITING_BYTES} bytes wait for the same server")
 
     def give_up(self, delivery: Delivery) -> None:
-        """Send it to the dead letters if it still waits here."""
+        """Make a delivery a dead letter if it still waits here."""
         with self._changed:
             if self._undeliverable is None or delivery not in self._waiting:
                 return
@@ -79,7 +77,7 @@ class Lane:
         self._undeliverable(delivery, "its server does not answer")
 
     def waiting(self) -> Counter[str]:
-        """How many wait, by app."""
+        """Count the waiting deliveries, by app."""
         with self._changed:
             return Counter(delivery.app for delivery in self._waiting)
 
@@ -121,7 +119,7 @@ class Lane:
             _tell(delivery.done)
 
     def _refused(self, delivery: Delivery, error: Exception) -> None:
-        """The server is there, and does not want this one."""
+        """Make a delivery a dead letter: its server answers, and refuses it."""
         if self._undeliverable is None:
             logger.error("the broker refuses dead letters of app %s, and they are lost: %s", delivery.app, error)
             self._finish([delivery])
@@ -131,9 +129,9 @@ class Lane:
         self._undeliverable(delivery, f"its server refuses it: {type(error).__name__}: {error}")
 
     def _server_is_away(self, error: Exception, pause: float) -> float:
-        """Wait a little. Returns for how long."""
+        """Wait a little. Returns the seconds."""
         self._wire.close()
-        if pause == 0.0:  # a connection that idled may be stale: the next try makes a new one, at once
+        if pause == 0.0:  # the idle connection may be stale: try a new one at once
             return FIRST_RETRY / 2
         if not self.is_down:
             self.is_down = True
@@ -154,7 +152,7 @@ class Lane:
             self._undeliverable(delivery, "its server did not answer in time")
 
     def _remove(self, gone: list[Delivery]) -> None:
-        """Under the lock. They are the first, but for those that were given up meanwhile."""
+        """Remove deliveries, under the lock. They come first, except any that were given up meanwhile."""
         known = {id(delivery) for delivery in gone}
         removed = []
         while self._waiting and id(self._waiting[0]) in known:
@@ -166,7 +164,7 @@ class Lane:
 
 
 class Lanes:
-    """All lanes of one process, and what came of the deliveries. Made anew in a forked child, which has no threads."""
+    """All lanes of one process, and the counts of its deliveries. A forked child starts over: it has no threads."""
 
     def __init__(self, app: Celery) -> None:
         self._app_ref = ref(app)
@@ -177,7 +175,7 @@ class Lanes:
         return f"<Lanes: {list(self._lanes.values())}>"
 
     def send(self, delivery: Delivery) -> None:
-        """Returns once a server has it: the app's own, or the broker as a dead letter. Parks where it can."""
+        """Send, and return when the app's server has the envelope, or the broker as a dead letter. Parks if it can."""
         lane = self._lane(delivery.chosen.url)
         lane.add(delivery)
         if not parking.park(delivery.done, "its result to be routed"):
@@ -189,11 +187,11 @@ class Lanes:
                 delivery.done.result()
 
     def count(self, app: str, outcome: str) -> None:
-        """Add one to what `report` shows."""
+        """Count an outcome for `report`."""
         self._counts.setdefault(app, Counter())[outcome] += 1
 
     def count_unknown(self, app: str) -> bool:
-        """One more task named an app that is not configured. Whether it is worth a line in the log."""
+        """Count a task whose app is not configured. Returns whether the log should name the app."""
         self._unknown += 1
         is_new = app not in self._unknown_names and len(self._unknown_names) < MAX_NAMES
         if is_new:
@@ -201,7 +199,10 @@ class Lanes:
         return is_new
 
     def report(self) -> dict[str, Any]:
-        """`unknown`: tasks of apps that are not configured. `apps`: of each, sent, failed (of those), dead, waiting."""
+        """Return the counts. `unknown`: tasks whose app is not configured. `apps`: sent, failed, dead, waiting, by app.
+
+        A routed failure counts in `sent` and in `failed`.
+        """
         waiting: Counter[str] = sum((lane.waiting() for lane in list(self._lanes.values())), Counter())
         names = ("sent", "failed", "dead")
         apps = {
@@ -235,7 +236,7 @@ class Lanes:
         self._unknown_names: set[str] = set()
 
     def _bury(self, delivery: Delivery, reason: str) -> None:
-        """Put it with the app's dead letters. On the broker, since that one is there: the task came from it."""
+        """Make a delivery a dead letter. The broker keeps it: the task came from the broker, so that one answers."""
         logger.error(
             "the result of task %s for app %s goes to %s: %s. `celery legit results replay %s` sends it again",
             delivery.task_id,
@@ -256,18 +257,18 @@ _lanes_lock = threading.Lock()
 
 
 def lanes_of(app: Celery) -> Lanes:
-    """The lanes that all backends of one Celery app share."""
+    """Return the lanes that all backends of one Celery app share."""
     with _lanes_lock:
         return _lanes.setdefault(app, Lanes(app))
 
 
 def dead_queue(app: str) -> str:
-    """Where the dead letters of an app are."""
+    """Return the queue of an app's dead letters."""
     return f"legit.dead.{app}"
 
 
 def dead_letter(delivery: Delivery) -> Delivery:
-    """The bare envelope for the app's dead letters; who waits for the delivery waits for that."""
+    """Return a delivery of the bare envelope to the dead letters. It fulfils the same future."""
     return replace(delivery, chosen=AppSettings(), queue=dead_queue(delivery.app), deadline=None)
 
 

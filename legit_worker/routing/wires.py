@@ -1,6 +1,6 @@
 """A connection to the server of an app's queue.
 
-In: deliveries, a group at a time. Out: the server's word that it has them, or an error. Used by one thread.
+In: deliveries, a group at a time. Out: a return once the server has them, or an error. One thread uses it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from kombu.exceptions import ChannelError
 from legit_worker.routing.formats import Message, Push, message, pushes
 from legit_worker.settings import AppSettings
 
-#: Seconds that a server may take to answer. It is tried again after that.
+#: Seconds that a server has to answer, before the lane tries it again.
 PATIENCE = 5
 
-#: Queues that are known to be there: more than there are apps. Tasks may name queues of their own without end.
+#: The most queues that a wire remembers: more than there are apps. Tasks may name any number of queues.
 KNOWN_QUEUES = 1000
 
 
@@ -35,40 +35,40 @@ class Delivery:
     queue: str
     task_id: str
     envelope: bytes
-    #: Done once a server has it: the app's own, or the one that keeps dead letters.
+    #: Done as soon as the app's server has it, or the server of the dead letters.
     done: Future[None] = field(default_factory=Future)
-    #: Seconds on the monotonic clock after which it goes to the dead letters; None keeps trying for ever.
+    #: The time on the monotonic clock at which it becomes a dead letter; None keeps trying for ever.
     deadline: float | None = None
 
     def pushes(self) -> list[Push]:
-        """For Redis."""
+        """Return the values for Redis."""
         return pushes(self.chosen, self.queue, self.task_id, self.envelope)
 
     def message(self) -> Message:
-        """For any other broker."""
+        """Return the message for any other broker."""
         return message(self.chosen, self.task_id, self.envelope)
 
 
 class Wire(Protocol):
-    """What a lane sends through."""
+    """A lane's connection."""
 
-    #: Its server's, without a password.
+    #: The server's URL, without a password.
     name: str
-    #: Deliveries that `send` takes at once.
+    #: The most deliveries that `send` takes.
     group_size: int
-    #: What it raises where the server is away, and not the delivery at fault.
+    #: The errors that tell that the server is away, and the delivery is not at fault.
     away: tuple[type[Exception], ...]
 
     def send(self, deliveries: list[Delivery]) -> None:
-        """Returns once the server has them all. Raises `away`, or what the server said."""
+        """Return when the server has them all. Raises an error of `away`, or the server's own."""
 
     def close(self) -> None:
         """Forget the connection; `send` makes another."""
 
 
 def connect(app: Celery, url: str | None) -> Connection:
-    """To the server at `url`, or to the app's broker. Does not connect yet."""
-    # Somebody else's server is not reached by the broker's TLS and login.
+    """Return a connection to the server at `url`, or to the app's broker. It is not open yet."""
+    # The broker's TLS and login are not for another server.
     connection = Connection(url) if url else app.connection_for_write()
     # The app's setting names the whole key.
     connection.transport_options.pop("global_keyprefix", None)
@@ -87,18 +87,23 @@ def connect(app: Celery, url: str | None) -> Connection:
 
 
 def is_redis(connection: Connection) -> bool:
-    """Whether queues are lists there."""
+    """Tell whether the server keeps queues as Redis lists."""
     return bool(connection.transport.driver_type == "redis")
 
 
+def reach(connection: Connection) -> None:
+    """Open a connection. If the server is away, raise its library's error at once: kombu would try for long."""
+    connection.ensure_connection(max_retries=1, timeout=PATIENCE, interval_start=0, reraise_as_library_errors=False)
+
+
 def open_wire(app: Celery, url: str | None) -> Wire:
-    """The wire for the server at `url`, or for the app's broker."""
+    """Return the wire for the server at `url`, or for the app's broker."""
     connection = connect(app, url)
     return RedisWire(connection) if is_redis(connection) else BrokerWire(connection)
 
 
 class _KombuWire:
-    """What both wires share: a channel that is made when it is needed, and made again after a failure."""
+    """What both wires share: a channel, made at its first use and again after a failure."""
 
     def __init__(self, connection: Connection) -> None:
         self.name = connection.as_uri()
@@ -108,26 +113,26 @@ class _KombuWire:
 
     @property
     def channel(self) -> Any:
-        """An open channel. Raises what the server's absence raises, at once."""
+        """An open channel. Raises an error of `away` at once."""
         if self._channel is None:
-            self._connection.ensure_connection(max_retries=1, interval_start=0, reraise_as_library_errors=False)
+            reach(self._connection)
             self._channel = self._connection.channel()
         return self._channel
 
     def close(self) -> None:
-        """As `Wire`."""
+        """Forget the connection."""
         self._channel = None
         with suppress(Exception):
             self._connection.collect()
 
 
 class RedisWire(_KombuWire):
-    """To Redis or Valkey."""
+    """The wire to Redis or Valkey."""
 
     group_size = 128
 
     def send(self, deliveries: list[Delivery]) -> None:
-        """All in one transaction."""
+        """Push all in one transaction."""
         with self.channel.client.pipeline() as pipeline:
             push_all(pipeline, (push for delivery in deliveries for push in delivery.pushes()))
             pipeline.execute()
@@ -140,9 +145,9 @@ def push_all(pipeline: Any, values: Iterable[Push]) -> None:
 
 
 class BrokerWire(_KombuWire):
-    """To RabbitMQ, or to whatever else kombu speaks to."""
+    """The wire to RabbitMQ, or to any other broker that kombu knows."""
 
-    #: What was sent before a failure would be sent again with the rest of its group.
+    #: After a failure a whole group is sent again.
     group_size = 1
 
     def __init__(self, connection: Connection) -> None:
@@ -151,12 +156,12 @@ class BrokerWire(_KombuWire):
         self._known: LRUCache[str, bool] = LRUCache(KNOWN_QUEUES)
 
     def send(self, deliveries: list[Delivery]) -> None:
-        """Each confirmed by the broker."""
+        """Publish each, and wait for the broker to confirm it."""
         for delivery in deliveries:
             self._confirmed(delivery.queue, delivery.message())
 
     def close(self) -> None:
-        """As `Wire`."""
+        """Forget the connection, and the queues that it has declared."""
         self._known.clear()
         super().close()
 
@@ -164,13 +169,13 @@ class BrokerWire(_KombuWire):
         try:
             self._publish(queue, parcel)
         except ChannelError:
-            # Somebody may have deleted a queue that was known: the next look will tell.
+            # Somebody may have deleted a known queue. Declare it again.
             self.close()
             self._publish(queue, parcel)
 
     def _publish(self, queue: str, parcel: Message) -> None:
         self._declare(queue)
-        # Mandatory: a queue that is gone makes an error, and not a confirmed nothing.
+        # Without `mandatory`, the broker confirms a message for a deleted queue, and drops it.
         amqp_only = {"mandatory": True, "timeout": PATIENCE, "confirm_timeout": PATIENCE} if self._is_amqp else {}
         Producer(self.channel).publish(
             parcel.body,
@@ -185,12 +190,12 @@ class BrokerWire(_KombuWire):
         )
 
     def _declare(self, queue: str) -> None:
-        """Once per connection. One that its owner made with other arguments stays as it is."""
+        """Declare a queue, once per connection. A queue that its owner made with other arguments stays as it is."""
         if self._known.get(queue):
             return
         try:
             Queue(queue, channel=self.channel).queue_declare(passive=True)
-        except ChannelError:  # which closed the channel
+        except ChannelError:  # the queue is missing, and the broker has closed the channel
             self.close()
             Queue(queue, channel=self.channel, durable=True).queue_declare()
         self._known[queue] = True
