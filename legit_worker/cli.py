@@ -1,7 +1,7 @@
-"""`celery legit …`: what an operator asks a worker.
+"""`celery legit …`: an operator's questions to the workers.
 
-In: `celery -A PROJECT`, whose broker the answers come by. Out: tables for people, in 80 columns, or JSON with `--json`.
-What can't be done is one sentence on stderr, and an exit code.
+In: `celery -A PROJECT`. The answers come by the project's broker. Out: tables for people, in 80 columns, or JSON with
+`--json`. If a command fails, it prints one sentence on stderr and sets an exit code.
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ from rich.text import Text
 #: Characters of the bar that shows memory.
 BAR = 40
 
-#: Seconds for the broker to answer.
-BROKER_SECONDS = 5
-
-#: How `doctor` marks what it found: a character and its colour.
+#: How `doctor` marks a finding: a character and its colour.
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}
 
 
 class Command(CeleryCommand):
-    """A command that says what stands in its way in one sentence, instead of a traceback."""
+    """A command that reports an error in one sentence, instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click's. Raises `UsageError` without a project, `ClickException` for what is known to go wrong."""
+        """Run the command. Raises `UsageError` without a project, and `ClickException` for errors that it expects."""
         from legit_worker.errors import LegitWorkerError
 
         if not ctx.find_root().params.get("app"):
@@ -54,19 +51,21 @@ class Command(CeleryCommand):
 
 
 def _spelled(ctx: click.Context) -> str:
-    """The command's words after `celery`."""
+    """Return the command's words after `celery`."""
     return ctx.command_path.partition(" ")[2]
 
 
 def _reach(app: Celery) -> None:
-    """Raises what the broker's absence raises, at once: Celery itself would try again for long."""
+    """Raise at once if the broker is away."""
+    from legit_worker.routing.wires import reach
+
     with app.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, timeout=BROKER_SECONDS, interval_start=0)
+        reach(connection)
 
 
 @click.group(name="legit", help="Look into legit_worker's workers.")
 def legit() -> None:
-    """The group that Celery finds by the entry point `celery.commands`."""
+    """Group the commands. Celery finds this by the entry point `celery.commands`."""
 
 
 @legit.command(cls=Command)
@@ -75,7 +74,7 @@ def legit() -> None:
 @click.pass_context
 @handle_preload_options
 def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
-    """Show each worker's window, batches and models. Exit code 1 where no ModelPool answers."""
+    """Show each worker's window, batches and models. Exit code 1 if no ModelPool answers."""
     _reach(ctx.obj.app)
     replies = ctx.obj.app.control.inspect(timeout=timeout).stats() or {}
     pools = {name: stats["pool"] for name, stats in replies.items() if "window" in stats.get("pool", {})}
@@ -102,10 +101,9 @@ def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
 @click.pass_context
 @handle_preload_options
 def validate(ctx: click.Context, **options: Any) -> None:
-    """Compare a worker's vectors, by every result format, with those of SentenceTransformer.encode.
+    """Compare a worker's vectors, by every result format, with the vectors of SentenceTransformer.encode.
 
-    Starts a worker of its own for that, on a queue of its own. Exit code 1 where they differ, 2 where they could not be
-    compared.
+    Starts a private worker on a private queue. Exit code 1 if vectors differ, 2 if they can't be compared.
     """
     from legit_worker.validation.command import main
 
@@ -119,7 +117,7 @@ def validate(ctx: click.Context, **options: Any) -> None:
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Look at settings, versions, broker, models, GPUs, the prep role and batches, and say what to do.
 
-    Exit code 1 where something fails.
+    Exit code 1 if a check fails.
     """
     from legit_worker.doctor.checks import examine
 
@@ -144,7 +142,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @legit.group()
 def results() -> None:
-    """Dead letters: routed results that an app's queue did not take."""
+    """Dead letters: routed results that did not reach their app's queue."""
 
 
 @results.command("list", cls=Command)
@@ -153,13 +151,13 @@ def results() -> None:
 @click.pass_context
 @handle_preload_options
 def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:
-    """Show an app's dead letters, or how many each app has."""
+    """Show an app's dead letters, or the number of each app's."""
     letters = _dead_letters(ctx)
     found: Any = letters.envelopes(app.lower()) if app else letters.counts()
     if as_json:
         click.echo(json.dumps(found))
         return
-    # Ids are to be copied: they are never cut.
+    # People copy ids, so the table never cuts them.
     ids = Column("task id", no_wrap=True)
     table = _table(ids, "task", "status", "finished at") if app else _table("app", "dead letters")
     for row in found if app else found.items():
@@ -171,7 +169,7 @@ def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:
 
 
 def _letter(envelope: dict[str, Any]) -> list[str]:
-    """A row of the table; the time without its fraction."""
+    """Return a row of the table, with the time in whole seconds."""
     return [envelope["id"], envelope["task"], envelope["status"], str(envelope["finished_at"])[:19].replace("T", " ")]
 
 
@@ -180,7 +178,7 @@ def _letter(envelope: dict[str, Any]) -> list[str]:
 @click.pass_context
 @handle_preload_options
 def replay(ctx: click.Context, app: str) -> None:
-    """Send an app's dead letters to its queue again. Exit code 1 where the queue's server does not answer."""
+    """Send an app's dead letters to its queue again. Exit code 1 if the queue's server does not answer."""
     click.echo(f"{_dead_letters(ctx).replay(app.lower())} sent again")
 
 
@@ -189,7 +187,7 @@ def replay(ctx: click.Context, app: str) -> None:
 @click.pass_context
 @handle_preload_options
 def drop(ctx: click.Context, app: str) -> None:
-    """Forget an app's dead letters."""
+    """Delete an app's dead letters."""
     click.echo(f"{_dead_letters(ctx).drop(app.lower())} dropped")
 
 
@@ -202,14 +200,14 @@ def _dead_letters(ctx: click.Context) -> Any:
 
 
 def _table(*columns: Column | str) -> Table:
-    """One that fits: no lines between columns, and long words are folded."""
+    """Return a table without lines between its columns, which folds long words."""
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in table.columns:
         column.overflow = "fold"
     return table
 
 
-#: The columns of a worker's models; numbers stand on the right.
+#: The columns of a worker's models. Numbers are aligned on the right.
 WORDS = ("model", "state")
 NUMBERS = ("MiB", "loads", "batches", "items", "mean", "padding", "seconds")
 
@@ -233,7 +231,7 @@ def _print(name: str, pool: dict[str, Any]) -> None:
 
 
 def _memory(pool: dict[str, Any]) -> Text:
-    """Who has what of the device's memory, as a bar of all of it, or of what this worker may take of it."""
+    """Draw the device's memory as a bar, by owner. If its size is unknown, draw the worker's budget."""
     memory = pool["memory"]
     if memory["budget"] is None:
         return Text(f"weights: {_mib(memory['weights'])}, no limit")
@@ -250,7 +248,7 @@ def _memory(pool: dict[str, Any]) -> Text:
 
 
 def _parts(models: dict[str, Any], memory: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
-    """Name, bytes and the character that stands for it; together they are the whole device."""
+    """Return name, bytes and the bar's character of each part of the device's memory."""
     free = memory.get("free", memory["budget"] - memory["weights"])
     headroom = min(memory.get("headroom", 0), free)
     reserve = min(memory["reserve"], free - headroom)

@@ -1,7 +1,7 @@
-"""The checks of `celery legit doctor`, in the order in which one fails because of another.
+"""The checks of `celery legit doctor`. If one check fails, later ones may fail because of it.
 
-In: a Celery app, and the environment. Out: findings, each with what was seen and what to do. Whatever imports torch or
-may open a CUDA context runs in a process of its own (`probes.py`), so that looking changes nothing.
+In: a Celery app, and the environment. Out: findings; each says what it saw and what to do. A check that imports torch
+or may open a CUDA context runs in its own process (`probes.py`), so that no check changes this one.
 """
 
 from __future__ import annotations
@@ -23,40 +23,41 @@ from legit_worker.device import cuda, vram
 from legit_worker.errors import LegitWorkerError, SettingsError
 from legit_worker.models import requirements
 from legit_worker.prep.texts import model_folder, tokenizer_of
+from legit_worker.routing.wires import reach
 
-#: The oldest and the first too new Celery, as (major, minor).
+#: The oldest Celery that works, and the first that is too new, as (major, minor).
 CELERY = ((5, 5), (5, 8))
 
-#: What is reported of installed packages; a missing one is a finding only where a check needs it.
+#: The packages whose versions are reported. Another check reports a missing one, if it needs the package.
 PACKAGES = ("celery", "kombu", "redis", "greenlet", "torch", "sentence-transformers", "tokenizers", "nvidia-ml-py")
 
 #: The first Redis that has BLMOVE.
 REDIS = (6, 2)
 
-#: Seconds for the broker, and for a probe, which may load a model.
-BROKER_SECONDS, PROBE_SECONDS = 5, 300
+#: Seconds for a probe, which may load a model.
+PROBE_SECONDS = 300
 
-#: Vectors that a batch and a text alone must agree on.
+#: The least cosine between a text's vector in a batch and its vector alone.
 COSINE = 0.9999
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """One result of a check."""
 
     #: The check's name.
     about: str
     level: Literal["ok", "warning", "failure"]
     #: What was seen.
     seen: str
-    #: What to do; nothing where all is well.
+    #: What to do; empty if all is well.
     fix: str = ""
 
 
 def examine(app: Celery) -> Iterator[str | Finding]:
-    """All checks, one after the other: a line before each, then its findings.
+    """Run all checks, one after the other: yield a line before each, then its findings.
 
-    A check that breaks is a failure, and the others go on.
+    If a check raises, that is a failure, and the others go on.
     """
     try:
         chosen = settings.load(enabled_by_default=True)
@@ -125,7 +126,7 @@ def _broker(app: Celery) -> Iterator[Finding]:
     with app.connection_for_read() as connection:
         name = connection.as_uri()
         try:
-            connection.ensure_connection(max_retries=1, timeout=BROKER_SECONDS, interval_start=0)
+            reach(connection)
         except Exception as error:
             yield failure("", f"{name} does not answer: {error}", "start it, or correct the broker's URL")
             return
@@ -141,7 +142,7 @@ def _redis(client: Any) -> Iterator[Finding]:
     version = server.get("redis_version", "0")
     if tuple(int(part) for part in version.split(".")[:2]) < REDIS:
         yield warning(
-            f"Redis {version} has no BLMOVE: a message on its way to a worker that is killed is lost",
+            f"Redis {version} has no BLMOVE: if a worker is killed, a message on its way to it is lost",
             "take Redis 6.2 or newer, or Valkey",
         )
     policy = client.info("memory").get("maxmemory_policy", "noeviction")
@@ -178,7 +179,7 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
         elif model_folder(model.path, model.revision) is None:
             yield warning(
                 f"{alias}: {model.path} is neither a folder nor in the local cache",
-                "correct the path, or download it before the first task has to wait for that",
+                "correct the path, or download the model before the first task has to wait for it",
             )
         else:
             tokenizer = tokenizer_of(model.path, model.revision) if model.kind == "embed" else None
@@ -196,7 +197,8 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
         if chosen.device == "auto" and not _has_gpu_files():
             yield ok("this machine has no NVIDIA GPU: models run on the CPU")
             return
-        yield (_as_warning if chosen.device == "auto" else _as_failure)(str(error))
+        fix = "correct this, or set LEGIT_WORKER_DEVICE=cpu"
+        yield warning(str(error), fix) if chosen.device == "auto" else failure("", str(error), fix)
         gpus = ()
     for number, gpu in enumerate(gpus):
         memory = vram.memory(gpu)
@@ -219,16 +221,8 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
 
 
 def _has_gpu_files() -> bool:
-    """Whether a driver has put a GPU here, which a container may be denied NVML for; the last is Windows' own."""
+    """Tell whether a driver shows a GPU here: a container may have the GPU and lack NVML. `dxg` is Windows' own."""
     return any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "dxg"))
-
-
-def _as_failure(seen: str) -> Finding:
-    return failure("", seen, "see there")
-
-
-def _as_warning(seen: str) -> Finding:
-    return warning(seen, "see there")
 
 
 def _prep(chosen: settings.Settings) -> Iterator[Finding]:
@@ -265,10 +259,10 @@ def _batches(chosen: settings.Settings) -> Iterator[Finding]:
 
 
 def probe(name: str, *arguments: str, **variables: str) -> Any:
-    """What a function of `probes.py` gives, in a process of its own. Raises `LegitWorkerError` where it breaks."""
+    """Run a function of `probes.py` in its own process. Raises `LegitWorkerError` if it fails."""
     command = [sys.executable, "-m", "legit_worker.doctor.probes", name, *arguments]
     kept = os.environ | variables
     finished = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     if finished.returncode:
-        raise LegitWorkerError((finished.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+        raise LegitWorkerError((finished.stderr.strip().splitlines() or ["its process printed no error"])[-1])
     return json.loads(finished.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What `celery legit doctor` looks at in a process of its own: `python -m legit_worker.doctor.probes NAME [ALIAS]`.
+"""The parts of `celery legit doctor` with their own process: `python -m legit_worker.doctor.probes NAME [ALIAS]`.
 
 In: the environment. Out: one line of JSON.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-#: Texts of mixed lengths, so that a batch is padded; few and short: trying them takes less than loading a model.
+#: Texts of mixed lengths, so that a batch is padded. They are few and short, so a model's load takes longer than they.
 TEXTS = [" ".join(f"word{place}" for place in range(1 + number * 7 % 20)) for number in range(8)]
 
 
 def torch_gpus() -> dict[str, Any]:
-    """What torch shows. Opens a context, where there is a GPU."""
+    """Return the GPUs that torch shows. Opens a CUDA context if there is a GPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -28,7 +28,7 @@ def torch_gpus() -> dict[str, Any]:
 
 
 def prep(alias: str = "") -> dict[str, Any]:
-    """Role prep at work: what of CUDA's driver it has loaded, and whether it is refused when it asks."""
+    """Let role prep work. Returns which of CUDA's libraries it has loaded, and whether CUDA was refused to it."""
     from celery import Celery
 
     import legit_worker
@@ -52,7 +52,7 @@ def prep(alias: str = "") -> dict[str, Any]:
 
 
 def batches(*aliases: str) -> dict[str, dict[str, Any]]:
-    """By model: its vectors of texts alone and together, and how many a second it gives of each; or its error."""
+    """Compare each model's vectors of texts alone and in a batch, and its texts a second; or return its error."""
     return {alias: _tried(alias) for alias in aliases}
 
 
@@ -72,7 +72,7 @@ def _batches(alias: str) -> dict[str, Any]:
     from legit_worker.models.registry import default_registry
 
     handle = legit_worker.model(alias)
-    for _ in range(2):  # the first time loads, and has each shape's kernels chosen
+    for _ in range(2):  # the first run loads the model, and the libraries choose kernels for each shape
         start = perf_counter()
         together = handle.encode(TEXTS)
         middle = perf_counter()

@@ -1,6 +1,6 @@
-"""The private queues of one comparison: the one that its tasks wait in, and one per format for its results.
+"""The private queues of one comparison: one for its tasks, and one per format for its results.
 
-In: the project's app. Out: what each format's consumer would find, and nothing left behind.
+In: the project's app. Out: the content that each format's consumer would find. Afterwards the queues are deleted.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from kombu import Queue
 from kombu.exceptions import OperationalError
 
 from legit_worker.routing.lanes import dead_queue
-from legit_worker.routing.wires import connect, is_redis
+from legit_worker.routing.wires import connect, is_redis, reach
 from legit_worker.validation.paths import ROUTES, Route
 from legit_worker.validation.reference import ValidationError
 
 
 @contextmanager
 def usable(what: str) -> Iterator[None]:
-    """A server that is away or wrongly named, for which each client library has errors of its own, is one sentence."""
+    """Turn a client library's error about a missing server into one sentence."""
     try:
         yield
     except ValidationError:
@@ -33,7 +33,7 @@ def usable(what: str) -> Iterator[None]:
 
 
 class Mailboxes:
-    """A context. Owns one connection to the broker; used by one thread. Entering raises `ValidationError`."""
+    """A context that owns one connection to the broker. One thread uses it. Entering raises `ValidationError`."""
 
     def __init__(self, app: Celery, run: str) -> None:
         self._app = app
@@ -42,22 +42,22 @@ class Mailboxes:
             self._connect()
 
     def _connect(self) -> None:
-        # As the worker's routing has it, without the prefix that the project's own queues have.
+        # As the worker's routing connects: without the prefix of the project's own queues.
         self._connection = connect(self._app, None)
         self._is_redis = is_redis(self._connection)
         if self._connection.transport.driver_type == "memory":
             raise ValidationError("the broker memory:// reaches no other process, and the worker is one: name another")
-        #: What the server's absence raises.
+        #: The errors that tell that the server is away.
         self.away = (OSError, OperationalError, *self._connection.connection_errors)
 
     @property
     def tasks(self) -> str:
-        """The queue that tasks wait in."""
+        """The queue of the tasks."""
         return f"{self._run}.tasks"
 
     def __enter__(self) -> Mailboxes:
         with usable("the broker"):
-            self._connection.ensure_connection(max_retries=1, interval_start=0, reraise_as_library_errors=False)
+            reach(self._connection)
             self._channel = self._connection.channel()
             if not self._is_redis:
                 for route in ROUTES:
@@ -74,13 +74,13 @@ class Mailboxes:
             queue.exchange.delete()
 
     def read(self) -> Iterator[tuple[Route, Any]]:
-        """What has come since the last time: bytes, or what kombu decoded of them."""
+        """Take what has come since the last call: bytes, or the value that kombu decoded."""
         for route in ROUTES:
             while (content := self._next(route)) is not None:
                 yield route, content
 
     def _next(self, route: Route) -> Any:
-        """Redis lists as phpredis and `redis-cli` read them; the rest by kombu, as Celery does."""
+        """Read Redis lists as phpredis and `redis-cli` do, and other queues by kombu, as Celery does."""
         queue = route.queue(self._run)
         if self._is_redis and route.format == "laravel":
             return self._channel.client.lpop(f"queues:{queue}")

@@ -30,7 +30,7 @@ ALLOWED = {
     "install": {"device", "errors", "models", "pool", "prep", "routing", "settings", "tasks"},
     "celery": {"install", "settings", "tasks"},
     "validation": {"errors", "routing", "settings"},
-    "doctor": {"device", "errors", "models", "prep", "settings", "tasks"},
+    "doctor": {"device", "errors", "models", "prep", "routing", "settings", "tasks"},
     "cli": {"doctor", "errors", "routing", "settings", "validation"},
     "testing": {"device", "models", "settings"},
     "__init__": {"install", "models", "pool"},
