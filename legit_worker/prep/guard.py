@@ -1,8 +1,8 @@
-"""Keeps a process clear of CUDA, and says who wanted it.
+"""Keeps a process clear of CUDA, and says who asked for it.
 
-In: a process that has not touched CUDA yet. Out: one that can't. No device is visible to it or to its children, and
-whatever would start CUDA by Python's own ways raises `CudaForbiddenError` with the line that asked. A phantom context,
-opened by a look at a device's properties, takes hundreds of megabytes that nobody accounts for.
+In: a process that has not touched CUDA yet. Out: a process that can't. It and its children see no device, and Python
+code that would start CUDA raises `CudaForbiddenError` with the line that asked. Otherwise a look at a device's
+properties would open a context, which takes hundreds of megabytes that no worker accounts for.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 
 from legit_worker.errors import CudaForbiddenError
 
-#: Set to nothing, it hides every device from CUDA's driver, and so from libraries that this guard doesn't know.
+#: An empty value hides every device from CUDA's driver, and so from libraries that this guard doesn't know.
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 
-#: The driver's library and the runtime's, as ctypes may be asked for them.
+#: The names by which code may ask ctypes for the driver's or the runtime's library.
 CUDA_LIBRARY = re.compile(r"(^|/)(libcuda(rt)?\.so|nvcuda\.dll|cudart)")
 
-#: torch's functions that ask the driver without starting CUDA, and what they say where there is no device.
+#: torch's functions that ask the driver without starting CUDA, and their answers if there is no device.
 QUESTIONS = {"is_available": False, "device_count": 0}
 
 #: Frames in these folders are the library's, not the caller's.
@@ -36,7 +36,7 @@ _is_forbidden = False
 
 
 def forbid_cuda() -> None:
-    """From now on, in this process and its children. Once is enough, twice does no harm."""
+    """Forbid CUDA in this process and its children. A second call changes nothing."""
     global _is_forbidden
     os.environ.update(HIDDEN)
     if _is_forbidden:
@@ -50,30 +50,30 @@ def forbid_cuda() -> None:
 
 
 def is_cuda_forbidden() -> bool:
-    """Whether this process may not touch CUDA."""
+    """Tell whether this process must not touch CUDA."""
     return _is_forbidden
 
 
 def forbid_torch(torch: Any) -> None:
-    """Have an imported torch refuse. It asks the driver nothing any more, not even whether there is one."""
+    """Make an imported torch refuse CUDA. It asks the driver nothing any more, not even whether a device is there."""
     if torch.cuda.is_initialized():
         refuse("CUDA was started before legit_worker.install() could forbid it")
     for name, answer in QUESTIONS.items():
         setattr(torch.cuda, name, lambda answer=answer: answer)
     start = torch.cuda._lazy_init
-    # Each submodule of torch.cuda has imported the function by its name.
+    # Submodules of torch.cuda have imported the function by its name.
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("torch") and vars(module).get("_lazy_init") is start:
             module._lazy_init = _refuse_torch  # type: ignore[attr-defined]
 
 
 class TorchFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Waits for torch to be imported, by whomever, and has it refuse."""
+    """Waits for the import of torch, and makes torch refuse CUDA."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """torch's own spec, with this loader around its own."""
+        """Return torch's own spec, with this loader around torch's."""
         if fullname != "torch":
             return None
         sys.meta_path.remove(self)
@@ -83,11 +83,11 @@ class TorchFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return spec
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """As torch's own loader does it."""
+        """Create the module as torch's own loader does."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """The import itself, and at its end the refusal."""
+        """Import torch, and then make it refuse CUDA."""
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
@@ -108,13 +108,13 @@ def _refuse_torch() -> NoReturn:
 
 
 def _refuse_library(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook. Python tells it, among all else, of libraries that ctypes opens."""
+    """Refuse CUDA's libraries to ctypes. Python calls this audit hook for every audited event."""
     if event == "ctypes.dlopen" and CUDA_LIBRARY.search(str(arguments[0])):
         refuse(f"the CUDA library {arguments[0]} was asked for")
 
 
 def _caller() -> str:
-    """The innermost line that is neither this module's nor a library's; else the innermost that is not this one's."""
+    """Return the innermost line outside this module and all libraries; else the innermost outside this module."""
     frame, nearest = sys._getframe(1), ""
     while frame is not None:
         file = frame.f_code.co_filename

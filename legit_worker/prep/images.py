@@ -1,7 +1,7 @@
-"""Image files, from bytes that anyone may have sent to pixels in memory.
+"""Image files: from a stranger's bytes to pixels in memory.
 
-In: a file's bytes. Out: a Pillow image, or a smaller file of the same picture. Pixels are decoded only once the file's
-head has said how many there are.
+In: a file's bytes. Out: a Pillow image, or a smaller file of the same picture. Nothing is decoded before the file's
+head has told the number of pixels.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 from legit_worker.errors import InvalidInputError
 from legit_worker.prep.texts import model_folder
 
-#: Bytes in one image file.
+#: The most bytes in one image file.
 MAX_BYTES = 32 * 2**20
 
-#: Pixels in one image: a large camera's. A file of half a megabyte can claim a hundred times as many.
+#: The most pixels in one image, as a large camera has. A file of half a megabyte can hold a hundred times as many.
 MAX_PIXELS = 64_000_000
 
 
 def open_image(file: bytes) -> Any:
-    """A `PIL.Image.Image` whose head was read and whose pixels were not. Raises `InvalidInputError`."""
+    """Open a `PIL.Image.Image`: read its head, and decode no pixels. Raises `InvalidInputError`."""
     from PIL import Image
 
     if len(file) > MAX_BYTES:
@@ -40,7 +40,7 @@ def open_image(file: bytes) -> Any:
 
 
 def decode(opened: Any) -> Any:
-    """Its pixels: a `PIL.Image.Image` in RGB, the way up that its camera noted. Raises `InvalidInputError`."""
+    """Decode into a `PIL.Image.Image` in RGB, turned as its camera noted. Raises `InvalidInputError`."""
     from PIL import ImageOps
 
     try:
@@ -50,9 +50,9 @@ def decode(opened: Any) -> Any:
 
 
 def shrink(file: bytes, edge: tuple[int, int] | None) -> bytes:
-    """The picture as a PNG, resized as the model's processor would: `edge` is `resize_of` that model.
+    """Write the picture as a PNG, resized as the model's processor would: `edge` is the model's `resize_of`.
 
-    The processor then finds the size that it wants, and what it computes is what it would have computed. Raises
+    The processor then need not resize, and gives the result that it would give for the original. Raises
     `InvalidInputError`.
     """
     image = decode(open_image(file))
@@ -64,16 +64,16 @@ def shrink(file: bytes, edge: tuple[int, int] | None) -> bytes:
 
 
 def pixels(file: bytes) -> tuple[tuple[int, int], bytes]:
-    """Width and height, and three bytes per pixel. Raises `InvalidInputError`."""
+    """Return width and height, and three bytes per pixel. Raises `InvalidInputError`."""
     image = decode(open_image(file))
     return image.size, image.tobytes()
 
 
 @functools.lru_cache(maxsize=32)
 def resize_of(path: str, revision: str | None = None) -> tuple[int, int] | None:
-    """The shortest edge, in pixels, to which a model's processor resizes, and Pillow's number of the filter.
+    """Return the shortest edge, in pixels, to which a model's processor resizes, and Pillow's number of the filter.
 
-    None where its files say anything else: then it gets the picture in full size.
+    None if the model's files say anything else: then the processor gets the picture in full size.
     """
     folder = model_folder(path, revision)
     for file in sorted(folder.rglob("*processor_config.json")) if folder else ():
@@ -84,7 +84,7 @@ def resize_of(path: str, revision: str | None = None) -> tuple[int, int] | None:
 
 
 def _processor(file: Path) -> Any:
-    """A processor's own settings, which newer files keep one level down."""
+    """Read a processor's settings. Newer files keep them one level down."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -93,7 +93,7 @@ def _processor(file: Path) -> Any:
 
 
 def _resized(image: Any, edge: int, resample: int) -> Any:
-    """As transformers computes it (`get_resize_output_image_size`, 5.23): the longer edge is rounded down."""
+    """Resize as transformers does (`get_resize_output_image_size`, 5.23): the longer edge is rounded down."""
     short, long = sorted(image.size)
     if short <= edge:
         return image

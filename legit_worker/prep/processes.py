@@ -1,7 +1,7 @@
-"""Helper processes that prepare input beside the one worker, without CUDA.
+"""Helper processes that prepare input beside the worker, without CUDA.
 
-In: a function and its arguments. Out: what it returns. A helper that dies, or takes too long, fails the one item that
-it had, and another takes its place.
+In: a function and its arguments. Out: the function's result. If a helper dies or takes too long, its one item fails,
+and a new helper takes its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from legit_worker import parking, settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.prep.guard import forbid_cuda
 
-#: Bytes of arguments that helpers may have, at work or before them. What comes on top waits in its task.
+#: The most bytes of arguments that helpers hold, at work or queued. Further items wait in their tasks.
 MAX_BYTES = 256 * 2**20
 
 #: What a task waits for, in words.
@@ -29,20 +29,20 @@ WHAT = "a helper process"
 
 
 class Helpers:
-    """Some processes, spawned at their first work. They never had this process's memory, nor its CUDA context."""
+    """Spawned processes, which start with their first work. They never had this process's memory or CUDA context."""
 
     def __init__(self, count: int, seconds: float) -> None:
         self._seconds = seconds
         self._pool = ProcessPool(
             max_workers=count, context=multiprocessing.get_context("spawn"), initializer=forbid_cuda
         )
-        #: Bytes of each item that is not done.
+        #: The bytes of each item that is not done.
         self._at_work: dict[Future[Any], int] = {}
 
     def run(self, function: Callable[..., Any], *arguments: Any, size: int) -> Any:
-        """`function(*arguments)`, in a helper; `size` is the arguments' bytes.
+        """Return `function(*arguments)`, from a helper; `size` is the arguments' bytes.
 
-        Raises what the function raises, and `InvalidInputError` where it ended its helper or took too long.
+        Raises the function's errors, and `InvalidInputError` if it ended its helper or took too long.
         """
         while self._at_work and sum(self._at_work.values()) + size > MAX_BYTES:
             parking.wait(next(iter(self._at_work)), WHAT)
@@ -52,7 +52,7 @@ class Helpers:
             parking.wait(future, WHAT, is_own=True)
         finally:
             del self._at_work[future]
-            future.cancel()  # type: ignore[no-untyped-call]  # of a task that was revoked, or stopped by its time limit
+            future.cancel()  # type: ignore[no-untyped-call]  # the task was revoked, or its time limit stopped it
         try:
             return future.result()
         except ProcessExpired as error:
@@ -72,7 +72,7 @@ class Helpers:
 
 @functools.cache
 def helpers() -> Helpers | None:
-    """This process's helpers; None where `LEGIT_WORKER_PREP_PROCESSES` is 0."""
+    """Return this process's helpers; None if `LEGIT_WORKER_PREP_PROCESSES` is 0."""
     chosen = settings.load()
     if not chosen.prep_processes or chosen.role == "prep":
         return None
@@ -82,10 +82,10 @@ def helpers() -> Helpers | None:
 
 
 def run(function: Callable[..., Any], *arguments: Any, size: int) -> Any:
-    """In a helper where there are some, else right here. Raises what the function raises."""
+    """Return `function(*arguments)`, from a helper if there are helpers. Raises the function's errors."""
     pool = helpers()
     return function(*arguments) if pool is None else pool.run(function, *arguments, size=size)
 
 
-# A forked child has neither the threads that speak to the helpers nor a right to them.
+# A forked child has no threads that speak to the helpers, and must not use its parent's.
 os.register_at_fork(after_in_child=helpers.cache_clear)

@@ -1,8 +1,8 @@
-"""Files that a client names: in the message itself, under a folder, or on a host.
+"""Files that a client sends in its message, or names by a path or a URL.
 
-In: a string that anyone may have sent. Out: the file's bytes, or `InvalidInputError`. A string with `scheme://` is a
-URL, one that begins with `/`, `./` or `file:` is a path, all else is base64; and so is what begins with `/9j/`, as
-every JPEG does. Nothing is read from a folder or a host that the operator did not name, and by default there is none.
+In: a string from any sender. Out: the file's bytes, or `InvalidInputError`. A string with `scheme://` is a URL. A
+string that begins with `/`, `./` or `file:` is a path, unless it begins with `/9j/`, as every JPEG in base64 does. Any
+other string is base64. Only the folders and hosts that the operator named are read; by default there are none.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ _DATA = re.compile(r"data:[^,]*;base64,")
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be read."""
+    """The bounds on what a client may have read."""
 
     max_bytes: int = 32 * 2**20
-    #: Folders that files may be under.
+    #: The folders that files may be in, at any depth.
     roots: tuple[Path, ...] = ()
-    #: `images.example.org`, or `*.example.org` for all below it, with `:port` where it is not the scheme's own. https,
-    #: unless it is written `http://images.internal`.
+    #: `images.example.org`, or `*.example.org` for all hosts below it, with `:port` if it is not the scheme's own. The
+    #: scheme is https, unless the entry is written `http://images.internal`.
     hosts: tuple[str, ...] = ()
-    #: Networks that are not the Internet's and that those hosts may be in nevertheless.
+    #: Private networks that a host of `hosts` may be in.
     allow_private: tuple[str, ...] = ()
-    #: For the whole of one file, redirects and all.
+    #: The time for one file, with all its redirects.
     seconds: float = 10.0
     redirects: int = 3
 
 
 def read(source: Any, limits: Limits) -> bytes:
-    """The file's bytes. Raises `InvalidInputError`."""
+    """Read the file's bytes. Raises `InvalidInputError`."""
     if not isinstance(source, str) or not source:
         raise InvalidInputError(f"expected base64, a path or a URL, got {type(source).__name__}")
     try:
@@ -65,13 +65,13 @@ def read(source: Any, limits: Limits) -> bytes:
             return _read_url(source, limits)
     except InvalidInputError:
         raise
-    except ValueError:  # an address that can't be one: brackets, surrogates, names of 64 letters
+    except ValueError:  # no address has this form: brackets, surrogates, names of 64 letters
         raise InvalidInputError("this is neither a path nor a URL that could be read") from None
     return _read_base64(source, limits)
 
 
 def is_remote(source: str) -> bool:
-    """Whether it says where the file is, instead of being it."""
+    """Tell whether the string is a path or a URL, and not the file itself."""
     return bool(_REMOTE.match(source)) or _is_path(source)
 
 
@@ -114,7 +114,7 @@ def _read_file(path: Path, roots: list[Path], limits: Limits) -> bytes:
     except OSError:
         raise _not_there(str(path)) from None
     try:
-        # Looked at once more, now that it is open: nobody can put another file in its place any more.
+        # Check the open file again: from now on nobody can put another file in its place.
         real = Path(os.readlink(f"/proc/self/fd/{file}"))
         if not stat.S_ISREG(os.fstat(file).st_mode) or not any(real.is_relative_to(root) for root in roots):
             raise _not_there(str(path))
@@ -128,7 +128,7 @@ def _read_file(path: Path, roots: list[Path], limits: Limits) -> bytes:
 
 
 def _read_url(source: str, limits: Limits) -> bytes:
-    """Errors name the host that the client named, never one that this host redirects to."""
+    """Fetch a file. Errors name the client's host, and never a host that this one redirects to."""
     deadline = monotonic() + limits.seconds
     host = urlsplit(source).hostname or ""
     for _ in range(limits.redirects + 1):
@@ -141,7 +141,7 @@ def _read_url(source: str, limits: Limits) -> bytes:
                     source = urljoin(source, response.headers.get("Location", ""))
                     continue
                 content = _body(response, limits, host)
-                _left(deadline)  # the end of the time looks like the end of the file
+                _left(deadline)  # a socket that was shut down looks like the end of the file
                 return content
         except (OSError, http.client.HTTPException) as error:
             raise InvalidInputError(f"{host} did not give the file: {type(error).__name__}") from None
@@ -149,7 +149,7 @@ def _read_url(source: str, limits: Limits) -> bytes:
 
 
 def _checked(source: str, limits: Limits, named: str) -> SplitResult:
-    """The URL's parts, if its host may be asked."""
+    """Return the URL's parts, if the settings allow its host."""
     try:
         url = urlsplit(source)
         port = url.port or PORTS[url.scheme]
@@ -172,10 +172,10 @@ def _covers(entry: str, url: SplitResult, port: int) -> bool:
 
 @contextlib.contextmanager
 def _connected(url: SplitResult, limits: Limits, deadline: float, named: str) -> Iterator[http.client.HTTPConnection]:
-    """A connection to an address of the host that was checked; its name is resolved once.
+    """Connect to a checked address of the host, whose name is resolved once.
 
-    When the time is over the socket is shut down, whatever waits for it: a server that sends a byte now and then would
-    otherwise begin each wait anew.
+    A timer shuts the socket down at the deadline. A socket's own timeout starts again with each byte that a slow server
+    sends.
     """
     host, port = url.hostname or "", url.port or PORTS[url.scheme]
     addresses = _resolved(host, port, deadline)
@@ -208,7 +208,7 @@ def _shut_down(sock: socket.socket) -> None:
 
 
 def _resolved(host: str, port: int, deadline: float) -> list[str]:
-    """The addresses of a name. The system's resolver knows no time limit, so it is left behind where it takes long."""
+    """Return the addresses of a name. The system's resolver has no time limit, so a thread asks it."""
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -227,7 +227,7 @@ def _resolved(host: str, port: int, deadline: float) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
-#: Networks of IPv6 that lead to IPv4 addresses of any kind, private ones too.
+#: IPv6 networks that lead to any IPv4 address, private ones too.
 TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
 
 
@@ -243,7 +243,7 @@ def _is_allowed(address: str, limits: Limits) -> bool:
 
 
 def _target(url: SplitResult) -> str:
-    """The path and query, with what a request line can't hold escaped."""
+    """Return the path and query, and escape characters that a request line can't hold."""
     path = quote(url.path or "/", safe="/%:@!$&'()*+,;=~-._")
     return f"{path}?{quote(url.query, safe='/%:@!$&()*+,;=~-._?')}" if url.query else path
 
@@ -264,7 +264,7 @@ def _body(response: http.client.HTTPResponse, limits: Limits, host: str) -> byte
 
 
 def _left(deadline: float) -> float:
-    """Seconds. Raises `TimeoutError` when there are none."""
+    """Return the seconds until the deadline. Raises `TimeoutError` if there are none."""
     left = deadline - monotonic()
     if left <= 0:
         raise TimeoutError

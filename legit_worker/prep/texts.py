@@ -1,7 +1,7 @@
-"""Texts as the token ids that a model's own tokenizer makes of them, without the model, and without torch.
+"""Texts as token ids, by a model's own tokenizer, without the model and without torch.
 
-In: a model's folder; texts. Out: JSON that `embed_text` takes in place of a text. It names the tokenizer by a
-fingerprint, what it makes of a few hard texts, so that ids never reach a model that would read them differently.
+In: a model's folder; texts. Out: JSON that `embed_text` takes in place of a text. The JSON has the tokenizer's
+fingerprint: a hash of its ids for a few hard texts. So ids never reach a model with another tokenizer.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ MARK, VERSION = "prepared", 1
 
 @dataclass(frozen=True, slots=True)
 class PreparedText:
-    """A text's token ids, special tokens included."""
+    """A text's token ids."""
 
+    #: Special tokens included.
     ids: tuple[int, ...]
     #: The fingerprint of the tokenizer that made them.
     tokenizer: str
-    #: Whether the text was longer than the model takes, and these are its beginning.
+    #: Whether the text was longer than the model takes, so that these ids are only its beginning.
     cut: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """What `prep_text` returns."""
+        """Write the JSON that `prep_text` returns."""
         return {MARK: VERSION, "ids": list(self.ids), "tokenizer": self.tokenizer, "cut": self.cut}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PreparedText:
-        """What `to_json` gave, from whoever sent it. Raises `InvalidInputError`."""
+        """Read the JSON of `to_json`, from any sender. Raises `InvalidInputError`."""
         match value:
             case {"prepared": 1, "ids": [_, *_] as ids, "tokenizer": str(tokenizer), "cut": bool(cut)} if all(
                 type(number) is int and number >= 0 for number in ids
@@ -49,12 +50,12 @@ class PreparedText:
 
 
 def fingerprint(tokenize: Callable[[str], Sequence[int]]) -> str:
-    """Of a function from a text to its ids, cut at the model's limit."""
+    """Hash a tokenizer: a function from a text to its ids, cut at the model's limit."""
     return hashlib.sha256(json.dumps([list(tokenize(probe)) for probe in PROBES]).encode()).hexdigest()[:16]
 
 
 class TextTokenizer:
-    """A model's tokenizer, as its `tokenizer.json` describes it."""
+    """A model's tokenizer, read from its `tokenizer.json`."""
 
     def __init__(self, file: Path, limit: int) -> None:
         from tokenizers import Tokenizer
@@ -67,13 +68,13 @@ class TextTokenizer:
         self.fingerprint = fingerprint(lambda text: self._tokenizer.encode(text).ids)
 
     def prepare(self, text: str) -> PreparedText:
-        """The text, cut where the model would cut it."""
+        """Tokenize a text, and cut it where the model would."""
         self._cut_at(self.limit)
         found = self._tokenizer.encode(text)
         return PreparedText(tuple(found.ids), self.fingerprint, cut=bool(found.overflowing))
 
     def chunks(self, text: str, tokens: int, overlap: int) -> list[PreparedText]:
-        """The whole text in pieces of at most `tokens`, special ones included, each sharing `overlap` with the last."""
+        """Cut the text into pieces of at most `tokens`, special ones included, with `overlap` tokens in common."""
         if not self._specials < tokens <= self.limit:
             raise InvalidInputError(
                 f"chunk_tokens is {tokens}, and this model takes from {self._specials + 1} to {self.limit} tokens"
@@ -92,9 +93,9 @@ class TextTokenizer:
 
 @functools.lru_cache(maxsize=32)
 def tokenizer_of(path: str, revision: str | None = None) -> TextTokenizer | None:
-    """The tokenizer of the model at a path, or of this name in the local Hugging Face cache.
+    """Return the tokenizer of the model at a path, or of this name in the local Hugging Face cache.
 
-    None where there is none that can be read without the model: the model's own worker then tokenizes.
+    None if no tokenizer can be read without the model: the model's own worker then tokenizes.
     """
     folder = model_folder(path, revision)
     if folder is None:
@@ -109,7 +110,7 @@ def tokenizer_of(path: str, revision: str | None = None) -> TextTokenizer | None
 
 
 def model_folder(path: str, revision: str | None = None) -> Path | None:
-    """Where a model's files are on this machine; None where they are not."""
+    """Return the folder of a model's files on this machine; None if it has none."""
     if Path(path).is_dir():
         return Path(path)
     try:
@@ -126,7 +127,7 @@ def _first_module(folder: Path) -> str:
 
 
 def _read(file: Path) -> Any:
-    """A JSON file's content, nothing where there is none."""
+    """Read a JSON file; an empty dictionary if it can't be read."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
