@@ -1,7 +1,6 @@
 """Which app a task is for. Pure.
 
-In: the settings, and a task's request as Celery parsed it. Out: a name, or None; whether such an app is configured is
-the caller's question.
+In: the settings, and a task's request as Celery parsed it. Out: a name, or None. The settings may not have that app.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from typing import Any
 
 from legit_worker.settings import NAME, AppSource, Settings
 
-#: The header that carries an app from a task to its children. Looked at last: what a child says of itself counts more.
+#: The header that carries an app from a task to its children. It comes last: a child's own word counts more.
 INHERITED = AppSource("header", "legit_worker_app")
 
 
 def identify(chosen: Settings, request: Mapping[str, Any]) -> str | None:
-    """The app named by the first source that names one. `request` is `celery.worker.request.Request.request_dict`."""
+    """Return the app that the first source names. `request` is `celery.worker.request.Request.request_dict`."""
     for source in (*chosen.app_from, INHERITED):
         name = _READERS[source.kind](source.value, request, chosen)
         if isinstance(name, str) and name:
@@ -26,14 +25,14 @@ def identify(chosen: Settings, request: Mapping[str, Any]) -> str | None:
 
 
 def header(name: str, request: Mapping[str, Any]) -> Any:
-    """One of the sender's own headers, wherever this version of the protocol puts them; None where it has none."""
+    """Return one of the sender's own headers, in any version of Celery's protocol; None if it is missing."""
     nested = request.get("headers")
     found = request.get(name)
     return nested.get(name) if found is None and isinstance(nested, Mapping) else found
 
 
 def answer_queue(app: str, chosen: Settings, request: Mapping[str, Any]) -> str | None:
-    """The queue that the message itself asks for, where this app lets messages do so."""
+    """Return the queue that the message asks for, if this app lets messages name one."""
     queue, prefix = request.get("reply_to"), chosen.apps[app].reply_to_prefix
     by_message = any(source.kind == "reply_to" for source in chosen.app_from)
     if by_message and prefix and isinstance(queue, str) and queue.startswith(prefix) and re.fullmatch(NAME, queue):
@@ -42,7 +41,7 @@ def answer_queue(app: str, chosen: Settings, request: Mapping[str, Any]) -> str 
 
 
 def carrier(chosen: Settings) -> str:
-    """The header by which a task tells its children the app."""
+    """Return the header by which a task tells its children the app."""
     return next((source.value for source in (*chosen.app_from, INHERITED) if source.kind == "header"), INHERITED.value)
 
 
@@ -62,7 +61,7 @@ def _queue(pattern: str, request: Mapping[str, Any], _: Settings) -> Any:
 
 
 def _reply_to(_: str, request: Mapping[str, Any], chosen: Settings) -> Any:
-    """An app's name, or a queue under an app's prefix. Other programs' reply queues name nobody."""
+    """Return the app that `reply_to` names, or whose prefix it has. Other programs' reply queues name no app."""
     name = request.get("reply_to")
     if isinstance(name, str) and name.lower() in chosen.apps:
         return name

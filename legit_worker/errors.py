@@ -1,7 +1,7 @@
 """Every error this project raises.
 
-In: nothing. Out: exception classes whose only argument is their message, so that each one survives a
-Celery result in JSON (`exc_type`, `exc_module`, `exc_message`) and comes back as itself.
+In: nothing. Out: exception classes. Their only argument is the message, so each error survives a Celery result in JSON
+(`exc_type`, `exc_module`, `exc_message`).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 class LegitWorkerError(Exception):
     """The base of all errors raised by legit_worker."""
 
-    #: Whether the same message, sent again later, could succeed. Result envelopes carry it.
+    #: Whether the same message, sent again later, could succeed. Result envelopes say so.
     retryable: bool = False
 
 
 class InvalidInputError(LegitWorkerError, ValueError):
-    """The caller's input can never be computed: empty, too long, not text, not finite, not an image."""
+    """No model can compute the caller's input: it is empty, too long, not text, not finite, or no image."""
 
 
 class UnknownModelError(LegitWorkerError, LookupError):
-    """No configured model has the alias that was asked for, or several could be meant."""
+    """No configured model has this alias, or the task named none and there are several."""
 
 
 class ModelLoadError(LegitWorkerError):
@@ -35,19 +35,19 @@ class WaitedTooLongError(LegitWorkerError):
 
 
 class DeviceOutOfMemoryError(LegitWorkerError):
-    """One item needs more memory than the device can give it, alone in its batch."""
+    """One item, alone in its batch, needs more memory than the device has."""
 
     retryable = True
 
 
 class DeviceLostError(LegitWorkerError):
-    """A kernel broke the process's CUDA context: nothing can be computed there until a worker is started anew."""
+    """A kernel broke the process's CUDA context. The worker must start again before it can compute."""
 
     retryable = True
 
 
 class CudaForbiddenError(LegitWorkerError):
-    """A process that promised never to touch CUDA was asked to."""
+    """A process that must not touch CUDA tried to."""
 
 
 class RoutingError(LegitWorkerError):

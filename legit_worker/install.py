@@ -1,8 +1,7 @@
-"""The seam: what `legit_worker.install(app)` changes in a Celery app, and nothing else does.
+"""`legit_worker.install(app)`: the only changes to a Celery app.
 
-In: a Celery app. Out: the same app. Enabled, its workers get one more bootstep, which swaps the solo pool for
-ModelPool before the pool is made, acks late unless the project chose otherwise, and routes results where an app's are
-to be routed.
+In: a Celery app. Out: the same app. If legit_worker is enabled, the app's workers get one more bootstep, which swaps
+the solo pool for ModelPool. They ack late unless the project chose otherwise, and route results if the settings say so.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def install(app: Celery) -> Celery:
-    """Have the app's workers run ModelPool where `LEGIT_WORKER_ENABLED` is set; otherwise change nothing.
+    """Let the app's workers run ModelPool if `LEGIT_WORKER_ENABLED` is set; otherwise change nothing.
 
-    With `LEGIT_WORKER_ROLE=prep` they keep their pool and get the prep tasks, and this process and its children can't
-    start CUDA any more. Call it before anything else imports torch.
+    With `LEGIT_WORKER_ROLE=prep` the workers keep their pool and get the prep tasks, and this process and its children
+    can't start CUDA any more. Call it before anything else imports torch.
     """
     if settings.is_enabled():
         enable(app)
@@ -34,7 +33,7 @@ def install(app: Celery) -> Celery:
 
 
 def enable(app: Celery) -> None:
-    """What `install` does once it is enabled."""
+    """Do what `install` does if legit_worker is enabled."""
     from legit_worker.routing.backend import route_results
 
     if settings.is_prep():
@@ -63,10 +62,10 @@ class ModelPoolStep(bootsteps.Step):
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":
-            # Whatever the pool: its processes have this environment, too.
+            # For any pool: its processes inherit this environment.
             bound_kernels()
             if self._swap_pool(worker, chosen):
-                return  # which looks at its requirements itself
+                return  # ModelPool checks its requirements itself
         requirements.check_or_exit(chosen)
         quiet_libraries()
         if chosen.role == "prep":
@@ -78,20 +77,20 @@ class ModelPoolStep(bootsteps.Step):
 
     @staticmethod
     def _swap_pool(worker: Any, chosen: settings.Settings) -> bool:
-        """Whether the worker has a `ModelPool` now."""
+        """Swap the solo pool. Returns whether the worker has a `ModelPool` now."""
         from legit_worker.pool.intake import window
         from legit_worker.pool.pool import ModelPool
 
         if worker.pool_cls is not SoloPool and not issubclass(worker.pool_cls, ModelPool):
             logger.warning(
                 "legit_worker is enabled, and the pool is %s: tasks call models directly, one at a time, and each "
-                "process loads its own. Start the worker with --pool=solo to have them batched.",
+                "process loads its own models. Start the worker with --pool=solo to compute tasks in batches.",
                 worker.pool_cls.__module__,
             )
             return False
         if worker.pool_cls is SoloPool:
             worker.pool_cls = ModelPool
-        # What Celery shows as its concurrency; how much the broker hands over is the pool's to say.
+        # Celery shows this as its concurrency. The pool sets the prefetch count itself.
         # min_concurrency is a copy that the Pool step may have made already.
         worker.concurrency = worker.min_concurrency = window(chosen)
         worker.prefetch_multiplier = 1
@@ -99,16 +98,16 @@ class ModelPoolStep(bootsteps.Step):
 
 
 def _tell_unknown(**_: Any) -> None:
-    """A misspelt `LEGIT_WORKER_ENABLED` would otherwise look like a worker that is on."""
+    """Warn of variables that are no settings: `LEGIT_WORKER_ENABLED` may be misspelt."""
     for sentence in settings.unknown():
         logger.warning("legit_worker is off, and %s", sentence)
 
 
 def _ack_late_by_default(sender: Celery, **_: Any) -> None:
-    """A killed worker must lose none of a window of tasks, and inference may run twice.
+    """Set late acks, unless the project has set them: a killed worker must lose no task, and inference may run twice.
 
-    Celery's own way to add a default loses against a project's setting only where both spell it alike, so look for
-    every spelling first.
+    Celery lets a project's setting win over an added default only if both have one spelling. So look for every
+    spelling first.
     """
     namespace = getattr(sender, "namespace", None)
     spellings = {"TASK_ACKS_LATE", "CELERY_ACKS_LATE", f"{namespace}_TASK_ACKS_LATE"}

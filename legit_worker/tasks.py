@@ -1,7 +1,7 @@
 """The built-in tasks, and their aliases.
 
-In: JSON, from any client. Out: JSON. Bad input is refused before it reaches a batch, with `InvalidInputError`, and
-never retried.
+In: JSON, from any client. Out: JSON. A task refuses bad input with `InvalidInputError` before it reaches a batch, and
+never retries it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from legit_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: Items in one task. More is better sent as several tasks: they share batches anyway, and one bad item fails fewer.
+#: The most items in one task. Several tasks are better: they share batches anyway, and a bad item fails fewer others.
 MAX_ITEMS = 2048
 
-#: Characters in one text: some forty times what the longest models take. Tokenizing is the one step whose time grows
-#: with what a client sends.
+#: The most characters in one text: about forty times what the longest models take. The time of tokenizing grows with
+#: the text, even if the model then cuts it.
 MAX_CHARACTERS = 1_000_000
 
 
 def embed_text(text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True) -> Any:
-    """Embed a text, what `prep_text` made of one, or a list of these.
+    """Embed a text, a result of `prep_text`, or a list of these.
 
-    `model=None` is the one configured model of kind `embed`; `normalize=None` leaves the length to the model;
+    `model=None` is the one configured model of kind `embed`; `normalize=None` leaves the vector's length to the model;
     `truncate=False` refuses a text that the model would cut. Returns floats, `[dim]` or `[n, dim]`. Raises
     `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
     """
@@ -72,7 +72,7 @@ def rerank(
     """Score documents against a query, best first.
 
     `model=None` is the one configured model of kind `rerank`; `top_k=None` returns all. Returns
-    `[{"index": place in documents, "score": float}]`. Raises as `embed_text` does.
+    `[{"index": place in documents, "score": float}]`. Raises the errors of `embed_text`.
     """
     _check_text(query)
     if not isinstance(documents, list):
@@ -88,11 +88,11 @@ def rerank(
 
 
 def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = None, overlap: int = 0) -> Any:
-    """Tokenize a text, or each of a list, for `embed_text`, which gives the vector that it gives for the text itself.
+    """Tokenize a text, or each text of a list. `embed_text` gives the result the same vector as the text.
 
-    `chunk_tokens` splits each text into a list of pieces of at most so many tokens, special ones included, each
-    beginning with the last `overlap` tokens of the one before. Never touches a device, and never loads the model.
-    Where the model's tokenizer can't be read without it, the text comes back as it is. Raises `InvalidInputError`,
+    `chunk_tokens` splits each text into a list of pieces. A piece has at most this many tokens, special ones included,
+    and begins with the last `overlap` tokens of the piece before. Never touches a device, and never loads the model.
+    If the tokenizer can't be read without the model, returns the text unchanged. Raises `InvalidInputError`,
     `UnknownModelError`.
     """
     spec = Handle(model, "embed").entry.spec
@@ -111,7 +111,7 @@ def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = No
 
 
 def prep_image(image: Any, model: str | None = None) -> Any:
-    """Fetch, decode and resize an image, or each of a list, for `embed_image`: base64 of a PNG.
+    """Fetch, decode and resize an image, or each image of a list, for `embed_image`. Returns base64 of a PNG.
 
     `image` is base64 of a file that Pillow reads, a path under one of `LEGIT_WORKER_PREP_ROOTS`, or a URL on one of
     `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises `InvalidInputError`,
@@ -128,7 +128,7 @@ def _prepare_image(image: Any, limits: sources.Limits, edge: tuple[int, int] | N
 
 
 def _size(image: Any) -> int:
-    """Bytes that one image takes on its way to a helper, and back."""
+    """Return the bytes that one image takes on its way to a helper and back."""
     return len(image) if isinstance(image, str) and not sources.is_remote(image) else MAX_BYTES
 
 
@@ -152,14 +152,14 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
 }
 
 
-#: The argument, or the part of a task's name, by which a message is taken for one of a built-in task.
+#: An argument with this name, or a task's name with this part, tells which built-in task a message may mean.
 SIGNS = {"rerank": "rerank", "documents": "rerank", "image": "embed_image", "text": "embed_text", "embed": "embed_text"}
 
 
 def suggest_alias(name: str, message: Any, **_: Any) -> None:
-    """If a message of an unknown name looks like one of a built-in task, the log says how to give that task the name.
+    """Log how to make an unknown name the alias of the built-in task that its message seems to mean.
 
-    A receiver of Celery's signal `task_unknown`.
+    Celery's signal `task_unknown` calls this.
     """
     arguments = _argument_names(message)
     built_in = next((task for sign, task in SIGNS.items() if sign in arguments or sign in name.lower()), None)
@@ -175,7 +175,7 @@ def suggest_alias(name: str, message: Any, **_: Any) -> None:
 
 
 def _argument_names(message: Any) -> list[str]:
-    """The keyword arguments' names, in either version of Celery's protocol; none of a body that can't be read."""
+    """Return the keyword arguments' names, in any version of Celery's protocol; none if the body can't be read."""
     with suppress(Exception):
         payload = message.payload
         return sorted(map(str, payload["kwargs"] if isinstance(payload, Mapping) else payload[1]))
@@ -183,7 +183,7 @@ def _argument_names(message: Any) -> list[str]:
 
 
 def register(app: Celery, chosen: Settings) -> None:
-    """Add the built-in tasks and their aliases to an app. Twice is as good as once."""
+    """Add the built-in tasks and their aliases to an app. A second call changes nothing."""
     labels = {source.value for source in chosen.app_from if source.kind == "kwarg"}
     for name, function in BUILT_IN.items():
         _register(app, f"legit_worker.{name}", function, dict.fromkeys(labels))
@@ -192,11 +192,10 @@ def register(app: Celery, chosen: Settings) -> None:
 
 
 def _register(app: Celery, name: str, function: Callable[..., Any], renames: Mapping[str, str | None]) -> None:
-    """One task, unless the app has it. `renames`: the function's name for a caller's argument, None to drop it."""
-
+    """Add one task unless the app has it. `renames`: the function's name for a caller's argument, None to drop it."""
     if name in app.tasks:
         if not hasattr(app.tasks[name], "is_legit_worker"):
-            logger.warning("%s is a task of the project's own, which keeps the name: no alias was made", name)
+            logger.warning("the project has a task %s: it keeps the name, and there is no alias of this name", name)
         return
 
     @functools.wraps(function)
@@ -204,13 +203,13 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
         named = ((renames.get(key, key), value) for key, value in kwargs.items())
         return function(*args, **{key: value for key, value in named if key is not None})
 
-    # Celery would refuse, at the client, arguments that only the rename makes right.
-    # Nor should other apps of the process get the task, as Celery would have it by default.
+    # typing: Celery would refuse arguments at the client, before they are renamed.
+    # shared: by default Celery gives a task to every app of the process.
     app.task(name=name, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
 
 
 def _items(value: Any, name: str, check: Callable[[Any], Any]) -> list[Any]:
-    """The items of a list, or the one item, each as `check` returns it. Raises `InvalidInputError`."""
+    """Check each item of a list, or the one item, and return the results. Raises `InvalidInputError`."""
     items = value if isinstance(value, list) else [value]
     if not items:
         raise InvalidInputError(f"{name} is an empty list: send at least one item")
@@ -220,7 +219,7 @@ def _items(value: Any, name: str, check: Callable[[Any], Any]) -> list[Any]:
 
 
 def _at(index: int, value: Any, check: Callable[[Any], Any], item: Any) -> Any:
-    """`check(item)`, whose error names the item's place where there is more than one."""
+    """Return `check(item)`. If `value` is a list, an error names the item's place."""
     try:
         return check(item)
     except InvalidInputError as error:
@@ -242,7 +241,7 @@ def _check_text(text: Any) -> str:
 
 
 def _is_chunks(item: Any) -> bool:
-    """What `prep_text` makes of one of several texts, with `chunk_tokens`."""
+    """Tell whether the item is the pieces of one text, as `prep_text` returns them with `chunk_tokens`."""
     return isinstance(item, list) and bool(item) and all(isinstance(piece, dict) for piece in item)
 
 
@@ -257,7 +256,7 @@ def _check_counts(**counts: Any) -> None:
 
 
 def _open_image(image: Any) -> Any:
-    """The image in a base64 string: decoded by a helper, or else its head read here and its pixels not yet."""
+    """Read an image in base64. A helper decodes it; without helpers, only its head is read now."""
     if not isinstance(image, str) or not image:
         raise InvalidInputError(f"expected an image as base64, got {type(image).__name__}")
     if len(image) > MAX_BYTES * 4 / 3:
@@ -278,7 +277,7 @@ def _normalizing(normalize: bool | None) -> dict[str, bool]:
 
 
 def _plain(values: Any) -> Any:
-    """An array as JSON-safe lists. Raises `InvalidInputError` where the model gave no finite number."""
+    """Return an array as lists for JSON. Raises `InvalidInputError` if a number is not finite."""
     import numpy as np
 
     if not np.isfinite(values).all():

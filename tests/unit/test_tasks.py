@@ -94,7 +94,7 @@ def test_registering_twice_is_as_good_as_once_and_a_projects_own_task_keeps_its_
         tasks.register(app, chosen)
     assert app.tasks["conductor.embed"]() == own() == "the project's own"
     assert {record.message for record in caplog.records} == {
-        "conductor.embed is a task of the project's own, which keeps the name: no alias was made"
+        "the project has a task conductor.embed: it keeps the name, and there is no alias of this name"
     }
 
 
