@@ -1,8 +1,7 @@
-"""What makes batches faster on a CPU: the allocator, and the library that multiplies matrices; and what they keep.
+"""What makes batches faster on a CPU: the allocator, and the library that multiplies matrices.
 
-In: this process; a loaded model. Out: a process that uses freed memory again and keeps few kernels, and a model whose
-linear layers go through oneDNN where that was measured, on this machine and this model, to be faster than what torch
-picks by itself.
+In: this process; a loaded model. Out: a process that uses freed memory again and keeps few kernels. If a trial on this
+machine shows that oneDNN computes the model's linear layers faster than torch's own choice, oneDNN computes them.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: Bytes. Blocks up to this size come from the heap instead of a mapping of their own. The most that glibc takes.
+#: Blocks of up to this many bytes come from the heap, and not from a mapping of their own. glibc allows no more.
 MMAP_THRESHOLD = 32 * 2**20
 
-#: Bytes of free heap that are kept: a batch's activations, several times over.
+#: The bytes of free heap that the process keeps: a batch's activations, several times over.
 TRIM_THRESHOLD = 256 * 2**20
 
 #: glibc's numbers for the two, from its malloc.h.
@@ -29,10 +28,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Have freed memory used again. Does nothing where the C library is not glibc.
+    """Make the process use freed memory again. Does nothing if the C library is not glibc.
 
-    A batch allocates and frees some megabytes per layer. By default the system maps and clears them anew each time:
-    5,000 to 12,000 page faults per batch of MiniLM, a tenth to a sixth of its time; with this, none.
+    A batch allocates and frees some megabytes per layer. By default the system maps and clears new pages each time:
+    5,000 to 12,000 page faults per batch of MiniLM, a tenth to a sixth of its time. With this there are none.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -41,19 +40,19 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed() -> None:
-    """Give what is free back to the system, once. Does nothing where the C library is not glibc.
+    """Give free memory back to the system, once. Does nothing if the C library is not glibc.
 
-    For the end of a load: what it freed lies in a part of the heap that is its thread's, and no batch uses it.
+    A load ends with this: its thread freed memory in its own part of the heap, which no batch uses.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-#: Kernels that are kept, each for one shape: a batch of a transformer needs about five, of a ResNet about 25. Each
-#: takes one or two megabytes, and by default a thousand are kept.
+#: The number of kernels that the process keeps, each for one shape. A batch of a transformer needs about five, of a
+#: ResNet about 25. A kernel takes one or two megabytes, and by default a process keeps a thousand.
 KERNELS = 32
 
-#: How many oneDNN keeps, by its variable's new name and its old one, and how many torch does above that.
+#: The variables that bound oneDNN's cache, by its new and its old name, and torch's cache above it.
 ONEDNN_CACHE, ONEDNN_CACHE_BEFORE, TORCH_CACHE = (
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
     "DNNL_PRIMITIVE_CACHE_CAPACITY",
@@ -62,37 +61,38 @@ ONEDNN_CACHE, ONEDNN_CACHE_BEFORE, TORCH_CACHE = (
 
 
 def bound_kernels() -> None:
-    """Have oneDNN keep few kernels, unless the operator's environment says how many.
+    """Make oneDNN keep few kernels, unless the operator's environment has a number.
 
     oneDNN makes a kernel for each shape of a batch, and there is no end of shapes. Both caches read the environment
-    when torch first computes with oneDNN, so call this before. The import of torch may be over.
+    when torch first computes with oneDNN. So call this before, if need be after the import of torch.
     """
     if ONEDNN_CACHE_BEFORE not in os.environ:
         os.environ.setdefault(ONEDNN_CACHE, str(KERNELS))
     os.environ.setdefault(TORCH_CACHE, str(KERNELS))
 
 
-#: Rows, tokens that is, of the trial products: a lone long text, a usual batch. Fewer rows are left to MKL: weights are
-#: read once either way, and there is little to gain.
+#: Rows (tokens) of the trial products: a lone long text, and a usual batch. MKL computes fewer rows: both libraries
+#: read the weights once, so there is little to gain.
 TRIAL_ROWS = (64, 256)
 
-#: Layers that are tried, from all over the model: enough that each finds its weights out of the caches, as it will.
+#: The most layers that a trial computes, from all over the model: too many for their weights to stay in the caches, as
+#: in a real batch.
 TRIAL_LAYERS = 36
 
-#: The best of so many runs counts: a shared machine's noise only ever adds.
+#: A trial runs this many times, and the fastest run counts: other load on the machine only adds time.
 TRIALS = 3
 
-#: oneDNN must be this many times as fast as torch's own choice, or nothing is changed.
+#: oneDNN must be this many times as fast as torch's own choice, or the model stays as it is.
 WORTH_IT = 1.1
 
 
 def speed_up_linear_layers(model: Any) -> int | None:
-    """Have a model's float32 linear layers on the CPU computed by oneDNN, where a trial shows that to be faster.
+    """Let oneDNN compute a model's float32 linear layers on the CPU, if a trial shows that it is faster.
 
-    For float32, torch always takes MKL; on an AMD processor with AVX-512 that reaches less than half of what oneDNN
-    does. Weights stay as they are, which oneDNN must rearrange each time, so a few rows are still better off with MKL.
+    For float32, torch always takes MKL. On an AMD processor with AVX-512, MKL reaches less than half of oneDNN's speed.
+    The weights keep their layout, which oneDNN must rearrange each time, so MKL still computes a few rows faster.
     The results differ by rounding only. `model` is a `torch.nn.Module`. Returns the rows from which oneDNN computes,
-    None where it never does.
+    None if it never does.
     """
     import torch
 
@@ -105,7 +105,7 @@ def speed_up_linear_layers(model: Any) -> int | None:
     if rows is not None:
         for layer in layers:
             layer.forward = functools.partial(_forward, layer, rows)
-        logger.info("%d linear layers go through oneDNN from %d rows", len(layers), rows)
+        logger.debug("oneDNN computes %d linear layers for batches of %d rows or more", len(layers), rows)
     return rows
 
 
@@ -116,7 +116,7 @@ def _is_float32_on_cpu(layer: Any) -> bool:
 
 
 def _forward(layer: Any, least_rows: int, rows: Any) -> Any:
-    """`torch.nn.Linear.forward`, by whichever library is faster for so many rows."""
+    """Compute `torch.nn.Linear.forward` by the library that is faster for this number of rows."""
     import torch
 
     if rows.numel() < least_rows * layer.in_features:
@@ -125,27 +125,27 @@ def _forward(layer: Any, least_rows: int, rows: Any) -> Any:
 
 
 def _by_onednn(layer: Any, rows: Any) -> Any:
-    """The operator that torch's own compiler uses for linear layers on a CPU."""
+    """Call the operator that torch's own compiler uses for linear layers on a CPU."""
     import torch
 
     return torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, "none", [], "")
 
 
 def _rows_worth_it(layers: Sequence[Any]) -> int | None:
-    """The fewest of `TRIAL_ROWS` from which oneDNN is faster and gives the same; None where it fails, or never is."""
+    """Return the fewest of `TRIAL_ROWS` for which oneDNN is faster and as exact; None if there are none."""
     worth_it = None
     for rows in reversed(TRIAL_ROWS):
         try:
             if _gain(layers, rows) < WORTH_IT:
                 break
-        except (RuntimeError, NotImplementedError):  # a build of torch without oneDNN
+        except (RuntimeError, NotImplementedError):  # this build of torch has no oneDNN
             break
         worth_it = rows
     return worth_it
 
 
 def _gain(layers: Sequence[Any], rows: int) -> float:
-    """How many times as fast oneDNN is on these layers, one after the other; 0 where the results are not the same."""
+    """Return how many times as fast oneDNN computes these layers in a row; 0 if its results differ."""
     import torch
 
     with torch.inference_mode():
@@ -158,7 +158,7 @@ def _gain(layers: Sequence[Any], rows: int) -> float:
 
 
 def _best(products: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs."""
+    """Return the seconds of the fastest run."""
 
     def once() -> float:
         start = perf_counter()

@@ -1,9 +1,9 @@
-"""The only module that asks torch about CUDA, and the only one that computes with it.
+"""The only module that asks torch about CUDA and computes with it.
 
 In: `LEGIT_WORKER_DEVICE`; batches. Out: the device's name; launches that return before the GPU is done, so that the
-main thread goes on to the next task meanwhile.
+main thread can run the next task meanwhile.
 
-`tests/gpu` runs it on a GPU, and `tests/unit/test_cuda_device.py` over a fake of the calls that it makes.
+`tests/gpu` runs this module on a GPU, and `tests/unit/test_cuda_device.py` runs it over a fake of torch's functions.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from legit_worker.device.devices import Device, Launch
 from legit_worker.device.loaded import started_cuda
 from legit_worker.device.vram import Gpu, VramUnknownError, visible_gpus
 
-#: How torch's allocator is told to let its blocks grow instead of leaving holes between them. Read once, at import.
+#: The variable by which torch's allocator lets its blocks grow, and leaves no holes between them. Read at import.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-#: Its name from torch 2.9 on, which still reads the other.
+#: The variable's name from torch 2.9 on, which still reads the old one.
 ALLOCATOR_ALSO = "PYTORCH_ALLOC_CONF"
 
-#: Bytes of weights that are copied at once.
+#: The bytes of weights in one copy.
 PART = 16 * 2**20
 
 
 def choose(setting: str) -> str:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`: `auto` is CUDA if there is a torch and it sees it."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`: `auto` is CUDA if torch is installed and sees a GPU."""
     if setting != "auto":
         return setting
     if find_spec("torch") is None:
@@ -44,7 +44,7 @@ def choose(setting: str) -> str:
 
 
 def gpu(setting: str) -> Gpu | None:
-    """The GPU that `choose` would give, by NVML; None where that is the CPU. Opens no context, imports no torch.
+    """Return the GPU that `choose` would choose, by NVML; None if that is the CPU. Opens no context, imports no torch.
 
     Raises `VramUnknownError`.
     """
@@ -58,8 +58,10 @@ def gpu(setting: str) -> Gpu | None:
 
 
 def prepare_environment() -> None:
-    """Before torch is imported, where the operator chose nothing else: CUDA numbers GPUs by their PCI addresses, as
-    NVML does, and torch's allocator lets blocks grow."""
+    """Let CUDA number GPUs by their PCI addresses, as NVML does, and let the blocks of torch's allocator grow.
+
+    Leaves what the operator chose. Call it before torch is imported.
+    """
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if ALLOCATOR_ALSO not in os.environ:
         os.environ.setdefault(*ALLOCATOR)
@@ -67,38 +69,38 @@ def prepare_environment() -> None:
 
 @functools.cache
 def cuda_device(name: str) -> CudaDevice:
-    """The one of this process for `cuda` or `cuda:N`."""
+    """Return this process's one device for `cuda` or `cuda:N`."""
     return CudaDevice(name)
 
 
 class CudaDevice(Device):
-    """A GPU. Batches are launched on the calling thread's stream, weights come by a stream of their own."""
+    """A GPU. Batches run on the calling thread's stream, and weights are copied on another stream."""
 
     tells_memory = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        #: With its number: without one, torch means whichever is current, which a task may have changed.
+        #: The name with a number: without one, torch uses the current device, which a task may have changed.
         self._numbered = name if ":" in name else f"{name}:0"
-        #: The allocator counts one peak for the process: the loader's trial batches and the engine's take turns. A
-        #: model's `forward` may call another model.
+        #: The allocator counts one peak for the process, so the loader's trial batches and the engine's batches take
+        #: turns. The lock is re-entrant: a model's `forward` may call another model.
         self._counting = threading.RLock()
-        #: The most that torch's allocator may have, and whether weights are being read, when that does not count.
+        #: The most bytes for torch's allocator; it does not hold while weights are read.
         self._limit: int | None = None
         self._is_loading = False
         self._holding = threading.Lock()
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
-        """Queue a batch's kernels, and the copy of its outputs to the host behind them. Raises what `compute` raises.
+        """Queue a batch's kernels, and then the copy of its outputs to the host. Raises the errors of `compute`.
 
-        Returns before the GPU is done, unless `compute` itself waits for it.
+        Returns before the GPU is done, unless `compute` itself waits for the GPU.
         """
         cuda = _torch().cuda
         start = monotonic()
         # Events belong to the device that is current when they are recorded.
         with self._counting, cuda.device(self._numbered):
             began = cuda.Event(enable_timing=True)
-            # The waiting thread sleeps instead of turning round.
+            # With `blocking`, the waiting thread sleeps instead of spinning.
             ended = cuda.Event(enable_timing=True, blocking=True)
             cuda.reset_peak_memory_stats()
             before = self._allocated()["current"]
@@ -117,17 +119,17 @@ class CudaDevice(Device):
         )
 
     def _allocated(self) -> Any:
-        """Bytes in use now, as `current`, and at most, as `peak`. `memory_allocated` makes a dictionary of hundreds."""
+        """Return the bytes in use, as `current`, and the most so far, as `peak`. `memory_allocated` is far slower."""
         return _torch().cuda.memory_stats_as_nested_dict(self._numbered)["allocated_bytes"]["all"]
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Copies of weights don't stand in the way of batches, and are over when the block is."""
+        """Copy weights beside the batches that run. The copies are done at the end of the block."""
         cuda, stream = _torch().cuda, self._loading_stream
-        # Weights can be larger than their files, and then others leave for them, once that is known.
+        # The limit does not hold meanwhile: weights can be larger than their files, and that is known only now.
         self._set_loading(True)
         try:
-            # Memory of evicted weights is used again here, and a batch that nobody waits for may still read it.
+            # The copies may use memory of evicted weights, which a running batch may still read.
             stream.wait_stream(cuda.current_stream(self._numbered))
             with cuda.stream(stream):
                 yield
@@ -137,11 +139,11 @@ class CudaDevice(Device):
 
     @functools.cached_property
     def _loading_stream(self) -> Any:
-        """One for good: the allocator gives memory of one model's weights to the next only on the same stream."""
+        """One stream for all loads: the allocator reuses memory only on the stream that it was for."""
         return _torch().cuda.Stream(self._numbered)
 
     def hold(self, limit: int | None) -> None:
-        """Torch's allocator gives back what it keeps for later before it has more; if that is not enough, it raises."""
+        """Bound torch's allocator. At the limit it first gives back the memory that it keeps for later, then raises."""
         with self._holding:
             self._limit = limit
             self._hold()
@@ -158,18 +160,18 @@ class CudaDevice(Device):
         share = 1.0
         if self._limit is not None and not self._is_loading:
             share = min(1.0, self._limit / cuda.get_device_properties(self._numbered).total_memory)
-        with suppress(RuntimeError):  # of a broken context, which the next batch will tell
+        with suppress(RuntimeError):  # the context is broken, and the next batch will tell
             cuda.set_per_process_memory_fraction(share, self._numbered)
 
     def taken(self) -> int:
-        """Bytes that torch's allocator has of the GPU, in use or kept."""
+        """Return the bytes of the GPU that torch's allocator has, in use or kept for later."""
         cuda = started_cuda()
         return 0 if cuda is None else int(cuda.memory_reserved(self._numbered))
 
     def is_lost(self, error: BaseException) -> bool:
-        """Whether the error broke the process's context, as an illegal address or a failed assertion in a kernel does.
+        """Tell whether the error broke the process's context, as an illegal address in a kernel does.
 
-        CUDA then answers every later call with that error, and so the next one is asked.
+        CUDA then answers every later call with this error. So this makes such a call.
         """
         cuda = started_cuda()
         if cuda is None or not isinstance(error, RuntimeError):
@@ -189,13 +191,13 @@ def _torch() -> Any:
 
 @dataclass(eq=False, kw_only=True)
 class CudaLaunch(Launch):
-    """A batch that the GPU may still be at. Waited for by the waiter thread, which touches no tensor."""
+    """A batch that the GPU may still compute. The waiter thread waits for it, and touches no tensor."""
 
     began: Any
     ended: Any
 
     def wait(self) -> None:
-        """Sleeps without the interpreter lock."""
+        """Sleep until the batch is done, without the interpreter lock."""
         try:
             self.ended.synchronize()
             self.seconds = self.began.elapsed_time(self.ended) / 1000
@@ -206,10 +208,10 @@ class CudaLaunch(Launch):
 
 
 def to_device(features: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """A batch's tensors on `device`; what is no tensor as it is.
+    """Move a batch's tensors to `device`; other values stay as they are.
 
-    To a GPU by way of pinned memory, from which the copy needs nobody's attention; torch keeps such memory until the
-    copy is over, and for the next one.
+    To a GPU they go through pinned memory, so that the copy needs no thread. torch keeps this memory until the copy is
+    over, and then for the next copy.
     """
     import torch
 
@@ -224,7 +226,7 @@ def to_device(features: Mapping[str, Any], device: Any) -> dict[str, Any]:
 
 
 def _to_host(outputs: Any) -> Any:
-    """Tensors of a GPU, alone or in a list, as tensors in pinned memory that will have their values; others as is."""
+    """Queue the copy of a GPU's tensors, alone or in a list, to pinned memory. Other values stay as they are."""
     import torch
 
     if isinstance(outputs, list | tuple):
@@ -238,21 +240,21 @@ def _to_host(outputs: Any) -> Any:
 def move(module: Any, device: str) -> None:
     """Put a `torch.nn.Module` on `device`.
 
-    Between the host and a GPU, part by part through a little pinned memory: while the driver is at a copy of memory
-    that is not pinned, it takes no launch, and torch's `to` copies whole tensors so.
+    Between the host and a GPU, the weights go part by part through a little pinned memory. torch's `to` copies whole
+    tensors from memory that is not pinned, and the driver takes no launch during such a copy.
     """
     import torch
 
     there = torch.device(device)
     if there.type == "cuda" or any(tensor.device.type == "cuda" for tensor in module.parameters()):
         pinned = torch.empty(PART, dtype=torch.uint8, pin_memory=True)
-        # As `to` does it, which sees tensors that two modules share twice.
+        # As `to` does. If two modules share a tensor, this sees it twice.
         module._apply(lambda tensor: tensor if tensor.device.type == there.type else copied(tensor, there, pinned))
     module.to(device)
 
 
 def copied(tensor: Any, device: Any, pinned: Any) -> Any:
-    """A tensor's values on `device`, as many at once as have room in the bytes of `pinned`."""
+    """Copy a tensor to `device`, in parts of at most the bytes of `pinned`."""
     import torch
 
     if not tensor.is_contiguous():
@@ -271,16 +273,16 @@ def copied(tensor: Any, device: Any, pinned: Any) -> Any:
 
 
 def _finish(tensor: Any) -> None:
-    """Wait for the copies from and to this tensor, where it is on a GPU."""
+    """If this tensor is on a GPU, wait for the copies from it and to it."""
     if tensor.device.type == "cuda":
         _torch().cuda.current_stream(tensor.device).synchronize()
 
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Within the block, factors of float32 products are rounded to TF32, 10 bits of mantissa: several times as fast.
+    """Round the factors of float32 products to TF32 within the block: 10 bits of mantissa, several times as fast.
 
-    For the whole process: one batch is launched at a time.
+    This holds for the whole process, which launches one batch at a time.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """A device that computes nothing and keeps accounts of its memory.
 
-In: bytes, by owner. Out: the errors and the numbers that a real device of that size would give.
+In: bytes, by owner. Out: the errors and the numbers that a real device of this size would give.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from typing import Any
 from legit_worker.device.devices import Device, Launch
 from legit_worker.errors import DeviceOutOfMemoryError
 
-#: Bytes of a simulated device whose size nobody chose: it never fills.
+#: The bytes of a simulated device if nobody chose its size: it never fills.
 ENDLESS = 2**62
 
 
 @dataclass
 class Ledger:
-    """A simulated device's memory: bytes by owner. It refuses to overdraw, and remembers the worst moment.
+    """A simulated device's memory: bytes by owner. It refuses to overdraw, and remembers the most bytes in use.
 
     Any thread may call it.
     """
 
-    #: Bytes that the device has.
+    #: The device's bytes.
     total: int
     owners: dict[str, int] = field(default_factory=dict)
-    #: The most bytes that were ever in use, and since it was last set back by hand.
+    #: The most bytes that were ever in use.
     peak: int = 0
+    #: The most bytes in use since `SimulatedDevice.launch` last reset this.
     recent_peak: int = 0
-    # Entered twice where the garbage collector ends a model, whose bytes then go back, in the middle of `take`.
+    # Re-entrant: the garbage collector may end a model during `take`, which gives the model's bytes back.
     _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @property
@@ -47,7 +48,7 @@ class Ledger:
         return self.total - self.used
 
     def take(self, owner: str, size: int) -> None:
-        """Enter `size` bytes for `owner`. Raises `DeviceOutOfMemoryError` where they are not there."""
+        """Enter `size` bytes for `owner`. Raises `DeviceOutOfMemoryError` if they are not free."""
         with self._lock:
             if size > self.free:
                 raise DeviceOutOfMemoryError(
@@ -59,7 +60,7 @@ class Ledger:
             self.recent_peak = max(self.recent_peak, self.used)
 
     def give_back(self, owner: str, size: int) -> None:
-        """Enter that `owner` returned `size` bytes, of those that it has."""
+        """Enter that `owner` returned `size` of its bytes."""
         with self._lock:
             held = self.owners.get(owner, 0)
             if size > held:
@@ -68,7 +69,7 @@ class Ledger:
 
     @contextmanager
     def held(self, owner: str, size: int) -> Iterator[None]:
-        """`size` bytes for as long as the block runs: activations."""
+        """Enter `size` bytes while the block runs: activations."""
         self.take(owner, size)
         try:
             yield
@@ -77,7 +78,7 @@ class Ledger:
 
 
 class SimulatedDevice(Device):
-    """Tells, as a GPU would, what a batch took of its memory."""
+    """Tells what memory a batch took, as a GPU would."""
 
     tells_memory = True
 
@@ -86,7 +87,7 @@ class SimulatedDevice(Device):
         self.ledger = ledger
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
-        """Compute a batch, and look at the ledger's worst moment. Raises what `compute` raises."""
+        """Compute a batch, and read the ledger's peak. Raises the errors of `compute`."""
         before = self.ledger.recent_peak = self.ledger.used
         start = monotonic()
         outputs = compute()
@@ -99,5 +100,5 @@ class SimulatedDevice(Device):
 
 @functools.cache
 def simulated_device() -> SimulatedDevice:
-    """The one of this process."""
+    """Return this process's one simulated device."""
     return SimulatedDevice(Ledger(ENDLESS))
