@@ -1,9 +1,9 @@
-"""How long a task took, and how long it only waited.
+"""How long a task took, and how long it waited.
 
-In: when its own code runs, and which work others do for it. Out: seconds.
+In: when the task's code runs, and the work that others do for it. Out: seconds.
 
-A task's own time is its code, the preparation of its input, and the batches that hold its items, each from launch to
-landing. The rest of its life is waiting: for company, for its turn, for a model to load.
+A task's own time is its code, the preparation of its input, and the batches with its items, each from launch to end.
+The rest of its life it waits: for company, for its turn, for a model to load.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-#: The worst wait is looked for among this many tasks, the last ones that ended: about two full windows.
+#: The worst recent wait is that of the last tasks that ended, this many: about two full windows.
 RECENT = 2048
 
 
 @dataclass(eq=False)
 class Work:
-    """What something else computes for one or more tasks: a batch, or one input in a helper. Any thread may use it."""
+    """Work for one or more tasks outside their code: a batch, or one input in a helper. Any thread may use it."""
 
-    #: Whether the task is to learn of nothing else before this is over.
+    #: Whether this is a batch. A task learns of nothing else until its batch is over.
     is_batch: bool = False
-    #: By the monotonic clock; None until it begins.
+    #: The time on the monotonic clock at which it began; None before that.
     began: float | None = None
-    #: Seconds that it took; None until it is over.
+    #: Its seconds; None until it is over.
     took: float | None = None
 
     def begin(self) -> None:
-        """It is at work from now on."""
+        """Note that the work begins."""
         self.began = monotonic()
 
     def end(self, seconds: float | None = None) -> None:
-        """It is over, and took as many seconds as whoever did it says. One that never began took none."""
+        """Note that the work is over. Without `seconds` it took the time since `begin`, or none."""
         self.took = self.seconds(monotonic()) if seconds is None else seconds
 
     def seconds(self, now: float) -> float:
-        """How long it took until now."""
+        """Return the seconds that it has taken so far."""
         if self.took is not None:
             return self.took
         return 0.0 if self.began is None else now - self.began
 
 
 class Clock:
-    """One running task's. Set going and stopped on the main thread; any thread may read it."""
+    """One running task's clock. The main thread starts and stops it; any thread may read it."""
 
     def __init__(self) -> None:
         self._started: float | None = None
-        # The seconds of all that is over; since when its own code runs; the work that is not over. One tuple, so that
-        # a thread that reads it never sees the one part before a change and the other after it.
+        # The seconds of everything that is over; the time since which its own code runs; the work that is not over.
+        # It is one tuple, so that another thread never reads one part from before a change and another from after it.
         self._state: tuple[float, float | None, tuple[Work, ...]] = (0.0, None, ())
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The task's own code has the thread."""
+        """Count the time in the block: the task's own code has the thread."""
         self._begin()
         try:
             yield
@@ -66,7 +66,7 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """The task waits without leaving the thread to others."""
+        """Count no time in the block: the task waits, and still keeps the thread."""
         self._end()
         try:
             yield
@@ -85,35 +85,35 @@ class Clock:
         self._state = total + (0.0 if since is None else monotonic() - since), None, works
 
     def follow(self, work: Work) -> None:
-        """This is done for the task, now or soon."""
+        """Count this work for the task, from when it begins."""
         total, since, works = self._state
         self._state = total, since, (*works, work)
 
     def settle(self, work: Work) -> None:
-        """It is over, or nobody wants it any more."""
+        """Stop counting this work: it is over, or nobody needs it."""
         total, since, works = self._state
         if work in works:
             self._state = total + work.seconds(monotonic()), since, tuple(one for one in works if one is not work)
 
     @property
     def is_in_batch(self) -> bool:
-        """Whether a batch with an item of the task's is being computed."""
+        """Whether a batch with an item of this task runs now."""
         return any(work.is_batch and work.began is not None for work in self._state[2])
 
     def seconds(self, now: float) -> float:
-        """The task's own time until now."""
+        """Return the task's own seconds until now."""
         total, since, works = self._state
         return total + (0.0 if since is None else now - since) + sum(work.seconds(now) for work in works)
 
     def waited(self, now: float) -> float:
-        """The rest of the seconds since it started; 0 before that."""
+        """Return the other seconds since the task started; 0 before that."""
         return 0.0 if self._started is None else max(0.0, now - self._started - self.seconds(now))
 
 
 def work_of(done: Future[Any]) -> Work:
-    """What another process does for a task, from when it takes the task's input until it is done with that.
+    """Return the work of another process for a task: it begins when the process takes the task's input.
 
-    Only whoever runs these processes hears of the beginning, and tells it to the future.
+    The process pool tells the beginning only to the future, by `set_running_or_notify_cancel`.
     """
     work = Work()
     take = done.set_running_or_notify_cancel
@@ -131,19 +131,19 @@ def work_of(done: Future[Any]) -> Work:
 
 @dataclass
 class Waits:
-    """How long tasks waited that have ended. `inspect stats` shows it."""
+    """The waits of tasks that have ended. `inspect stats` shows them."""
 
-    #: Seconds, of all tasks together.
+    #: The seconds of all tasks together.
     total: float = 0.0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def note(self, seconds: float) -> None:
-        """One more task has ended."""
+        """Note a task that has ended, and its wait."""
         self.total += seconds
         self.recent.append(seconds)
 
     def report(self) -> dict[str, float]:
-        """As `inspect stats` gives it, in seconds."""
+        """Return the figures for `inspect stats`, in seconds."""
         return {
             "waited_seconds": round(self.total, 3),
             "worst_recent_wait_seconds": round(max(self.recent, default=0.0), 3),

@@ -1,7 +1,7 @@
 """Which statements of SQLAlchemy take locks, and for how long: until their transaction is over, or their rows are read.
 
-In: a statement, and the connection that executes it. Out: whether another transaction may wait for it, or it for that;
-and whether it still may.
+In: a statement, and the connection that executes it. Out: whether it may wait for another transaction or make one
+wait, and whether this is still so.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from weakref import WeakSet, ref
 #: Databases that keep old rows for readers: a plain `SELECT` neither waits for a writer nor holds one up.
 READERS_PASS = ("postgresql", "mysql", "mariadb", "oracle")
 
-#: Isolation levels under which a plain `SELECT` counts as well: two such transactions that overlap end in an error.
+#: Isolation levels under which a plain `SELECT` counts, too: if two such transactions overlap, one ends in an error.
 READERS_COUNT = ("SERIALIZABLE", "REPEATABLE READ")
 
-#: What begins a statement that takes no lock.
+#: The beginning of a statement that takes no lock.
 READ = re.compile(
     r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*"
     r"(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|SET|SAVEPOINT|RELEASE|ROLLBACK|BEGIN|COMMIT)\b",
     re.IGNORECASE | re.DOTALL,
 )
 
-#: What makes it take one nevertheless: writes in a `WITH`, `FOR UPDATE`, `FOR SHARE`, `pg_advisory_lock()`.
+#: Words that make such a statement take a lock: writes in a `WITH`, `FOR UPDATE`, `FOR SHARE`, `pg_advisory_lock()`.
 LOCK = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|INTO|SHARE)\b|LOCK", re.IGNORECASE)
 
-#: What waits for readers, too: what changes a table itself.
+#: Statements that wait for readers, too, since they change the table itself.
 READERS_WAIT = re.compile(
     r"\s*(?:ALTER|DROP|TRUNCATE|LOCK|RENAME|VACUUM|REINDEX|CLUSTER|REFRESH|OPTIMIZE)\b", re.IGNORECASE
 )
 
-#: Texts of statements whose meaning is remembered: those of a project, not those that are made anew each time.
+#: The number of statements whose meaning is remembered: enough for a project's own texts.
 STATEMENTS = 1024
 
 
 @lru_cache(STATEMENTS)
 def takes_locks(statement: str) -> bool:
-    """Whether a statement may wait for another transaction, or make one wait, on a database where readers pass."""
+    """Tell whether a statement may wait for another transaction or make one wait, on a database of `READERS_PASS`."""
     return READ.match(statement) is None or LOCK.search(statement) is not None
 
 
@@ -51,11 +51,11 @@ class Transaction:
     def __init__(self, connection: Any) -> None:
         self._connection = ref(connection)
         root = connection.get_transaction()
-        #: SQLAlchemy's own, which it gives up at its end; None if each statement is a transaction.
+        #: SQLAlchemy's transaction, which it drops at the end; gives None if each statement is a transaction.
         self.about: Callable[[], Any] = (lambda: None) if root is None else ref(root)
 
     def is_held(self) -> bool:
-        """Whether it is still open."""
+        """Tell whether the transaction is still open."""
         connection, root = self._connection(), self.about()
         if connection is None or root is None or not root.is_active:
             return False
@@ -63,17 +63,17 @@ class Transaction:
 
 
 class SqliteTransaction(Transaction):
-    """The same on SQLite, where the driver begins late and rows that are not read yet hold a lock, too."""
+    """A transaction on SQLite: the driver begins it late, and unread rows hold a lock, too."""
 
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
-        #: The driver's cursors of results that have such rows: read to the end, or dropped, a result drops its cursor.
+        #: The driver's cursors of results with unread rows. A result drops its cursor after its last row.
         self.cursors: WeakSet[Any] = WeakSet()
-        #: It read `FOR UPDATE`, which SQLite does not know, and which is kept here nevertheless.
+        #: Whether it read `FOR UPDATE`. SQLite ignores that, so it is kept here.
         self.is_for_update = False
 
     def is_held(self) -> bool:
-        """Whether the driver is in a transaction, or has rows to give, or a row is locked."""
+        """Tell whether the driver is in a transaction, rows are unread, or a row was read `FOR UPDATE`."""
         connection = self._connection()
         if connection is None or connection.closed or connection.invalidated:
             return False
@@ -89,7 +89,7 @@ def _driver(connection: Any) -> Any:
 
 
 def _commits_by_itself(connection: Any) -> bool:
-    """Whether each statement is a transaction of its own."""
+    """Tell whether each statement is its own transaction."""
     try:  # SQLAlchemy 2.1
         return bool(connection.dialect.detect_autocommit_setting(_driver(connection)))
     except (AttributeError, NotImplementedError):
@@ -97,20 +97,20 @@ def _commits_by_itself(connection: Any) -> bool:
 
 
 def is_for_update(context: Any) -> bool:
-    """Whether the program wrote `with_for_update()`, which is not in the statement of a database without it."""
+    """Tell whether the program wrote `with_for_update()`, which SQLAlchemy leaves out of SQLite's statement."""
     statement = getattr(getattr(context, "compiled", None), "statement", None)
     return getattr(statement, "_for_update_arg", None) is not None
 
 
 def readers_count(connection: Any) -> bool:
-    """Whether the connection's isolation level is one of `READERS_COUNT`, as far as the program has set it."""
+    """Tell whether the program has set an isolation level of `READERS_COUNT` for the connection."""
     level = connection.get_execution_options().get("isolation_level")
     level = level or getattr(connection.dialect, "_on_connect_isolation_level", None)
     return level in READERS_COUNT
 
 
 def keep_weakly(context: Any, cursor: Any) -> bool:
-    """Have the result alone keep the driver's cursor, as its context would outlive the last row."""
+    """Let only the result keep the driver's cursor: its context would keep the cursor after the last row."""
     driver: Any = sys.modules.get("sqlite3")
     if driver is None or not isinstance(cursor, driver.Cursor):
         return False

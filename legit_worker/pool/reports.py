@@ -1,8 +1,7 @@
-"""What a worker's log says of the pool as a whole: one line at its start, one a minute while it is busy, and who is
-still finishing at its end.
+"""What a worker's log says about the pool: one line at its start, one a minute while it is busy, and at its end which
+tasks are still finishing.
 
-In: the settings, tasks that end, and the engine's counters. Out: INFO lines. Nothing is logged of a minute in which
-there was nothing to do.
+In: the settings, tasks that end, and the engine's counters. Out: INFO lines. An idle minute logs nothing.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ BUSY_SECONDS = 60.0
 #: Seconds between two lines of a worker that waits for its last tasks.
 FINISHING_SECONDS = 10.0
 
-#: The latest tasks whose seconds are kept until the next line: enough for a percentile, in 100 KiB.
+#: The most tasks whose waits are kept until the next line: enough for a percentile, in 100 KiB.
 KEPT = 4096
 
 
 def started(app: Celery, chosen: settings.Settings, window: int, messages: str) -> None:
-    """The line of a worker that is ready. `messages` says how they come."""
+    """Log the line of a worker that is ready. `messages` says how messages come."""
     import legit_worker
 
     acks = "late" if app.conf.task_acks_late else "early"
@@ -58,7 +57,7 @@ def started(app: Celery, chosen: settings.Settings, window: int, messages: str) 
 
 
 def with_others(messages: int, seconds: float) -> None:
-    """What a worker finds that starts where another was killed."""
+    """Log at the start that workers hold messages of this broker: a killed worker's messages come back only later."""
     if messages:
         logger.info(
             "%d messages of this broker are with workers; if one of these was killed, its messages come back %.0f s "
@@ -77,7 +76,7 @@ def early_acks(app: Celery, most: int) -> None:
 
 
 def _device(chosen: str) -> str:
-    """In words, and without torch, whose import takes seconds: `auto` is decided by the first load."""
+    """Describe the device without torch, whose import takes seconds. The first load decides what `auto` is."""
     if not chosen.startswith(("auto", "cuda")):
         return chosen
     try:
@@ -94,28 +93,28 @@ def _models(models: Mapping[str, settings.ModelSettings]) -> str:
 
 
 class Reports:
-    """One pool's. Lives on the main thread.
+    """One pool's lines. Lives on the main thread.
 
-    `counters` gives what the engine did so far, and `loads` how many loads there were.
+    `counters` returns the engine's counters, and `loads` the number of loads so far.
     """
 
     def __init__(self, counters: Callable[[], Counters], loads: Callable[[], int]) -> None:
         self._counters = counters
         self._loads = loads
         self._tasks = 0
-        #: Seconds that tasks waited: for company, for their turn, for a model to load.
+        #: The seconds that each task waited: for company, for its turn, for a model to load.
         self._waits: deque[float] = deque(maxlen=KEPT)
         self._before = (0, 0, 0)
         self._since = monotonic()
         self._told_at = -inf
 
     def ended(self, waited: float) -> None:
-        """A task is over, which waited this many seconds of its time."""
+        """Note that a task is over, and waited for these seconds."""
         self._tasks += 1
         self._waits.append(waited)
 
     def busy(self, running: int, waiting: int) -> None:
-        """The line of a minute, if there was or is something to do."""
+        """Log the line of a minute, unless the worker was idle."""
         now, counted = monotonic(), self._counters()
         totals = (counted.batches, counted.items, self._loads())
         batches, items, loads = (after - before for after, before in zip(totals, self._before, strict=True))
@@ -131,7 +130,7 @@ class Reports:
         self._waits.clear()
 
     def finishing(self, waits: Collection[str | None]) -> None:
-        """The worker ends once these tasks are done: for each, what it waits for. Called often, and says so seldom."""
+        """Log which tasks keep the worker from ending, now and then. `waits`: what each task waits for."""
         if waits and monotonic() - self._told_at > FINISHING_SECONDS:
             self._told_at = monotonic()
             counted = Counter(f"waiting for {what}" if what else "running" for what in waits)
@@ -140,5 +139,5 @@ class Reports:
 
 
 def _most(seconds: Collection[float]) -> float:
-    """The 95th percentile, by nearest rank; 0 if there are none."""
+    """Return the 95th percentile, by nearest rank; 0 if there are no seconds."""
     return sorted(seconds)[ceil(len(seconds) * 0.95) - 1] if seconds else 0.0

@@ -1,7 +1,7 @@
-"""How many tasks a worker holds, so that other workers get theirs.
+"""How many tasks a worker holds, so that other workers get their share.
 
-In: predicted seconds of the device for the tasks that are held, and the seconds of their own code that tasks took. Out:
-the number that the broker may hand over: the prefetch count.
+In: the predicted seconds that the device needs for the held tasks, and the seconds of the tasks' own code. Out: the
+prefetch count, which is the number of tasks that the broker may hand over.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from celery.utils.quorum_queues import detect_quorum_queues
 
 from legit_worker.pool.engine import UNKNOWN_SECONDS
 
-#: Predicted seconds of work that one worker holds beside the next batch of each model: 32 tasks while it knows nothing,
-#: since each then counts as `UNKNOWN_SECONDS`. Another worker that starts now waits no longer than this for its part,
-#: and batches are as even as they get: `scripts/bench` with LEGIT_WORKER_MAX_HELD_SECONDS set measures it again.
+#: The predicted seconds of work that one worker holds beside the next batch of each model. A new worker holds 32 tasks,
+#: since an unknown task counts as `UNKNOWN_SECONDS`. Another worker that starts now waits at most this long for its
+#: share, and more seconds make batches no more even: `scripts/bench` with LEGIT_WORKER_MAX_HELD_SECONDS measures it.
 MAX_HELD_SECONDS = 4.0
 
-#: The tasks that the mean of their own seconds is about: enough for a mix, few enough to follow one that changes.
+#: The number of tasks over which their own seconds are averaged: enough for a mix, few enough to follow a change.
 MEMORY = 256
 
-#: Seconds between two decisions, which cost up to 0.1 ms each.
+#: Seconds between two decisions. A decision takes up to 0.1 ms.
 DECIDE_SECONDS = 0.02
 
-#: A broker across a network is told only of a prefetch count that is this many times the last one, or a part of it.
+#: An AMQP broker hears of a new prefetch count only if it is this many times the last one, or smaller by this factor.
 WORTH_TELLING = 1.25
 
-#: Seconds between two new consumers, each of which costs two round trips, where a consumer's prefetch count is final.
+#: Seconds between two replacements of the consumers, which take two round trips each. See `_consume_anew`.
 CONSUMER_SECONDS = 2.0
 
 
 class Share:
-    """Decides how many tasks to hold. Lives on the main thread; asks the engine, and knows no broker."""
+    """Decides how many tasks the worker holds. Lives on the main thread; asks the engine, and knows no broker."""
 
     def __init__(
         self,
@@ -42,12 +42,11 @@ class Share:
         calls: Callable[[], int],
         max_seconds: float | None = None,
     ) -> None:
-        # For all that waits and this many model calls more; None while nothing is known.
+        # The seconds for all waiting calls and this many more; None while no model is known.
         self._device_seconds = device_seconds
-        # Model calls so far.
         self._calls_so_far = calls
         self._max_seconds = MAX_HELD_SECONDS if max_seconds is None else max_seconds
-        # Of the last tasks: seconds of their own code, their model calls, and how many ended.
+        # The last tasks: the seconds of their own code, their model calls, and their number.
         self._own = self._calls = self._ended = 0.0
         self._calls_before = 0
 
@@ -55,7 +54,7 @@ class Share:
         return f"<Share: {self._max_seconds} s, a task's own code takes {self._own_seconds():.2e} s>"
 
     def ran(self, seconds: float, *, ended: bool) -> None:
-        """A task's own code ran for this long, and is over or parked."""
+        """Note that a task's own code ran for these seconds, until it ended or parked."""
         self._own += seconds
         if not ended:
             return
@@ -66,9 +65,9 @@ class Share:
             self._own, self._calls, self._ended = self._own / 2, self._calls / 2, self._ended / 2
 
     def most(self, held: int, waiting: int, window: int) -> int:
-        """How many tasks the worker may hold, from 1 to `window`.
+        """Return how many tasks the worker may hold, from 1 to `window`.
 
-        `held` tasks are there, of which `waiting` have not begun.
+        It holds `held` tasks now, and `waiting` of them have not begun.
         """
         if self._seconds(waiting) > self._max_seconds:
             return max(1, min(held // 2, window))
@@ -82,11 +81,11 @@ class Share:
         return max(1, min(held + low, window))
 
     def cold(self, window: int) -> int:
-        """The same before the first task has come."""
+        """Return how many tasks the worker may hold before the first one has come."""
         return max(1, min(window, int(self._max_seconds / UNKNOWN_SECONDS)))
 
     def _seconds(self, tasks: int) -> float:
-        """For the work of all parked tasks, and of this many that have not begun."""
+        """Predict the seconds for all parked tasks, and for this many tasks that have not begun."""
         calls = self._calls / self._ended if self._ended else 1.0
         on_device = self._device_seconds(tasks * calls)
         if on_device is None and not self._ended:
@@ -98,30 +97,30 @@ class Share:
 
 
 class Prefetch:
-    """Has the broker hand over as many tasks as the pool wants. Lives on the main thread; one per worker.
+    """Sets the prefetch count to the number of tasks that the pool wants. Lives on the main thread; one per worker.
 
-    Celery's own part of the prefetch count, one for each task that it holds for later, stays on top.
+    Celery adds one to the count for each task with an ETA that it holds. That part stays.
     """
 
     def __init__(self, consumer: Any, count: int) -> None:
         self._consumer = consumer
         consumer.prefetch_multiplier = 1
         consumer.initial_prefetch_count = count
-        # Celery tells of `pool_grow` by this; the pool's next decision has it in mind.
+        # Celery calls this on `pool_grow`. The pool's next decision uses the new window anyway.
         consumer._update_prefetch_count = lambda index=0: None
         self._qos: Any = None
-        # The pool's part of the count that the broker was told.
+        # The pool's part of the count that the broker knows.
         self._told = count
         self._decided_at = self._consumed_at = 0.0
-        # Consumers that were replaced, and whose last messages may be on their way.
+        # The tags of replaced consumers, whose last messages may still arrive.
         self._cancelled: list[str] = []
 
     def is_due(self) -> bool:
-        """Whether it is worth deciding again."""
+        """Tell whether it is time to decide again."""
         return monotonic() - self._decided_at >= DECIDE_SECONDS
 
     def want(self, count: int) -> None:
-        """The broker may hand over this many tasks."""
+        """Let the broker hand over this many tasks."""
         self._decided_at = monotonic()
         qos, before = self._consumer.qos, self._consumer.initial_prefetch_count
         self._consumer.initial_prefetch_count = count
@@ -129,15 +128,25 @@ class Prefetch:
             return
         if qos is not self._qos:  # a new connection
             self._qos, self._told, self._cancelled = qos, before, []
-            # What Celery would do after a lost connection, to raise a count by and by, is done here.
+            # After a lost connection Celery would raise the count step by step. The pool decides instead.
             self._consumer._maximum_prefetch_restored = True
-        if self._is_worth_telling(count):
+        if self._consumer.connection.transport.driver_type != "amqp":
+            if count != self._told:
+                self._tell(count)
+        elif not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING:
+            self._tell_amqp(count)
+
+    def _tell_amqp(self, count: int) -> None:
+        """Tell the broker. A consumer of a quorum queue keeps its first count, so replace the consumers."""
+        conf = self._consumer.app.conf
+        if not (conf.worker_detect_quorum_queues and detect_quorum_queues(self._consumer.app, "amqp")[0]):
             self._tell(count)
-            if self._is_by_consumer:
-                self._consume_anew()
+        elif self._decided_at - self._consumed_at >= CONSUMER_SECONDS:
+            self._tell(count)
+            self._consume_anew()
 
     def _tell(self, count: int) -> None:
-        """The hub hands it on. `worker_eta_task_limit` bounds the tasks that are held for later, and nothing else."""
+        """Set the count, which the hub tells the broker. `worker_eta_task_limit` bounds only Celery's part of it."""
         with self._qos._mutex:
             later = max(0, self._qos.value - self._told)
             limit = getattr(self._qos, "max_prefetch", None)  # kombu 5.6
@@ -145,29 +154,14 @@ class Prefetch:
                 later = min(later, max(0, limit - count))
             self._told, self._qos.value = count, count + later
 
-    @property
-    def _is_by_consumer(self) -> bool:
-        """Whether a prefetch count is each consumer's own, and final. RabbitMQ's quorum queues have no other."""
-        driver = self._consumer.connection.transport.driver_type
-        found, _ = detect_quorum_queues(self._consumer.app, driver)
-        return bool(found and self._consumer.app.conf.worker_detect_quorum_queues)
-
-    def _is_worth_telling(self, count: int) -> bool:
-        if self._consumer.connection.transport.driver_type != "amqp":
-            return count != self._told
-        if self._is_by_consumer and self._decided_at - self._consumed_at < CONSUMER_SECONDS:
-            return False
-        return not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING
-
     def _consume_anew(self) -> None:
-        """What was handed over stays; the next consumers begin with the new count, in equal parts.
+        """Replace the consumers: each new one gets an equal part of the new count. The worker keeps its messages.
 
-        Nothing may wait for the broker between the first and the last of the old ones: a wait lets a remote command
-        come in, which may add or cancel a consumer.
+        Nothing here waits for the broker while it cancels: meanwhile a remote command could add or cancel a consumer.
         """
         self._consumed_at = monotonic()
         tasks, channel = self._consumer.task_consumer, self._consumer.task_consumer.channel
-        for tag in self._cancelled:  # no message of theirs is on its way any more
+        for tag in self._cancelled:  # their last messages have arrived
             channel.callbacks.pop(tag, None)
         self._cancelled = list(tasks._active_tags.values())
         tasks._active_tags.clear()

@@ -1,12 +1,12 @@
-"""Soft shutdown: the time that `worker_soft_shutdown_timeout` gives to running tasks before a cold one ends them.
+"""Soft shutdown: `worker_soft_shutdown_timeout` gives running tasks time to finish before a cold shutdown ends them.
 
-In: Celery's handlers of `SIGQUIT` and a second `SIGINT`. Out: a time until which the pool drains, and then what those
-handlers wanted to do at once.
+In: Celery's handlers of `SIGQUIT` and a second `SIGINT`. Out: a time until which the pool drains, and then the calls
+that the handlers wanted to make at once.
 
-Celery sleeps through that time in the signal's handler, which does for child processes, and then stops the pool, still
-in there. Here the tasks need the very thread that would sleep, and a handler may stand anywhere: in a task's own code,
-or in the middle of a batch, where nothing can drain. So it only notes the time and goes on to its end, after which
-Celery ends its loop and terminates the pool, which drains first.
+Celery sleeps through this time in the signal's handler, and then stops the pool from there. That works for child
+processes. Here the tasks need the thread that would sleep, and the signal may arrive in a task's own code or in the
+middle of a batch, where nothing can drain. So the handler only notes the time, and returns. Celery then ends its loop
+and terminates the pool, which drains first.
 """
 
 from __future__ import annotations
@@ -22,55 +22,55 @@ from celery.worker import state
 
 logger = logging.getLogger(__name__)
 
-#: The consumer's method that a cold shutdown cancels the running tasks with: Celery 5.6's name for it, and 5.5's.
+#: The consumer's method by which a cold shutdown cancels running tasks: its name in Celery 5.6, and in 5.5.
 CANCEL = ("cancel_active_requests", "cancel_all_unacked_requests")
 
 
 class SoftShutdown:
-    """One worker's. Lives on the main thread, and is called by its signal handlers."""
+    """One worker's soft shutdown. Lives on the main thread; Celery's signal handlers call it."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._cancel: Callable[[], None] | None = None
-        # Another signal came, perhaps while the first one's handler had hardly begun.
+        # Whether another signal has ended it, perhaps during the first signal's handler.
         self._is_over = False
-        # How many handlers are on their way to `pool.stop()`.
+        # The number of handlers that will call `pool.stop()`.
         self._handlers = 0
-        #: When it ends; in the past where there is none.
+        #: The time at which it ends; in the past if there is none.
         self.until = -inf
 
     @property
     def has_begun(self) -> bool:
-        """Whether the worker is to end soon: no task begins any more."""
+        """Whether the worker ends soon, so that no task begins any more."""
         return state.should_terminate is not None and state.should_terminate is not False
 
     @property
     def until_if_begun(self) -> float:
-        """When it ends, for someone who otherwise had no reason to end."""
+        """The time at which it ends; never if it has not begun."""
         return self.until if self.has_begun else inf
 
     def meet(self, consumer: Any) -> None:
-        """Have a worker's handlers, which are installed by now, come here."""
+        """Redirect a worker's signal handlers, which are installed by now, to this object."""
         consumer.controller.wait_for_soft_shutdown = self._begin
         name = next(name for name in CANCEL if hasattr(consumer, name))
         cancel = getattr(consumer, name)
         setattr(consumer, name, lambda: self._cancel_active(cancel))
 
     def is_called_by_handler(self) -> bool:
-        """Whether this `pool.stop()` is the handler's own: the loop is yet to end, and the pool to be terminated."""
+        """Tell whether a handler makes this call of `pool.stop()`, so that Celery still terminates the pool later."""
         if self._handlers:
             self._handlers -= 1
             return True
         return False
 
     def cancel_rest(self) -> None:
-        """What the handler would have done after its sleep."""
+        """Cancel the tasks that are left, as the handler would have done after its sleep."""
         cancel, self._cancel = self._cancel, None
         if cancel is not None:
             cancel()
 
     def _begin(self) -> None:
-        """In place of `WorkController.wait_for_soft_shutdown` (celery.worker.worker, 5.5 to 5.7).
+        """Begin, in place of `WorkController.wait_for_soft_shutdown` (celery.worker.worker, 5.5 to 5.7).
 
         `on_cold_shutdown` calls this first, and `pool.stop()` last (celery.apps.worker).
         """
@@ -82,9 +82,9 @@ class SoftShutdown:
             logger.warning("Initiating Soft Shutdown, terminating in %s seconds", timeout)
 
     def _cancel_active(self, cancel: Callable[[], None]) -> None:
-        """In place of the consumer's method in `CANCEL`: at once, unless a soft shutdown has just begun.
+        """Cancel at once, in place of the consumer's method in `CANCEL`, unless a soft shutdown has just begun.
 
-        Another signal ends it, also one whose handler runs inside the first one's, and then comes here before it.
+        Another signal ends the soft shutdown. Its handler may run inside the first signal's, and get here first.
         """
         if monotonic() < self.until and self._cancel is None:
             self._cancel = cancel

@@ -1,12 +1,12 @@
-"""SQLAlchemy under tasks that park: what each has open, and who waits for whom.
+"""SQLAlchemy under tasks that park: what each task has open, and who waits for whom.
 
-In: SQLAlchemy's events, once a task's project has imported it; this module never does. Out: tasks that park at the
-statement, or for the connection, that a parked task would make them wait for in the database.
+In: SQLAlchemy's events, after a task's project has imported it; this module never imports it. Out: if a parked task's
+transaction or connection would make another task wait in the database, that other task parks before it asks.
 
-- One gate per database: a task goes through it at its first statement that takes locks, and keeps it while it parks
-  with that transaction open.
-- A line for each pool of connections that has an end.
-- A `scoped_session` is each task's own. A session or a connection that tasks share lets no others run while it is in a
+- Each database has a gate. A task takes the gate at its first statement that takes locks, and keeps it while it parks
+  with this transaction open.
+- Each bounded pool of connections has a line.
+- Each task has its own `scoped_session`. If tasks share a session or a connection, no other task runs while it is in a
   transaction.
 """
 
@@ -34,16 +34,16 @@ from legit_worker.pool.locks import (
 )
 from legit_worker.pool.turns import Gate, Line, drop_old
 
-#: Connections that stay free for tasks which have one already, until it is known how many one task needs.
+#: The connections that stay free for tasks which have one already, until a task has needed more.
 SPARE = 1
 
 
 class Use:
-    """A connection or a session, and whose it is. Lives on the main thread, as long as the thing itself."""
+    """Whose a connection or a session is. Lives on the main thread, as long as the connection or session."""
 
     def __init__(self, thing: Any, owner: Fiber | None, *, is_only_one: bool = False) -> None:
         self._thing = ref(thing)
-        # Tasks share it: it was there before them, or a second one came, or its pool has only this one.
+        # Tasks share it if it is older than they, if a second task came, or if its pool has only this connection.
         self._is_shared = owner is None or is_only_one
         self._user = None if owner is None else ref(owner)
         if owner is not None:
@@ -54,7 +54,7 @@ class Use:
         return Line("another task's transaction", self._is_free, self._holders)
 
     def by(self, fiber: Fiber) -> None:
-        """This task is about to use it. If another one's transaction is open there, wait for its end."""
+        """Let this task use it. If another task's transaction is open there, wait for the transaction's end."""
         if self._user is not None and self._user() is fiber:
             return
         self._is_shared = True
@@ -64,16 +64,16 @@ class Use:
             fiber.holdings.shared.add(self)
 
     def keeps_others_out(self) -> bool:
-        """Whether others would work in this task's transaction."""
+        """Tell whether other tasks would work in this task's transaction."""
         return self._is_shared and self._is_in_the_middle()
 
     def is_out_of(self, pool: Any) -> bool:
-        """Whether it is a connection that this pool, or with None any pool, has given and not got back."""
+        """Tell whether it is a connection that this pool (None: any pool) has given out."""
         thing = self._thing()
         return thing is not None and not getattr(thing, "closed", True) and (pool is None or thing.engine.pool is pool)
 
     def is_in_transaction_on(self, database: Database) -> bool:
-        """Whether it is a connection to this database, and in a transaction."""
+        """Tell whether it is a connection to this database, and in a transaction."""
         thing = self._thing()
         dialect = getattr(thing, "dialect", database)  # a session has none
         return thing is not None and _databases.get(dialect) is database and bool(thing.in_transaction())
@@ -82,7 +82,7 @@ class Use:
         return not self._is_in_the_middle() or self._holders(fiber) in ([], [fiber])
 
     def _is_in_the_middle(self) -> bool:
-        """Whether it is in a transaction, or a session has objects for its next one."""
+        """Tell whether it is in a transaction, or is a session with objects for its next one."""
         thing = self._thing()
         return thing is not None and (
             thing.in_transaction() or any(getattr(thing, kind, None) for kind in ("new", "dirty", "deleted"))
@@ -94,18 +94,18 @@ class Use:
 
 
 class Room:
-    """A pool that has only so many connections. Lives on the main thread."""
+    """A bounded pool of connections, and the line of tasks before it. Lives on the main thread."""
 
     def __init__(self, pool: Any, size: int) -> None:
         self._pool = ref(pool)
         self._size = size
-        # The most that one task had at once, and those that had one.
+        # The most connections that one task had at once, and the tasks that had one.
         self._most = 1 + SPARE
         self._guests: WeakSet[Fiber] = WeakSet()
         self._line = Line("a connection of a pool", self._has_place, self._holders)
 
     def enter(self, fiber: Fiber) -> None:
-        """Wait for a connection. Who has something that others may wait for comes first, and gets the last ones."""
+        """Wait for a connection. A task that others may wait for comes first, and may take the last connections."""
         if fiber.holdings.shared:
             self._most = max(self._most, self._count(fiber) + 1)
         if not self._has_place(fiber) or self._line.is_taken:
@@ -118,7 +118,7 @@ class Room:
         return taken == 0 or taken + 1 + spare <= self._size
 
     def _holders(self, _: Fiber) -> list[Fiber]:
-        """None if any connection is somebody else's: a thread's, or one that was taken before the first task."""
+        """Return the tasks with a connection. None if a connection is not a task's: no line can wait for its owner."""
         counts = {fiber: self._count(fiber) for fiber in self._guests if not fiber.dead}
         self._guests = WeakSet(fiber for fiber, count in counts.items() if count)
         return [] if sum(counts.values()) < self._taken() else list(self._guests)
@@ -136,45 +136,45 @@ def _is_out(use: Any, pool: Any) -> bool:
 
 
 def _has_any(fiber: Fiber) -> bool:
-    """Whether it has a connection, or a gate: others may be waiting for it."""
+    """Tell whether the task has a connection or a gate, so that others may wait for it."""
     return bool(fiber.holdings.gates) or any(_is_out(use, None) for use in fiber.holdings.shared)
 
 
 class Database:
-    """How tasks meet at one database. Those with the same URL, but for user and options, are one."""
+    """How tasks meet at one database. URLs that differ only in user and options are one database."""
 
     def __init__(self, name: str, backend: str) -> None:
         self._gate = Gate(f"database {name}")
         self._readers_pass = backend in READERS_PASS
         self._transaction = SqliteTransaction if backend == "sqlite" else Transaction
-        # Those that have, or had, a connection.
+        # The tasks that have or had a connection.
         self._visitors: WeakSet[Fiber] = WeakSet()
         self._line = Line(
             f"all others at database {name}", lambda fiber: not self._others(fiber), self._others, needs_all=True
         )
 
     def visit(self, fiber: Fiber) -> None:
-        """The task has a connection."""
+        """Note that the task has a connection."""
         self._visitors.add(fiber)
 
     def pass_by(self, fiber: Fiber, connection: Any, statement: str, context: Any) -> None:
-        """The task is about to execute this. Wait if another task's transaction may hold it up."""
+        """Let the task execute this statement. Wait if another task's transaction may hold the statement up."""
         if self._readers_pass and not takes_locks(statement) and not readers_count(connection):
             return
-        if self._readers_pass and READERS_WAIT.match(statement):  # before the gate, which some of them may wait for
+        if self._readers_pass and READERS_WAIT.match(statement):  # first this line: others in it may wait for the gate
             self._line.wait(fiber)
         claims = self._gate.take(fiber)
         root = connection.get_transaction()
         claim = next((claim for claim in claims if claim.about() is root), None)
         if claim is None:
             claim = self._transaction(connection)
-            drop_old(claims)  # of a task that never parks
+            drop_old(claims)  # a task that never parks would collect them
             claims.append(claim)
         if isinstance(claim, SqliteTransaction):
             claim.is_for_update = claim.is_for_update or is_for_update(context)
 
     def _others(self, fiber: Fiber) -> list[Fiber]:
-        """The other tasks that are in a transaction."""
+        """Return the other tasks that are in a transaction."""
         return [
             other
             for other in self._visitors
@@ -185,14 +185,14 @@ class Database:
         return isinstance(use, Use) and use.is_in_transaction_on(self)
 
     def note_rows(self, fiber: Fiber, connection: Any, result: Any) -> None:
-        """These rows are still to be read."""
+        """Note that the task has not read these rows yet."""
         root, cursor = connection.get_transaction(), result.cursor
         for claim in self._gate.claims(fiber) or ():
             if isinstance(claim, SqliteTransaction) and claim.about() is root and keep_weakly(result.context, cursor):
                 claim.cursors.add(cursor)
 
 
-#: By what tells databases apart; by dialect, of which each engine has its own; by pool; by connection and session.
+#: Databases by `_key` and by dialect (each engine has its own); rooms by pool; uses by connection or session.
 _by_key: dict[Any, Database] = {}
 _databases: WeakKeyDictionary[Any, Database] = WeakKeyDictionary()
 _rooms: WeakKeyDictionary[Any, Room | None] = WeakKeyDictionary()
@@ -220,7 +220,7 @@ def _key(url: Any, dialect: Any) -> Any:
 
 
 def _room(pool: Any) -> Room | None:
-    """None if the pool has no end, or no number that could be read."""
+    """Return the pool's room; None if the pool is unbounded, or of an unknown size."""
     if pool not in _rooms:
         overflow = getattr(pool, "_max_overflow", -1)
         _rooms[pool] = Room(pool, pool.size() + overflow) if overflow >= 0 else None
@@ -229,7 +229,7 @@ def _room(pool: Any) -> Room | None:
 
 def _use(thing: Any, fiber: Fiber) -> None:
     use = _uses.get(thing)
-    if use is None:  # older than the first look, and so older than this task
+    if use is None:  # it is older than `watch`, and so older than this task
         use = _uses[thing] = Use(thing, None)
     use.by(fiber)
 
@@ -269,25 +269,25 @@ def _on_session_begin(session: Any, transaction: Any) -> None:
 
 
 def _on_session_use(session: Any, *_: Any) -> None:
-    """`session` is one, or the state of an execution that has one."""
+    """Note the use of a session: `session` is one, or the state of an execution that has one."""
     session = getattr(session, "session", session)
     fiber = fibers.current()
-    if fiber is not None and session in _uses:  # else its first transaction is still to begin
+    if fiber is not None and session in _uses:  # otherwise its first transaction has not begun yet
         was_in_transaction = session.in_transaction()
         _use(session, fiber)
-        if was_in_transaction and not session.in_transaction():  # that was the one that this task waited for
+        if was_in_transaction and not session.in_transaction():  # this task waited for the end of that transaction
             session.begin()
 
 
 class PerTask:
-    """In place of an attribute that holds a thread's own value: inside a task, the task's own."""
+    """Replaces an attribute that holds a thread's own value: a task gets its own value."""
 
     def __init__(self, owner: type) -> None:
-        #: Where the value is without this: in a slot (SQLAlchemy 2), or in the object's dictionary (1.4).
+        #: The slot that SQLAlchemy 2 keeps the value in; None for 1.4, which uses the object's dictionary.
         self._slot: Any = next((vars(base)["registry"] for base in owner.__mro__ if "registry" in vars(base)), None)
 
     def __get__(self, thing: Any, owner: type | None = None) -> Any:
-        """What the thread has, or the task."""
+        """Return the task's value; outside a task, the thread's."""
         if thing is None:
             return self
         fiber = fibers.current()
@@ -299,7 +299,7 @@ class PerTask:
         return fiber.holdings.own[thing]
 
     def __set__(self, thing: Any, value: Any) -> None:
-        """What the thread has."""
+        """Set the thread's value."""
         if self._slot is None:
             vars(thing)["registry"] = value
         else:
@@ -307,7 +307,7 @@ class PerTask:
 
 
 def _close(namespace: SimpleNamespace) -> None:
-    """Nobody can come back to a task's session after its end."""
+    """Close a task's session at its end: nobody can use it any more."""
     session = getattr(namespace, "value", None)
     if isinstance(session, sys.modules["sqlalchemy.orm"].Session):
         session.close()
@@ -336,7 +336,7 @@ def _watch_orm() -> None:
     global _first_session
     sqlalchemy: Any = sys.modules["sqlalchemy"]
     listen, session = sqlalchemy.event.listen, sqlalchemy.orm.Session
-    # Sessions are numbered as they are made: those before this one are of before the first task.
+    # SQLAlchemy numbers sessions. A lower number than this session's is older than the first task.
     _first_session = session().hash_key
     listen(session, "after_transaction_create", _on_session_begin)
     for event in ("before_attach", "before_flush", "do_orm_execute"):
@@ -347,12 +347,12 @@ def _watch_orm() -> None:
 
 _first_session = 0
 
-#: What is still to be watched once it is imported.
+#: The modules that are not imported and watched yet.
 _unwatched: dict[str, Callable[[], None]] = {"sqlalchemy": _watch_core, "sqlalchemy.orm": _watch_orm}
 
 
 def watch() -> None:
-    """Have a look at what has been imported by now. Called before a task runs, and imports nothing."""
+    """Watch the modules that have been imported by now. Called before a task runs; imports nothing."""
     for name in tuple(_unwatched):
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -360,5 +360,5 @@ def watch() -> None:
 
 
 def is_blind() -> bool:
-    """Whether the task that runs has imported what nobody watches yet: it may have a transaction that nobody saw."""
+    """Tell whether the running task has imported a module that is not watched: it may have an unseen transaction."""
     return any(name in sys.modules for name in _unwatched)

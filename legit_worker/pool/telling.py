@@ -1,4 +1,4 @@
-"""What Celery tells of a task's time: its own seconds are the runtime, and its wait stands beside them.
+"""What Celery says about a task's time: the runtime is the task's own seconds, and its wait stands beside it.
 
 In: the clocks of fibers. Out: log lines and events. Outside a fiber nothing changes.
 """
@@ -17,21 +17,21 @@ from celery.worker.request import Request
 from legit_worker.pool import fibers
 from legit_worker.pool.bodies import mark_body
 
-#: Seconds of waiting that a log line mentions. Less is what any task waits for its batch.
+#: The least wait, in seconds, that a log line mentions. Any task may wait less than this for its batch.
 NOTICEABLE = 0.1
 
-#: What is told at a task's end, by Celery's names.
+#: Celery's events at a task's end.
 ENDS = {"task-succeeded", "task-failed", "task-retried"}
 
-#: The part of `celery.app.trace.LOG_SUCCESS` that tells the runtime, and what takes its place.
+#: The part of `celery.app.trace.LOG_SUCCESS` with the runtime, and its replacement.
 RUNTIME, BOTH = "%(runtime)ss", "%(runtime)ss, waited %(waited)ss"
 
 
 def tell_own_time() -> Callable[[], None]:
-    """From now on, Celery tells tasks' own time. Returns what undoes this.
+    """Let Celery report tasks' own time. Returns a function that undoes this.
 
-    A task's tracer is built with a clock (`celery.app.trace.build_tracer`, 5.5 to 5.7): by the consumer, by whoever
-    else traces a task, and for one that a task runs inside itself.
+    `celery.app.trace.build_tracer` (5.5 to 5.7) gets a clock. The consumer builds a task's tracer, and `trace` builds
+    one for a task that another task calls.
     """
     modules: tuple[Any, ...] = (trace, consumer)
     before = [module.build_tracer for module in modules]
@@ -62,16 +62,16 @@ def _telling(build_tracer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def own_time() -> float:
-    """The running task's own seconds; outside a fiber, the monotonic clock."""
+    """Return the running task's own seconds; outside a fiber, the monotonic clock."""
     fiber = fibers.current()
     return monotonic() if fiber is None else fiber.clock.seconds(monotonic())
 
 
 def add_wait(record: logging.LogRecord) -> bool:
-    """A filter that drops nothing: the line that tells how long a task ran tells how long it waited, too."""
+    """Add a task's wait to the log line with its runtime. As a filter, it drops nothing."""
     waited = _waited()
     if waited is not None and isinstance(record.args, dict) and "runtime" in record.args:
-        record.args["waited"] = waited  # which is the record's `data`, for loggers that write fields
+        record.args["waited"] = waited  # the record's `data` is this dictionary, for loggers that write fields
         if waited >= NOTICEABLE and isinstance(record.msg, str):
             record.msg = record.msg.replace(RUNTIME, BOTH)
     return True

@@ -1,6 +1,6 @@
 """Transactions that belong to the thread, and so to all tasks.
 
-In: Django, where the project uses it. Out: whether a transaction is open that another task's queries would join.
+In: Django, if the project uses it. Out: whether a transaction is open that another task's queries would join.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def in_django_transaction() -> bool:
-    """Whether this thread has a transaction open, on any connection. Imports nothing, connects nowhere."""
+    """Tell whether this thread has a transaction open on any connection. Imports nothing, connects nowhere."""
     db: Any = sys.modules.get("django.db")
     conf: Any = sys.modules.get("django.conf")
     if db is None or conf is None or not conf.settings.configured:
@@ -19,6 +19,8 @@ def in_django_transaction() -> bool:
 
 
 def _is_open(connection: Any) -> bool:
-    """Inside `transaction.atomic`, or where the project manages transactions by hand: then the first query opens one,
-    and nobody can say when it is over."""
+    """Tell whether the connection is inside `transaction.atomic`, or its project manages transactions by hand.
+
+    By hand, the first query opens a transaction, and nothing tells when it is over.
+    """
     return bool(connection.in_atomic_block or (connection.connection is not None and not connection.autocommit))

@@ -1,6 +1,6 @@
-"""Waits for the GPU, so that the main thread need not.
+"""A thread that waits for the GPU, so that the main thread need not.
 
-In: launches that are not done. Out: for each, once it is, a word to the loop.
+In: launches that are not done. Out: a call for each launch as soon as it is done, and a signal to the loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from legit_worker.device.devices import Launch
 
 
 class Waiter:
-    """A thread of its own, from the first launch on; on a CPU there is none. Touches no tensor, runs no task code."""
+    """Owns the thread, which starts with the first launch; on a CPU there is none. Touches no tensor, runs no task."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -21,10 +21,10 @@ class Waiter:
         self._thread: threading.Thread | None = None
 
     def watch(self, launch: Launch, on_done: Callable[[], None]) -> None:
-        """When this is done, call `on_done` and wake the loop. Launches of one device are done in their order."""
+        """Call `on_done` and wake the loop when this launch is done. A device's launches are done in their order."""
         self._launches.put((launch, on_done))
         if self._thread is None:
-            # A daemon: nobody needs the end of a launch after the worker's own.
+            # A daemon: when the worker has ended, nobody needs the launch.
             self._thread = threading.Thread(target=self._run, name="legit-waiter", daemon=True)
             self._thread.start()
 
