@@ -105,6 +105,11 @@ class FairQueue:
         self.cost -= sum(item.cost for item in lane.items if item.call is call)
         lane.items = [item for item in lane.items if item.call is not call]
 
+    def clear(self) -> None:
+        """Forget all that waits."""
+        self._lanes.clear()
+        self.cost = 0
+
     def _lane(self, app: str) -> _Lane:
         """The app's lane. One that was idle starts level with the least served, so that time away earns no credit."""
         lane = self._lanes.setdefault(app, _Lane(self._weight_of(app)))

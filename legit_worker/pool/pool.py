@@ -31,7 +31,7 @@ from legit_worker.models.registry import default_registry
 from legit_worker.pool import limits, reports, sql, turns
 from legit_worker.pool.clock import Waits
 from legit_worker.pool.ending import Ending
-from legit_worker.pool.engine import Counters, Engine
+from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fibers import Fiber, FiberPid
 from legit_worker.pool.host import FiberHost
@@ -41,6 +41,7 @@ from legit_worker.pool.late import ignore_late_revokes
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.pinned import load_pinned
+from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.runner import FiberRunner
 from legit_worker.pool.running import Running

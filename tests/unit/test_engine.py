@@ -59,8 +59,8 @@ class FakeEntry:
         return [item * 2 for item in batch]
 
 
-def engine() -> Engine:
-    return Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0)
+def engine(**options: Any) -> Engine:
+    return Engine(**{"max_batch_seconds": 0.5, "weight_of": lambda app: 1.0, **options})
 
 
 def ask(engine: Engine, entry: Any, items: list[str], app: str = "") -> Call:
@@ -169,7 +169,7 @@ def test_a_storm_of_failures_loses_no_item() -> None:
 
 def test_memory_is_freed_before_the_next_try() -> None:
     freed = []
-    subject = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0, free_memory=lambda: freed.append(True))
+    subject = engine(free_memory=lambda: freed.append(True))
     ask(subject, SmallEntry(most=8), ["four", "four", "four"])
     run_all(subject)
     assert freed
@@ -250,7 +250,7 @@ def test_a_dropped_call_is_not_computed() -> None:
 
 
 def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
-    subject, entry = Engine(max_batch_seconds=0.05, weight_of=lambda app: 1.0), FakeEntry()
+    subject, entry = engine(max_batch_seconds=0.05), FakeEntry()
     ask(subject, entry, ["x" * 50] * 100)
     subject.step()
     sizing = subject._queues["letters"].sizing
@@ -295,9 +295,8 @@ FULL = ["x" * 4096] * 4
 
 
 def test_a_batch_in_flight_is_collected_when_it_is_done() -> None:
-    subject, entry = engine(), GpuEntry()
     watched: list[Launch] = []
-    subject._watch = lambda launch, on_done: watched.append(launch)
+    subject, entry = engine(watch=lambda launch, on_done: watched.append(launch)), GpuEntry()
     call = ask(subject, entry, ["one", "two"])
     assert subject.step()
     assert subject.is_busy
@@ -312,9 +311,8 @@ def test_a_batch_in_flight_is_collected_when_it_is_done() -> None:
 
 
 def test_a_tasks_clock_counts_the_batches_of_its_items_while_the_device_is_at_them() -> None:
-    subject, entry = engine(), GpuEntry()
     on_done: list[Callable[[], None]] = []
-    subject._watch = lambda launch, then: on_done.append(then)
+    subject, entry = engine(watch=lambda launch, then: on_done.append(then)), GpuEntry()
     first, behind = (ask(subject, entry, [text]) for text in ("one", "TWO"))  # never in one batch
     subject.step()
     subject.step()
@@ -451,7 +449,7 @@ def test_a_batch_stays_where_memory_can_not_be_freed() -> None:
     def refuse() -> None:
         raise RuntimeError("empty_cache failed")
 
-    subject = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0, free_memory=refuse)
+    subject = engine(free_memory=refuse)
     call = ask(subject, SmallEntry(most=8), ["four", "four", "four"])
     run_all(subject)
     assert call.outputs == ["fourfour"] * 3
@@ -492,7 +490,7 @@ def test_an_output_that_can_not_be_finished_fails_its_own_call() -> None:
 
 
 def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() -> None:
-    subject, entry = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0), FakeEntry()
+    subject, entry = engine(), FakeEntry()
     ask(subject, entry, ["x"] * 100)
     queue = subject._queues["letters"]
     for count in (8, 16, 32, 64, 8, 16, 32):
@@ -503,7 +501,7 @@ def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() ->
 
 def test_a_model_that_takes_as_long_for_many_items_as_for_one_soon_gets_them_all() -> None:
     """Half a second for any batch, give or take; nothing smaller than what already ran tells more about it."""
-    subject, entry = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0), FakeEntry()
+    subject, entry = engine(), FakeEntry()
     draw, sizes = random.Random(1), []
 
     def launch(batch: Sequence[str]) -> Launch:

@@ -1,0 +1,143 @@
+"""Batches on their way through the device.
+
+In: batches, each with the queue that it is from. Out: the same queues are told how each batch ended.
+
+A CPU has computed a batch by the time it was handed over. A GPU is still at it: the batch is then in flight, the main
+thread goes on with other tasks, and `collect` takes what is done.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic, sleep
+
+from legit_worker.batching.fairness import Item
+from legit_worker.device.devices import Launch
+from legit_worker.errors import DeviceLostError
+from legit_worker.pool.clock import Work
+from legit_worker.pool.queue import ModelQueue, calls_of
+
+#: A `forward` behind another batch that keeps this thread for more than this part of its own time waits for the device.
+BLOCKING = 0.5
+
+#: Seconds between two looks whether a batch is done that nobody waits for any more.
+FLIGHT_LOOK = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A batch that a device is at."""
+
+    queue: ModelQueue
+    batch: list[Item]
+    launch: Launch
+    #: What the tasks' clocks count of it.
+    work: Work
+    #: Whether another batch was in flight when it was handed over.
+    is_behind: bool
+
+
+class Flights:
+    """The batches in flight, in the order of their launches. Lives on the main thread, inside the engine."""
+
+    def __init__(self, watch: Callable[[Launch, Callable[[], None]], None]) -> None:
+        """`watch` is told of each launch that is not done at once.
+
+        When it is done, `watch` calls the function that it was given, on any thread, and wakes the loop.
+        """
+        self._watch = watch
+        self._flights: deque[Flight] = deque()
+
+    def __repr__(self) -> str:
+        return f"<Flights: {len(self)}>"
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def launch(self, queue: ModelQueue, batch: list[Item]) -> None:
+        """Hand a batch to the device. Raises `DeviceLostError`."""
+        start = monotonic()
+        work = self._follow(batch)
+        try:
+            launch = queue.model.launch([item.prepared for item in batch])
+        except Exception as error:
+            _settle(batch, work)
+            queue.seconds += monotonic() - start
+            self._failed(queue, batch, error)
+            return
+        except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
+            _settle(batch, work)
+            queue.put_back(batch)
+            raise
+        flight = Flight(queue=queue, batch=batch, launch=launch, work=work, is_behind=bool(self._flights))
+        if launch.is_done:
+            self._land(flight)
+        else:
+            self._flights.append(flight)
+            self._watch(launch, work.end)
+
+    def collect(self) -> bool:
+        """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
+        found = False
+        while self._flights and self._flights[0].launch.is_done:
+            flight, found = self._flights.popleft(), True
+            if self._flights:  # the device got to it when it was done with this one
+                self._flights[0].work.begin()
+            self._land(flight)
+        return found
+
+    def collect_all(self) -> None:
+        """Wait for all that is in flight, and take the outputs. Raises `DeviceLostError`."""
+        while self._flights:
+            self._flights[0].launch.wait()
+            self.collect()
+
+    def forget(self, seconds: float) -> None:
+        """Wait until nothing is in flight, at most for this many seconds: the tasks that it was for are gone."""
+        until = monotonic() + seconds
+        while self._flights and monotonic() < until:
+            if self._flights[0].launch.is_done:
+                self._flights.popleft()
+            else:
+                sleep(FLIGHT_LOOK)
+
+    def _follow(self, batch: list[Item]) -> Work:
+        """The clocks of its tasks count this batch, from when the device is free for it."""
+        work = Work(is_batch=True)
+        if not self._flights:
+            work.begin()
+        for call in calls_of(batch):
+            call.clock.follow(work)
+        return work
+
+    def _land(self, flight: Flight) -> None:
+        """A batch is over."""
+        queue, batch, launch = flight.queue, flight.batch, flight.launch
+        flight.work.end(launch.seconds if launch.error is None else None)
+        _settle(batch, flight.work)
+        queue.seconds += launch.seconds
+        queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)
+        if launch.error is None:
+            queue.succeeded(batch, launch)
+        else:
+            self._failed(queue, batch, launch.error)
+
+    def _failed(self, queue: ModelQueue, batch: list[Item], error: Exception) -> None:
+        if not queue.model.is_lost(error):  # which can look as if memory were short
+            queue.failed(batch, error)
+            return
+        # Nothing can be computed any more. An item that was alone is to blame; of several, nobody knows which.
+        if len(batch) == 1 and not self._flights:
+            queue.fail(batch[0], error)
+        else:
+            queue.put_back(batch)
+        raise DeviceLostError(
+            f"a batch of {len(batch)} broke model {queue.model.alias!r}'s device for this process: {error}"
+        ) from error
+
+
+def _settle(batch: list[Item], work: Work) -> None:
+    for call in calls_of(batch):
+        call.clock.settle(work)

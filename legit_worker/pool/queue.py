@@ -1,0 +1,306 @@
+"""What waits for one model, and the batches that are made of it.
+
+In: items, and how each batch of them ended. Out: the next batch, and outputs or errors to the calls.
+
+The next batch is the items' first in fair order (`fairness`), and with that one its neighbours in length (`packer`), so
+the fairest item is in every batch. A batch that failed is tried again in halves, before anything new.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Protocol
+
+from legit_worker.batching.demand import Demand
+from legit_worker.batching.fairness import FairQueue, Item
+from legit_worker.batching.packer import pack, padded
+from legit_worker.batching.sizing import Sizing
+from legit_worker.device.devices import Launch
+from legit_worker.device.memory import is_out_of_memory
+from legit_worker.errors import DeviceOutOfMemoryError
+from legit_worker.pool.calls import Call
+
+logger = logging.getLogger(__name__)
+
+#: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
+#: about a millisecond per 256.
+HORIZON = 256
+
+#: A batch of this part of the limit shows that the limit holds, and raises it by this factor: 36 of them double it.
+NEAR, RAISE = 0.8, 1.02
+
+#: How often an item that runs out of memory, alone in its batch, is tried before it fails. Others come and go on a
+#: device; the failures of an item that never fits are quick.
+TRIES_ALONE = 8
+
+
+class BatchModel(Protocol):
+    """All that a queue and the engine know of a model."""
+
+    @property
+    def alias(self) -> str:
+        """Its name in the settings."""
+
+    def cost(self, prepared: Any) -> int:
+        """The size of an item in the model's own unit, at least 1."""
+
+    def batch_key(self, prepared: Any) -> Hashable:
+        """What must be equal for two items to share a batch."""
+
+    def launch(self, batch: Sequence[Any]) -> Launch:
+        """Hand a batch to the device. Raises what the model raises."""
+
+    def observe(self, count: int, longest: int, launch: Launch) -> None:
+        """A batch is over: learn what memory it took."""
+
+    def largest_cost(self, longest: int) -> int:
+        """The largest padded cost of a batch that memory has room for, if its longest item costs this much."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether this error of a batch broke the device for this process."""
+
+
+@dataclass
+class Counters:
+    """What was computed so far; `inspect stats` shows it."""
+
+    batches: int = 0
+    items: int = 0
+    #: Cost units computed, without and with padding.
+    cost: int = 0
+    padded_cost: int = 0
+    #: Seconds inside `forward`.
+    forward_seconds: float = 0.0
+    #: Batches that ran out of memory.
+    out_of_memory: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        mine, others = vars(self), vars(other)
+        return Counters(**{name: mine[name] + others[name] for name in mine})
+
+    def note(self, costs: Sequence[int], seconds: float) -> None:
+        """A batch of items of these costs went well, and took this long."""
+        self.batches += 1
+        self.items += len(costs)
+        self.cost += sum(costs)
+        self.padded_cost += padded(costs)
+        self.forward_seconds += seconds
+
+    @property
+    def waste(self) -> float:
+        """The part of all computed cost that was padding, 0 to 1."""
+        return 1 - self.cost / self.padded_cost if self.padded_cost else 0.0
+
+    def report(self) -> dict[str, float]:
+        """As `inspect stats` gives it: JSON-safe, `mean_batch` in items, `waste` from 0 to 1."""
+        return {
+            "batches": self.batches,
+            "items": self.items,
+            "mean_batch": round(self.items / self.batches, 2) if self.batches else 0.0,
+            "waste": round(self.waste, 4),
+            **({"out_of_memory": self.out_of_memory} if self.out_of_memory else {}),
+        }
+
+
+@dataclass
+class Room:
+    """The padded cost of the batches that fit into memory, learned from those that did not. At first, any does."""
+
+    most: float = inf
+
+    def did_not_fit(self, cost: int) -> None:
+        """A batch of this padded cost ran out of memory: half of it may fit."""
+        self.most = max(1.0, min(self.most, cost / 2))
+
+    def did_fit(self, cost: int) -> None:
+        """A batch that came near the limit went well: perhaps the memory that was short is free again."""
+        if cost > self.most * NEAR:
+            self.most *= RAISE
+
+
+class ModelQueue:
+    """The items that wait for one model. Lives on the main thread, inside the engine; never computes, knows no time."""
+
+    def __init__(
+        self,
+        model: BatchModel,
+        *,
+        max_batch_seconds: float,
+        weight_of: Callable[[str], float],
+        free_memory: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model = model
+        self.sizing = Sizing(max_batch_seconds)
+        self.counters = Counters()
+        #: Device seconds that the model had: the engine serves the queue with the least.
+        self.seconds = 0.0
+        #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
+        self.waits = False
+        self._fair = FairQueue(weight_of)
+        # Halves of a batch that failed, to be tried again on their own before anything new.
+        self._halves: deque[list[Item]] = deque()
+        # What memory was seen to hold.
+        self._room = Room()
+        # Called after a batch ran out of memory, before the next one.
+        self._free_memory = free_memory
+
+    def __repr__(self) -> str:
+        return f"<ModelQueue {self.model.alias}: {len(self)} waiting, cost {self.cost}, {self.sizing!r}>"
+
+    def __len__(self) -> int:
+        return len(self._fair) + sum(map(len, self._halves))
+
+    @property
+    def cost(self) -> int:
+        """Of all that waits."""
+        return self._fair.cost + sum(item.cost for half in self._halves for item in half)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether waiting longer would not make the next batch larger."""
+        return bool(self._halves) or sum(item.cost for item in self._fair.first(HORIZON)) >= self._budget()
+
+    def waiting_seconds(self) -> float:
+        """How long all that waits would take, as predicted, were all items of one length."""
+        count = len(self._fair)
+        return self.sizing.costs.predict(count, round(self._fair.cost / count)) if count else 0.0
+
+    def surplus_seconds(self, demand: Demand, *, loading: int = 0, calls: float = 0) -> float:
+        """Device seconds for all that waits, for the items of `loading` tasks, and for `calls` more calls.
+
+        The next batch counts nothing. Counted with caution: see `Sizing.surplus_seconds`.
+        """
+        longest = demand.cost_per_item(self.model.alias)
+        cost = self.cost + loading * longest + calls * demand.cost_per_call(self.model.alias)
+        return self.sizing.surplus_seconds(cost, longest)
+
+    def add(self, items: Iterable[Item]) -> None:
+        """These wait from now on."""
+        for item in items:
+            self._fair.add(item)
+
+    def drop(self, call: Call) -> None:
+        """Forget what is left of a call whose task is gone."""
+        self._fair.drop(call)
+        halves = ([item for item in half if item.call is not call] for half in self._halves)
+        self._halves = deque(half for half in halves if half)
+
+    def forget(self) -> None:
+        """Nothing that waits will be computed any more."""
+        self._fair.clear()
+        self._halves.clear()
+
+    def next_batch(self) -> list[Item]:
+        """Take out the batch that is next; something waits."""
+        return self._halves.popleft() if self._halves else self._pick(self._fair.first(HORIZON))
+
+    def batch_of(self, call: Call) -> list[Item]:
+        """Take out a batch with items of this call, whoever is next. Empty if none of them wait."""
+        half = next((half for half in self._halves if any(item.call is call for item in half)), None)
+        if half is not None:
+            self._halves.remove(half)
+            return half
+        mine = self._fair.of(call)
+        others = [item for item in self._fair.first(HORIZON) if item.call is not call]
+        return self._pick((mine + others)[:HORIZON]) if mine else []
+
+    def put_back(self, batch: list[Item]) -> None:
+        """It was not computed, and is next."""
+        self._halves.appendleft(batch)
+
+    def succeeded(self, batch: list[Item], launch: Launch) -> None:
+        """Learn from a batch that went well, and hand out its outputs."""
+        costs = [item.cost for item in batch]
+        self.sizing.observe(len(batch), max(costs), launch.seconds)
+        self.model.observe(len(batch), max(costs), launch)
+        self._room.did_fit(padded(costs))
+        self.counters.note(costs, launch.seconds)
+        for item, output in zip(batch, launch.outputs, strict=True):
+            item.call.deliver(item.index, output)
+        _tell(batch)
+
+    def failed(self, batch: list[Item], error: Exception) -> None:
+        """One item may have spoilt the batch: try its halves, down to the item, which then fails by itself."""
+        is_memory = is_out_of_memory(error)
+        if is_memory:
+            self._make_room(batch, error)
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            self._halves.extendleft([batch[middle:], batch[:middle]])
+        elif is_memory and batch[0].tries < TRIES_ALONE:
+            self._halves.append(batch)  # last, so that what others hold may be given back meanwhile
+        else:
+            self.fail(batch[0], _never_fits(batch[0], self.model.alias, error) if is_memory else error)
+
+    @staticmethod
+    def fail(item: Item, error: BaseException) -> None:
+        """This item can't be computed, and its task is told."""
+        item.call.fail(error)
+        item.call.on_progress()
+
+    def _budget(self) -> int:
+        """The largest padded cost of a batch of items as long as the next one."""
+        longest = self._fair.first(1)[0].cost if len(self._fair) else 1
+        by_memory = min(self._room.most, self.model.largest_cost(longest))
+        return int(min(by_memory, longest * self.sizing.items(longest)))
+
+    def _pick(self, candidates: list[Item]) -> list[Item]:
+        """The batch that holds the first candidate, taken out of the queue."""
+        first = candidates[0]
+        batch = self._cut([item for item in candidates if item.key == first.key], self._budget())
+        by_memory = self.model.largest_cost(max(item.cost for item in batch))
+        if padded([item.cost for item in batch]) > by_memory:  # longer ones take more for each unit
+            batch = self._cut([first, *(item for item in batch if item is not first)], by_memory)
+        self._fair.take(batch)
+        return batch
+
+    def _cut(self, candidates: list[Item], budget: int) -> list[Item]:
+        cuts = pack([item.cost for item in candidates], budget, self.sizing.costs)
+        return [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
+
+    def _make_room(self, batch: list[Item], error: Exception) -> None:
+        """Too much at once: free what can be freed, and have no batch as large from now on."""
+        self.counters.out_of_memory += 1
+        traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
+        if len(batch) == 1:
+            batch[0].tries += 1
+            if batch[0].tries == TRIES_ALONE - 1:
+                # Before the last try, since it takes long: tracebacks of tasks that failed otherwise hold what they
+                # had, too, and Celery leaves those to the collector.
+                gc.collect()
+        try:
+            self._free_memory()
+        except Exception:
+            logger.exception("memory could not be freed after model %r ran out of it", self.model.alias)
+        if len(batch) > 1:
+            cost = padded([item.cost for item in batch])
+            self._room.did_not_fit(cost)
+            logger.warning(
+                "model %r ran out of memory with %d items, padded cost %d; batches have at most %.0f from now on: %s",
+                *(self.model.alias, len(batch), cost, self._room.most, error),
+            )
+
+
+def _never_fits(item: Item, alias: str, error: Exception) -> DeviceOutOfMemoryError:
+    refused = DeviceOutOfMemoryError(
+        f"an item of cost {item.cost} does not fit into the device's memory beside model {alias!r}, even alone in its "
+        f"batch and after {item.tries} tries: shorten it, or give the model more memory ({error})"
+    )
+    refused.__cause__ = error
+    return refused
+
+
+def _tell(batch: list[Item]) -> None:
+    for call in calls_of(batch):
+        call.on_progress()
+
+
+def calls_of(batch: list[Item]) -> Iterable[Call]:
+    """The calls that have items in this batch, each once."""
+    return {id(item.call): item.call for item in batch}.values()
