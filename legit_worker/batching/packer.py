@@ -46,12 +46,13 @@ def _cheapest_runs(lengths: NDArray[np.int64], budget: int, model: CostModel) ->
     total = len(lengths)
     best = np.zeros(total + 1)  # best[i]: the least seconds for the first i items
     cut = np.zeros(total + 1, dtype=np.int64)  # cut[i]: where the last of their batches starts
+    counts = np.arange(total, 0, -1)
     for end in range(1, total + 1):
         longest = int(lengths[end - 1])
         first = max(0, end - max(1, budget // longest))
-        seconds = best[first:end] + model.predict(np.arange(end - first, 0, -1), longest) + EACH
+        seconds = best[first:end] + model.predict(counts[total - end + first :], longest) + EACH
         # Of equally good cuts the one whose last batch is the smallest: of equal items, the first batches are full.
-        choice = int(np.flatnonzero(seconds <= seconds.min() * (1 + SAME))[-1])
+        choice = int((seconds <= np.minimum.reduce(seconds) * (1 + SAME)).nonzero()[0][-1])
         best[end], cut[end] = seconds[choice], first + choice
     return _walk_back(cut)
 
