@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 
 class Flow(Protocol):
-    """What the fairness of a call needs: which app it is for, and how far its items reach in virtual time."""
+    """A call, as fairness sees it: which app it is for, and how far its items reach in virtual time."""
 
     app: str
     finish_tag: float
@@ -28,8 +28,10 @@ class Flow(Protocol):
 class Item:
     """One text, pair or image that waits for its batch."""
 
+    #: A `Flow`.
     call: Any
-    #: Where its output goes among the call's outputs.
+    #: Who gets its output, and where among the others it belongs.
+    chunk: Any
     index: int
     prepared: Any
     #: Size in the model's unit, at least 1.
@@ -84,9 +86,9 @@ class FairQueue:
             return busy[0][2].items[:count]
         return list(islice(_interleave(busy), count))
 
-    def of(self, call: Any) -> list[Item]:
-        """What is queued of one call, in order."""
-        return [item for item in self._lane(call.app).items if item.call is call]
+    def of(self, chunk: Any) -> list[Item]:
+        """What is queued of one chunk, in order."""
+        return [item for item in self._lane(chunk.call.app).items if item.chunk is chunk]
 
     def take(self, batch: Collection[Item]) -> None:
         """Remove a batch that is about to run and charge its apps for it."""
@@ -99,11 +101,11 @@ class FairQueue:
             lane.items = [item for item in lane.items if id(item) not in taken]
             self.cost -= cost
 
-    def drop(self, call: Any) -> None:
-        """Remove what is left of a call that ended early."""
-        lane = self._lanes[call.app]
-        self.cost -= sum(item.cost for item in lane.items if item.call is call)
-        lane.items = [item for item in lane.items if item.call is not call]
+    def drop(self, chunk: Any) -> None:
+        """Remove what is left of a chunk whose task ended early."""
+        lane = self._lanes[chunk.call.app]
+        self.cost -= sum(item.cost for item in lane.items if item.chunk is chunk)
+        lane.items = [item for item in lane.items if item.chunk is not chunk]
 
     def clear(self) -> None:
         """Forget all that waits."""

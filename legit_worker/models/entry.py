@@ -204,6 +204,11 @@ class Entry:
         """The model's cost of a preprocessed item, at least 1, and small enough for the packer's arithmetic."""
         return min(max(1, int(self.model_now.cost(prepared))), MAX_COST)
 
+    @property
+    def postprocess(self) -> Callable[[Any], Any]:
+        """The loaded model's."""
+        return self.model_now.postprocess
+
     def preprocess(self, item: Any) -> Any:
         """The loaded model's `preprocess`. Raises what that raises."""
         return self.alone(self.model_now.preprocess, item)

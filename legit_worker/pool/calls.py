@@ -1,64 +1,72 @@
-"""A task's request to a model, while the task waits for it.
+"""What a task asks of a model, while it waits for that.
 
-In: items, chunk by chunk, from the task. Out: one output per item, or the first error.
+In: items, chunk by chunk, from the task. Out: for each chunk a future, with one output per item or the first error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from legit_worker.batching.fairness import Item
 from legit_worker.pool.clock import Clock
 
 
 @dataclass(eq=False, kw_only=True)
 class Call:
-    """One `encode`, `predict` or `map`, between park and resume. Lives on the main thread."""
+    """One `encode`, `predict` or `map`: the unit of fairness, however many chunks it has. Lives on the main thread."""
 
-    #: The app the task works for, `""` where none is configured: the unit of fairness.
+    #: The app the task works for, `""` if none is configured.
     app: str
-    #: How many items it will have in all.
-    size: int
-    #: With no more items queued than this, the call can take its next chunk.
-    low_water: int
-    #: Called when the task may have something to do: take the outputs or the error, or bring more items.
-    on_progress: Callable[[], None]
     #: The task's: told which batches hold its items.
     clock: Clock = field(default_factory=Clock)
-    #: The model's `postprocess`: at once, since an output may hold on to its whole batch.
-    postprocess: Callable[[Any], Any] = lambda output: output
-    outputs: list[Any] = field(default_factory=list)
-    error: BaseException | None = None
-    #: Items handed to the engine and not yet computed.
-    queued: int = 0
-    computed: int = 0
+    #: Chunks so far.
+    chunks: int = 0
     #: Set by `FairQueue`: how far this call's items reach in its app's virtual time.
     finish_tag: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.outputs = [None] * self.size
+
+class Chunk:
+    """Items of one call that the engine has, in one or more batches. Lives on the main thread."""
+
+    def __init__(self, call: Call, alias: str, size: int) -> None:
+        self.call = call
+        #: The model's.
+        self.alias = alias
+        #: One output per item, in order, or the error of the first item that failed.
+        self.done: Future[list[Any]] = Future()
+        #: Nobody waits for it any more: it is done, or was dropped.
+        self.is_over = False
+        #: To drop them by. None when it is over: items know their chunk, and a cycle would keep both for the collector.
+        self.items: Sequence[Item] = ()
+        self._outputs: list[Any] = [None] * size
+        self._left = size
 
     def __repr__(self) -> str:
-        state = repr(self.error) if self.error else f"{self.computed} of {self.size} computed, {self.queued} queued"
-        return f"<Call for {self.app or 'no app'}: {state}>"
+        return f"<Chunk for {self.call.app or 'no app'}: {self._left} of {len(self._outputs)} to be computed>"
 
-    @property
-    def needs_items(self) -> bool:
-        """Few enough items are queued to bring the next chunk."""
-        return self.queued <= self.low_water
-
-    def deliver(self, index: int, output: Any) -> None:
-        """One output came out of a batch."""
+    def deliver(self, index: int, output: Any, postprocess: Callable[[Any], Any]) -> None:
+        """One output came out of a batch. Finished at once, since an output may hold on to its whole batch."""
+        if self.is_over:
+            return
         try:
-            self.outputs[index] = self.postprocess(output)
+            self._outputs[index] = postprocess(output)
         except Exception as error:
             self.fail(error)
-        else:
-            self.queued -= 1
-            self.computed += 1
+            return
+        self._left -= 1
+        if not self._left:
+            self.give_up()
+            self.done.set_result(self._outputs)
 
     def fail(self, error: BaseException) -> None:
-        """One item could not be computed: the call ends with the first such error."""
-        self.error = self.error or error
-        self.queued -= 1
+        """One item could not be computed. The first such error is the chunk's; whoever waits drops the rest."""
+        if not self.is_over:
+            self.is_over = True
+            self.done.set_exception(error)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more."""
+        self.is_over, self.items = True, ()

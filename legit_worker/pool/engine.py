@@ -1,6 +1,6 @@
 """Turns parked calls into batches and hands them to the device.
 
-In: calls and their items, from the fibers. Out: outputs in the calls, and a word to each call that got some.
+In: chunks of calls' items, from the fibers. Out: their outputs or errors, in the chunks' futures.
 
 The model that had the fewest seconds of the device has the next batch. `queue` decides what is in it, and `flights`
 computes it.
@@ -15,14 +15,13 @@ from functools import partial
 from typing import Any
 
 from legit_worker.batching.demand import Demand
-from legit_worker.batching.fairness import Item
 from legit_worker.device.devices import Launch
-from legit_worker.pool.calls import Call
+from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.flights import Flights
 from legit_worker.pool.queue import BatchModel, Counters, ModelQueue
 
-#: Seconds that a task counts for while its model has computed nothing. An item counts half as much in a first batch that
-#: takes as long as it may by default, 0.5 s for 8 items.
+#: Seconds that a task counts for while its model has computed nothing. An item counts half as much in a first batch
+#: that takes as long as it may by default, 0.5 s for 8 items.
 UNKNOWN_SECONDS = 0.125
 
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
@@ -63,20 +62,16 @@ class Engine:
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    def add(self, model: BatchModel, call: Call, start: int, prepared: Sequence[Any]) -> None:
-        """Queue items of a call; the first one's output goes to `call.outputs[start]`."""
-        # All of them first: what a user's model raises here is the task's error, and leaves nothing queued.
-        items = [
-            Item(call, index, item, model.cost(item), model.batch_key(item))
-            for index, item in enumerate(prepared, start)
-        ]
+    def submit(self, model: BatchModel, call: Call, prepared: Sequence[Any]) -> Chunk:
+        """Queue more items of a call. Raises what the model raises when it is asked for their costs and keys."""
         queue = self._queue(model)
         if not len(queue):  # time away earns no credit
             queue.seconds = max(queue.seconds, self._level)
-        queue.add(items)
-        self._demand.arrived(model.alias, [item.cost for item in items], is_new=start == 0)
-        self.calls += start == 0
-        call.queued += len(items)
+        chunk = queue.submit(call, prepared)
+        self._demand.arrived(model.alias, [item.cost for item in chunk.items], is_new=not call.chunks)
+        self.calls += not call.chunks
+        call.chunks += 1
+        return chunk
 
     @contextmanager
     def expecting(self, model: BatchModel) -> Iterator[None]:
@@ -88,9 +83,9 @@ class Engine:
             self._loading[model.alias] -= 1
             self._loading += Counter()  # without those that nobody waits for
 
-    def drop(self, model: BatchModel, call: Call) -> None:
-        """Forget what is left of a call whose task is gone."""
-        self._queue(model).drop(call)
+    def drop(self, chunk: Chunk) -> None:
+        """Forget what is left of a chunk whose task is gone, or needs it no more."""
+        self._queues[chunk.alias].drop(chunk)
 
     def forget(self) -> None:
         """Nothing that waits will be computed any more."""
@@ -162,13 +157,13 @@ class Engine:
         """Until nothing is in flight, at most for this many seconds; the tasks that it was for are gone."""
         self._flights.forget(seconds)
 
-    def step_for(self, model: BatchModel, call: Call) -> None:
-        """Run one batch with items of this call, whoever's turn it is, and wait for all that is in flight.
+    def drive(self, chunk: Chunk) -> None:
+        """Run one batch with items of this chunk, whoever's turn it is, and wait for all that is in flight.
 
         Raises `DeviceLostError`.
         """
-        queue = self._queue(model)
-        if batch := queue.batch_of(call):
+        queue = self._queues[chunk.alias]
+        if batch := queue.batch_of(chunk):
             self._flights.launch(queue, batch)
         self._flights.collect_all()
 

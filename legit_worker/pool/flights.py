@@ -130,7 +130,7 @@ class Flights:
             return
         # Nothing can be computed any more. An item that was alone is to blame; of several, nobody knows which.
         if len(batch) == 1 and not self._flights:
-            queue.fail(batch[0], error)
+            batch[0].chunk.fail(error)
         else:
             queue.put_back(batch)
         raise DeviceLostError(

@@ -1,6 +1,6 @@
 """What waits for one model, and the batches that are made of it.
 
-In: items, and how each batch of them ended. Out: the next batch, and outputs or errors to the calls.
+In: items, and how each batch of them ended. Out: the next batch, and outputs or errors to the chunks.
 
 The next batch is the items' first in fair order (`fairness`), and with that one its neighbours in length (`packer`), so
 the fairest item is in every batch. A batch that failed is tried again in halves, before anything new.
@@ -24,7 +24,7 @@ from legit_worker.batching.sizing import Sizing
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import DeviceOutOfMemoryError
-from legit_worker.pool.calls import Call
+from legit_worker.pool.calls import Call, Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,10 @@ class BatchModel(Protocol):
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether this error of a batch broke the device for this process."""
+
+    @property
+    def postprocess(self) -> Callable[[Any], Any]:
+        """What makes a task's output of one of `forward`'s."""
 
 
 @dataclass
@@ -180,15 +184,23 @@ class ModelQueue:
         cost = self.cost + loading * longest + calls * demand.cost_per_call(self.model.alias)
         return self.sizing.surplus_seconds(cost, longest)
 
-    def add(self, items: Iterable[Item]) -> None:
-        """These wait from now on."""
-        for item in items:
+    def submit(self, call: Call, prepared: Sequence[Any]) -> Chunk:
+        """More items of a call wait from now on. Raises what the model raises when asked for their costs and keys."""
+        chunk, model = Chunk(call, self.model.alias, len(prepared)), self.model
+        # All of them first: what a user's model raises here is the task's error, and leaves nothing queued.
+        chunk.items = [
+            Item(call, chunk, index, item, model.cost(item), model.batch_key(item))
+            for index, item in enumerate(prepared)
+        ]
+        for item in chunk.items:
             self._fair.add(item)
+        return chunk
 
-    def drop(self, call: Call) -> None:
-        """Forget what is left of a call whose task is gone."""
-        self._fair.drop(call)
-        halves = ([item for item in half if item.call is not call] for half in self._halves)
+    def drop(self, chunk: Chunk) -> None:
+        """Forget what is left of a chunk whose task is gone."""
+        chunk.give_up()
+        self._fair.drop(chunk)
+        halves = ([item for item in half if item.chunk is not chunk] for half in self._halves)
         self._halves = deque(half for half in halves if half)
 
     def forget(self) -> None:
@@ -200,14 +212,14 @@ class ModelQueue:
         """Take out the batch that is next; something waits."""
         return self._halves.popleft() if self._halves else self._pick(self._fair.first(HORIZON))
 
-    def batch_of(self, call: Call) -> list[Item]:
-        """Take out a batch with items of this call, whoever is next. Empty if none of them wait."""
-        half = next((half for half in self._halves if any(item.call is call for item in half)), None)
+    def batch_of(self, chunk: Chunk) -> list[Item]:
+        """Take out a batch with items of this chunk, whoever is next. Empty if none of them wait."""
+        half = next((half for half in self._halves if any(item.chunk is chunk for item in half)), None)
         if half is not None:
             self._halves.remove(half)
             return half
-        mine = self._fair.of(call)
-        others = [item for item in self._fair.first(HORIZON) if item.call is not call]
+        mine = self._fair.of(chunk)
+        others = [item for item in self._fair.first(HORIZON) if item.chunk is not chunk]
         return self._pick((mine + others)[:HORIZON]) if mine else []
 
     def put_back(self, batch: list[Item]) -> None:
@@ -221,9 +233,9 @@ class ModelQueue:
         self.model.observe(len(batch), max(costs), launch)
         self._room.did_fit(padded(costs))
         self.counters.note(costs, launch.seconds)
+        postprocess = self.model.postprocess
         for item, output in zip(batch, launch.outputs, strict=True):
-            item.call.deliver(item.index, output)
-        _tell(batch)
+            item.chunk.deliver(item.index, output, postprocess)
 
     def failed(self, batch: list[Item], error: Exception) -> None:
         """One item may have spoilt the batch: try its halves, down to the item, which then fails by itself."""
@@ -236,13 +248,7 @@ class ModelQueue:
         elif is_memory and batch[0].tries < TRIES_ALONE:
             self._halves.append(batch)  # last, so that what others hold may be given back meanwhile
         else:
-            self.fail(batch[0], _never_fits(batch[0], self.model.alias, error) if is_memory else error)
-
-    @staticmethod
-    def fail(item: Item, error: BaseException) -> None:
-        """This item can't be computed, and its task is told."""
-        item.call.fail(error)
-        item.call.on_progress()
+            batch[0].chunk.fail(_never_fits(batch[0], self.model.alias, error) if is_memory else error)
 
     def _budget(self) -> int:
         """The largest padded cost of a batch of items as long as the next one."""
@@ -294,11 +300,6 @@ def _never_fits(item: Item, alias: str, error: Exception) -> DeviceOutOfMemoryEr
     )
     refused.__cause__ = error
     return refused
-
-
-def _tell(batch: list[Item]) -> None:
-    for call in calls_of(batch):
-        call.on_progress()
 
 
 def calls_of(batch: list[Item]) -> Iterable[Call]:

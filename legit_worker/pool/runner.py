@@ -5,6 +5,7 @@ In: items, from a task's fiber. Out: their outputs, after however many turns of 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -13,14 +14,13 @@ from typing import Any, NoReturn
 from greenlet import GreenletExit
 
 from legit_worker import parking
-from legit_worker.device import modes
 from legit_worker.errors import DeviceLostError, UnknownModelError
 from legit_worker.models.entry import Entry
 from legit_worker.models.handle import REVIEW_SECONDS, DirectRunner
 from legit_worker.models.protocol import Model
 from legit_worker.models.residency import Request
 from legit_worker.pool import fibers
-from legit_worker.pool.calls import Call
+from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.loop import Loop
@@ -30,6 +30,9 @@ from legit_worker.settings import fold
 #: Items of one call that are prepared at a time. The rest stay as they came, so that a call of 10,000 items neither
 #: fills memory nor keeps the thread while others wait; enough for the packer to find even lengths.
 CHUNK = 256
+
+#: Chunks of one call that the engine has at a time: while it computes one, the next is there.
+CHUNKS = 2
 
 
 class FiberRunner:
@@ -78,54 +81,42 @@ class FiberRunner:
         parking.wait(request.future, f"model {request.entry.alias} to load", drive=look)
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
-        """Parks while the engine computes. Raises what `preprocess` or `forward` raised for one of the items."""
+        """Parks while the engine computes. Raises what the model raised for one of the items."""
         fiber = fibers.current()
         if fiber is None:
             return self._direct.run(entry, items)
-        call = Call(
-            app=fiber.app,
-            size=len(items),
-            low_water=CHUNK // 2,
-            on_progress=lambda: self._loop.wake(fiber),
-            clock=fiber.clock,
-            postprocess=entry.model_now.postprocess,
-        )
+        call = Call(app=fiber.app, clock=fiber.clock)
+        chunks: deque[Chunk] = deque()
+        outputs: list[Any] = []
         try:
-            self._compute(fiber, entry, call, items)
+            for start in range(0, len(items), CHUNK):
+                if len(chunks) == CHUNKS:
+                    outputs += self._outputs(fiber, chunks)
+                prepared = [entry.preprocess(item) for item in items[start : start + CHUNK]]
+                chunks.append(self._engine.submit(entry, call, prepared))
+            while chunks:
+                outputs += self._outputs(fiber, chunks)
         finally:
-            if call.queued:
-                self._engine.drop(entry, call)
-        return call.outputs
+            while chunks:  # the task ended early
+                self._engine.drop(chunks.pop())
+        return outputs
 
-    def _compute(self, fiber: Fiber, entry: Entry, call: Call, items: list[Any]) -> None:
-        for start in range(0, len(items), CHUNK):
-            self._wait(fiber, entry, call, lambda: call.needs_items)
-            prepared = [entry.preprocess(item) for item in items[start : start + CHUNK]]
-            self._engine.add(entry, call, start, prepared)
-        self._wait(fiber, entry, call, lambda: call.computed == call.size)
+    def _outputs(self, fiber: Fiber, chunks: deque[Chunk]) -> list[Any]:
+        """Those of the first chunk, for which this waits."""
+        chunk = chunks[0]
+        parking.wait(chunk.done, f"model {chunk.alias}", drive=lambda: self._drive(fiber, chunk))
+        outputs = chunk.done.result()
+        chunks.popleft()
+        return outputs
 
-    def _wait(self, fiber: Fiber, entry: Entry, call: Call, until: Callable[[], bool]) -> None:
-        while call.error is None and not until():
-            fiber.raise_due(f"model {entry.alias}")
-            if fiber.may_park():
-                fiber.park(f"model {entry.alias}")
-            else:
-                self._step_alone(fiber, entry, call)
-        if call.error is not None:
-            raise call.error
-
-    def _step_alone(self, fiber: Fiber, entry: Entry, call: Call) -> None:
-        """One batch of this call without letting other tasks run; their items may ride along."""
-        restore = modes.suspend()
+    def _drive(self, fiber: Fiber, chunk: Chunk) -> None:
+        """One batch of this chunk without letting other tasks run; their items may ride along."""
         try:
-            with fiber.clock.stopped():  # others' batches may come first
-                self._engine.step_for(entry, call)
+            self._engine.drive(chunk)
         except DeviceLostError as error:
-            if call.error is None:
+            if not chunk.done.done():
                 self._send_back(fiber, error)
             self._loop.note_lost(error)  # and this task is the one whose item it was
-        finally:
-            restore()
 
     def _send_back(self, fiber: Fiber, error: DeviceLostError) -> NoReturn:
         """End a task whose device is gone: its message goes back, or, where it was acked early, it fails."""

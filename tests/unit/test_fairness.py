@@ -12,8 +12,14 @@ from legit_worker.batching.fairness import FairQueue, Item
 
 @dataclass(eq=False)
 class FakeCall:
+    """A call of one chunk."""
+
     app: str = ""
     finish_tag: float = 0.0
+
+    @property
+    def call(self) -> FakeCall:
+        return self
 
 
 def queue_of(weights: dict[str, float] | None = None) -> FairQueue:
@@ -21,7 +27,7 @@ def queue_of(weights: dict[str, float] | None = None) -> FairQueue:
 
 
 def add(queue: FairQueue, call: FakeCall, costs: list[int]) -> list[Item]:
-    items = [Item(call, index, None, cost, None) for index, cost in enumerate(costs)]
+    items = [Item(call, call, index, None, cost, None) for index, cost in enumerate(costs)]
     for item in items:
         queue.add(item)
     return items

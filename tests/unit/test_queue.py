@@ -1,0 +1,310 @@
+"""One model's queue: batches from chunks, and what happens when one item spoils a batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from letters import Letters, PoisonError, SmallLetters, error, outputs
+
+from legit_worker.batching.fairness import Item
+from legit_worker.device.devices import Launch
+from legit_worker.errors import DeviceOutOfMemoryError
+from legit_worker.pool.calls import Call, Chunk
+from legit_worker.pool.queue import ModelQueue
+
+
+def queue(model: Letters, **options: Any) -> ModelQueue:
+    return ModelQueue(model, **{"max_batch_seconds": 0.5, "weight_of": lambda app: 1.0, **options})
+
+
+def ask(queue: ModelQueue, items: list[str], app: str = "") -> Chunk:
+    return queue.submit(Call(app=app), items)
+
+
+def compute(queue: ModelQueue, batch: list[Item]) -> None:
+    """What the engine does with a batch."""
+    try:
+        launch = queue.model.launch([item.prepared for item in batch])
+    except Exception as failure:
+        queue.failed(batch, failure)
+    else:
+        queue.succeeded(batch, launch)
+
+
+def step(queue: ModelQueue) -> bool:
+    if len(queue):
+        compute(queue, queue.next_batch())
+        return True
+    return False
+
+
+def drive(queue: ModelQueue, chunk: Chunk) -> None:
+    compute(queue, queue.batch_of(chunk))
+
+
+def run_all(queue: ModelQueue) -> None:
+    while step(queue):
+        pass
+
+
+def test_calls_of_many_tasks_share_a_batch_and_each_gets_its_own_part() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    calls = [ask(subject, [text]) for text in ("one", "two", "six", "ten")]
+    run_all(subject)
+    assert len(entry.batches) == 1
+    assert [outputs(call) for call in calls] == [["oneone"], ["twotwo"], ["sixsix"], ["tenten"]]
+
+
+def test_outputs_come_in_the_callers_order_whatever_the_lengths() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    items = ["x" * length for length in (9, 1, 200, 3, 40, 2)]
+    call = ask(subject, items)
+    run_all(subject)
+    assert outputs(call) == [item * 2 for item in items]
+
+
+def test_a_bad_item_fails_its_own_call_with_its_own_error_and_no_other() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    good = [ask(subject, [f"good{n}"]) for n in range(7)]
+    bad = ask(subject, ["bad!!"])
+    run_all(subject)
+    assert [outputs(call) for call in good] == [[f"good{n}" * 2] for n in range(7)]
+    assert isinstance(error(bad), PoisonError)
+    assert str(error(bad)) == "1 items"
+
+
+def test_a_model_that_always_fails_fails_every_call_and_leaves_nothing_queued() -> None:
+    entry = Letters(broken=True)
+    subject = queue(entry)
+    calls = [ask(subject, [f"item{n}"]) for n in range(5)]
+    run_all(subject)
+    assert all(isinstance(error(call), PoisonError) for call in calls)
+    assert len(subject) == 0
+
+
+def test_batches_that_run_out_of_memory_are_split_and_later_ones_are_smaller() -> None:
+    entry = SmallLetters(most=64)
+    subject = queue(entry)
+    for _ in range(20):
+        calls = [ask(subject, [f"item{n:04}"]) for n in range(50)]
+        run_all(subject)
+        assert [outputs(call) for call in calls] == [[f"item{n:04}" * 2] for n in range(50)]
+    assert entry.refused < 20
+    assert subject.counters.report()["out_of_memory"] == entry.refused
+
+
+def test_a_limit_that_was_learned_rises_again() -> None:
+    entry = SmallLetters(most=64)
+    subject = queue(entry)
+    ask(subject, ["x" * 8] * 100)
+    run_all(subject)
+    entry.most = 10**9
+    entry.batches.clear()
+    for _ in range(300):
+        ask(subject, ["x" * 8] * 100)
+        run_all(subject)
+    assert len(entry.batches[-1]) * 8 > 4 * 64
+
+
+def test_an_item_that_never_fits_fails_alone_and_names_the_sizes() -> None:
+    entry = SmallLetters(most=64)
+    subject = queue(entry)
+    good = [ask(subject, ["fine"]) for _ in range(5)]
+    bad = ask(subject, ["x" * 100])
+    run_all(subject)
+    assert isinstance(error(bad), DeviceOutOfMemoryError)
+    assert "cost 100" in str(error(bad))
+    assert all(outputs(call) == ["finefine"] for call in good)
+    assert len(subject) == 0
+
+
+def test_a_storm_of_failures_loses_no_item() -> None:
+    """Every third batch runs out of memory, whatever its size."""
+    entry = SmallLetters(most=10**9, storm=1 / 3)
+    subject = queue(entry)
+    calls = [ask(subject, [f"item{n}"]) for n in range(2000)]
+    run_all(subject)
+    assert entry.refused > 10
+    assert [outputs(call) for call in calls] == [[f"item{n}" * 2] for n in range(2000)]
+
+
+def test_memory_is_freed_before_the_next_try() -> None:
+    freed = []
+    subject = queue(SmallLetters(most=8), free_memory=lambda: freed.append(True))
+    ask(subject, ["four", "four", "four"])
+    run_all(subject)
+    assert freed
+
+
+def test_a_call_dropped_from_a_failed_batch_is_not_tried_again() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    gone = ask(subject, ["bad!", "bad!", "bad!", "good"])
+    step(subject)
+    subject.drop(gone)
+    assert len(subject) == 0
+    assert not step(subject)
+
+
+def test_an_exclusive_call_goes_first_and_others_may_ride_along() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    older = [ask(subject, ["x" * 300]) for _ in range(30)]
+    neighbour, mine = ask(subject, ["two"]), ask(subject, ["one"])
+    drive(subject, mine)
+    assert outputs(mine) == ["oneone"]
+    assert outputs(neighbour) == ["twotwo"]
+    assert not any(chunk.done.done() for chunk in older)
+
+
+def test_an_exclusive_call_that_shared_a_bad_batch_is_tried_again_by_itself() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    mine, bad = ask(subject, ["good"]), ask(subject, ["bad!"])
+    while not mine.done.done():
+        drive(subject, mine)
+    assert outputs(mine) == ["goodgood"]
+    run_all(subject)
+    assert isinstance(error(bad), PoisonError)
+
+
+def test_a_key_that_is_no_key_fails_its_own_call_and_leaves_nothing_queued() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    entry.batch_key = lambda item: hash([item])  # type: ignore  # as Entry's, which checks it
+    with pytest.raises(TypeError, match="unhashable"):
+        ask(subject, ["one", "two"])
+    assert len(subject) == 0
+
+
+def test_items_with_different_keys_never_share_a_batch() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    ask(subject, ["abc", "ABC", "def", "DEF"])
+    run_all(subject)
+    assert sorted(map(sorted, entry.batches)) == [["ABC", "DEF"], ["abc", "def"]]
+
+
+def test_a_dropped_call_is_not_computed() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    gone, stays = ask(subject, ["gone"]), ask(subject, ["stay"])
+    subject.drop(gone)
+    run_all(subject)
+    assert entry.batches == [["stay"]]
+    assert (stays.done.done(), gone.done.done()) == (True, False)
+
+
+def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
+    entry = Letters()
+    subject = queue(entry, max_batch_seconds=0.05)
+    ask(subject, ["x" * 50] * 100)
+    step(subject)
+    sizing = subject.sizing
+    sizing.observe(10, 50, 0.1)
+    within = sizing.costs.largest(50, 0.05)
+    step(subject)
+    assert len(entry.batches[1]) == within < 10
+
+
+def test_counters_say_how_much_was_padding() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    ask(subject, ["xx", "xxxx"])
+    run_all(subject)
+    counters = subject.counters
+    assert (counters.batches, counters.items) == (1, 2)
+    assert counters.waste == pytest.approx(1 - 6 / 8)
+
+
+def test_a_batch_is_no_larger_than_memory_allows() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    entry.largest_cost = lambda longest: 64  # type: ignore[method-assign]
+    ask(subject, ["x" * 8] * 100)
+    run_all(subject)
+    assert max(map(len, entry.batches)) == 8
+
+
+def test_a_batch_stays_where_memory_can_not_be_freed() -> None:
+    def refuse() -> None:
+        raise RuntimeError("empty_cache failed")
+
+    subject = queue(SmallLetters(most=8), free_memory=refuse)
+    call = ask(subject, ["four", "four", "four"])
+    run_all(subject)
+    assert outputs(call) == ["fourfour"] * 3
+
+
+def test_longer_items_are_bounded_by_their_own_need_of_memory() -> None:
+    """A long item takes more for each unit than the short one that is first in line."""
+    entry = Letters()
+    subject = queue(entry)
+    entry.largest_cost = lambda longest: 4000 if longest < 100 else 400  # type: ignore[method-assign]
+    for text in ("x" * 8, *["x" * 200] * 20):
+        ask(subject, [text])
+    run_all(subject)
+    assert all(len(batch) * max(map(len, batch)) <= 400 for batch in entry.batches if max(map(len, batch)) >= 100)
+
+
+def test_an_output_that_can_not_be_finished_fails_its_own_call() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    call, other = ask(subject, ["one"]), ask(subject, ["two"])
+    entry.postprocess = lambda output: output if output == "twotwo" else 1 / 0  # type: ignore
+    run_all(subject)
+    assert isinstance(error(call), ZeroDivisionError)
+    assert outputs(other) == ["twotwo"]
+
+
+def test_a_model_whose_launch_takes_all_the_time_there_is_still_has_batches() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    ask(subject, ["x"] * 100)
+    for count in (8, 16, 32, 64, 8, 16, 32):
+        subject.sizing.observe(count, 1, 0.6 + 0.001 * count)
+    step(subject)
+    assert len(entry.batches[-1]) == 100
+
+
+def test_a_model_that_takes_as_long_for_many_items_as_for_one_soon_gets_them_all() -> None:
+    """Half a second for any batch, give or take; nothing smaller than what already ran tells more about it."""
+    entry = Letters()
+    subject = queue(entry)
+    draw, sizes = random.Random(1), []
+
+    def launch(batch: Sequence[str]) -> Launch:
+        sizes.append(len(batch))
+        return Launch(outputs=[item * 2 for item in batch], seconds=0.5 + draw.uniform(0, 1e-3))
+
+    entry.launch = launch  # type: ignore[method-assign]
+    ask(subject, ["text 10"] * 300)
+    run_all(subject)
+    assert len(sizes) < 15
+    assert max(sizes) > 100
+
+
+def test_a_model_that_was_only_asked_for_single_items_learns_what_more_of_them_take() -> None:
+    """Each batch takes as long: what the first ones show fits a model of which each item takes that long, too."""
+    entry = Letters()
+    subject = queue(entry)
+    sizes: list[int] = []
+
+    def launch(batch: Sequence[str]) -> Launch:
+        sizes.append(len(batch))
+        return Launch(outputs=list(batch), seconds=0.2)
+
+    entry.launch = launch  # type: ignore[method-assign]
+    for count in [1] * 80 + [1000]:
+        ask(subject, ["xxxx"] * count)
+        run_all(subject)
+    grown = sizes[80:]
+    assert grown[0] == 2
+    assert max(grown) == 256
+    assert all(after <= 4 * max(2, *grown[: number + 1]) for number, after in enumerate(grown[1:]))
