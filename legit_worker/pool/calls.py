@@ -10,8 +10,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+from greenlet import GreenletExit
+
 from legit_worker.batching.fairness import Item
 from legit_worker.pool.clock import Clock
+
+#: What ends the worker or a task, raised wherever the thread is: by Celery's handlers of signals, or by this pool. Any
+#: other exception out of a model's method is the model's error.
+ENDS = (GreenletExit, WorkerShutdown, WorkerTerminate)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,12 +55,17 @@ class Chunk:
         return f"<Chunk for {self.call.app or 'no app'}: {self._left} of {len(self._outputs)} to be computed>"
 
     def deliver(self, index: int, output: Any, postprocess: Callable[[Any], Any]) -> None:
-        """One output came out of a batch. Finished at once, since an output may hold on to its whole batch."""
+        """One output came out of a batch. Finished at once, since an output may hold on to its whole batch.
+
+        Raises what ends the worker.
+        """
         if self.is_over:
             return
         try:
             self._outputs[index] = postprocess(output)
-        except Exception as error:
+        except ENDS:
+            raise
+        except BaseException as error:
             self.fail(error)
             return
         self._left -= 1

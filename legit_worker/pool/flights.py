@@ -16,6 +16,7 @@ from time import monotonic, sleep
 from legit_worker.batching.fairness import Item
 from legit_worker.device.devices import Launch
 from legit_worker.errors import DeviceLostError
+from legit_worker.pool.calls import ENDS
 from legit_worker.pool.clock import Work
 from legit_worker.pool.queue import ModelQueue, calls_of
 
@@ -57,20 +58,20 @@ class Flights:
         return len(self._flights)
 
     def launch(self, queue: ModelQueue, batch: list[Item]) -> None:
-        """Hand a batch to the device. Raises `DeviceLostError`."""
+        """Hand a batch to the device. Raises `DeviceLostError`, and what ends the worker."""
         start = monotonic()
         work = self._follow(batch)
         try:
             launch = queue.model.launch([item.prepared for item in batch])
-        except Exception as error:
+        except ENDS:  # whoever drains the worker finds the batch where it was
+            _settle(batch, work)
+            queue.put_back(batch)
+            raise
+        except BaseException as error:
             _settle(batch, work)
             queue.seconds += monotonic() - start
             self._failed(queue, batch, error)
             return
-        except BaseException:  # the worker is going down: whoever drains it finds the batch where it was
-            _settle(batch, work)
-            queue.put_back(batch)
-            raise
         flight = Flight(queue=queue, batch=batch, launch=launch, work=work, is_behind=bool(self._flights))
         if launch.is_done:
             self._land(flight)
@@ -124,7 +125,7 @@ class Flights:
         else:
             self._failed(queue, batch, launch.error)
 
-    def _failed(self, queue: ModelQueue, batch: list[Item], error: Exception) -> None:
+    def _failed(self, queue: ModelQueue, batch: list[Item], error: BaseException) -> None:
         if not queue.model.is_lost(error):  # which can look as if memory were short
             queue.failed(batch, error)
             return

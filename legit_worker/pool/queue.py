@@ -24,7 +24,7 @@ from legit_worker.batching.sizing import Sizing
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import DeviceOutOfMemoryError
-from legit_worker.pool.calls import Call, Chunk
+from legit_worker.pool.calls import ENDS, Call, Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -227,17 +227,23 @@ class ModelQueue:
         self._halves.appendleft(batch)
 
     def succeeded(self, batch: list[Item], launch: Launch) -> None:
-        """Learn from a batch that went well, and hand out its outputs."""
+        """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
         costs = [item.cost for item in batch]
         self.sizing.observe(len(batch), max(costs), launch.seconds)
         self.model.observe(len(batch), max(costs), launch)
         self._room.did_fit(padded(costs))
         self.counters.note(costs, launch.seconds)
         postprocess = self.model.postprocess
-        for item, output in zip(batch, launch.outputs, strict=True):
-            item.chunk.deliver(item.index, output, postprocess)
+        delivered = 0
+        try:
+            for item, output in zip(batch, launch.outputs, strict=True):
+                item.chunk.deliver(item.index, output, postprocess)
+                delivered += 1
+        except ENDS:  # whoever drains the worker finds the rest where it was
+            self.put_back(batch[delivered:])
+            raise
 
-    def failed(self, batch: list[Item], error: Exception) -> None:
+    def failed(self, batch: list[Item], error: BaseException) -> None:
         """One item may have spoilt the batch: try its halves, down to the item, which then fails by itself."""
         is_memory = is_out_of_memory(error)
         if is_memory:
@@ -270,7 +276,7 @@ class ModelQueue:
         cuts = pack([item.cost for item in candidates], budget, self.sizing.costs)
         return [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
 
-    def _make_room(self, batch: list[Item], error: Exception) -> None:
+    def _make_room(self, batch: list[Item], error: BaseException) -> None:
         """Too much at once: free what can be freed, and have no batch as large from now on."""
         self.counters.out_of_memory += 1
         traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
@@ -293,7 +299,7 @@ class ModelQueue:
             )
 
 
-def _never_fits(item: Item, alias: str, error: Exception) -> DeviceOutOfMemoryError:
+def _never_fits(item: Item, alias: str, error: BaseException) -> DeviceOutOfMemoryError:
     refused = DeviceOutOfMemoryError(
         f"an item of cost {item.cost} does not fit into the device's memory beside model {alias!r}, even alone in its "
         f"batch and after {item.tries} tries: shorten it, or give the model more memory ({error})"

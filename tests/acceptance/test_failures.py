@@ -50,6 +50,26 @@ def test_a_task_that_wants_to_end_its_process_fails_and_nobody_else_does(
     assert model_pool.pool()["in_flight"] == 0
 
 
+def test_what_would_end_a_process_is_the_guilty_tasks_error_if_a_model_raises_it(model_pool: Worker) -> None:
+    """In any of a model's methods, and whatever it is: its batch-mates succeed, and the worker goes on."""
+    errors = {
+        "exit": "WorkerLostError.*SystemExit(3)",
+        "interrupt": "WorkerLostError.*KeyboardInterrupt('by a model')",
+        "memory": "MemoryError.*no room",
+        "other": "WorkerLostError.*GeneratorExit()",
+    }
+    bad = [f"{method} {how}" for method in ("preprocess", "forward", "postprocess") for how in errors]
+    items = [item for one in bad for item in (*[f"good {number}" for number in range(7)], one)]
+    answers = model_pool.answers([model_pool.send("one", item, alias="violent") for item in items])
+    for item, answer in zip(items, answers, strict=True):
+        if item in bad:
+            assert all(word in repr(answer) for word in errors[item.split()[1]].split(".*"))
+        else:
+            assert answer == item.upper()
+    assert model_pool.pool()["in_flight"] == 0
+    assert model_pool.ask("one", "text", alias="violent") == "TEXT"
+
+
 def test_a_task_that_finds_no_memory_fails_and_nobody_else_does(model_pool: Worker) -> None:
     neighbours = [model_pool.send("one", "text") for _ in range(20)]
     answer = model_pool.answers([model_pool.send("ends_badly", "memory")])[0]

@@ -355,6 +355,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
         "picky",
         "poisoned",
         "stormy",
+        "violent",
         "unloadable",
         "slow_to_load",
         "reports",

@@ -9,6 +9,8 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+from greenlet import GreenletExit
 from hypothesis import given
 from hypothesis import strategies as st
 from letters import Letters, PoisonError, error, outputs
@@ -34,15 +36,47 @@ def run_all(engine: Engine) -> None:
         pass
 
 
-def test_a_batch_that_the_end_of_the_worker_interrupted_is_still_there_to_drain() -> None:
+@pytest.mark.parametrize("end", [WorkerShutdown, WorkerTerminate, GreenletExit])
+@pytest.mark.parametrize("method", ["forward", "postprocess"])
+def test_a_batch_that_the_end_of_the_worker_interrupted_is_still_there_to_drain(
+    end: type[BaseException], method: str
+) -> None:
     subject, entry = engine(), Letters()
-    calls = [ask(subject, entry, [text]) for text in ("one", "two")]
-    forward, entry.forward = entry.forward, lambda batch: (_ for _ in ()).throw(SystemExit)  # type: ignore
-    with pytest.raises(SystemExit):
+    calls = [ask(subject, entry, [text]) for text in ("one", "two", "six")]
+    interrupted = getattr(entry, method)
+
+    def interrupt(argument: Any) -> Any:
+        if argument == "oneone":  # has been delivered before the signal comes
+            return interrupted(argument)
+        setattr(entry, method, interrupted)
+        raise end
+
+    setattr(entry, method, interrupt)
+    with pytest.raises(end):
         subject.step()
-    entry.forward = forward  # type: ignore
     run_all(subject)
-    assert [outputs(call) for call in calls] == [["oneone"], ["twotwo"]]
+    assert [outputs(call) for call in calls] == [["oneone"], ["twotwo"], ["sixsix"]]
+
+
+@pytest.mark.parametrize("bad", [KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("method", ["forward", "postprocess"])
+def test_what_would_end_a_process_is_the_guilty_items_error_if_a_model_raises_it(
+    bad: type[BaseException], method: str
+) -> None:
+    subject, entry = engine(), Letters()
+    calls = [ask(subject, entry, [text]) for text in ("one", "bad", "six")]
+    healthy = getattr(entry, method)
+
+    def raise_it(argument: Any) -> Any:
+        if "bad" in argument or "badbad" in argument:
+            raise bad
+        return healthy(argument)
+
+    setattr(entry, method, raise_it)
+    run_all(subject)
+    assert [outputs(calls[0]), outputs(calls[2])] == [["oneone"], ["sixsix"]]
+    assert isinstance(error(calls[1]), bad)
+    assert len(subject) == 0
 
 
 def test_models_take_turns_by_the_seconds_they_had() -> None:

@@ -64,6 +64,37 @@ class Poisoned(Upper):
         return super().forward(batch)
 
 
+class Violent(Upper):
+    """Raises what would end a process, in the method and as the item says: `forward interrupt`."""
+
+    def _raise_for(self, method: str, item: str) -> None:
+        errors: dict[str, BaseException] = {
+            "exit": SystemExit(3),
+            "interrupt": KeyboardInterrupt("by a model"),
+            "memory": MemoryError("no room"),
+            "other": GeneratorExit(),
+        }
+        where, _, how = item.partition(" ")
+        if where == method:
+            raise errors[how]
+
+    def preprocess(self, item: Any) -> Any:
+        """As it came, or not at all."""
+        self._raise_for("preprocess", item)
+        return item
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As they came, or none of them."""
+        for item in batch:
+            self._raise_for("forward", item)
+        return list(batch)
+
+    def postprocess(self, output: Any) -> Any:
+        """Capitals, or nothing."""
+        self._raise_for("postprocess", output)
+        return output.upper()
+
+
 class Stormy(Upper):
     """Its device is out of memory for every third batch, at random, and for any batch with an item that says `huge`."""
 
