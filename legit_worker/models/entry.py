@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 #: The built-in kinds. A kind with a colon is a user's own `module:Class`.
 KINDS = {
-    "embed": "legit_worker.models.sentence:TextEmbedding",
-    "image": "legit_worker.models.sentence:ImageEmbedding",
-    "sparse": "legit_worker.models.sentence:SparseEmbedding",
-    "rerank": "legit_worker.models.sentence:Reranker",
+    "embed": "legit_worker.models.kinds:TextEmbedding",
+    "image": "legit_worker.models.kinds:ImageEmbedding",
+    "sparse": "legit_worker.models.kinds:SparseEmbedding",
+    "rerank": "legit_worker.models.kinds:Reranker",
     "simulated": "legit_worker.models.simulated:SimulatedModel",
 }
 

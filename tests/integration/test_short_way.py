@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from tokenizers import AddedToken
 
-from legit_worker.models.sentence import TextEmbedding
+from legit_worker.models.kinds import TextEmbedding
 from legit_worker.models.shortway import short_way
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,24 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import util
 from sentence_transformers.base.modules import Router
-from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.errors import InvalidInputError
+from legit_worker.models.features import (
+    Prepared,
+    Prompted,
+    as_the_library_takes_them,
+    can_be_padded,
+    check_text,
+    collate,
+    cost_of,
+    key_of,
+    largest,
+    sparse_rows,
+    to_numpy,
+    what,
+)
 from legit_worker.models.protocol import ImageFile
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.shortway import ShortWay, minds_task, short_way
@@ -35,28 +48,6 @@ Run = Callable[[Iterable[Any]], list[Any]]
 
 #: Arguments of the library's `encode` and `predict` that say how to compute. The engine decides that.
 IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
-
-
-@dataclass(frozen=True, slots=True)
-class Prompted:
-    """An input with the prompt that is put before it."""
-
-    input: Any
-    prompt: str | None
-    #: `query`, `document`, or another that the model treats in a way of its own.
-    task: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One input's features, or the input itself where they can't be padded."""
-
-    #: Lists of token ids, or tensors with a first dimension of 1; anything else is the same for the whole batch.
-    features: dict[str, Any]
-    cost: int
-    key: Hashable
-    task: str | None = None
-    raw: Prompted | None = None
 
 
 class SentenceModel:
@@ -119,9 +110,9 @@ class SentenceModel:
             features = self._tokenize(prompted.input)
             return Prepared(features, len(features["input_ids"]), "text")
         features = self._features_of([prompted.input], prompt, task)
-        if self._has_several_tokenizers or not _can_be_padded(features):
+        if self._has_several_tokenizers or not can_be_padded(features):
             return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompt, task), task, prompted)
-        return Prepared(features, _cost(features), (task, _key(features)), task)
+        return Prepared(features, cost_of(features), (task, key_of(features)), task)
 
     def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
         features: dict[str, Any] = self._model.preprocess(inputs, prompt=prompt, **_if_any(task))
@@ -163,14 +154,14 @@ class SentenceModel:
 
     def postprocess(self, output: torch.Tensor) -> Any:
         """One row as a numpy array; `encode` and `predict` finish all rows of a call together."""
-        return _to_numpy(output)
+        return to_numpy(output)
 
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         if batch[0].raw is not None:
             inputs = [item.raw.input for item in batch if item.raw]
             features = self._features_of(inputs, batch[0].raw.prompt, batch[0].task)
         else:
-            features = _collate([item.features for item in batch], self._model.tokenizer)
+            features = collate([item.features for item in batch], self._model.tokenizer)
         return to_device(features, self._model.device)
 
     def _prompted(
@@ -223,7 +214,7 @@ class Embedding(SentenceModel):
         return self._compare(self._model.similarity_pairwise, embeddings1, embeddings2)
 
     def _compare(self, function: Callable[[Any, Any], torch.Tensor], *embeddings: Any) -> NDArray[Any]:
-        return _to_numpy(function(*map(_as_the_library_takes_them, embeddings)).cpu())
+        return to_numpy(function(*map(as_the_library_takes_them, embeddings)).cpu())
 
     def get_embedding_dimension(self) -> int | None:
         """Length of the vectors."""
@@ -321,7 +312,7 @@ class SparseEmbedding(Embedding):
 
     def postprocess(self, output: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The places and the values that are not zero."""
-        row = _to_numpy(output)
+        row = to_numpy(output)
         places = row.nonzero()[0]
         return places, row[places]
 
@@ -337,17 +328,12 @@ class SparseEmbedding(Embedding):
         **others: Any,
     ) -> Any:
         """A `scipy.sparse.csr_array` of shape `[n, vocabulary]`, one row for one text."""
-        from scipy.sparse import csr_array
-
         _refuse(others, "encode")
         single = self._model.is_singular_input(inputs)
         most = max_active_dims or self._model.max_active_dims
         rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt, task))
-        kept = [_largest(places, values, most) for places, values in rows]
-        starts = np.cumsum([0, *(len(places) for places, _ in kept)])
-        places = np.concatenate([places for places, _ in kept]) if kept else np.array([], dtype=np.int64)
-        values = np.concatenate([values for _, values in kept]) if kept else np.array([], dtype=np.float32)
-        return csr_array((values, places, starts), shape=(len(kept), self._model.get_embedding_dimension()))
+        kept = [largest(places, values, most) for places, values in rows]
+        return sparse_rows(kept, self._model.get_embedding_dimension())
 
 
 class Reranker(SentenceModel):
@@ -358,7 +344,7 @@ class Reranker(SentenceModel):
 
     def _check(self, value: Any) -> None:
         if not isinstance(value, list | tuple) or len(value) != 2:
-            raise InvalidInputError(f"a reranker takes pairs of two texts, not {_what(value)}")
+            raise InvalidInputError(f"a reranker takes pairs of two texts, not {what(value)}")
         for part in value:
             check_text(part)
 
@@ -396,21 +382,6 @@ class Reranker(SentenceModel):
         return scores.numpy()[0] if single else scores.numpy()
 
 
-def check_text(value: Any) -> None:
-    """Raises `InvalidInputError` where `value` is not text that can be encoded as UTF-8."""
-    if not isinstance(value, str):
-        raise InvalidInputError(f"expected text, got {_what(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"the text is not valid Unicode: {error}") from None
-
-
-def _what(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-
-
 def _refuse(options: dict[str, Any], method: str) -> None:
     if options.get("convert_to_tensor") or options.get("convert_to_numpy") is False:
         raise ValueError(
@@ -427,74 +398,3 @@ def _refuse(options: dict[str, Any], method: str) -> None:
 def _if_any(task: str | None) -> dict[str, str]:
     """The library's argument: modules that know no task are not given one."""
     return {} if task is None else {"task": task}
-
-
-def _as_the_library_takes_them(embeddings: Any) -> Any:
-    """Sparse rows, as `encode` gives them, become a sparse tensor. Anything else stays as it is."""
-    from scipy.sparse import issparse, vstack
-
-    if isinstance(embeddings, list) and any(map(issparse, embeddings)):
-        embeddings = vstack(embeddings)
-    if not issparse(embeddings):
-        return embeddings
-    found = embeddings.tocoo()
-    places = torch.from_numpy(np.stack((found.row, found.col)))
-    return torch.sparse_coo_tensor(places, torch.from_numpy(found.data), found.shape, check_invariants=True)
-
-
-def _can_be_padded(features: dict[str, Any]) -> bool:
-    """Whether the library gave one row per input: static embeddings and unpadded flash attention don't."""
-    tensors = [value for value in features.values() if isinstance(value, torch.Tensor)]
-    return bool(tensors) and all(tensor.ndim >= 2 and tensor.shape[0] == 1 for tensor in tensors)
-
-
-def _cost(features: dict[str, Any]) -> int:
-    if "input_ids" in features:
-        return int(features["input_ids"].shape[1])
-    return max(1, max(value.numel() for value in features.values() if isinstance(value, torch.Tensor)) // 1024)
-
-
-def _key(features: dict[str, Any]) -> Hashable:
-    """Everything that padding the sequences can't make equal."""
-    length = _length(features)
-    return tuple(
-        (name, tuple(value.shape[1:] if value.shape[1] != length else value.shape[2:]))
-        if isinstance(value, torch.Tensor)
-        else (name, str(value))
-        for name, value in sorted(features.items())
-    )
-
-
-def _length(features: dict[str, Any]) -> int:
-    """Tokens in the sequence, -1 where there is none."""
-    return int(features["input_ids"].shape[1]) if "input_ids" in features else -1
-
-
-def _collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
-    return {name: _join(name, [item[name] for item in items], tokenizer) for name in items[0]}
-
-
-def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
-    """One feature of all items as one tensor, or as the value that it has in each."""
-    if isinstance(values[0], list):
-        values = [torch.tensor([ids]) for ids in values]
-    if not isinstance(values[0], torch.Tensor):
-        return values[0]
-    if all(tensor.shape[1] == values[0].shape[1] for tensor in values):
-        return torch.cat(values)
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
-    rows = [tensor[0] for tensor in values]
-    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
-
-
-def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """numpy has no bfloat16: as the library does, that becomes float32."""
-    values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return values
-
-
-def _largest(places: NDArray[np.int64], values: NDArray[Any], most: int | None) -> tuple[Any, Any]:
-    if most is None or len(values) <= most:
-        return places, values
-    kept = np.sort(np.argpartition(np.abs(values), -most)[-most:])
-    return places[kept], values[kept]

@@ -1,0 +1,139 @@
+"""What a batch needs of one input, and how a batch's inputs are joined.
+
+In: what sentence-transformers' preprocessing gives for one input. Out: its cost, the key that says which inputs may
+share a batch, and the batch's features, padded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
+
+from legit_worker.errors import InvalidInputError
+
+#: Numbers of an image or a sound that count as one unit of cost.
+NUMBERS_PER_COST = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """An input, with the prompt that the library puts before it."""
+
+    input: Any
+    prompt: str | None
+    #: `query`, `document`, or another task that the model treats in its own way.
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One input's features, or the input itself if its features can't be padded."""
+
+    #: Lists of token ids, or tensors with a first dimension of 1. Any other value is the same for the whole batch.
+    features: dict[str, Any]
+    cost: int
+    key: Hashable
+    task: str | None = None
+    raw: Prompted | None = None
+
+
+def check_text(value: Any) -> None:
+    """Raise `InvalidInputError` if `value` is not text that UTF-8 can encode."""
+    if not isinstance(value, str):
+        raise InvalidInputError(f"expected text, got {what(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(f"the text is not valid Unicode: {error}") from None
+
+
+def what(value: Any) -> str:
+    """A value's type and its beginning, for an error."""
+    return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def can_be_padded(features: dict[str, Any]) -> bool:
+    """Whether the library gave one row per input. Static embeddings and unpadded flash attention have no rows."""
+    tensors = [value for value in features.values() if isinstance(value, torch.Tensor)]
+    return bool(tensors) and all(tensor.ndim >= 2 and tensor.shape[0] == 1 for tensor in tensors)
+
+
+def cost_of(features: dict[str, Any]) -> int:
+    """Tokens of a text; for anything else, its largest tensor."""
+    if "input_ids" in features:
+        return int(features["input_ids"].shape[1])
+    numbers = max(value.numel() for value in features.values() if isinstance(value, torch.Tensor))
+    return max(1, numbers // NUMBERS_PER_COST)
+
+
+def key_of(features: dict[str, Any]) -> Hashable:
+    """All that must be equal in a batch: padding makes only the lengths of sequences equal."""
+    length = int(features["input_ids"].shape[1]) if "input_ids" in features else None
+    return tuple(
+        (name, tuple(value.shape[1:] if value.shape[1] != length else value.shape[2:]))
+        if isinstance(value, torch.Tensor)
+        else (name, str(value))
+        for name, value in sorted(features.items())
+    )
+
+
+def collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    """The features of a batch, padded as the tokenizer pads."""
+    return {name: _join(name, [item[name] for item in items], tokenizer) for name in items[0]}
+
+
+def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
+    """One feature of all items as one tensor, or the value that is the same in each."""
+    if isinstance(values[0], list):
+        values = [torch.tensor([ids]) for ids in values]
+    if not isinstance(values[0], torch.Tensor):
+        return values[0]
+    if all(tensor.shape[1] == values[0].shape[1] for tensor in values):
+        return torch.cat(values)
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
+    rows = [tensor[0] for tensor in values]
+    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor's numbers. bfloat16, which numpy lacks, becomes float32, as in the library."""
+    values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return values
+
+
+def largest(places: NDArray[np.int64], values: NDArray[Any], most: int | None) -> tuple[Any, Any]:
+    """A sparse row's `most` largest values and their places; all of them if `most` is None."""
+    if most is None or len(values) <= most:
+        return places, values
+    kept = np.sort(np.argpartition(np.abs(values), -most)[-most:])
+    return places[kept], values[kept]
+
+
+def sparse_rows(rows: Sequence[tuple[Any, Any]], width: int | None) -> Any:
+    """A `scipy.sparse.csr_array` with one row for each pair of places and values."""
+    from scipy.sparse import csr_array
+
+    starts = np.cumsum([0, *(len(places) for places, _ in rows)])
+    places = np.concatenate([places for places, _ in rows]) if rows else np.array([], dtype=np.int64)
+    values = np.concatenate([values for _, values in rows]) if rows else np.array([], dtype=np.float32)
+    return csr_array((values, places, starts), shape=(len(rows), width))
+
+
+def as_the_library_takes_them(embeddings: Any) -> Any:
+    """Sparse rows, as `encode` gives them, become a sparse tensor. Anything else stays as it is."""
+    from scipy.sparse import issparse, vstack
+
+    if isinstance(embeddings, list) and any(map(issparse, embeddings)):
+        embeddings = vstack(embeddings)
+    if not issparse(embeddings):
+        return embeddings
+    found = embeddings.tocoo()
+    places = torch.from_numpy(np.stack((found.row, found.col)))
+    return torch.sparse_coo_tensor(places, torch.from_numpy(found.data), found.shape, check_invariants=True)
