@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sentence_transformers import util
 from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.errors import InvalidInputError
@@ -106,6 +107,18 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     """The tensor's numbers. bfloat16, which numpy lacks, becomes float32, as in the library."""
     values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return values
+
+
+def dense_rows(rows: Sequence[NDArray[Any]], dimension: int | None, *, normalize: bool, precision: str | None) -> Any:
+    """The rows of a call as one array, as the library's `encode` finishes them; `[]` if there are none."""
+    if not rows:
+        return np.array([])
+    vectors: Any = np.stack(rows)[:, :dimension]
+    if normalize:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    if precision and precision != "float32":
+        vectors = util.quantize_embeddings(vectors, precision=precision)
+    return vectors
 
 
 def largest(places: NDArray[np.int64], values: NDArray[Any], most: int | None) -> tuple[Any, Any]:

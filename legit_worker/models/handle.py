@@ -190,10 +190,11 @@ class Handle:
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
         entry, runner = self.entry, _runner
         with runner.hold(entry) as model:
-            method = _method(entry, model, name)
-            if "sentences" in options:  # what the library called it until version 6
+            plan = _method(entry, model, name, "plan_")
+            if "sentences" in options:  # the library's name for it until version 6
                 options["inputs"] = options.pop("sentences")
-            return method(lambda items: runner.run(entry, list(items)), *inputs, **options)
+            items, finish = plan(*inputs, **options)
+            return finish(runner.run(entry, list(items)))
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """What a method says that runs no batch."""
@@ -202,11 +203,11 @@ class Handle:
             return entry.alone(_method(entry, model, name), *arguments)
 
 
-def _method(entry: Entry, model: Model, name: str) -> Callable[..., Any]:
-    method: Callable[..., Any] | None = getattr(model, name, None)
+def _method(entry: Entry, model: Model, name: str, prefix: str = "") -> Callable[..., Any]:
+    method: Callable[..., Any] | None = getattr(model, prefix + name, None)
     if method is None:
         raise TypeError(
             f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): "
-            f"use map(), or a model of another kind"
+            f"use map(), or a model of another kind, or give its class a method {prefix}{name}()"
         )
     return method

@@ -2,14 +2,15 @@
 
 In: texts, images, pairs. Out: numpy arrays with the values, shapes and dtypes that sentence-transformers gives.
 
-Each item is preprocessed alone, in its task, by the library's own code; a batch is the items' features, padded
-together; `forward` is the library's own. So what a batch computes for an item is what `encode` computes for it alone.
+The library's own code preprocesses each item alone, in its task. A batch is the items' features, padded together, and
+`forward` is the library's own. So a batch computes for an item what `encode` computes for this item alone. No model
+calls the engine: `plan_encode` and `plan_predict` say which items a call has, and how their outputs become its result.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,6 @@ import numpy as np
 import sentence_transformers
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import util
 from sentence_transformers.base.modules import Router
 
 from legit_worker.device.cpu import speed_up_linear_layers
@@ -32,26 +32,24 @@ from legit_worker.models.features import (
     check_text,
     collate,
     cost_of,
+    dense_rows,
     key_of,
     largest,
     sparse_rows,
     to_numpy,
     what,
 )
-from legit_worker.models.protocol import ImageFile
+from legit_worker.models.protocol import ImageFile, Plan
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.shortway import ShortWay, minds_task, short_way
 from legit_worker.prep.texts import PreparedText
-
-#: Computes items and returns one output each, in order: a runner, bound to a model.
-Run = Callable[[Iterable[Any]], list[Any]]
 
 #: Arguments of the library's `encode` and `predict` that say how to compute. The engine decides that.
 IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
 
 
 class SentenceModel:
-    """What the four kinds share. Weights are read on the loader thread; all else happens where the tasks run."""
+    """What the four kinds share. The loader thread reads the weights; all other methods run where the tasks run."""
 
     def __init__(self, path: str, dtype: str | None = None, revision: str | None = None) -> None:
         self._path = path
@@ -63,9 +61,9 @@ class SentenceModel:
         self._minds_task = False
 
     def load(self, device: str) -> None:
-        """Read the weights from the path, or the local cache, and put them on `device`."""
+        """Read the weights from the path, or from the local cache, and put them on `device`."""
         if is_missing_folder(self._path):
-            # The library takes it for a name on the Hub, and complains of its characters.
+            # The library would take the path for a name on the Hub, and complain about its characters.
             raise FileNotFoundError(f"there is no folder {self._path}")
         self._model = self._open(
             self._path,
@@ -86,11 +84,11 @@ class SentenceModel:
         move(self._model, device)
 
     def unload(self) -> None:
-        """Give the weights' memory back: the library's objects are in cycles, and failed tasks may have this one."""
+        """Free the weights' memory now: the library's objects are in cycles, and failed tasks may hold this one."""
         self._model.to("meta")
 
     def sample(self, cost: int) -> Any:
-        """A text of about so many tokens."""
+        """A text of about `cost` tokens."""
         return "a " * cost
 
     def memory(self) -> int:
@@ -99,7 +97,7 @@ class SentenceModel:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def preprocess(self, item: Any) -> Prepared:
-        """Tokenize or resize one input. Raises `InvalidInputError` where it is not of this model's kind."""
+        """Tokenize or resize one input. Raises `InvalidInputError` if the input is not of this model's kind."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
         if isinstance(prompted.input, PreparedText):
             features = self._of_ids(prompted.input, prompted)
@@ -120,7 +118,7 @@ class SentenceModel:
 
     @functools.cached_property
     def _has_several_tokenizers(self) -> bool:
-        """Whether routes of the model pad in ways of their own. Only the library knows which of them an input takes."""
+        """Whether the model's routes pad differently. Only the library knows which route an input takes."""
         routes = self._model[0].sub_modules.values() if isinstance(self._model[0], Router) else ()
         return len({id(getattr(route[0], "tokenizer", None)) for route in routes}) > 1
 
@@ -135,16 +133,16 @@ class SentenceModel:
         check_text(value)
 
     def cost(self, item: Prepared) -> int:
-        """Tokens, or for an image its patches' worth of pixels."""
+        """Tokens of a text; for an image, its numbers in units of `NUMBERS_PER_COST`."""
         return item.cost
 
     def batch_key(self, item: Prepared) -> Hashable:
-        """Inputs of one modality, one image size and one prompt length share a batch."""
+        """Inputs share a batch if their modality, their image size and their prompt length are equal."""
         return item.key
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Prepared]) -> torch.Tensor:
-        """One row per item, as the model's last module leaves it: shape `[n, dim]`."""
+        """Compute one row per item, as the model's last module gives it: shape `[n, dim]`."""
         with self._precision():
             return self._output(self._model(self._features(batch), **_if_any(batch[0].task)))
 
@@ -153,7 +151,7 @@ class SentenceModel:
         return embeddings
 
     def postprocess(self, output: torch.Tensor) -> Any:
-        """One row as a numpy array; `encode` and `predict` finish all rows of a call together."""
+        """Make one row a numpy array. A plan's `finish` does the rest, for all rows of a call together."""
         return to_numpy(output)
 
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
@@ -164,12 +162,15 @@ class SentenceModel:
             features = collate([item.features for item in batch], self._model.tokenizer)
         return to_device(features, self._model.device)
 
-    def _prompted(
-        self, inputs: Iterable[Any], prompt_name: str | None, prompt: str | None, task: str | None = None
-    ) -> list[Prompted]:
+    def _items(
+        self, inputs: Any, prompt_name: str | None, prompt: str | None, task: str | None = None
+    ) -> tuple[list[Prompted], bool]:
+        """The call's items, and whether it has a single input, whose result is no list."""
+        is_single = self._model.is_singular_input(inputs)
         if prompt is None:
             prompt = self._named_prompt(prompt_name or self._model.default_prompt_name)
-        return [Prompted(item, prompt, task if self._minds_task else None) for item in inputs]
+        task = task if self._minds_task else None
+        return [Prompted(one, prompt, task) for one in ([inputs] if is_single else inputs)], is_single
 
     def _named_prompt(self, name: str | None) -> str | None:
         if name is None:
@@ -181,24 +182,24 @@ class SentenceModel:
 
 
 class Embedding(SentenceModel):
-    """What the kinds that give vectors share. Names and results are the library's, as numpy arrays."""
+    """What the kinds that give vectors share. Arguments and results are the library's, as numpy arrays."""
 
-    def encode(self, run: Run, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **o: Any) -> Any:
-        raise NotImplementedError
+    #: Each kind's own.
+    plan_encode: Callable[..., Plan]
 
-    def encode_query(
-        self, run: Run, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
-    ) -> Any:
-        """As `encode`, with the prompt for queries, and by the model's own way for them where it has one."""
+    def plan_encode_query(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Plan:
+        """As `plan_encode`, with the prompt for queries, and the model's own way for them if it has one."""
         name = prompt_name or self._first_prompt(prompt, "query")
-        return self.encode(run, inputs, name, prompt, task="query", **options)
+        return self.plan_encode(inputs, name, prompt, task="query", **options)
 
-    def encode_document(
-        self, run: Run, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
-    ) -> Any:
+    def plan_encode_document(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Plan:
         """The same for documents."""
         name = prompt_name or self._first_prompt(prompt, "document", "passage", "corpus")
-        return self.encode(run, inputs, name, prompt, task="document", **options)
+        return self.plan_encode(inputs, name, prompt, task="document", **options)
 
     def _first_prompt(self, prompt: str | None, *names: str) -> str | None:
         if prompt is not None:
@@ -206,20 +207,19 @@ class Embedding(SentenceModel):
         return next((name for name in names if name in self._model.prompts), None)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
-        """Every vector of the one against every vector of the other, shape `[n, m]`, by the model's own function."""
+        """Compare each vector with each, by the model's own function: shape `[n, m]`."""
         return self._compare(self._model.similarity, embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
-        """The first against the first, and so on: shape `[n]`."""
+        """Compare the first vectors, the second ones, and so on: shape `[n]`."""
         return self._compare(self._model.similarity_pairwise, embeddings1, embeddings2)
 
     def _compare(self, function: Callable[[Any, Any], torch.Tensor], *embeddings: Any) -> NDArray[Any]:
         return to_numpy(function(*map(as_the_library_takes_them, embeddings)).cpu())
 
-    def get_embedding_dimension(self) -> int | None:
-        """Length of the vectors."""
-        dimension: int | None = self._model.get_embedding_dimension()
-        return dimension
+    def get_embedding_dimension(self) -> Any:
+        """Length of the vectors; None if the library does not know it."""
+        return self._model.get_embedding_dimension()
 
 
 class TextEmbedding(Embedding):
@@ -228,9 +228,8 @@ class TextEmbedding(Embedding):
     def _open(self, path: str, **options: Any) -> Any:
         return sentence_transformers.SentenceTransformer(path, **options)
 
-    def encode(
+    def plan_encode(
         self,
-        run: Run,
         inputs: Any,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -240,22 +239,20 @@ class TextEmbedding(Embedding):
         precision: str | None = "float32",
         task: str | None = None,
         **others: Any,
-    ) -> Any:
-        """`Handle.encode` says what it takes; shape `[dim]` for one input, `[n, dim]` for a list."""
+    ) -> Plan:
+        """`Handle.encode` describes the arguments; shape `[dim]` for one input, `[n, dim]` for a list."""
         _refuse(others, "encode")
-        single = self._model.is_singular_input(inputs)
-        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt, task))
-        if not rows:
-            return np.array([])
-        vectors = np.stack(rows)[:, : truncate_dim or self._model.truncate_dim]
-        if normalize_embeddings:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        if precision and precision != "float32":
-            vectors = util.quantize_embeddings(vectors, precision=precision)
-        return vectors[0] if single else vectors
+        items, is_single = self._items(inputs, prompt_name, prompt, task)
+
+        def finish(rows: list[Any]) -> Any:
+            dimension = truncate_dim or self._model.truncate_dim
+            vectors = dense_rows(rows, dimension, normalize=normalize_embeddings, precision=precision)
+            return vectors[0] if is_single else vectors
+
+        return items, finish
 
     def check_length(self, text: str | PreparedText) -> None:
-        """Raises `InvalidInputError`, with both numbers, where the model would cut the text."""
+        """Raise `InvalidInputError`, with both numbers, if the model would cut the text."""
         if isinstance(text, PreparedText):
             if text.cut:
                 raise InvalidInputError("the text was cut by prep_text: split it with chunk_tokens")
@@ -274,7 +271,7 @@ class TextEmbedding(Embedding):
 
 
 class ImageEmbedding(TextEmbedding):
-    """Kind `image`: vectors of images, and of texts where the model takes both, as CLIP does."""
+    """Kind `image`: vectors of images, and of texts if the model takes both, as CLIP does."""
 
     def preprocess(self, item: Any) -> Prepared:
         """A `PIL.Image.Image`, an `ImageFile`, or a text. A string is never a path or an address to read from."""
@@ -287,7 +284,7 @@ class ImageEmbedding(TextEmbedding):
         return super().preprocess(prompted)
 
     def sample(self, cost: int) -> Any:
-        """An image, which the model's processor brings to the one size that it wants."""
+        """An image of any size: the model's processor resizes it."""
         from PIL import Image
 
         return Image.new("RGB", (256, 256))
@@ -311,14 +308,13 @@ class SparseEmbedding(Embedding):
         return super()._output(features).to_dense()
 
     def postprocess(self, output: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[Any]]:
-        """The places and the values that are not zero."""
+        """The values that are not zero, and their places."""
         row = to_numpy(output)
         places = row.nonzero()[0]
         return places, row[places]
 
-    def encode(
+    def plan_encode(
         self,
-        run: Run,
         inputs: Any,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -326,14 +322,17 @@ class SparseEmbedding(Embedding):
         max_active_dims: int | None = None,
         task: str | None = None,
         **others: Any,
-    ) -> Any:
-        """A `scipy.sparse.csr_array` of shape `[n, vocabulary]`, one row for one text."""
+    ) -> Plan:
+        """The result is a `scipy.sparse.csr_array` of shape `[n, vocabulary]`, with one row for one text."""
         _refuse(others, "encode")
-        single = self._model.is_singular_input(inputs)
+        items, _ = self._items(inputs, prompt_name, prompt, task)
         most = max_active_dims or self._model.max_active_dims
-        rows = run(self._prompted([inputs] if single else inputs, prompt_name, prompt, task))
-        kept = [largest(places, values, most) for places, values in rows]
-        return sparse_rows(kept, self._model.get_embedding_dimension())
+
+        def finish(rows: list[Any]) -> Any:
+            kept = [largest(places, values, most) for places, values in rows]
+            return sparse_rows(kept, self._model.get_embedding_dimension())
+
+        return items, finish
 
 
 class Reranker(SentenceModel):
@@ -349,16 +348,15 @@ class Reranker(SentenceModel):
             check_text(part)
 
     def sample(self, cost: int) -> Any:
-        """A pair of about so many tokens."""
+        """A pair of about `cost` tokens."""
         return ("a " * (cost // 2), "a " * (cost // 2))
 
     def _output(self, features: dict[str, Any]) -> torch.Tensor:
         scores: torch.Tensor = features["scores"].float()
         return scores.reshape(len(scores), -1)  # one row of logits per pair, shape `[n, labels]`
 
-    def predict(
+    def plan_predict(
         self,
-        run: Run,
         inputs: Any,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -366,27 +364,29 @@ class Reranker(SentenceModel):
         activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         apply_softmax: bool = False,
         **others: Any,
-    ) -> Any:
-        """A float32 for one pair, shape `[n]` for several, `[n, labels]` where the model has several labels."""
+    ) -> Plan:
+        """A float32 for one pair, shape `[n]` for several, `[n, labels]` if the model has several labels."""
         _refuse(others, "predict")
-        single = self._model.is_singular_input(inputs)
-        pairs = [tuple(pair) for pair in ([inputs] if single else inputs)]
-        rows = run(self._prompted(pairs, prompt_name, prompt))
-        if not rows:
-            return np.array([])
-        scores = (activation_fn or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
-        if self._model.num_labels == 1:
-            scores = scores.squeeze(-1)
-        elif apply_softmax:
-            scores = torch.nn.functional.softmax(scores, dim=1)
-        return scores.numpy()[0] if single else scores.numpy()
+        items, is_single = self._items(inputs, prompt_name, prompt)
+
+        def finish(rows: list[Any]) -> Any:
+            if not rows:
+                return np.array([])
+            scores = (activation_fn or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
+            if self._model.num_labels == 1:
+                scores = scores.squeeze(-1)
+            elif apply_softmax:
+                scores = torch.nn.functional.softmax(scores, dim=1)
+            return scores.numpy()[0] if is_single else scores.numpy()
+
+        return items, finish
 
 
 def _refuse(options: dict[str, Any], method: str) -> None:
     if options.get("convert_to_tensor") or options.get("convert_to_numpy") is False:
         raise ValueError(
-            "tensors are refused: one would hold device memory that the engine counts as free for as long as the task "
-            "keeps it; the result is a numpy array, and torch.from_numpy() makes it a CPU tensor without a copy"
+            "tensors are refused: a task that keeps one would hold device memory that the engine counts as free; "
+            "the result is a numpy array, and torch.from_numpy() makes it a CPU tensor without a copy"
         )
     if options.get("output_value", "sentence_embedding") != "sentence_embedding":
         raise ValueError(f"output_value={options['output_value']!r} is refused: only sentence embeddings are batched")

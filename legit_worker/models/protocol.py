@@ -1,56 +1,60 @@
-"""What a model is, to the engine.
+"""What the engine needs of a model.
 
 In: items from tasks. Out: one output per item. A user's own model is any class with these five methods, named in
-settings as `module:Class`; it need not import anything from here.
+settings as `module:Class`. It need not import anything from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from legit_worker.prep.images import decode
 
+#: A call of `encode` or `predict`: the items to compute, and the function that makes the result of their outputs.
+Plan = tuple[list[Any], Callable[[list[Any]], Any]]
+
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image whose file is in memory and whose pixels are not: they are decoded when its turn comes."""
+    """An image whose file is in memory. Its pixels are decoded when its turn comes."""
 
-    #: As `PIL.Image.open` gives it, before anything asked for a pixel.
+    #: What `PIL.Image.open` gives, before anything asks for a pixel.
     opened: Any
 
     def decode(self) -> Any:
-        """A `PIL.Image.Image` in RGB, the way up that its camera noted. Raises `InvalidInputError`."""
+        """A `PIL.Image.Image` in RGB, turned as its camera noted. Raises `InvalidInputError`."""
         return decode(self.opened)
 
 
 @runtime_checkable
 class Model(Protocol):
-    """Five methods. The constructor is given those of `alias`, `path`, `dtype` and `revision` that it names.
+    """Five methods. The constructor gets those of `alias`, `path`, `dtype` and `revision` that it names.
 
-    Five more are optional. `batch_key(prepared) -> Hashable`: items share a batch only when their keys are equal, and
-    without it, all do. `memory() -> int`: bytes of the loaded weights; without it, what their files have.
-    `sample(cost) -> item`: something to compute that costs about so much; with it, the memory that batches take on a
-    GPU is measured when the model is loaded. `to(device)`: moves the weights; with it, they may wait in host memory.
-    `unload()`: the model is evicted, nobody uses it any more, and its weights' memory is wanted; without it, that is
-    free once Python has collected the model.
+    More are optional. `batch_key(prepared) -> Hashable`: items share a batch only if their keys are equal; without
+    it, all may. `memory() -> int`: bytes of the loaded weights; without it, the size of their files. `sample(cost)
+    -> item`: an item of about this cost; with it, the load measures the memory that batches take on a GPU.
+    `to(device)`: moves the weights; with it, they may wait in the host's memory. `unload()`: frees the weights'
+    memory when the model is evicted and nobody uses it; without it, Python's collector does. `plan_encode(inputs,
+    **options) -> Plan`, and the same for `encode_query`, `encode_document` and `predict`: with it, handles of the
+    model have that method.
     """
 
     def load(self, device: str) -> None:
-        """Read the weights and put them on `device` (`"cpu"`, `"cuda:0"`). Called once, on the loader thread."""
+        """Read the weights and put them on `device` (`"cpu"`, `"cuda:0"`). Runs once, on the loader thread."""
 
     def preprocess(self, item: Any) -> Any:
-        """Make one item ready for a batch. Called in the task; raise `InvalidInputError` and only that task fails."""
+        """Make one item ready for a batch. Runs in the task: if it raises, only that task fails."""
 
     def cost(self, item: Any) -> int:
-        """The size of one *preprocessed* item in whatever unit `forward` pays for: tokens, pixels. At least 1."""
+        """The size of one *preprocessed* item, in the unit that `forward` pays for: tokens, pixels. At least 1."""
 
     def forward(self, batch: Sequence[Any]) -> Sequence[Any]:
         """Compute a batch of preprocessed items. Returns one output per item, in the same order.
 
-        A tensor of a GPU, its first dimension the items, or a list of such tensors, is brought to the host without
-        waiting for it, while other tasks go on.
+        The output may be a tensor on a GPU whose first dimension is the items, or a list of such tensors. The engine
+        copies it to the host while other tasks go on.
         """
 
     def postprocess(self, output: Any) -> Any:

@@ -1,6 +1,6 @@
-"""A model that computes nothing, and takes the time and the memory that it is told to.
+"""A model that computes nothing, and takes as much time and memory as its settings say.
 
-In: any strings or numbers. Out: a vector that depends on the item alone, so a test can tell whose result it got.
+In: strings or numbers. Out: a vector that depends on the item alone, so a test can tell whose result it got.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from legit_worker.device.simulated import Ledger, simulated_device
 from legit_worker.errors import InvalidInputError
+from legit_worker.models.protocol import Plan
 
 #: Length of the vectors.
 DIMENSION = 8
 
 
 class SimulatedModel:
-    """A model for tests: `vector(item)` is its answer, `seconds_per_batch + seconds_per_cost * padded` its time.
+    """A model for tests: its answer is `vector(item)`, its time `seconds_per_batch + seconds_per_cost * padded`.
 
-    `path`, where given, is `"<seconds per batch>,<seconds per padded unit>"`, and where wanted
-    `",<bytes of weights>,<seconds to load>,<bytes per padded unit>"`. The bytes are entered in a ledger, by default
-    that of the process's simulated device.
+    `path` is `"<seconds per batch>,<seconds per padded unit>,<bytes of weights>,<seconds to load>,<bytes per padded
+    unit>"`; each number is 0 if it is left out. The model enters its bytes in a ledger, by default in the one of the
+    process's simulated device.
     """
 
     def __init__(self, path: str | None = None, alias: str = "a model", ledger: Ledger | None = None) -> None:
@@ -38,12 +39,12 @@ class SimulatedModel:
         self._leave: Any = None
 
     def load(self, device: str) -> None:
-        """Nothing to read, but it takes its time; then the weights are there. Raises `DeviceOutOfMemoryError`."""
+        """Take the time of a load, then the memory of the weights. Raises `DeviceOutOfMemoryError`."""
         sleep(self._load_seconds)
         self.to(device)
 
     def to(self, device: str) -> None:
-        """Enter the weights, or give them back where the device is the CPU; they go with the model, too."""
+        """Enter the weights, or give them back if the device is the CPU. They also go when the model goes."""
         if device == "cpu":
             if self._leave is not None:
                 self._leave()
@@ -53,7 +54,7 @@ class SimulatedModel:
             self._leave.atexit = False
 
     def memory(self) -> int:
-        """Bytes of weights, as it was told."""
+        """Bytes of weights, as `path` says."""
         return self._weights
 
     def sample(self, cost: int) -> str:
@@ -61,17 +62,17 @@ class SimulatedModel:
         return "word " * cost
 
     def preprocess(self, item: Any) -> str:
-        """Strings and finite numbers only. Raises `InvalidInputError`."""
+        """Take strings and numbers only. Raises `InvalidInputError`."""
         if isinstance(item, bool) or not isinstance(item, str | int | float):
             raise InvalidInputError(f"the simulated model takes strings and numbers, not {type(item).__name__}")
         return str(item)
 
     def cost(self, item: str) -> int:
-        """One per word, as if words were tokens."""
+        """One unit per word, as if words were tokens."""
         return max(1, len(item.split()))
 
     def forward(self, batch: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Sleep as long as the batch would take, holding its bytes, then answer. Raises `DeviceOutOfMemoryError`."""
+        """Hold the batch's bytes and sleep for its time, then answer. Raises `DeviceOutOfMemoryError`."""
         padded = len(batch) * max(map(self.cost, batch))
         with self._ledger.held(self._alias, padded * self._bytes_per_cost):
             sleep(self.seconds_per_batch + self.seconds_per_cost * padded)
@@ -81,14 +82,18 @@ class SimulatedModel:
         """JSON-safe: a list of floats."""
         return [float(value) for value in output]
 
-    def encode(self, run: Any, inputs: str | Sequence[str]) -> NDArray[np.float32]:
-        """A vector of shape `[8]` for one string, an array of shape `[n, 8]` for several."""
-        if isinstance(inputs, str):
-            return np.asarray(run([inputs])[0], dtype=np.float32)
-        return np.asarray(run(list(inputs)), dtype=np.float32).reshape(-1, DIMENSION)
+    def plan_encode(self, inputs: str | Sequence[str]) -> Plan:
+        """The result has shape `[8]` for one string, `[n, 8]` for several."""
+        is_single = isinstance(inputs, str)
 
-    # As for a model without prompts.
-    encode_query = encode_document = encode
+        def finish(rows: list[Any]) -> NDArray[np.float32]:
+            vectors = np.asarray(rows, dtype=np.float32).reshape(-1, DIMENSION)
+            return vectors[0] if is_single else vectors
+
+        return [inputs] if is_single else list(inputs), finish
+
+    # A model without prompts.
+    plan_encode_query = plan_encode_document = plan_encode
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[np.float32]:
         """Cosines, shape `[n, m]`."""

@@ -116,8 +116,13 @@ def test_a_model_of_a_user_is_called_as_the_protocol_says(worker: Worker) -> Non
     assert worker.ask("one", "text", alias="upper") == "TEXT"
 
 
+def test_a_model_of_a_user_has_the_methods_that_it_plans(worker: Worker) -> None:
+    assert worker.ask("asks", "encode", "text", alias="planned") == "TEXT"
+    assert worker.ask("asks", "encode", ["a", "b"], alias="planned", ending="!") == ["A!", "B!"]
+
+
 def test_a_handle_says_which_method_a_model_lacks(worker: Worker) -> None:
-    with pytest.raises(TypeError, match=r"'upper'.*no encode\(\)"):
+    with pytest.raises(TypeError, match=r"'upper'.*no encode\(\).*plan_encode\(\)"):
         worker.ask("encode", "text", alias="upper")
 
 

@@ -420,7 +420,8 @@ def test_the_prompt_for_documents_is_the_first_that_the_library_takes(
     model: Any = symbol_by_name(KINDS["embed"])(str(tiny_paths["embed"]))
     model.load("cpu")
     model._model.prompts = dict(theirs.prompts)
-    got = model.encode_document(lambda items: [model.postprocess(row) for row in forward(model, items)], TEXTS)
+    items, finish = model.plan_encode_document(TEXTS)
+    got = finish([model.postprocess(row) for row in forward(model, items)])
     assert_equal(got, theirs.encode_document(TEXTS))
 
 
@@ -433,7 +434,7 @@ def test_queries_and_documents_share_a_batch_unless_the_model_treats_them_apart(
     for alias in ("minilm", "embed", "routed", "capped"):
         entry = legit_worker.model(alias).entry
         model: Any = entry.load().result()
-        items = [model._prompted(["red"], None, "", task)[0] for task in (None, "query", "document")]
+        items = [model.plan_encode("red", prompt="", task=task)[0][0] for task in (None, "query", "document")]
         keys[alias] = len({entry.batch_key(model.preprocess(item)) for item in items})
     assert keys == {"minilm": 1, "embed": 1, "routed": 3, "capped": 3}
 

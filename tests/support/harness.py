@@ -352,6 +352,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     f"LEGIT_WORKER_MODELS__{name.upper()}__KIND": f"custom_models:{name.title().replace('_', '')}"
     for name in (
         "upper",
+        "planned",
         "picky",
         "poisoned",
         "stormy",

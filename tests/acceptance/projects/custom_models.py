@@ -39,6 +39,20 @@ class Upper:
         return output
 
 
+class Planned(Upper):
+    """Has an `encode` of its own."""
+
+    def plan_encode(self, inputs: Any, ending: str = "") -> tuple[list[Any], Any]:
+        """One string, or a list of strings."""
+        is_single = isinstance(inputs, str)
+
+        def finish(outputs: list[Any]) -> Any:
+            whole = [output + ending for output in outputs]
+            return whole[0] if is_single else whole
+
+        return ([inputs] if is_single else inputs), finish
+
+
 class Picky(Upper):
     """Refuses items that begin with `bad`, before they reach a batch."""
 
