@@ -27,6 +27,7 @@ from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import DeviceLostError, LegitWorkerError, ModelLoadError
 from legit_worker.models.calibration import calibrate
+from legit_worker.models.methods import Methods
 from legit_worker.models.protocol import Model
 from legit_worker.models.residency import NotNowError, Residency
 from legit_worker.models.shelf import Kept, Shelf
@@ -103,8 +104,10 @@ class Entry:
         self._device = Device("nowhere")
         self._future: Future[Model] | None = None
         self._failed_at = 0.0
-        #: Held during `forward`: threads other than the engine's may call the model directly.
+        # Held while `_future` changes.
         self._lock = threading.Lock()
+        # Threads other than the engine's may call the model directly.
+        self._methods = Methods(alias)
         #: Bytes of its weights: as its files have them, and once it was loaded as they are in memory.
         self.size = estimate(spec)
         #: Requests that have it now, and when one last had it. Kept by `Residency`, as are the next two.
@@ -123,7 +126,7 @@ class Entry:
 
     def use_loader(self, loader: Loader) -> None:
         """Load by this loader from now on, and forget a load that another process had begun."""
-        self._loader, self._lock = loader, threading.Lock()
+        self._loader, self._lock, self._methods = loader, threading.Lock(), Methods(self.alias)
         if self.state != "resident":
             self._future = None
 
@@ -196,13 +199,17 @@ class Entry:
     def batch_key(self, prepared: Any) -> Hashable:
         """What must be equal for two items to share a batch. Raises `TypeError` where the model's key is no key."""
         key_of = getattr(self.model_now, "batch_key", None)
-        key: Hashable = None if key_of is None else key_of(prepared)
+        key: Hashable = None if key_of is None else self._methods.at_once("batch_key", key_of, prepared)
         hash(key)
         return key
 
     def cost(self, prepared: Any) -> int:
         """The model's cost of a preprocessed item, at least 1, and small enough for the packer's arithmetic."""
-        return min(max(1, int(self.model_now.cost(prepared))), MAX_COST)
+        return min(max(1, int(self._methods.at_once("cost", self.model_now.cost, prepared))), MAX_COST)
+
+    def postprocess(self, output: Any) -> Any:
+        """What the task receives for this output. Raises what the model raises."""
+        return self._methods.at_once("postprocess", self.model_now.postprocess, output)
 
     @property
     def postprocess(self) -> Callable[[Any], Any]:
@@ -211,12 +218,11 @@ class Entry:
 
     def preprocess(self, item: Any) -> Any:
         """The loaded model's `preprocess`. Raises what that raises."""
-        return self.alone(self.model_now.preprocess, item)
+        return self._methods.alone("preprocess", self.model_now.preprocess, item)
 
-    def alone(self, method: Callable[..., Any], *arguments: Any) -> Any:
+    def alone(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of the model while no other thread does: tokenizers and modules keep state."""
-        with self._lock:
-            return method(*arguments)
+        return self._methods.alone(name, method, *arguments)
 
     @property
     def reserve(self) -> int:
@@ -240,7 +246,7 @@ class Entry:
     def forward(self, batch: Sequence[Any]) -> Sequence[Any]:
         """Compute a batch and wait for it. Raises what the model raises."""
         model = self.model_now
-        with self._lock:
+        with self._methods.lock:
             outputs: Sequence[Any] = self._compute(model, batch).outputs
         return outputs
 
@@ -248,7 +254,7 @@ class Entry:
         """Hand a batch to the device: one output per item. Raises what the model raises."""
         model = self.model_now
         was_loading = self.residency.is_loading()
-        with self._lock:
+        with self._methods.lock:
             launch = self._device.launch(lambda: self._checked(model, batch))
         if was_loading or self.residency.is_loading():  # whose bytes are in the peak, too
             launch.peak = None
@@ -262,7 +268,7 @@ class Entry:
             self.activations.observe(count, longest, launch.peak)
 
     def _checked(self, model: Model, batch: Sequence[Any]) -> Sequence[Any]:
-        outputs = model.forward(batch)
+        outputs: Sequence[Any] = self._methods.at_once("forward", model.forward, batch)
         if len(outputs) != len(batch):
             raise LegitWorkerError(
                 f"model {self.alias!r} gave {len(outputs)} outputs for a batch of {len(batch)} items: "
@@ -328,7 +334,7 @@ class Entry:
         self._shelf.clear_device()
         if model is None:
             model = self._construct(cls)
-            model.load(self._device.name)
+            self._methods.at_once("load", model.load, self._device.name)
         else:
             model.to(self._device.name)  # type: ignore[attr-defined]  # or it would not have been kept
         return model

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.models.entry import Entry
+from legit_worker.models.methods import is_in_another_call, leave
 from legit_worker.models.protocol import Model
 from legit_worker.models.registry import Registry, default_registry
 from legit_worker.models.residency import Request
@@ -51,7 +52,7 @@ class DirectRunner:
     @contextmanager
     def hold(self, entry: Entry) -> Iterator[Model]:
         """Waits for the loader thread."""
-        request = entry.residency.request(entry, must=self._must)
+        request = entry.residency.request(entry, must=self._must or is_in_another_call())
         try:
             yield self._wait(entry, request)
         finally:
@@ -66,13 +67,12 @@ class DirectRunner:
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
         """All items, in batches of even length and equal batch key."""
-        model = entry.model_now
         prepared = [entry.preprocess(item) for item in items]
         outputs: list[Any] = [None] * len(items)
         for batch in _batches(entry, prepared):
             for index, output in zip(batch, entry.forward([prepared[index] for index in batch]), strict=True):
                 outputs[index] = output
-        return [model.postprocess(output) for output in outputs]
+        return [entry.postprocess(output) for output in outputs]
 
 
 def _batches(entry: Entry, prepared: list[Any]) -> Iterable[list[int]]:
@@ -175,32 +175,35 @@ class Handle:
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
-        entry, runner = self.entry, _runner
-        with runner.hold(entry):
-            return runner.run(entry, list(items))
+        with self._use() as (_, _, run):
+            return run(items)
 
     def check_length(self, text: str) -> None:
-        """Raises `InvalidInputError` where the model would cut the text. Models without a limit take any."""
-        entry = self.entry
-        with _runner.hold(entry) as model:
+        """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any."""
+        with self._use() as (entry, model, _):
             check = getattr(model, "check_length", None)
             if check is not None:
-                entry.alone(check, text)
+                entry.alone("check_length", check, text)
 
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
-        entry, runner = self.entry, _runner
-        with runner.hold(entry) as model:
+        with self._use() as (entry, model, run):
             plan = _method(entry, model, name, "plan_")
             if "sentences" in options:  # the library's name for it until version 6
                 options["inputs"] = options.pop("sentences")
             items, finish = plan(*inputs, **options)
-            return finish(runner.run(entry, list(items)))
+            return finish(run(items))
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        """What a method says that runs no batch."""
-        entry = self.entry
-        with _runner.hold(entry) as model:
-            return entry.alone(_method(entry, model, name), *arguments)
+        """Call a method that computes no batch."""
+        with self._use() as (entry, model, _):
+            return entry.alone(name, _method(entry, model, name), *arguments)
+
+    @contextmanager
+    def _use(self) -> Iterator[tuple[Entry, Model, Callable[[Iterable[Any]], list[Any]]]]:
+        """The model, loaded, which stays while the block runs, and the function that computes items with it."""
+        entry, runner = self.entry, _runner
+        with leave(entry.alias), runner.hold(entry) as model:
+            yield entry, model, lambda items: runner.run(entry, list(items))
 
 
 def _method(entry: Entry, model: Model, name: str, prefix: str = "") -> Callable[..., Any]:

@@ -45,7 +45,10 @@ class Model(Protocol):
         """Read the weights and put them on `device` (`"cpu"`, `"cuda:0"`). Runs once, on the loader thread."""
 
     def preprocess(self, item: Any) -> Any:
-        """Make one item ready for a batch. Runs in the task: if it raises, only that task fails."""
+        """Make one item ready for a batch. Runs in the task: if it raises, only that task fails.
+
+        It may call another model; the methods below may not.
+        """
 
     def cost(self, item: Any) -> int:
         """The size of one *preprocessed* item, in the unit that `forward` pays for: tokens, pixels. At least 1."""

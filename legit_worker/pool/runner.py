@@ -17,6 +17,7 @@ from legit_worker import parking
 from legit_worker.errors import DeviceLostError, UnknownModelError
 from legit_worker.models.entry import Entry
 from legit_worker.models.handle import REVIEW_SECONDS, DirectRunner
+from legit_worker.models.methods import is_in_another_call
 from legit_worker.models.protocol import Model
 from legit_worker.models.residency import Request
 from legit_worker.pool import fibers
@@ -60,7 +61,7 @@ class FiberRunner:
         if self._loop.lost is not None:
             self._send_back(fiber, self._loop.lost)
         with fiber.served():
-            request = entry.residency.request(entry, must=not fiber.may_park())
+            request = entry.residency.request(entry, must=not fiber.may_park() or is_in_another_call())
             try:
                 with self._engine.expecting(entry):
                     self._wait_for_load(request)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness import Worker
 
-from legit_worker.errors import DeviceOutOfMemoryError, InvalidInputError, ModelLoadError
+from legit_worker.errors import DeviceOutOfMemoryError, InvalidInputError, LegitWorkerError, ModelLoadError
 
 Simulated = Callable[[Any], list[float]]
 
@@ -114,6 +114,30 @@ def test_a_task_reads_its_models_error_as_it_was_raised(worker: Worker) -> None:
 
 def test_a_model_of_a_user_is_called_as_the_protocol_says(worker: Worker) -> None:
     assert worker.ask("one", "text", alias="upper") == "TEXT"
+
+
+def test_a_model_may_call_another_one_while_it_prepares_an_item(worker: Worker) -> None:
+    items = [("" if number % 3 else "slow_to_load:") + f"text {number}" for number in range(30)]
+    results = [worker.send("one", item, alias="nested") for item in items]
+    results += [worker.send("one", "text") for _ in range(10)]
+    answers = worker.answers(results)
+    for item, answer in zip(items, answers, strict=False):
+        _, colon, text = item.rpartition(":")
+        assert answer == text.upper() + ("!" if colon else "")
+    assert worker.ask("one", "nested:upper:text", alias="nested") == "TEXT!!"
+
+
+@pytest.mark.parametrize("method", ["cost", "batch_key", "forward", "postprocess"])
+def test_a_model_that_calls_another_one_while_tasks_wait_for_it_is_told_so(worker: Worker, method: str) -> None:
+    neighbours = [worker.send("one", "text", alias="nosy") for _ in range(5)]
+    with pytest.raises(LegitWorkerError, match=rf"'nosy' calls model 'upper' in its {method}\(\).*preprocess\(\)"):
+        worker.ask("one", method, alias="nosy")
+    assert worker.answers(neighbours) == ["TEXT"] * 5
+
+
+def test_a_model_that_calls_another_one_in_its_load_is_told_so(worker: Worker) -> None:
+    with pytest.raises(ModelLoadError, match=r"'nosy_loader' calls model 'upper' in its load\(\)"):
+        worker.ask("one", "text", alias="nosy_loader")
 
 
 def test_a_model_of_a_user_has_the_methods_that_it_plans(worker: Worker) -> None:

@@ -353,6 +353,9 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     for name in (
         "upper",
         "planned",
+        "nested",
+        "nosy",
+        "nosy_loader",
         "picky",
         "poisoned",
         "stormy",

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import legit_worker
 from legit_worker.errors import InvalidInputError
 
 
@@ -37,6 +38,50 @@ class Upper:
     def postprocess(self, output: Any) -> Any:
         """As it is."""
         return output
+
+
+class Nested(Upper):
+    """Asks another model what it says to an item, before the item is in a batch."""
+
+    def preprocess(self, item: Any) -> Any:
+        """Items that begin with a model's name and a colon go to this model first."""
+        alias, colon, rest = item.partition(":")
+        return legit_worker.model(alias).map([rest])[0] + "!" if colon else item
+
+
+class Nosy(Upper):
+    """Calls another model in the method that an item names, where a task can't wait."""
+
+    def _ask(self, method: str, *items: Any) -> None:
+        if method in items:
+            legit_worker.model("upper").map(["text"])
+
+    def cost(self, item: Any) -> int:
+        """Raises `LegitWorkerError` for the item `cost`."""
+        self._ask("cost", item)
+        return super().cost(item)
+
+    def batch_key(self, item: Any) -> None:
+        """Raises `LegitWorkerError` for the item `batch_key`."""
+        self._ask("batch_key", item)
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Raises `LegitWorkerError` for the item `forward`."""
+        self._ask("forward", *batch)
+        return super().forward(batch)
+
+    def postprocess(self, output: Any) -> Any:
+        """Raises `LegitWorkerError` for the item `postprocess`."""
+        self._ask("postprocess", output.lower())
+        return output
+
+
+class NosyLoader(Upper):
+    """Calls another model while it loads."""
+
+    def load(self, device: str) -> None:
+        """Raises `LegitWorkerError`."""
+        legit_worker.model("upper").map(["text"])
 
 
 class Planned(Upper):
