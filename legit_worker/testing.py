@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from legit_worker.device.simulated import Ledger
-from legit_worker.models import handle, registry
+from legit_worker.models import registry
 from legit_worker.models.simulated import SimulatedModel, vector
 from legit_worker.settings import ModelSettings
 
@@ -29,7 +29,7 @@ class ModelOnDevice(SimulatedModel):
 
 @contextmanager
 def use_models(models: Mapping[str, ModelSettings | Mapping[str, Any]]) -> Iterator[registry.Registry]:
-    """Within the block, handles find these models instead of the environment's, and call them directly on the CPU.
+    """Within the block, handles and a worker's pool find these models instead of the environment's, on the CPU.
 
     ```python
     with use_models({"minilm": {"kind": "simulated"}}):
@@ -40,8 +40,8 @@ def use_models(models: Mapping[str, ModelSettings | Mapping[str, Any]]) -> Itera
         alias: spec if isinstance(spec, ModelSettings) else ModelSettings(**spec) for alias, spec in models.items()
     }
     chosen = registry.Registry(specs, lambda: "cpu")
-    before = handle.find_models(lambda: chosen)
+    before = registry.use(chosen)
     try:
         yield chosen
     finally:
-        handle.find_models(before)
+        registry.use(before)

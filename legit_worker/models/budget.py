@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
+from typing import Protocol
 
 from legit_worker.device import cuda, vram
 from legit_worker.device.devices import Device
@@ -24,8 +25,60 @@ logger = logging.getLogger(__name__)
 GROWTH_SECONDS = 600.0
 
 
-class Budget:
-    """Any thread may ask. Reads NVML each time: what is free changes with every other process on the GPU."""
+class Budget(Protocol):
+    """What `Residency` asks about a device's memory. Any thread may ask."""
+
+    def bytes(self, weights: int) -> int | None:
+        """Bytes in all that may be taken now, of which `weights` are taken already; None if nothing bounds them."""
+
+    def most(self) -> int | None:
+        """The most that `bytes` can ever be, whatever other processes give back; None if nothing bounds it."""
+
+    def hold(self, limit: int | None) -> None:
+        """Keep the device's allocator within this many bytes; None: let it have all there is."""
+
+    def give_back(self) -> int:
+        """Have the device's allocator return the memory that it keeps for later. How many bytes came back."""
+
+    def report(self, weights: int) -> dict[str, int | None]:
+        """As `inspect stats` shows it, in bytes: the `budget`, and what is known of the device. Changes nothing."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Held while weights are read: no other worker of this machine begins to read on the same device."""
+
+
+class Unbounded:
+    """A budget without any bound."""
+
+    def bytes(self, weights: int) -> int | None:
+        """No bound."""
+        return self.most()
+
+    def most(self) -> int | None:
+        """No bound."""
+        return None
+
+    def hold(self, limit: int | None) -> None:
+        """There is no allocator to hold."""
+
+    def give_back(self) -> int:
+        """There is nothing to give back."""
+        return 0
+
+    def report(self, weights: int) -> dict[str, int | None]:
+        """No bound."""
+        return {"budget": self.bytes(weights)}
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Nobody shares the device."""
+        return nullcontext()
+
+
+class DeviceBudget:
+    """Reads NVML each time: what is free changes with every other process on the GPU.
+
+    Without a GPU, or an NVML that tells, `LEGIT_WORKER_VRAM_LIMIT` alone is the bound.
+    """
 
     def __init__(self, chosen: Settings) -> None:
         self._chosen = chosen
@@ -36,29 +89,76 @@ class Budget:
         #: When others had how many bytes, each more than all that came later: the first is the most.
         self._others: deque[tuple[float, int]] = deque()
 
-    def __call__(self, weights: int) -> int | None:
-        """Bytes in all, of which `weights` are taken already; None where nothing bounds them.
-
-        What is free on the GPU now and what this process has of it, less the headroom, and less what others grow into;
-        at most `LEGIT_WORKER_VRAM_LIMIT`. Without a GPU, or an NVML that tells, that limit alone.
-        """
-        limit = self._chosen.vram_limit
+    def bytes(self, weights: int) -> int | None:
+        """What is free on the GPU and what this process has, less the headroom, less what others grow into."""
         # NVML and torch are asked one after the other: what torch gives back in between is not another's.
         before = self._taken()
         found = self._memory()
         if found is None:
-            return None if limit is None or limit.unit == "%" else limit.of(0)
+            return self.most()
         ours = max(weights, before, self._taken())
-        headroom = self._chosen.vram_headroom.of(found.total)
-        if found.free < headroom and ours > weights:
+        if found.free < self._headroom(found) and ours > weights:
             give_back_cached()  # what torch keeps for later may be in the wrong places
-        most = max(0, found.free + ours - headroom - self._growth(found.used - ours))
-        return most if limit is None else min(most, limit.of(found.total))
+        self._note(found.used - ours)
+        return self._allowed(found, ours)
+
+    def most(self) -> int | None:
+        """The limit, or the device's size less the headroom. Asks nobody: the size is known since `bytes` was."""
+        limit, found = self._chosen.vram_limit, self._seen
+        if self._is_unknown or found is None:
+            return None if limit is None or limit.unit == "%" else limit.of(0)
+        usable = found.total - self._headroom(found)
+        return usable if limit is None else min(usable, limit.of(found.total))
 
     def hold(self, limit: int | None) -> None:
-        """Keep the device's allocator within so many bytes; None: let it have what there is."""
+        """Torch's allocator, if the device may be a GPU."""
         if self._chosen.device.startswith(("auto", "cuda")):
             self._device().hold(limit)
+
+    def give_back(self) -> int:
+        """Torch's allocator returns its cache."""
+        before = self._taken()
+        give_back_cached()
+        return max(0, before - self._taken())
+
+    def report(self, weights: int) -> dict[str, int | None]:
+        """Of the whole device, in bytes: `total`, what `others` have, what is `free`, and the `headroom` in that.
+
+        The `budget` alone if NVML does not tell. The process's own CUDA context counts as another's, unless NVML tells
+        whose memory is whose. A simulated device tells its `peak`, too.
+        """
+        if self._chosen.device == "simulated":
+            ledger = simulated_device().ledger
+            device = {"total": ledger.total, "others": 0, "headroom": 0, "free": ledger.free, "peak": ledger.peak}
+            return {"budget": self.most(), **device}
+        found = self._memory()
+        if found is None:
+            return {"budget": self.most()}
+        ours = max(weights, self._taken())
+        return {
+            "budget": self._allowed(found, ours),
+            "total": found.total,
+            "others": max(0, found.used - max(ours, found.mine or 0)),
+            "headroom": self._headroom(found),
+            "free": found.free,
+        }
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """By a lock file for each GPU."""
+        if self._memory() is None or self._gpu is None:
+            yield
+        else:
+            with vram.turn(self._gpu):
+                yield
+
+    def _allowed(self, found: vram.Memory, ours: int) -> int:
+        free = found.free + ours - self._headroom(found) - self._growth(found.used - ours)
+        limit = self._chosen.vram_limit
+        return max(0, free if limit is None else min(free, limit.of(found.total)))
+
+    def _headroom(self, found: vram.Memory) -> int:
+        return self._chosen.vram_headroom.of(found.total)
 
     def _taken(self) -> int:
         return 0 if self._is_unknown else self._device().taken()
@@ -67,44 +167,20 @@ class Budget:
         device = self._chosen.device
         return cuda.cuda_device("cuda" if device == "auto" else device)
 
-    def report(self, weights: int) -> dict[str, int]:
-        """Of the whole device, in bytes: `total`, what `others` have, what is `free`, and the `headroom` in that.
-
-        Nothing where NVML does not tell. The process's own CUDA context counts as another's, unless NVML tells whose
-        memory is whose. A simulated device tells its `peak`, too.
-        """
-        if self._chosen.device == "simulated":
-            ledger = simulated_device().ledger
-            return {"total": ledger.total, "others": 0, "headroom": 0, "free": ledger.free, "peak": ledger.peak}
-        found = self._memory()
-        if found is None:
-            return {}
-        ours = max(weights, self._taken(), found.mine or 0)
-        return {
-            "total": found.total,
-            "others": max(0, found.used - ours),
-            "headroom": self._chosen.vram_headroom.of(found.total),
-            "free": found.free,
-        }
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """While a load goes on, no other worker of this machine begins one on the same GPU."""
-        if self._memory() is None or self._gpu is None:
-            yield
-        else:
-            with vram.turn(self._gpu):
-                yield
-
-    def _growth(self, others: int) -> int:
-        """How many bytes more others had lately than they have now."""
+    def _note(self, others: int) -> None:
+        """Remember what others have now, and forget what they had long ago."""
         now = monotonic()
         while self._others and self._others[-1][1] <= others:
             self._others.pop()
         self._others.append((now, others))
         while self._others[0][0] < now - GROWTH_SECONDS:
             self._others.popleft()
-        return self._others[0][1] - others
+
+    def _growth(self, others: int) -> int:
+        """How many bytes more others had lately than they have now."""
+        since = monotonic() - GROWTH_SECONDS
+        most = next((size for seen_at, size in list(self._others) if seen_at >= since), 0)
+        return max(0, most - others)
 
     def _memory(self) -> vram.Memory | None:
         """Of the GPU that models are on; None where there is none, or it is unknown."""

@@ -20,7 +20,7 @@ from legit_worker.batching.packer import pack
 from legit_worker.models.entry import Entry
 from legit_worker.models.methods import is_in_another_call, leave
 from legit_worker.models.protocol import Model
-from legit_worker.models.registry import Registry, default_registry
+from legit_worker.models.registry import default_registry
 from legit_worker.models.residency import Request
 
 #: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.
@@ -89,20 +89,12 @@ def _batches(entry: Entry, prepared: list[Any]) -> Iterable[list[int]]:
 last_called: ContextVar[str | None] = ContextVar("legit_worker_last_called", default=None)
 
 _runner: Runner = DirectRunner()
-_registry: Callable[[], Registry] = default_registry
 
 
 def use_runner(runner: Runner) -> Runner:
     """From now on, every handle of this process computes through `runner`. Returns the one before."""
     global _runner
     before, _runner = _runner, runner
-    return before
-
-
-def find_models(registry: Callable[[], Registry]) -> Callable[[], Registry]:
-    """From now on, every handle of this process finds its model there. Returns where they looked before."""
-    global _registry
-    before, _registry = _registry, registry
     return before
 
 
@@ -123,7 +115,7 @@ class Handle:
     @property
     def entry(self) -> Entry:
         """The configured model. Raises `UnknownModelError`."""
-        registry = _registry()
+        registry = default_registry()
         entry = registry.get(self._alias) if self._alias else registry.only(self._kind)
         last_called.set(entry.alias)
         return entry

@@ -14,7 +14,7 @@ from legit_worker import settings
 from legit_worker.device import cuda
 from legit_worker.device.simulated import ENDLESS, simulated_device
 from legit_worker.errors import UnknownModelError
-from legit_worker.models.budget import Budget
+from legit_worker.models.budget import Budget, DeviceBudget, Unbounded
 from legit_worker.models.entry import Entry, Loader
 from legit_worker.models.residency import Residency
 from legit_worker.models.shelf import Shelf
@@ -23,14 +23,14 @@ from legit_worker.models.shelf import Shelf
 class Registry:
     """All configured models. One per process.
 
-    `budget`: how many bytes may be taken, from what weights take now. `host_cache`: bytes for evicted weights.
+    `budget`: how many bytes may be taken; by default, nothing bounds them. `host_cache`: bytes for evicted weights.
     """
 
     def __init__(
         self,
         models: Mapping[str, settings.ModelSettings],
         device: Callable[[], str],
-        budget: Callable[[int], int | None] = lambda _: None,
+        budget: Budget | None = None,
         host_cache: int = 0,
     ) -> None:
         loader = Loader()
@@ -40,7 +40,7 @@ class Registry:
         self.device = device
         self.entries = {alias: Entry(alias, spec, device, loader, self.shelf) for alias, spec in models.items()}
         self._by_name = {settings.fold(alias): entry for alias, entry in self.entries.items()}
-        self.residency = Residency(self.entries.values(), budget, self.shelf)
+        self.residency = Residency(self.entries.values(), budget or Unbounded(), self.shelf)
         for entry in self.entries.values():
             entry.residency = self.residency
 
@@ -78,29 +78,42 @@ class Registry:
         return ", ".join(f"{alias} ({entry.spec.kind})" for alias, entry in self.entries.items()) or "none"
 
 
-_making_default = threading.Lock()
+_making = threading.Lock()
+
+#: The one that handles and the pool go by, once there is one.
+_in_force: Registry | None = None
 
 
 def default_registry() -> Registry:
-    """This process's models, from its settings. Raises `SettingsError`."""
-    with _making_default:  # or two threads that ask at once would each load their own
-        return _default_registry()
+    """This process's models: those of its settings, unless `use` named others. Raises `SettingsError`."""
+    global _in_force
+    with _making:  # or two threads that ask at once would each load their own
+        if _in_force is None:
+            _in_force = _of_settings()
+        return _in_force
 
 
-@functools.cache
-def _default_registry() -> Registry:
+def use(registry: Registry | None) -> Registry | None:
+    """Have all of this process go by these models; None: by its settings, read again. Returns the models before."""
+    global _in_force
+    with _making:
+        before, _in_force = _in_force, registry
+    return before
+
+
+def _of_settings() -> Registry:
     chosen = settings.load()
     if chosen.device == "simulated" and chosen.vram_limit is not None:
         simulated_device().ledger.total = chosen.vram_limit.of(ENDLESS)
     device = functools.partial(cuda.choose, chosen.device)
-    return Registry(chosen.models, device, Budget(chosen), chosen.host_cache.of(0))
+    return Registry(chosen.models, device, DeviceBudget(chosen), chosen.host_cache.of(0))
 
 
 def _after_fork() -> None:
-    global _making_default
-    _making_default = threading.Lock()
-    if _default_registry.cache_info().currsize:
-        _default_registry().restart_loader()
+    global _making
+    _making = threading.Lock()
+    if _in_force is not None:
+        _in_force.restart_loader()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -17,14 +17,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from legit_worker.models.budget import Budget
 from legit_worker.models.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -112,10 +113,10 @@ class Request:
 class Residency:
     """Serves requests for one registry's models. Any thread may call it."""
 
-    def __init__(self, entries: Iterable[Entry], budget: Callable[[int], int | None], shelf: Shelf) -> None:
+    def __init__(self, entries: Iterable[Entry], budget: Budget, shelf: Shelf) -> None:
         self._entries = list(entries)
         self._shelf = shelf
-        self._budget_for = budget
+        self._bytes = budget
         self._waiting: deque[Request] = deque()
         #: Those that take no new request until they are gone.
         self._draining: set[str] = set()
@@ -209,8 +210,7 @@ class Residency:
 
     def turn(self) -> AbstractContextManager[None]:
         """Held by the loader while weights are read."""
-        turn = getattr(self._budget_for, "turn", nullcontext)
-        return turn()
+        return self._bytes.turn()
 
     def _budget(self) -> int | None:
         """As it was read just now: each load reads it anew, and who waits is looked after many times a second."""
@@ -219,7 +219,7 @@ class Residency:
         return self._known_budget
 
     def _read_budget(self) -> int | None:
-        self._known_budget = self._budget_for(self._weights())
+        self._known_budget = self._bytes.bytes(self._weights())
         self._budget_read_at = monotonic()
         self.hold()
         return self._known_budget
@@ -230,13 +230,12 @@ class Residency:
         Or within the weights and what batches need beside them, where that is more: others have grown, or a task could
         not wait. Not while a model is there that does not tell its size.
         """
-        hold: Callable[[int | None], None] = getattr(self._budget_for, "hold", lambda _: None)
         with self._lock:
             budget = self._known_budget
             if budget is None or any(not one.size for one in self._entries if one.is_resident or one.is_loading):
-                hold(None)
+                self._bytes.hold(None)
             else:
-                hold(max(budget, self._weights() + self._being_read() + self._reserve(None)))
+                self._bytes.hold(max(budget, self._weights() + self._being_read() + self._reserve(None)))
 
     def _weights(self) -> int:
         return sum(entry.size for entry in self._entries if entry.is_resident)
@@ -254,15 +253,14 @@ class Residency:
     def report(self) -> dict[str, Any]:
         """As `inspect stats` gives it: bytes; `budget` None where there is no bound; of the GPU, where NVML tells."""
         with self._lock:
-            budget, weights = self._read_budget(), self._weights()
-            device: Callable[[int], dict[str, int]] = getattr(self._budget_for, "report", lambda _: {})
+            weights = self._weights()
+            found = self._bytes.report(weights)
             return {
-                "budget": budget,
+                **found,
                 "weights": weights,
-                "reserve": self._reserve(budget),
+                "reserve": self._reserve(found["budget"]),
                 "host_cache": self._shelf.used,
                 "waiting": len(self._waiting),
-                **device(weights),
             }
 
     def _review(self) -> None:

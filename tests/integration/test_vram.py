@@ -157,8 +157,8 @@ def check_refused(variables: dict[str, str], words: str) -> None:
     assert re.search(words, last)
 
 
-BUDGET = """(lambda chosen: __import__('legit_worker.models.budget', fromlist=['x']).Budget(chosen)(2 * 2**30))(
-    __import__('legit_worker.settings', fromlist=['x']).load())"""
+BUDGET = """(lambda chosen: __import__('legit_worker.models.budget', fromlist=['x']).DeviceBudget(chosen))(
+    __import__('legit_worker.settings', fromlist=['x']).load()).bytes(2 * 2**30)"""
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from legit_worker.device import cuda, vram
 from legit_worker.models import budget
-from legit_worker.models.budget import Budget
+from legit_worker.models.budget import DeviceBudget
 from legit_worker.settings import Amount, Settings
 
 GPU = vram.Gpu("GPU-1", "a GPU", 0)
@@ -36,44 +36,44 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def test_what_torch_keeps_for_later_is_not_lost(world: World) -> None:
-    subject = Budget(Settings(device="cuda"))
+    subject = DeviceBudget(Settings(device="cuda"))
     world.reserved = 400
-    assert subject(weights=100) == 900
+    assert subject.bytes(weights=100) == 900
 
 
 def test_what_others_had_lately_is_left_to_them_for_a_while(world: World) -> None:
-    subject = Budget(Settings(device="cuda"))
+    subject = DeviceBudget(Settings(device="cuda"))
     world.others = 300
-    assert subject(0) == 600
+    assert subject.bytes(0) == 600
     world.others = 100
-    assert subject(0) == 600
+    assert subject.bytes(0) == 600
     world.now = budget.GROWTH_SECONDS + 1
-    assert subject(0) == 800
+    assert subject.bytes(0) == 800
     world.others = 500
-    assert subject(0) == 400
+    assert subject.bytes(0) == 400
 
 
 def test_it_is_told_in_parts_that_make_the_whole(world: World) -> None:
     world.others, world.reserved = 300, 200
-    subject = Budget(Settings(device="cuda", vram_headroom=Amount(5, "%")))
+    subject = DeviceBudget(Settings(device="cuda", vram_headroom=Amount(5, "%")))
     report = subject.report(weights=150)
-    assert report == {"total": 1000, "others": 300, "headroom": 50, "free": 500}
+    assert report == {"budget": 650, "total": 1000, "others": 300, "headroom": 50, "free": 500}
 
 
 def test_what_is_remembered_of_others_stays_small(world: World) -> None:
-    subject = Budget(Settings(device="cuda"))
+    subject = DeviceBudget(Settings(device="cuda"))
     for number in range(10_000):
         world.now, world.others = number / 100, 300 + number % 7
-        subject(0)
+        subject.bytes(0)
     assert len(subject._others) <= 7
-    assert subject(0) == 1000 - 306 - 100
+    assert subject.bytes(0) == 1000 - 306 - 100
 
 
 def test_an_nvml_that_fails_for_once_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = Budget(Settings(device="cuda"))
-    assert subject(0) == 900
+    subject = DeviceBudget(Settings(device="cuda"))
+    assert subject.bytes(0) == 900
     with monkeypatch.context() as broken:
         broken.setattr(vram, "memory", lambda gpu: (_ for _ in ()).throw(vram.VramUnknownError("GPU is lost")))
-        assert subject(0) == 900
+        assert subject.bytes(0) == 900
     world.others = 200
-    assert subject(0) == 700
+    assert subject.bytes(0) == 700

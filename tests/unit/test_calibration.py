@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(path: str, loads: int = 1) -> Entry:
     """A model on the simulated device, loaded and unloaded, and loaded again."""
     spec = ModelSettings(kind=f"{__name__}:Clocked", path=path)
-    subject = Registry({"m": spec}, lambda: "simulated", lambda weights: None).get("m")
+    subject = Registry({"m": spec}, lambda: "simulated").get("m")
     for _ in range(loads):
         subject.load().result(timeout=10)
         subject.unload()

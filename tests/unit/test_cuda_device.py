@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import Limited
 from fakecuda import FakeCuda, OnGpu
 
 from legit_worker.device import cuda
@@ -222,7 +223,7 @@ def test_a_models_batches_are_measured_when_it_is_loaded_and_bounded_by_what_is_
     Measured.fake = gpu
     budget = 100 + 120_000
     spec = ModelSettings(kind=f"{__name__}:Measured")
-    registry = Registry({"mine": spec}, lambda: "cuda", lambda _: budget)
+    registry = Registry({"mine": spec}, lambda: "cuda", Limited(budget))
     entry = registry.get("mine")
     request = registry.residency.request(entry)
     entry.outcome(request.future)

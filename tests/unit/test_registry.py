@@ -147,7 +147,7 @@ def _child(queue: Any) -> None:
 def test_a_forked_child_can_load_what_its_parent_had_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for alias in ("FIRST", "SECOND"):
         monkeypatch.setenv(f"LEGIT_WORKER_MODELS__{alias}__KIND", "simulated")
-    registry._default_registry.cache_clear()
+    before = registry.use(None)
     try:
         legit_worker.model("first").map(["x"])
         context = multiprocessing.get_context("fork")
@@ -157,4 +157,4 @@ def test_a_forked_child_can_load_what_its_parent_had_not(monkeypatch: pytest.Mon
         assert queue.get(timeout=20) == [[float(value) for value in vector("x")]] * 2
         child.join()
     finally:
-        registry._default_registry.cache_clear()
+        registry.use(before)

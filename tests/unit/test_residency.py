@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from budgets import Limited
 from hypothesis import given
 from hypothesis import strategies as st
 
 from legit_worker.errors import ModelLoadError
+from legit_worker.models.budget import Unbounded
 from legit_worker.models.registry import Registry
 from legit_worker.models.residency import Resident, to_drain, to_evict
 from legit_worker.settings import ModelSettings
@@ -80,7 +82,7 @@ def registry(budget: int | None, load_seconds: float = 0.0, count: int = 3, **mo
     for alias, changes in more.items():
         models[alias] = models[alias] | changes
     specs = {alias: ModelSettings(**spec) for alias, spec in models.items()}  # type: ignore[arg-type]
-    return Registry(specs, lambda: "cpu", lambda _: budget)
+    return Registry(specs, lambda: "cpu", Limited(budget))
 
 
 def use(subject: Registry, alias: str) -> Any:
@@ -290,7 +292,7 @@ def test_a_budget_that_shrinks_evicts_what_nobody_uses() -> None:
     subject = registry(budget=30)
     held = use(subject, "m0")
     touch(subject, "m1", "m2")
-    subject.residency._budget_for = lambda _: 20
+    subject.residency._bytes = Limited(20)
     subject.residency.watch()
     assert resident(subject) == ["m0", "m2"]
     subject.residency.release(held)
@@ -330,7 +332,7 @@ def movable(budget: int, host_cache: int) -> Registry:
     """Three of them, whose sizes are known from an earlier load."""
     gone.clear()
     specs = {alias: ModelSettings(kind=f"{__name__}:Movable") for alias in ("m0", "m1", "m2")}
-    subject = Registry(specs, lambda: "simulated", lambda _: budget, host_cache)
+    subject = Registry(specs, lambda: "simulated", Limited(budget), host_cache)
     for entry in subject.entries.values():
         entry.size = 10
     return subject
@@ -385,22 +387,8 @@ def test_a_host_without_room_forgets_the_model(monkeypatch: pytest.MonkeyPatch) 
     assert moves(subject, "m0") == ["made m0", "load simulated"]
 
 
-class Held:
-    """A budget that notes what the device's allocator is held to."""
-
-    def __init__(self, bytes_: int) -> None:
-        self.bytes = bytes_
-        self.limit: int | None = None
-
-    def __call__(self, weights: int) -> int:
-        return self.bytes
-
-    def hold(self, limit: int | None) -> None:
-        self.limit = limit
-
-
 def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there() -> None:
-    budget = Held(1000)
+    budget = Limited(1000)
     specs = {alias: ModelSettings(kind=f"{__name__}:Movable") for alias in ("m0", "m1")}
     subject = Registry(specs, lambda: "simulated", budget)
     first = use(subject, "m0")
@@ -408,7 +396,7 @@ def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there() -> No
     subject.get("m0").activations.observe(1, 16 * 256, 100)
     reserve = subject.get("m0").reserve
     assert reserve > 0
-    budget.bytes = 10 + reserve - 1  # others have grown: a batch still finds what it was measured to need
+    budget.now = 10 + reserve - 1  # others have grown: a batch still finds what it was measured to need
     subject.residency.watch()
     assert budget.limit == 10 + reserve
     subject.get("m0").size = 0
@@ -430,13 +418,13 @@ class Shared:
 
 
 @dataclass
-class SharedBudget:
+class SharedBudget(Unbounded):
     """One worker's part in it."""
 
     shared: Shared
     worker: int
 
-    def __call__(self, weights: int) -> int:
+    def bytes(self, weights: int) -> int:
         self.shared.taken[self.worker] = weights
         others = sum(size for worker, size in self.shared.taken.items() if worker != self.worker)
         return self.shared.total - others
@@ -463,13 +451,14 @@ def test_a_load_counts_again_once_it_has_its_turn() -> None:
 
 
 def test_a_request_that_could_not_be_made_leaves_nothing_behind() -> None:
-    def refuse(weights: int) -> int:
-        raise OSError("NVML")
+    class Refusing(Limited):
+        def bytes(self, weights: int) -> int:
+            raise OSError("NVML")
 
     subject = registry(budget=10)
-    subject.residency._budget_for = refuse
+    subject.residency._bytes = Refusing(10)
     with pytest.raises(OSError, match="NVML"):
         subject.residency.request(subject.get("m0"))
-    subject.residency._budget_for = lambda _: 10
+    subject.residency._bytes = Limited(10)
     touch(subject, "m0")
     assert subject.get("m0").users == 0

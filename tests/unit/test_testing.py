@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import legit_worker
 from legit_worker.errors import DeviceOutOfMemoryError, InvalidInputError
+from legit_worker.models.registry import default_registry
 from legit_worker.testing import Ledger, ModelOnDevice, use_models, vector
 
 
@@ -58,3 +59,13 @@ def test_handles_find_the_models_of_a_test_and_compute_in_it() -> None:
         with pytest.raises(InvalidInputError):
             handle.map([None])
         assert models.entries["minilm"].state == "resident"
+
+
+def test_there_is_one_registry_for_all_and_the_one_before_comes_back() -> None:
+    before = default_registry()
+    with use_models({"minilm": {"kind": "simulated"}}) as models:
+        assert default_registry() is models
+        with use_models({"other": {"kind": "simulated"}}) as inner:
+            assert default_registry() is inner
+        assert default_registry() is models
+    assert default_registry() is before
