@@ -211,11 +211,6 @@ class Entry:
         """What the task receives for this output. Raises what the model raises."""
         return self._methods.at_once("postprocess", self.model_now.postprocess, output)
 
-    @property
-    def postprocess(self) -> Callable[[Any], Any]:
-        """The loaded model's."""
-        return self.model_now.postprocess
-
     def preprocess(self, item: Any) -> Any:
         """The loaded model's `preprocess`. Raises what that raises."""
         return self._methods.alone("preprocess", self.model_now.preprocess, item)
