@@ -43,5 +43,5 @@ def _is_over(request: Request) -> bool:
     fiber = request.worker_pid.fiber if isinstance(request.worker_pid, FiberPid) else None
     is_over = fiber is not None and fiber.phase is Phase.ENDING
     if is_over:
-        logger.info("task %s[%s] is over but for its delivery: too late to revoke it", request.name, request.id)
+        logger.warning("task %s[%s] is over but for its delivery: too late to revoke it", request.name, request.id)
     return is_over

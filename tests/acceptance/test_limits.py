@@ -94,6 +94,23 @@ def test_a_hard_limit_ends_the_task_and_tells_all_who_are_to_know(limited: Worke
     poll(lambda: noted(journal, "errback called") > before[1], "the errback")
 
 
+#: Tasks whose outermost code is Celery's, and what is sent for them.
+WRAPPED: dict[str, tuple[str, list[Any]]] = {
+    "autoretry_for": ("retried_by_celery", ["text"]),
+    "pydantic": ("checked_by_pydantic", ["text"]),
+    "__call__": ("called", ["text"]),
+    "map": ("celery.map", [{"task": "mapped", "args": [], "kwargs": {}, "options": {}}, ["text"]]),
+    "starmap": ("celery.starmap", [{"task": "mapped", "args": [], "kwargs": {}, "options": {}}, [["text"]]]),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_limit_reaches_a_task_whose_outermost_code_is_celerys(limited: Worker, wrapped: str) -> None:
+    name, arguments = WRAPPED[wrapped]
+    assert isinstance(failure(limited, name, *arguments, soft_time_limit=1).result, SoftTimeLimitExceeded)
+    assert isinstance(failure(limited, name, *arguments, time_limit=1).result, TimeLimitExceeded)
+
+
 def test_a_task_may_take_the_warning_and_end_in_its_own_way(limited: Worker) -> None:
     result = limited.client.send_task("saves_what_it_can", ["text"], soft_time_limit=1)
     assert limited.answer(result) == "text saved with 8 numbers"

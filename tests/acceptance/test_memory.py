@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from celery.result import AsyncResult
-from harness import SIMULATED, StartWorker, Worker
+from harness import SIMULATED, StartWorker, Worker, poll
 
 #: Tasks of each kind in one round: two rounds name more unknown apps than the worker tells of in its log.
 TASKS = 100
@@ -62,3 +63,12 @@ def test_nothing_is_kept_of_tasks_that_are_over(start_worker: StartWorker) -> No
     counted = seen[WARM_ROUNDS - 1 :]
     # A single thing that each task of one kind left behind would be so many blocks in each round, or more.
     assert min(after - before for before, after in pairwise(counted)) < TASKS, seen
+
+
+@pytest.mark.parametrize("limits", [{}, {"soft_time_limit": 3600, "time_limit": 7200}], ids=["no limits", "limits"])
+def test_a_tasks_payload_is_gone_at_its_end_without_the_collector(
+    start_worker: StartWorker, limits: dict[str, int]
+) -> None:
+    worker = start_worker("remembers", environment=ENVIRONMENT)
+    worker.settle([worker.client.send_task("noted", [f"text {number}"], **limits) for number in range(50)])
+    poll(lambda: worker.ask("requests_left") == 0, "the last of them to go")

@@ -327,6 +327,23 @@ def replay(broker: Broker, server: Server) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def test_a_task_whose_result_only_waits_for_its_app_can_not_be_revoked_any_more(
+    start_worker: StartWorker, broker: Broker, server: Server
+) -> None:
+    server.stop()
+    apps = start_apps(start_worker, broker, LEGIT_WORKER_APPS__ALPHA__URL=server.url)
+    late, other = apps.send("double", 1), apps.send("double", 2)
+    poll(lambda: Results(broker).finished([late.id, other.id]) == {late.id, other.id}, "the results' own place")
+    poll(lambda: apps.worker.pool()["parked"] == 2, "both to wait for the server")
+    apps.worker.client.control.revoke(late.id, terminate=True, reply=True)
+    poll(lambda: "is over but for its delivery" in apps.worker.log, "the word that it is too late")
+    server.start()
+    alpha = AppQueue(server.url, queue_name(broker, "alpha"))
+    alpha.wait_for({late.id, other.id})
+    assert [(one["status"], one["result"]) for one in alpha.seen] == [("SUCCESS", 2), ("SUCCESS", 4)]
+    assert Results(broker).of([late.id]) == {late.id: ("SUCCESS", 2)}
+
+
 # An app's server that never comes.
 
 

@@ -107,6 +107,38 @@ def limited_by_itself(item: str) -> Any:
     return [legit_worker.model("lengthy").map([f"{item} {number}"]) for number in range(2)]
 
 
+class BusyError(Exception):
+    """Worth another try."""
+
+
+def sleeps(item: str) -> str:
+    """Has nothing but its own code."""
+    time.sleep(LONG)
+    return item
+
+
+app.task(sleeps, name="retried_by_celery", autoretry_for=(BusyError,))
+app.task(sleeps, name="checked_by_pydantic", pydantic=True)
+app.task(sleeps, name="mapped")
+
+
+class Called(app.Task):  # type: ignore[misc, name-defined]
+    """A task with a call of its own around its `run`."""
+
+    name = "called"
+
+    def __call__(self, item: str) -> str:
+        """Does what `run` does."""
+        return super().__call__(item)
+
+    def run(self, item: str) -> str:
+        """As the others."""
+        return sleeps(item)
+
+
+app.register_task(Called())
+
+
 @app.task(name="alone")
 def alone(item: str, alias: str) -> Any:
     """Waits for a model without letting others run."""
