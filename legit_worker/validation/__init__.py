@@ -1,1 +1,1 @@
-"""`celery legit validate`: whether a worker's vectors are those of `SentenceTransformer.encode`, by every format."""
+"""`celery legit validate`: compares a worker's vectors, by every result format, with `SentenceTransformer.encode`."""

@@ -1,6 +1,6 @@
 """`celery legit validate`, as its user sees it.
 
-In: the options. Out: a table and the rows that are wrong, or JSON.
+In: the options. Out: a table and the wrong rows, or JSON.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from legit_worker.validation.comparison import Comparison, Finding, Tolerance
 from legit_worker.validation.reference import Reference, ValidationError
 from legit_worker.validation.run import Outcome, validate
 
-#: Wrong rows that are listed for each path. JSON has them all.
+#: The most wrong rows that are listed for each path. JSON has them all.
 MAX_LISTED = 20
 
-#: Characters of a text that a row shows.
+#: The most characters of a text that a row shows.
 SHOWN = 48
 
 
@@ -46,7 +46,7 @@ def main(
     timeout: float,
     as_json: bool,
 ) -> int:
-    """The exit code: 0 for agreement or a file made, 1 for a difference, 2 for what can't be compared."""
+    """Run the command. Returns the exit code: 0 if all agree or a file was made, 1 for a difference, 2 for an error."""
     if (against is None) == (target is None) or (texts and not target):
         raise click.UsageError("give either --against FILE, or --make-reference FILE, which --texts FILE belongs to")
     try:
@@ -63,7 +63,7 @@ def main(
 
 
 def configured(name: str) -> str:
-    """The alias of the model that embeds texts and that this name means. Raises `ValidationError`."""
+    """Return the alias of the model of kind embed that this name means. Raises `ValidationError`."""
     models = _models()
     alias = next((alias for alias in models if settings.fold(alias) == settings.fold(name)), None)
     if alias is None:
@@ -77,7 +77,7 @@ def configured(name: str) -> str:
 
 
 def model_settings(alias: str) -> ModelSettings:
-    """Of a configured model. Raises `ValidationError`."""
+    """Return a configured model's settings. Raises `ValidationError`."""
     return _models()[alias]
 
 
@@ -89,7 +89,7 @@ def _models() -> dict[str, ModelSettings]:
 
 
 def make_reference(alias: str, path: Path, texts: Path | None) -> None:
-    """Write the file."""
+    """Write a reference file."""
     model = model_settings(alias)
     chosen = reference.read_texts(texts) if texts else golden.texts()
     reference.write(path, reference.make(chosen, model), model)
@@ -99,7 +99,7 @@ def make_reference(alias: str, path: Path, texts: Path | None) -> None:
 def compare_with(
     app: Celery, project: str, alias: str, path: Path, tolerance: Tolerance, patience: float, *, as_json: bool
 ) -> bool:
-    """Whether all agree; prints how well."""
+    """Compare, and print how well the vectors agree. Returns whether all agree."""
     model = model_settings(alias)
     known = reference.read(path)
     notes = reference.differences(known, model)
@@ -146,16 +146,7 @@ def _table(alias: str, known: Reference, outcome: Outcome) -> Table:
     if outcome.batches:
         title += f", {outcome.items} items in {outcome.batches} batches"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for heading in (
-        "path",
-        "rows",
-        "worst cosine",
-        "mean cosine",
-        "most off",
-        "length off",
-        "order",
-        "wrong",
-    ):
+    for heading in ("path", "rows", "worst cosine", "mean cosine", "most off", "length off", "order", "wrong"):
         table.add_column(heading, justify="left" if heading == "path" else "right")
     for path, comparison in outcome.comparisons.items():
         table.add_row(path, *_cells(comparison))

@@ -1,7 +1,7 @@
-"""What a worker answered against what it should have. Pure.
+"""How a worker's answers compare with the reference. Pure.
 
-In: the reference's vectors, and an answer for each row, or none. Out: figures for a table, and the rows that are wrong,
-with what is wrong about them.
+In: the reference's vectors, and an answer for each row, or none. Out: figures for a table, and each wrong row with its
+problem.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 Vectors = NDArray[np.float64]
 
-#: References that lie no further apart than this share of their length are one and the same: rounding moves a vector
-#: by 1e-6 of it. An answer can't be told to belong to the one or the other.
+#: Two references whose distance is at most this share of their length count as one, since an answer can't tell them
+#: apart: rounding moves a vector by 1e-6 of its length.
 SAME = 1e-5
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A row that has no vector, and why."""
+    """A row without a vector, and the reason."""
 
     reason: str
 
 
-#: What came for one row: anything that should be a vector, or the reason why there is none.
+#: One row's answer: a value that should be a vector, or `Failed`.
 Answer = Any
 
 
@@ -44,13 +44,13 @@ class Tolerance:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One row that is wrong."""
+    """One wrong row."""
 
     #: From 1, as lines are counted.
     row: int
-    #: What is wrong, in words.
+    #: The problem in words.
     problem: str
-    #: None where there is no vector to compare.
+    #: None if there is no vector to compare.
     cosine: float | None = None
     #: The largest difference of any one number.
     difference: float | None = None
@@ -61,20 +61,20 @@ class Comparison:
     """All rows of one path."""
 
     rows: int
-    #: Rows that have a finite vector of the right length.
+    #: The number of rows with a finite vector of the right length.
     compared: int
-    #: Over those rows, as all that follow; None where there are none.
+    #: This and the next three are about the compared rows; None if there are none.
     worst_cosine: float | None
     mean_cosine: float | None
     max_difference: float | None
     max_norm_difference: float | None
-    #: Whether each of them is closer to its own reference than to any other.
+    #: Whether each compared row is closer to its own reference than to any other.
     in_order: bool
     findings: tuple[Finding, ...]
 
 
 def compare(reference: Sequence[Sequence[float]], answers: Mapping[int, Answer], tolerance: Tolerance) -> Comparison:
-    """Each row's answer against its reference. `reference`: `[n, dim]`; `answers` by row, from 0."""
+    """Compare each row's answer with its reference. `reference`: `[n, dim]`; `answers` by row, from 0."""
     expected: Vectors = np.asarray(reference, dtype=np.float64)
     findings: list[Finding] = []
     kept: dict[int, Vectors] = {}
@@ -100,7 +100,7 @@ def compare(reference: Sequence[Sequence[float]], answers: Mapping[int, Answer],
 
 @dataclass(frozen=True, kw_only=True)
 class _Figures:
-    """One row's."""
+    """One row's figures."""
 
     row: int
     cosine: float
@@ -127,14 +127,14 @@ class _Figures:
 
 
 def _vector(answer: Answer, dimension: int) -> tuple[Vectors | None, str]:
-    """The answer as a vector, or None and what is wrong with it."""
+    """Return the answer as a vector, or None and the problem."""
     if isinstance(answer, Failed):
         return None, answer.reason
     try:
         array = np.asarray(answer)
     except (TypeError, ValueError):
         return None, f"not a vector but {type(answer).__name__}"
-    # numpy would make numbers of texts that look like some.
+    # numpy would read a text such as "1.5" as a number.
     if array.size and array.dtype.kind not in "iuf":
         return None, f"not a vector of numbers but {type(answer).__name__} of {_kinds(answer)}"
     vector: Vectors = array.astype(np.float64)
@@ -164,14 +164,14 @@ def _measured(expected: Vectors, kept: Mapping[int, Vectors]) -> Iterator[_Figur
 
 
 def _cosine(left: Vectors, left_norm: float, right: Vectors, right_norm: float) -> float:
-    """Two vectors of no length are alike; one of none and another are not."""
+    """Return the cosine: 1 for two vectors of length zero, and 0 if only one has length zero."""
     if left_norm == 0 or right_norm == 0:
         return float(left_norm == right_norm)
     return float(np.clip(left / left_norm @ (right / right_norm), -1, 1))
 
 
 def _closest(expected: Vectors, row: int, vector: Vectors) -> int:
-    """The row whose reference is closest to the vector: `row` itself, unless another one is clearly closer."""
+    """Return the row whose reference is closest to the vector: `row` itself, unless another is clearly closer."""
     distances = np.linalg.norm(expected - vector, axis=1)
     closest = int(distances.argmin())
     apart = float(np.linalg.norm(expected[closest] - expected[row]))

@@ -1,13 +1,12 @@
-"""The texts that `celery legit validate` compares by. Pure.
+"""The texts that `celery legit validate` compares. Pure.
 
-In: nothing. Out: the same texts in the same order, every time. They differ in length by a factor of thousands and lie
-mixed, so that a batch has to pad; some differ in a word, a letter or a mark, so that a vector at the wrong place shows;
-some come twice.
+In: nothing. Out: the same texts in the same order, every time. Short and long texts are mixed, so that a batch must
+pad. Some texts differ in a word, a letter or a mark, so that a vector in the wrong place is noticed. Some come twice.
 """
 
 from __future__ import annotations
 
-#: Words of the longest text: several times what the usual models take, so that both sides have to cut it.
+#: The words of the longest text: several times what the usual models take, so that both sides must cut it.
 LONG_WORDS = 12_000
 
 _ENGLISH = [
@@ -33,7 +32,7 @@ _ENGLISH = [
     "word " * 40,
 ]
 
-#: Alike but for a word, a letter, their order or a mark: each has a vector of its own, close to its neighbours'.
+#: These differ in a word, a letter, their order or a mark. Each has its own vector, close to its neighbours' vectors.
 _ALIKE = [
     "The cat sat on the mat.",
     "The cat sat on the mat!",
@@ -66,7 +65,7 @@ _SCRIPTS = [
     "ትንሽ ድመት",
 ]
 
-#: Combining marks, both spellings of one letter, emoji of several code points, and characters that are not seen.
+#: Combining marks, both spellings of one letter, emoji of several code points, and invisible characters.
 _MARKS = [
     "caf\u00e9 au lait",
     "cafe\u0301 au lait",
@@ -113,7 +112,7 @@ _TWICE = [_ENGLISH[1], _ALIKE[0], _SCRIPTS[11], _LONG[0]]
 
 
 def texts() -> list[str]:
-    """All of them, short ones among long ones."""
+    """Return all texts, short and long ones mixed."""
     groups = [_ENGLISH, _SCRIPTS, _NEARLY_NOTHING, _ALIKE, _LONG, _MARKS, _TWICE]
     longest = max(map(len, groups))
     return [group[row] for row in range(longest) for group in groups if row < len(group)]

@@ -1,6 +1,6 @@
-"""The ways that a vector takes from a worker to an app. Pure.
+"""The ways by which a vector gets from a worker to an app. Pure.
 
-In: what an app's queue gave, as its format's own consumer has it. Out: whose answer it is, and the vector, or why
+In: a message of an app's queue, as its format's consumer reads it. Out: the task's id, and the vector or the reason why
 there is none.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from legit_worker.validation.comparison import Answer, Failed
 
-#: The way without an app: Celery's own result.
+#: The path without an app: Celery's own result.
 STOCK = "result backend"
 
 
@@ -25,24 +25,24 @@ STOCK = "result backend"
 class Route:
     """One way to an app's queue."""
 
-    #: What the table calls it.
+    #: Its name in the table.
     name: str
     format: Literal["json", "celery", "laravel"]
     encoding: Literal["json", "base64"] = "json"
-    #: What would handle the results on the other side.
+    #: The task or job that would handle the results on the app's side.
     job: str = ""
 
     @property
     def app(self) -> str:
-        """The app's name. Part of variables' names, so it has neither dashes nor two underscores in a row."""
+        """The app's name. Variables' names contain it, so it has no dashes and no two underscores in a row."""
         return f"legit_validate_{self.format}_{self.encoding}"
 
     def queue(self, run: str) -> str:
-        """The app's queue in this run."""
+        """Return the app's queue in this run."""
         return f"{run}.{self.format}.{self.encoding}"
 
     def variables(self, run: str) -> dict[str, str]:
-        """What has a worker route the app's results."""
+        """Return the variables that make a worker route the app's results."""
         chosen = {
             "RESULT_ROUTING": "on",
             "QUEUE": self.queue(run),
@@ -62,7 +62,7 @@ ROUTES = (
 
 
 def opened(route: Route, content: Any) -> tuple[str, Answer]:
-    """The task's id and its answer. `content`: bytes, or what kombu decoded. Raises `ValueError` without an id."""
+    """Return the task's id and its answer. `content`: bytes, or kombu's decoded value. Raises `ValueError`."""
     value = _loaded(content) if isinstance(content, bytes | str) else content
     envelope = _UNWRAP[route.format](route, value)
     if not isinstance(envelope, Mapping) or not isinstance(envelope.get("id"), str):
@@ -82,7 +82,7 @@ def _json(_: Route, value: Any) -> Any:
 
 
 def _celery(_: Route, value: Any) -> Any:
-    """A task's message: its arguments, its keyword arguments, and what to do afterwards."""
+    """Read a Celery task's message: its arguments, its keyword arguments, and what follows the task."""
     if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], list) or len(value[0]) != 1:
         raise ValueError(f"not a Celery task with one argument: {str(value)[:200]}")
     return value[0][0]
@@ -111,7 +111,7 @@ def _answer(route: Route, envelope: Mapping[str, Any]) -> Answer:
 
 
 def _unpacked(packed: Mapping[str, Any]) -> Answer:
-    """An array of little-endian float32."""
+    """Read an array of little-endian float32."""
     try:
         if packed["dtype"] != "<f4":
             return Failed(f"dtype {packed['dtype']!r}, and not '<f4'")
@@ -123,5 +123,5 @@ def _unpacked(packed: Mapping[str, Any]) -> Answer:
 
 
 def _is_shape(shape: Any) -> bool:
-    """numpy alone would fill in a length that is missing or negative."""
+    """Check a shape: numpy would replace a negative length by one that fits."""
     return isinstance(shape, list) and all(isinstance(length, int) and length >= 0 for length in shape)

@@ -1,7 +1,7 @@
 """The file of texts and their right vectors.
 
-In: texts, and a model's settings; or a file. Out: a file of JSON lines: a first one that says where the vectors are
-from, then `{"text": …, "vector": […]}` for each text; or what such a file holds.
+In: texts, and a model's settings; or a file. Out: a file of JSON lines, or its content. The first line tells the origin
+of the vectors; each other line is `{"text": …, "vector": […]}`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 from legit_worker.errors import LegitWorkerError
 from legit_worker.settings import ModelSettings
 
-#: The packages that compute vectors.
+#: The packages that compute the vectors.
 PACKAGES = ("sentence-transformers", "transformers", "torch")
 
 
 class ValidationError(LegitWorkerError):
-    """The comparison can't be made, as it was asked for."""
+    """The comparison can't be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a file holds."""
+    """A file's content."""
 
     texts: list[str]
     vectors: list[list[float]]
-    #: What its first line says of their origin; empty where there is no such line.
+    #: The first line, about the vectors' origin; empty if the file has no such line.
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make(texts: Iterable[str], model: ModelSettings) -> Iterator[tuple[str, list[float]]]:
-    """Each text with the vector that `SentenceTransformer.encode` gives it, alone, on the CPU, without any worker."""
+    """Compute each text's vector by `SentenceTransformer.encode`, alone, on the CPU, without a worker."""
     from sentence_transformers import SentenceTransformer
 
     options = {"dtype": model.dtype} if model.dtype else None
@@ -49,7 +49,7 @@ def make(texts: Iterable[str], model: ModelSettings) -> Iterator[tuple[str, list
 
 
 def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSettings) -> None:
-    """The file at once. Raises `ValidationError`."""
+    """Write the file. Raises `ValidationError`."""
     lines = [origin(model), *({"text": text, "vector": vector} for text, vector in rows)]
     try:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -58,13 +58,13 @@ def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSetti
 
 
 def origin(model: ModelSettings) -> dict[str, Any]:
-    """What made the vectors: the model, and the packages' versions."""
+    """Describe what makes the vectors: the model, and the packages' versions."""
     made_with = {package: version(package) for package in PACKAGES}
     return {"model": model.path, "revision": model.revision, "dtype": model.dtype, "made_with": made_with}
 
 
 def read(path: Path) -> Reference:
-    """Raises `ValidationError`, with the line's number, where it is not such a file."""
+    """Read a file. Raises `ValidationError`, with a line's number, if it is no reference."""
     lines = [(number, line) for number, line in enumerate(_lines(path), start=1) if line.strip()]
     objects = [(number, _parsed(path, number, line)) for number, line in lines]
     described = objects and "text" not in objects[0][1] and "model" in objects[0][1]
@@ -82,7 +82,7 @@ def read(path: Path) -> Reference:
 
 
 def differences(reference: Reference, model: ModelSettings) -> list[str]:
-    """One sentence for each thing that is not as it was when the reference was made."""
+    """Return one sentence for each difference between the reference's origin and this installation."""
     if not reference.origin:
         return []
     now, then = origin(model), reference.origin
@@ -101,7 +101,7 @@ def differences(reference: Reference, model: ModelSettings) -> list[str]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """A user's own texts, one per line. Raises `ValidationError`."""
+    """Read a user's own texts, one per line. Raises `ValidationError`."""
     texts = [line for line in _lines(path) if line.strip()]
     if not texts:
         raise ValidationError(f"{path} holds no text: write one on each line")
@@ -110,7 +110,7 @@ def read_texts(path: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        # Not by `splitlines`: a text may hold other line breaks, and JSON escapes only this one.
+        # `splitlines` would also split at other line breaks, which JSON does not escape.
         return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
@@ -119,7 +119,7 @@ def _lines(path: Path) -> list[str]:
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # Python refuses numbers with thousands of digits
         raise ValidationError(f"line {number} of {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
@@ -138,5 +138,5 @@ def _row(path: Path, number: int, value: Mapping[str, Any]) -> tuple[str, list[f
 def _is_finite(part: Any) -> bool:
     try:
         return isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part)
-    except OverflowError:  # an integer that no float can be
+    except OverflowError:  # the integer is too large for a float
         return False

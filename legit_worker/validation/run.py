@@ -1,7 +1,7 @@
 """One comparison, from its texts to its figures.
 
-In: the project's app, a model's alias, a reference. Out: what came of each path. Afterwards the worker is gone, and its
-queues are.
+In: the project's app, a model's alias, a reference. Out: the figures of each path. Afterwards the worker and its queues
+are gone.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from legit_worker.validation.worker import PrivateWorker, ending_by_exception
 #: Seconds between two looks for answers.
 PAUSE = 0.05
 
-#: Seconds that the worker may take to say how many batches it ran. It has nothing else to do by then.
+#: Seconds for the worker to tell how many batches it ran. It is idle by then.
 INSPECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a comparison."""
+    """The result of a comparison."""
 
     #: By path.
     comparisons: Mapping[str, Comparison]
-    #: By path that was not tried: why.
+    #: The reason, by path that was not tried.
     skipped: Mapping[str, str]
-    #: Batches and items that the worker's pool counted; None where it did not say.
+    #: The batches and items that the worker's pool counted; None if it did not answer.
     batches: int | None
     items: int | None
 
     @property
     def agrees(self) -> bool:
-        """Whether no row of any path is wrong."""
+        """Whether every row of every path is right."""
         return not any(comparison.findings for comparison in self.comparisons.values())
 
 
 @dataclass
 class _Letters:
-    """The tasks that were sent, and what came back."""
+    """The tasks that were sent, and their answers."""
 
     #: By task id: path and row.
     sent: dict[str, tuple[str, int]] = field(default_factory=dict)
-    #: Those whose result Celery's backend will have.
+    #: The tasks whose result Celery's backend stores.
     results: list[AsyncResult[Any]] = field(default_factory=list)
     answers: dict[str, dict[int, Answer]] = field(default_factory=dict)
-    #: Of tasks that have an answer. A path delivers at least once: a second copy says nothing new.
+    #: The ids of answered tasks. A path may deliver an answer twice, and the second copy is ignored.
     answered: set[str] = field(default_factory=set)
 
     def note(self, task_id: str, path: str, answer: Answer) -> None:
@@ -72,9 +72,9 @@ class _Letters:
 def validate(
     app: Celery, project: str, alias: str, reference: Reference, tolerance: Tolerance, patience: float
 ) -> Outcome:
-    """Every text by every path. `patience`: seconds to wait for the next answer, the first one's model load included.
+    """Send every text by every path, and compare. `patience`: seconds for the next answer, and for the model's load.
 
-    Raises `ValidationError` where a server can't be used, or the worker can't be started or can't do the task.
+    Raises `ValidationError` if a server can't be used, or if the worker can't start or can't do the task.
     """
     run = f"legit-validate-{uuid.uuid4().hex[:12]}"
     with usable("the result backend"):
@@ -102,7 +102,7 @@ def _skipped(app: Celery) -> dict[str, str]:
 
 
 def _look_into(app: Celery, run: str) -> None:
-    """Raises what the result backend's absence raises. Celery itself would try again for long."""
+    """Raise at once if the result backend is away. Celery itself would try again for long."""
     if not isinstance(app.backend, DisabledBackend | RPCBackend):  # rpc:// is the broker
         app.backend.get_state(run)
 
@@ -116,7 +116,7 @@ def _telling_of_loss(mailboxes: Mailboxes) -> Iterator[None]:
 
 
 def _variables(run: str) -> dict[str, str]:
-    """Of the worker, beside those of this process: a device worker that routes, and that finds the app in one place."""
+    """Return the worker's additional variables: it runs models, routes, and finds the app in one header."""
     chosen = {
         "LEGIT_WORKER_ENABLED": "1",
         "LEGIT_WORKER_ROLE": "device",
@@ -129,7 +129,7 @@ def _variables(run: str) -> dict[str, str]:
 
 
 def _send(app: Celery, queue: str, alias: str, texts: list[str], letters: _Letters, *, with_stock: bool) -> None:
-    """All at once and before the worker starts, so that its batches mix texts and paths."""
+    """Send all tasks before the worker starts, so that its batches mix texts and paths."""
     paths: dict[str, dict[str, str]] = {STOCK: {}} if with_stock else {}
     paths |= {route.name: {"app": route.app} for route in ROUTES}
     letters.answers = {path: {} for path in paths}
@@ -144,7 +144,7 @@ def _send(app: Celery, queue: str, alias: str, texts: list[str], letters: _Lette
 
 
 def _collect(mailboxes: Mailboxes, worker: PrivateWorker, letters: _Letters, patience: float) -> None:
-    """Until all answers are there, or none has come for so many seconds."""
+    """Collect until all answers are there, or until no answer has come for `patience` seconds."""
     waiting = list(reversed(letters.results))
     deadline = time.monotonic() + patience
     while len(letters.answered) < len(letters.sent) and time.monotonic() < deadline:
@@ -168,7 +168,7 @@ def _routed(mailboxes: Mailboxes) -> Iterator[tuple[str, str, Answer]]:
 
 
 def _stored(waiting: list[AsyncResult[Any]]) -> Iterator[tuple[str, str, Answer]]:
-    """In the order in which they were sent, which is about the order of their ends."""
+    """Take finished results in the order in which they were sent: they end in about this order."""
     while waiting and waiting[-1].ready():
         result = waiting.pop()
         yield result.id, STOCK, result.result if result.successful() else Failed(_told(result))
@@ -179,14 +179,14 @@ def _told(result: AsyncResult[Any]) -> str:
 
 
 def _forget(letters: _Letters) -> None:
-    """The project's result backend need not keep them."""
-    with suppress(Exception):  # one that can't, or is gone, keeps them until they expire
+    """Delete the results from the project's backend."""
+    with suppress(Exception):  # a backend that can't, or is away, keeps them until they expire
         for result in letters.results:
             result.forget()
 
 
 def _counted(app: Celery, run: str, alias: str) -> dict[str, Any]:
-    """What the worker's pool counted for the model."""
+    """Return the pool's counters for the model."""
     replies = app.control.inspect(timeout=INSPECT_SECONDS, limit=1, pattern=f"{run}@*", matcher="glob").stats() or {}
     for name, stats in replies.items():
         if name.startswith(run):

@@ -1,7 +1,6 @@
-"""A `celery worker` of one's own, on one queue, for as long as a comparison takes.
+"""A private `celery worker` on one queue, for the time of a comparison.
 
-In: the name of the project's app, a queue, and more variables. Out: a running worker that is gone when its block is
-left, by whatever way.
+In: the name of the project's app, a queue, and more variables. Out: a running worker, which ends with its block.
 """
 
 from __future__ import annotations
@@ -11,25 +10,25 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from legit_worker.validation.reference import ValidationError
 
-#: Seconds for a worker with nothing to do to end when it is told to. It needs one.
+#: Seconds for an idle worker to end after the signal. It needs one.
 STOP_SECONDS = 15
 
-#: What a `kill` and a closed window send. Ctrl-C raises by itself.
+#: The signals of `kill` and of a closed window. Ctrl-C raises by itself.
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
-#: Lines of a dead worker's log that tell why it died.
+#: The last lines of a dead worker's log that an error shows.
 TAIL_LINES = 20
 
 
 class PrivateWorker:
-    """A child process, in a session of its own, so that Ctrl-C reaches only its parent, which then ends it."""
+    """A child process in its own session: Ctrl-C reaches only the parent, and the parent ends the child."""
 
     def __init__(self, project: str, queue: str, name: str, variables: Mapping[str, str]) -> None:
         self._command = [
@@ -52,33 +51,34 @@ class PrivateWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _undisturbed():
+        # These signals ask for the end that has begun.
+        with _handling((signal.SIGINT, *ENDINGS), signal.SIG_IGN):
             self._stop()
             self._log.close()
 
     def check(self) -> None:
-        """Raises `ValidationError` where the worker has ended, or can't do its task."""
+        """Raise `ValidationError` if the worker has ended, or can't do its task."""
         assert self._process is not None
         code = self._process.poll()
         if code is not None:
             raise ValidationError(f"the worker ended with exit code {code}. The end of its log:\n{self.tail()}")
         if "Received unregistered task" in self.log():
             raise ValidationError(
-                "the project's worker has no task legit_worker.embed_text: call legit_worker.install(app) where the "
-                "app is made"
+                "the project's worker has no task legit_worker.embed_text: call legit_worker.install(app) where you "
+                "make the app"
             )
 
     def log(self) -> str:
-        """All that it wrote so far."""
+        """Return the worker's log so far."""
         descriptor = self._log.fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     def tail(self) -> str:
-        """The end of that."""
+        """Return the end of the log."""
         return "\n".join(self.log().splitlines()[-TAIL_LINES:])
 
     def _stop(self) -> None:
-        """First as one asks a worker to; then it and all that it started, without asking."""
+        """Ask the worker to end; then kill it and all processes that it started."""
         if self._process is None:
             return
         self._process.terminate()
@@ -89,27 +89,20 @@ class PrivateWorker:
         self._process.wait()
 
 
-@contextmanager
-def ending_by_exception() -> Iterator[None]:
-    """Inside, the signals that end a process raise `SystemExit`, so that what was started is cleaned up."""
+def ending_by_exception() -> AbstractContextManager[None]:
+    """Let the signals that end a process raise `SystemExit` in the block, so that it cleans up."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in ENDINGS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return _handling(ENDINGS, end)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Cleaning up is already what these ask for."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDINGS)}
+def _handling(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
