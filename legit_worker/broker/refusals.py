@@ -53,31 +53,13 @@ class RefusingConsumer:
     #: The number of tasks that have begun.
     begun: Callable[[], int]
 
-    _on_message: Handler | None = None
-    _on_decode_error: Handler | None = None
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Guard the handlers that Celery sets, for messages that kombu could read and for the others."""
+        guards = name in ("on_message", "on_decode_error") and value is not None
+        super().__setattr__(name, self._guarded(value) if guards else value)
 
-    @property
-    def on_message(self) -> Handler | None:
-        """Celery's handler of a message that kombu could read."""
-        return self._on_message
-
-    @on_message.setter
-    def on_message(self, handler: Handler | None) -> None:
-        self._on_message = self._guarded(handler)
-
-    @property
-    def on_decode_error(self) -> Handler | None:
-        """Celery's handler of a message that kombu could not read: it logs, and logging can fail, too."""
-        return self._on_decode_error
-
-    @on_decode_error.setter
-    def on_decode_error(self, handler: Handler | None) -> None:
-        self._on_decode_error = self._guarded(handler)
-
-    def _guarded(self, handler: Handler | None) -> Handler | None:
+    def _guarded(self, handler: Handler) -> Handler:
         """Wrap a handler: an error over a message's data removes the message, unless its task has begun."""
-        if handler is None:
-            return None
 
         def handle(message: Any, *rest: Any) -> Any:
             before = self.begun()

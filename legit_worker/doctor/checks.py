@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +206,10 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
     cuda.prepare_environment()
     if gpus and not vram.is_order_known(gpus):
         yield warning("CUDA may count these GPUs in another order", "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    yield from _compare_with_torch(gpus)
+
+
+def _compare_with_torch(gpus: Sequence[vram.Gpu]) -> Iterator[Finding]:
     seen = probe("torch_gpus")
     ours = [gpu.uuid.removeprefix("GPU-") for gpu in gpus]
     if seen["uuids"] is None:

@@ -8,16 +8,12 @@ The rest of its life it waits: for company, for its turn, for a model to load.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
-
-#: The worst recent wait is that of the last tasks that ended, this many: about two full windows.
-RECENT = 2048
 
 
 @dataclass(eq=False)
@@ -127,24 +123,3 @@ def work_of(done: Future[Any]) -> Work:
         work.begin()
     done.add_done_callback(lambda _: work.end())
     return work
-
-
-@dataclass
-class Waits:
-    """The waits of tasks that have ended. `inspect stats` shows them."""
-
-    #: The seconds of all tasks together.
-    total: float = 0.0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-
-    def note(self, seconds: float) -> None:
-        """Note a task that has ended, and its wait."""
-        self.total += seconds
-        self.recent.append(seconds)
-
-    def report(self) -> dict[str, float]:
-        """Return the figures for `inspect stats`, in seconds."""
-        return {
-            "waited_seconds": round(self.total, 3),
-            "worst_recent_wait_seconds": round(max(self.recent, default=0.0), 3),
-        }

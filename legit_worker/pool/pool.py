@@ -29,7 +29,6 @@ from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import limits, reports, sql, turns
-from legit_worker.pool.clock import Waits
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
@@ -90,7 +89,6 @@ class ModelPool(SoloPool):
         self._consumer: Any = None
         self._gave_way = False
         self._running = Running()
-        self._waits = Waits()
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay)
         self._soft = SoftShutdown(self.app)
@@ -299,9 +297,7 @@ class ModelPool(SoloPool):
     def _note_run(self, fiber: Fiber, seconds: float) -> None:
         self._share.ran(seconds, ended=fiber.dead)
         if fiber.dead:
-            waited = fiber.clock.waited(monotonic())
-            self._waits.note(waited)
-            self._reports.ended(waited)
+            self._reports.ended(fiber.clock.waited(monotonic()))
 
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""
@@ -349,7 +345,7 @@ class ModelPool(SoloPool):
             "messages": self.taking(),
             "in_flight": len(self._running),
             "parked": self._running.parked,
-            **self._waits.report(),
+            **self._reports.report(),
             **sum(self.engine.counters.values(), Counters()).report(),
             "models": {alias: self._model_info(alias) for alias in default_registry().entries},
             "memory": default_registry().residency.report(),

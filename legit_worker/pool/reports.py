@@ -38,6 +38,9 @@ FINISHING_SECONDS = 10.0
 #: The most tasks whose waits are kept until the next line: enough for a percentile, in 100 KiB.
 KEPT = 4096
 
+#: The number of last tasks among which `inspect stats` shows the worst wait: about two full windows.
+RECENT = 2048
+
 
 def started(app: Celery, chosen: settings.Settings, window: int, messages: str) -> None:
     """Log the line of a worker that is ready. `messages` says how messages come."""
@@ -104,6 +107,9 @@ class Reports:
         self._tasks = 0
         #: The seconds that each task waited: for company, for its turn, for a model to load.
         self._waits: deque[float] = deque(maxlen=KEPT)
+        #: The same of the last tasks, and their sum over all tasks.
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._waited = 0.0
         self._before = (0, 0, 0)
         self._since = monotonic()
         self._told_at = -inf
@@ -111,7 +117,14 @@ class Reports:
     def ended(self, waited: float) -> None:
         """Note that a task is over, and waited for these seconds."""
         self._tasks += 1
+        self._waited += waited
         self._waits.append(waited)
+        self._recent.append(waited)
+
+    def report(self) -> dict[str, float]:
+        """Return the waits for `inspect stats`, in seconds."""
+        worst = max(self._recent, default=0.0)
+        return {"waited_seconds": round(self._waited, 3), "worst_recent_wait_seconds": round(worst, 3)}
 
     def busy(self, running: int, waiting: int) -> None:
         """Log the line of a minute, unless the worker was idle."""

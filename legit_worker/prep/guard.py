@@ -49,11 +49,6 @@ def forbid_cuda() -> None:
         sys.meta_path.insert(0, TorchFinder())
 
 
-def is_cuda_forbidden() -> bool:
-    """Tell whether this process must not touch CUDA."""
-    return _is_forbidden
-
-
 def forbid_torch(torch: Any) -> None:
     """Make an imported torch refuse CUDA. It asks the driver nothing any more, not even whether a device is there."""
     if torch.cuda.is_initialized():

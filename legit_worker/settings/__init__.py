@@ -1,27 +1,37 @@
 """What the operator chose.
 
 In: `LEGIT_WORKER_*` variables, and the TOML file that `LEGIT_WORKER_CONFIG` names; a variable beats the file. Out: a
-frozen `Settings`, or a `SettingsError` that names every variable that is wrong. Nothing here imports Celery, and
-nothing reads a device: a process that only looks at its settings never opens a CUDA context.
+frozen `Settings`, or a `SettingsError` that names every wrong variable. Nothing here imports Celery, and nothing reads
+a device: a process that only looks at its settings never opens a CUDA context.
 
-`values.py` says what one variable may hold, `schema.py` which variables there are, and `reading.py` reads them.
+`schema.py` says which settings there are and what each may hold, and `reading.py` reads and shows them.
 """
 
-from legit_worker.settings.reading import is_enabled, is_prep, load, load_or_exit, unknown
+from legit_worker.settings.reading import (
+    changed,
+    is_enabled,
+    is_prep,
+    listed_changes,
+    load,
+    load_or_exit,
+    not_yet_in_effect,
+    unknown,
+)
 from legit_worker.settings.schema import (
+    KINDS_WITH_PATH,
+    NAME,
     PREFIX,
+    UNITS,
+    Amount,
     AppSettings,
+    AppSource,
     ModelSettings,
     Settings,
-    changed,
-    listed_changes,
-    not_yet_in_effect,
+    fold,
     path_variable,
 )
-from legit_worker.settings.values import BUILT_IN_TASKS, KINDS_WITH_PATH, NAME, UNITS, Amount, AppSource, fold
 
 __all__ = [
-    "BUILT_IN_TASKS",
     "KINDS_WITH_PATH",
     "NAME",
     "PREFIX",

@@ -1,25 +1,25 @@
-"""How settings are read: from the environment, and from the TOML file that `LEGIT_WORKER_CONFIG` names.
+"""How settings are read, from the environment and the file of `LEGIT_WORKER_CONFIG`, and how they are shown.
 
-In: variables, and a file. Out: `Settings`, or a `SettingsError` that names every variable that is wrong.
+In: variables, and a file. Out: `Settings`, or a `SettingsError` that names every wrong variable; sentences for the log.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 
 from legit_worker.errors import SettingsError
-from legit_worker.settings.schema import DELIMITER, GROUPS, PREFIX, Name, Settings, spelled
-from legit_worker.settings.values import BUILT_IN_TASKS, fold
+from legit_worker.settings.schema import BUILT_IN_TASKS, DELIMITER, GROUPS, PREFIX, Name, Settings, fold, spelled
 
 #: Variables that Kubernetes sets for a service whose name begins with `legit-worker`. They are no settings.
 _OF_A_SERVICE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
@@ -237,3 +237,42 @@ def _shown(variable: Variable) -> str:
     """Write `NAME='text'`; only the name if the text is a URL, which may hold a password."""
     spelling, text = variable
     return spelling if spelling.upper().endswith("URL") else f"{spelling}={text!r}"
+
+
+def not_yet_in_effect(settings: Settings) -> list[str]:
+    """Return one sentence for each setting that was changed and has no effect in this release."""
+    names = () if settings.metrics_port is None else ("metrics_port",)
+    return [f"{spelled((name,))} is set, and has no effect in this release." for name in names]
+
+
+def changed(group: BaseModel, parents: Name = ()) -> Iterator[str]:
+    """Write each setting that differs from its default as `VARIABLE=value`. A URL loses its user and password."""
+    for field, value in group:
+        name, default = (*parents, field), type(group).model_fields[field].get_default(call_default_factory=True)
+        if field in GROUPS and isinstance(value, dict):
+            for owner, inner in value.items():
+                yield from changed(inner, (*name, fold(owner) if field == "models" else owner))
+        elif field == "tasks":
+            yield from (f"{spelled((*name, task))}={json.dumps(aliases)}" for task, aliases in value.items())
+        elif value != default:
+            yield f"{spelled(name)}={_without_login(value) if field == 'url' else _written(value)}"
+
+
+def listed_changes(settings: Settings) -> str:
+    """Write for the log what `changed` finds, without what the rest of a worker's first line says."""
+    told = tuple(f"{spelled((name,))}=" for name in ("enabled", "role"))
+    return ", ".join(line for line in changed(settings) if not line.startswith(told)) or "the defaults"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _without_login(url: str) -> str:
+    """Keep the scheme and the server's address. Keep nothing if it is not clear where the password ends."""
+    scheme, separator, rest = url.partition("://")
+    login, _, place = rest.rpartition("@")
+    is_clear = separator and ":" not in scheme and not {"@", "?"} & set(login)
+    return f"{scheme}://{place.partition('?')[0]}" if is_clear else "…"

@@ -1,44 +1,212 @@
-"""Which settings there are: `Settings`, and the groups of each model and each app.
+"""Which settings there are, and what each may hold: `Settings`, and the groups of each model and each app.
 
-In: values. Out: frozen objects that were checked; the names of the variables.
+In: a variable's text, or a value of the TOML file. Out: frozen objects that were checked, or pydantic's error.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-
-from legit_worker.settings.values import (
-    KINDS_WITH_PATH,
-    Amount,
-    AppName,
-    AppSource,
-    AppSources,
-    BuiltInTask,
-    Bytes,
-    DeviceName,
-    Folders,
-    Key,
-    Kind,
-    Memory,
-    ModelAliases,
-    Names,
-    SafeName,
-    Seconds,
-    SomeSeconds,
-    TaskAliases,
-    fold,
-    nothing_if,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
 )
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "LEGIT_WORKER_"
 
 #: Stands between the parts of a variable's name.
 DELIMITER = "__"
+
+#: The built-in tasks that can have other names as well.
+BUILT_IN_TASKS = ("embed_text", "embed_image", "rerank", "prep_text", "prep_image")
+
+#: The kinds of model that are read from a path.
+KINDS_WITH_PATH = ("embed", "rerank", "sparse", "image")
+
+#: Bytes in one of each unit that an amount of memory can be written in.
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+#: The form of an app's or a queue's name.
+NAME = r"[A-Za-z0-9_.:-]{1,128}"
+
+#: The form of an amount. Fifteen digits are a petabyte, and a float holds them exactly.
+_AMOUNT = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+
+#: Characters that an alias may have and that a shell does not allow in a variable's name: a variable has `_` instead.
+_UNSPELLABLE = re.compile(r"[-./]")
+
+#: Commas between app sources. A comma inside a queue's regex isn't followed by the start of another source.
+_BETWEEN_SOURCES = re.compile(r",\s*(?=(?:header|kwarg|queue):|reply_to\s*(?:,|$))")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount of memory: a number of bytes, or a share of the whole."""
+
+    #: As it was written: 4 in `4GiB`, 10 in `10%`.
+    number: float
+    #: `%`, or a key of `UNITS`.
+    unit: str = "B"
+
+    def __str__(self) -> str:
+        return f"{self.number:.15g}{self.unit}"
+
+    def of(self, total_bytes: int) -> int:
+        """Return bytes, on a device that has `total_bytes`. An amount in bytes may exceed the total."""
+        if self.unit == "%":
+            return int(total_bytes * self.number / 100)
+        return int(self.number * UNITS[self.unit])
+
+    @classmethod
+    def parse(cls, text: str) -> Amount:
+        """Read an amount written as `10%`, `4GiB`, `512 MiB` or `1000000`. Raises `ValueError`."""
+        found = _AMOUNT.fullmatch(text)
+        units = {unit.lower(): unit for unit in (*UNITS, "%")}
+        unit = units.get((found[2] or "B").lower()) if found else None
+        if found is None or unit is None:
+            raise ValueError(f"should be bytes, a number with {', '.join(UNITS)}, or a share such as 10%")
+        amount = cls(float(found[1]), unit)
+        if unit == "%" and amount.number > 100:
+            raise ValueError(f"{amount} is more than all there is: give at most 100%")
+        return amount
+
+
+@dataclass(frozen=True)
+class AppSource:
+    """One place to look for the name of the app that a task is for."""
+
+    #: Where to look.
+    kind: Literal["header", "kwarg", "queue", "reply_to"]
+    #: The header's or keyword argument's name; for `queue`, a regex whose group `app` is the app; else empty.
+    value: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value}" if self.value else self.kind
+
+    @classmethod
+    def parse(cls, text: str) -> AppSource:
+        """Read a source written as `header:app`, `kwarg:app`, `queue:<regex>` or `reply_to`. Raises `ValueError`."""
+        kind, _, value = text.strip().partition(":")
+        if kind == "reply_to" and not value:
+            return cls("reply_to")
+        if kind == "header" and value:
+            return cls("header", value)
+        if kind == "kwarg" and value:
+            return cls("kwarg", value)
+        if kind == "queue" and value:
+            return cls("queue", _with_app_group(value))
+        raise ValueError(f"{text!r} should be header:<name>, kwarg:<name>, queue:<regex with (?P<app>…)> or reply_to")
+
+
+def _with_app_group(pattern: str) -> str:
+    """Return the pattern unchanged. Raises `ValueError` if it can't name an app."""
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        raise ValueError(f"queue:{pattern} is not a regular expression: {error}") from None
+    if "app" not in groups:
+        raise ValueError(f"queue:{pattern} has no group (?P<app>…): the app's name must match such a group")
+    return pattern
+
+
+def _matching(pattern: str, meaning: str) -> AfterValidator:
+    """Check that the whole string matches; the error says `meaning`."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"should be {meaning}")
+        return value
+
+    return AfterValidator(check)
+
+
+def nothing_if(word: str) -> BeforeValidator:
+    """Read this word as None."""
+    return BeforeValidator(lambda value: None if isinstance(value, str) and value.lower() == word else value)
+
+
+def _in_bytes(amount: Amount) -> Amount:
+    """Refuse a share, since there is no whole to take it of."""
+    if amount.unit == "%":
+        raise ValueError(f"should be bytes, such as 16MiB, and not a share such as {amount}")
+    return amount
+
+
+def listed(value: Any, separator: str | re.Pattern[str] = ",") -> Any:
+    """Split a string: JSON if it starts like JSON, else at the separators. Other values stay as they are."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
+    return [part.strip() for part in re.split(separator, value) if part.strip()]
+
+
+def _sources(value: Any) -> Any:
+    """Read each string of a list as an `AppSource`."""
+    value = listed(value, _BETWEEN_SOURCES)
+    if not isinstance(value, list):
+        return value
+    return tuple(AppSource.parse(source) if isinstance(source, str) else source for source in value)
+
+
+def _renames_by_alias(value: Any) -> Any:
+    """Read aliases in any of their spellings as `{alias: renames}`."""
+    value = listed(value)
+    if isinstance(value, Mapping):
+        return {alias: {} if renames is None else renames for alias, renames in value.items()}
+    if isinstance(value, list) and all(isinstance(alias, str) for alias in value):
+        return {alias: {} for alias in value}
+    raise ValueError('should be a task\'s name, a list of names, or {name: {"caller\'s argument": "built-in\'s"}}')
+
+
+def fold(alias: str) -> str:
+    """Reduce an alias to what tells models apart: `text-embedding-3` and `Text_Embedding_3` are one name."""
+    return _UNSPELLABLE.sub("_", alias.lower())
+
+
+#: A name that is part of a variable's name. Variables are often upper case, so case doesn't count.
+Key = Annotated[str, StringConstraints(to_lower=True, min_length=1)]
+SafeName = Annotated[str, _matching(NAME, "1 to 128 of the characters A-Z a-z 0-9 _ . : -")]
+AppName = Annotated[SafeName, StringConstraints(to_lower=True)]
+ModelAliases = Annotated[tuple[Key, ...], BeforeValidator(listed)]
+Folders = Annotated[tuple[Path, ...], BeforeValidator(listed)]
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
+AppSources = Annotated[tuple[AppSource, ...], BeforeValidator(_sources)]
+Kind = Annotated[
+    str,
+    _matching(
+        rf"{'|'.join(KINDS_WITH_PATH)}|simulated|[^\W\d][\w.]*:[^\W\d][\w.]*",
+        f"{', '.join(KINDS_WITH_PATH)}, simulated, or a class of your own as module:Class",
+    ),
+]
+DeviceName = Annotated[str, _matching(r"auto|cpu|cuda(:[0-9]+)?|simulated", "auto, cpu, cuda, cuda:N or simulated")]
+Memory = Annotated[
+    Amount,
+    BeforeValidator(lambda value: Amount.parse(str(value)) if isinstance(value, str | int | float) else value),
+]
+Bytes = Annotated[Memory, AfterValidator(_in_bytes)]
+BuiltInTask = Annotated[str, _matching("|".join(BUILT_IN_TASKS), f"one of {', '.join(BUILT_IN_TASKS)}")]
+TaskAliases = Annotated[
+    dict[Annotated[str, StringConstraints(min_length=1)], dict[str, str | None]], BeforeValidator(_renames_by_alias)
+]
+Seconds = Annotated[float, Field(ge=0)]
+SomeSeconds = Annotated[float, Field(gt=0)]
+
 
 #: The parts of a setting's name, in lower case: `("models", "minilm", "path")`.
 Name = tuple[str, ...]
@@ -213,42 +381,3 @@ class Settings(BaseSettings):
 
 #: The groups of which each alias or app has one.
 GROUPS: Mapping[str, type[_Group]] = {"models": ModelSettings, "apps": AppSettings}
-
-
-def not_yet_in_effect(settings: Settings) -> list[str]:
-    """Return one sentence for each setting that was changed and has no effect in this release."""
-    names = () if settings.metrics_port is None else ("metrics_port",)
-    return [f"{spelled((name,))} is set, and has no effect in this release." for name in names]
-
-
-def changed(group: BaseModel, parents: Name = ()) -> Iterator[str]:
-    """Write each setting that differs from its default as `VARIABLE=value`. A URL loses its user and password."""
-    for field, value in group:
-        name, default = (*parents, field), type(group).model_fields[field].get_default(call_default_factory=True)
-        if field in GROUPS and isinstance(value, dict):
-            for owner, inner in value.items():
-                yield from changed(inner, (*name, fold(owner) if field == "models" else owner))
-        elif field == "tasks":
-            yield from (f"{spelled((*name, task))}={json.dumps(aliases)}" for task, aliases in value.items())
-        elif value != default:
-            yield f"{spelled(name)}={_without_login(value) if field == 'url' else _written(value)}"
-
-
-def listed_changes(settings: Settings) -> str:
-    """Write for the log what `changed` finds, without what the rest of a worker's first line says."""
-    told = tuple(f"{spelled((name,))}=" for name in ("enabled", "role"))
-    return ", ".join(line for line in changed(settings) if not line.startswith(told)) or "the defaults"
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
-def _without_login(url: str) -> str:
-    """Keep the scheme and the server's address. Keep nothing if it is not clear where the password ends."""
-    scheme, separator, rest = url.partition("://")
-    login, _, place = rest.rpartition("@")
-    is_clear = separator and ":" not in scheme and not {"@", "?"} & set(login)
-    return f"{scheme}://{place.partition('?')[0]}" if is_clear else "…"

@@ -50,21 +50,24 @@ def main(
     if (against is None) == (target is None) or (texts and not target):
         raise click.UsageError("give either --against FILE, or --make-reference FILE, which --texts FILE belongs to")
     try:
-        alias = configured(alias)
+        alias, model = configured(alias)
         if target:
-            make_reference(alias, target, texts)
+            make_reference(model, target, texts)
             return 0
         assert against
         tolerance = Tolerance(min_cosine=min_cosine, max_difference=max_difference)
-        return 0 if compare_with(app, project, alias, against, tolerance, timeout, as_json=as_json) else 1
+        return 0 if compare_with(app, project, alias, model, against, tolerance, timeout, as_json=as_json) else 1
     except ValidationError as error:
         click.echo(f"Error: {error}", err=True)
         return 2
 
 
-def configured(name: str) -> str:
-    """Return the alias of the model of kind embed that this name means. Raises `ValidationError`."""
-    models = _models()
+def configured(name: str) -> tuple[str, ModelSettings]:
+    """Return the alias and settings of the model of kind embed that this name means. Raises `ValidationError`."""
+    try:
+        models = settings.load(enabled_by_default=True).models
+    except SettingsError as error:
+        raise ValidationError(str(error)) from None
     alias = next((alias for alias in models if settings.fold(alias) == settings.fold(name)), None)
     if alias is None:
         known = ", ".join(sorted(models)) or "none"
@@ -73,34 +76,28 @@ def configured(name: str) -> str:
         raise ValidationError(
             f"model {alias!r} is of kind {models[alias].kind!r}, and only kind 'embed' can be compared"
         )
-    return alias
+    return alias, models[alias]
 
 
-def model_settings(alias: str) -> ModelSettings:
-    """Return a configured model's settings. Raises `ValidationError`."""
-    return _models()[alias]
-
-
-def _models() -> dict[str, ModelSettings]:
-    try:
-        return settings.load(enabled_by_default=True).models
-    except SettingsError as error:
-        raise ValidationError(str(error)) from None
-
-
-def make_reference(alias: str, path: Path, texts: Path | None) -> None:
+def make_reference(model: ModelSettings, path: Path, texts: Path | None) -> None:
     """Write a reference file."""
-    model = model_settings(alias)
     chosen = reference.read_texts(texts) if texts else golden.texts()
     reference.write(path, reference.make(chosen, model), model)
     click.echo(f"{path}: {len(chosen)} texts and their vectors by SentenceTransformer.encode, one by one, on the CPU")
 
 
 def compare_with(
-    app: Celery, project: str, alias: str, path: Path, tolerance: Tolerance, patience: float, *, as_json: bool
+    app: Celery,
+    project: str,
+    alias: str,
+    model: ModelSettings,
+    path: Path,
+    tolerance: Tolerance,
+    patience: float,
+    *,
+    as_json: bool,
 ) -> bool:
     """Compare, and print how well the vectors agree. Returns whether all agree."""
-    model = model_settings(alias)
     known = reference.read(path)
     notes = reference.differences(known, model)
     outcome = validate(app, project, alias, known, tolerance, patience)

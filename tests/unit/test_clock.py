@@ -8,7 +8,9 @@ from concurrent.futures import Future
 import pytest
 
 from legit_worker.pool import clock
-from legit_worker.pool.clock import RECENT, Clock, Waits, Work, work_of
+from legit_worker.pool.clock import Clock, Work, work_of
+from legit_worker.pool.engine import Counters
+from legit_worker.pool.reports import RECENT, Reports
 
 #: Moves time on by this many seconds.
 Pass = Callable[[float], None]
@@ -121,9 +123,9 @@ def test_input_that_no_helper_took_is_no_work(after: Pass) -> None:
 
 
 def test_the_worst_wait_is_forgotten_and_the_total_is_not() -> None:
-    subject = Waits()
-    subject.note(60)
+    subject = Reports(Counters, lambda: 0)
+    subject.ended(60)
     assert subject.report() == {"waited_seconds": 60, "worst_recent_wait_seconds": 60}
     for _ in range(RECENT):
-        subject.note(0.5)
+        subject.ended(0.5)
     assert subject.report() == {"waited_seconds": 60 + RECENT / 2, "worst_recent_wait_seconds": 0.5}
