@@ -83,6 +83,15 @@ class Engine:
             self._loading[model.alias] -= 1
             self._loading += Counter()  # without those that nobody waits for
 
+    @property
+    def set_aside(self) -> int:
+        """Tasks that wait for a load while another model has work: they must not keep that model's tasks out."""
+        if not self._loading or not any(
+            queue.sizing.costs.is_known and not self._loading[alias] for alias, queue in self._queues.items()
+        ):
+            return 0
+        return self._loading.total()
+
     def drop(self, chunk: Chunk) -> None:
         """Forget what is left of a chunk whose task is gone, or needs it no more."""
         self._queues[chunk.alias].drop(chunk)
@@ -101,17 +110,18 @@ class Engine:
 
         For deciding how many tasks to hold, so it is counted with caution: until a model's batches have shown what its
         launch takes, all of their time is the items'. Each model's next batch counts nothing: it is always worth
-        holding. Calls of tasks that have not begun belong to `more`. None if no batch ever ran and
-        nothing waits.
+        holding. Tasks that are `set_aside` count nothing, and calls of tasks that have not begun belong to `more`. None
+        if no batch ever ran and nothing waits.
         """
-        loading = sum(count for alias, count in self._loading.items() if alias not in self._queues)
         if any(queue.sizing.costs.is_known for queue in self._queues.values()):
+            aside = self.set_aside
             known = (
-                queue.surplus_seconds(self._demand, loading=self._loading[alias], calls=more)
+                queue.surplus_seconds(self._demand, loading=0 if aside else self._loading[alias], calls=more)
                 for alias, queue in self._queues.items()
             )
-            return sum(known) + loading * UNKNOWN_SECONDS
-        waiting = loading + len(self)
+            unknown = 0 if aside else sum(self._loading[alias] for alias in self._loading if alias not in self._queues)
+            return sum(known) + unknown * UNKNOWN_SECONDS
+        waiting = len(self) + sum(self._loading[alias] for alias in self._loading if alias not in self._queues)
         return (waiting + more) * UNKNOWN_SECONDS if waiting else None
 
     def surplus_seconds(self) -> float:

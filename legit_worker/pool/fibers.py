@@ -97,6 +97,8 @@ class Fiber(greenlet):
         self.waits_for: str | None = None
         #: Due to be resumed at the loop's next turn.
         self.woken = False
+        #: Seconds that it had the thread.
+        self.ran_seconds = 0.0
         #: What it took, and what it waited.
         self.clock = Clock()
         #: How long it may take.

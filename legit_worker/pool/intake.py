@@ -31,14 +31,25 @@ class Intake:
     """One pool's. Lives on the main thread."""
 
     def __init__(
-        self, limit: int, running: Running, share: Share, *, waiting: Callable[[], int], is_ending: Callable[[], bool]
+        self,
+        limit: int,
+        running: Running,
+        share: Share,
+        *,
+        waiting: Callable[[], int],
+        aside: Callable[[], int],
+        is_ending: Callable[[], bool],
     ) -> None:
-        """`waiting` counts the tasks that came and have not begun; `is_ending` says that no task may begin any more."""
+        """`waiting` counts the tasks that came and have not begun, `aside` those that wait for a model's load.
+
+        `is_ending` says that no task may begin any more.
+        """
         #: The window.
         self.limit = limit
         self._running = running
         self._share = share
         self._waiting = waiting
+        self._aside = aside
         self._is_ending = is_ending
         #: The tasks that this worker may hold now.
         self.most = share.cold(limit)
@@ -46,11 +57,12 @@ class Intake:
         # How many tasks waited for a delivery at the last look, and how many of them have waited since the look before:
         # others take their places.
         self._delivering_before = self._replaced = 0
+        self._told_aside = 0
 
     def __repr__(self) -> str:
         return f"<Intake: {self.in_progress} in progress, may hold {self.most}, window {self.limit}>"
 
-    def tell(self, consumer: Any) -> None:
+    def meet(self, consumer: Any) -> None:
         """Meet the worker's consumer before it connects: from now on the broker hears how many tasks to hand over."""
         self._prefetch = Prefetch(consumer, self.most)
 
@@ -60,8 +72,13 @@ class Intake:
 
     @property
     def in_progress(self) -> int:
-        """Tasks that began. Those that wait for the delivery of their result don't count."""
-        return len(self._running) - len(self._running.delivering)
+        """Tasks that began, less those that wait for the delivery of their result, or for a model's load."""
+        return len(self._running) - len(self._running.delivering) - self._set_aside
+
+    @property
+    def _set_aside(self) -> int:
+        """Tasks that wait for a load and don't count, one window of them at most."""
+        return min(self._aside(), self.limit)
 
     @property
     def is_full(self) -> bool:
@@ -82,16 +99,24 @@ class Intake:
         self.decide()
 
     def decide_if_due(self) -> None:
-        """Decide again, unless that was a moment ago."""
-        if self._prefetch is not None and self._prefetch.is_due():
+        """Decide again, unless that was a moment ago. A task that is set aside makes room for another at once."""
+        if self._prefetch is None:
+            return
+        if self._prefetch.is_due():
             self.decide()
+        elif self._set_aside > self._told_aside:
+            self._tell()
 
     def decide(self) -> None:
         """Take no more tasks than others can spare, and tell the broker, which counts those that are not acked."""
         waiting = self._waiting()
         self.most = self._share.most(self.in_progress + waiting, waiting, self.limit)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._told_aside = self._set_aside
         if self._prefetch is not None:
-            self._prefetch.want(max(1, self.most - self._running.early) + self._replaced)
+            self._prefetch.want(max(1, self.most - self._running.early) + self._replaced + self._told_aside)
 
     def replace_delivering(self) -> None:
         """Fetch one more task for each whose delivery takes long: other apps don't wait for a server that is away.

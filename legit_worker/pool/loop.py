@@ -36,9 +36,9 @@ class Loop:
         pace: Pace,
         intake: Intake,
         review_models: Callable[[], None],
-        ran: Callable[[Fiber, float], None],
+        ended: Callable[[Fiber], None],
     ) -> None:
-        """`review_models` loads and evicts what can be by now; `ran` hears of each fiber's seconds on the thread."""
+        """`review_models` loads and evicts what can be by now; `ended` hears of each task that is over."""
         self._engine = engine
         self._running = running
         self._wakeup = wakeup
@@ -46,7 +46,7 @@ class Loop:
         self._pace = pace
         self._intake = intake
         self._review_models = review_models
-        self._ran = ran
+        self._ended = ended
         #: Tasks that came and have not begun.
         self.backlog = Backlog()
         self._ready: deque[Fiber] = deque()
@@ -152,6 +152,7 @@ class Loop:
             give_up_request(fiber.request, data_error)
         finally:
             self._watcher.turn = None
+            fiber.ran_seconds += monotonic() - turn.since
             if fiber.dead:
                 self._running.discard(fiber)
-            self._ran(fiber, monotonic() - turn.since)
+                self._ended(fiber)

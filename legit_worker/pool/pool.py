@@ -126,6 +126,7 @@ class ModelPool(SoloPool):
             self._running,
             self._share,
             waiting=lambda: len(self._loop.backlog),
+            aside=lambda: self.engine.set_aside,
             is_ending=lambda: self._ending.is_near,
         )
         self._loop = Loop(
@@ -136,7 +137,7 @@ class ModelPool(SoloPool):
             pace=self._pace,
             intake=self._intake,
             review_models=lambda: default_registry().residency.review(),
-            ran=self._note_run,
+            ended=self._note_end,
         )
         self._ending = Ending(
             loop=self._loop,
@@ -151,7 +152,6 @@ class ModelPool(SoloPool):
         self._runner = FiberRunner(
             self.engine,
             self._loop,
-            self._running,
             models_of=lambda app: chosen.apps[app].models if app else None,
         )
 
@@ -212,7 +212,7 @@ class ModelPool(SoloPool):
         """Before it connects: the broker must hand over no more than a worker holds that knows nothing yet."""
         if instance.pool is self:
             self._consumer = self._ending.consumer = instance.consumer
-            self._intake.tell(instance.consumer)
+            self._intake.meet(instance.consumer)
 
     def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
         """Its handlers of signals are installed by now."""
@@ -294,10 +294,9 @@ class ModelPool(SoloPool):
             look=functools.partial(listen, self._hub.poller.poll),
         )
 
-    def _note_run(self, fiber: Fiber, seconds: float) -> None:
-        self._share.ran(seconds, ended=fiber.dead)
-        if fiber.dead:
-            self._reports.ended(fiber.clock.waited(monotonic()))
+    def _note_end(self, fiber: Fiber) -> None:
+        self._share.ended(fiber.ran_seconds)
+        self._reports.ended(fiber.clock.waited(monotonic()))
 
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""

@@ -25,7 +25,6 @@ from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.loop import Loop
-from legit_worker.pool.running import Running
 from legit_worker.settings import fold
 
 #: Items of one call that are prepared at a time. The rest stay as they came, so that a call of 10,000 items neither
@@ -39,13 +38,10 @@ CHUNKS = 2
 class FiberRunner:
     """Runs handles of the fibers' thread; those of any other thread are computed directly, beside the engine."""
 
-    def __init__(
-        self, engine: Engine, loop: Loop, running: Running, *, models_of: Callable[[str], tuple[str, ...] | None]
-    ) -> None:
+    def __init__(self, engine: Engine, loop: Loop, *, models_of: Callable[[str], tuple[str, ...] | None]) -> None:
         """`models_of` says which models an app may use, None for all."""
         self._engine = engine
         self._loop = loop
-        self._running = running
         self._models_of = models_of
         self._direct = DirectRunner(must=True)
 

@@ -18,8 +18,6 @@ class Running:
         self._early: set[Fiber] = set()
         #: Those that wait for the delivery of their result.
         self.delivering: set[Fiber] = set()
-        #: Those that wait for a model's load.
-        self.loading: set[Fiber] = set()
         #: Tasks that have ever begun.
         self.begun = 0
 

@@ -53,11 +53,9 @@ class Share:
     def __repr__(self) -> str:
         return f"<Share: {self._max_seconds} s, a task's own code takes {self._own_seconds():.2e} s>"
 
-    def ran(self, seconds: float, *, ended: bool) -> None:
-        """Note that a task's own code ran for these seconds, until it ended or parked."""
+    def ended(self, seconds: float) -> None:
+        """A task is over, whose own code ran for this long in all."""
         self._own += seconds
-        if not ended:
-            return
         calls = self._calls_so_far()
         self._ended += 1
         self._calls, self._calls_before = self._calls + calls - self._calls_before, calls

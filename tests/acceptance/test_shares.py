@@ -97,3 +97,14 @@ def test_a_stopping_worker_takes_no_more_from_a_quorum_queue(start_worker: Start
     later = [client.send_task("no_model", [number]) for number in range(200)]
     assert worker.wait() == 0
     assert not worker.received & {result.id for result in later}
+
+
+def test_tasks_for_a_resident_model_do_not_wait_for_a_window_of_others_to_load(sides: Sides, broker: Broker) -> None:
+    cold = {"LEGIT_WORKER_MODELS__COLD__KIND": "simulated", "LEGIT_WORKER_MODELS__COLD__PATH": "0,0,0,25"}
+    worker = sides.worker("modelpool", broker=broker, **cold)
+    worker.settle([worker.send("one", "text", alias="sim")])
+    waiting = [worker.send("one", f"text {number}", alias="cold") for number in range(1024)]
+    worker.settle([worker.send("one", f"text {number}", alias="sim") for number in range(50)])
+    assert "model 'cold' loaded" not in worker.log
+    assert worker.pool()["in_flight"] == len(waiting)
+    worker.settle(waiting)

@@ -35,7 +35,7 @@ def shared(device: Device, max_seconds: float = 4.0, *, own: float = 0.0, ended:
     subject = Share(device, calls=lambda: device.calls, max_seconds=max_seconds)
     for _ in range(ended):
         device.calls += 1
-        subject.ran(own, ended=True)
+        subject.ended(own)
     return subject
 
 
@@ -56,20 +56,12 @@ def test_a_tasks_own_code_counts() -> None:
     assert shared(Device(waiting=0.0, each=0.5), own=0.5, ended=10).most(0, 0, WINDOW) == 4
 
 
-def test_tasks_that_park_count_with_all_that_they_ran() -> None:
-    subject = shared(Device())
-    for _ in range(10):
-        subject.ran(0.2, ended=False)
-        subject.ran(0.3, ended=True)
-    assert subject.most(0, 0, WINDOW) == 8
-
-
 def test_tasks_that_call_no_model_any_more_are_not_counted_as_if_they_did() -> None:
     device = Device(waiting=0.0, each=1.0)
     subject = shared(device, ended=100)
     assert subject.most(0, 0, WINDOW) == 4
     for _ in range(5000):
-        subject.ran(0.0001, ended=True)
+        subject.ended(0.0001)
     assert subject.most(0, 0, WINDOW) == WINDOW
 
 
