@@ -6,7 +6,7 @@ In: the settings, and a task's request as Celery parsed it. Out: a name, or None
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from legit_worker.settings import NAME, AppSource, Settings
@@ -18,7 +18,7 @@ INHERITED = AppSource("header", "legit_worker_app")
 def identify(chosen: Settings, request: Mapping[str, Any]) -> str | None:
     """Return the app that the first source names. `request` is `celery.worker.request.Request.request_dict`."""
     for source in (*chosen.app_from, INHERITED):
-        name = _READERS[source.kind](source.value, request, chosen)
+        name = _named(source, request, chosen)
         if isinstance(name, str) and name:
             return name.lower()
     return None
@@ -45,32 +45,19 @@ def carrier(chosen: Settings) -> str:
     return next((source.value for source in (*chosen.app_from, INHERITED) if source.kind == "header"), INHERITED.value)
 
 
-def _header(name: str, request: Mapping[str, Any], _: Settings) -> Any:
-    return header(name, request)
-
-
-def _kwarg(name: str, request: Mapping[str, Any], _: Settings) -> Any:
-    kwargs = request.get("kwargs")
-    return kwargs.get(name) if isinstance(kwargs, Mapping) else None
-
-
-def _queue(pattern: str, request: Mapping[str, Any], _: Settings) -> Any:
-    info = request.get("delivery_info") or {}
-    found = re.fullmatch(pattern, info.get("routing_key") or "")
-    return found["app"] if found else None
-
-
-def _reply_to(_: str, request: Mapping[str, Any], chosen: Settings) -> Any:
-    """Return the app that `reply_to` names, or whose prefix it has. Other programs' reply queues name no app."""
-    name = request.get("reply_to")
-    if isinstance(name, str) and name.lower() in chosen.apps:
-        return name
-    return next((app for app in chosen.apps if answer_queue(app, chosen, request)), None)
-
-
-_READERS: dict[str, Callable[[str, Mapping[str, Any], Settings], Any]] = {
-    "header": _header,
-    "kwarg": _kwarg,
-    "queue": _queue,
-    "reply_to": _reply_to,
-}
+def _named(source: AppSource, request: Mapping[str, Any], chosen: Settings) -> Any:
+    match source.kind:
+        case "header":
+            return header(source.value, request)
+        case "kwarg":
+            kwargs = request.get("kwargs")
+            return kwargs.get(source.value) if isinstance(kwargs, Mapping) else None
+        case "queue":
+            info = request.get("delivery_info") or {}
+            found = re.fullmatch(source.value, info.get("routing_key") or "")
+            return found["app"] if found else None
+        case "reply_to":  # an app's name, or a queue under an app's prefix
+            name = request.get("reply_to")
+            if isinstance(name, str) and name.lower() in chosen.apps:
+                return name
+            return next((app for app in chosen.apps if answer_queue(app, chosen, request)), None)

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 from celery import Celery
 from kombu import Connection
@@ -20,20 +20,6 @@ from legit_worker.routing.formats import queue_of
 from legit_worker.routing.lanes import dead_queue
 from legit_worker.routing.wires import Delivery, connect, is_redis, open_wire, reach
 from legit_worker.settings import NAME, Settings
-
-
-class _Box(Protocol):
-    """One queue of dead letters, on one kind of broker."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[bytes]:
-        """Read all, oldest first, and keep them."""
-
-    def take(self) -> Iterator[bytes]:
-        """Read each letter, and delete it when the caller asks for the next."""
-
-    def clear(self) -> None:
-        """Delete all."""
 
 
 class DeadLetters:
@@ -93,7 +79,7 @@ class DeadLetters:
         return RoutingError(f"no app {name!r} is configured, {so}; there are: {', '.join(self._chosen.apps) or 'none'}")
 
     @contextmanager
-    def _box(self, name: str) -> Iterator[_Box]:
+    def _box(self, name: str) -> Iterator[_RedisBox | _BrokerBox]:
         if not re.fullmatch(NAME, name):
             raise RoutingError(f"{name!r} is no app's name")
         with connect(self._app, None) as connection:
@@ -108,6 +94,8 @@ class DeadLetters:
 
 
 class _RedisBox:
+    """An app's dead letters as a Redis list. `take` deletes a letter when the caller asks for the next."""
+
     def __init__(self, connection: Connection, key: str) -> None:
         self._client = connection.channel().client
         self._key = key
@@ -132,6 +120,8 @@ class _RedisBox:
 
 
 class _BrokerBox:
+    """The same as a queue of another broker."""
+
     def __init__(self, connection: Connection, queue: str) -> None:
         self._connection = connection
         self._queue = queue

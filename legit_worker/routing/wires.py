@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from cachetools import LRUCache
 from celery import Celery
@@ -49,23 +49,6 @@ class Delivery:
         return message(self.chosen, self.task_id, self.envelope)
 
 
-class Wire(Protocol):
-    """A lane's connection."""
-
-    #: The server's URL, without a password.
-    name: str
-    #: The most deliveries that `send` takes.
-    group_size: int
-    #: The errors that tell that the server is away, and the delivery is not at fault.
-    away: tuple[type[Exception], ...]
-
-    def send(self, deliveries: list[Delivery]) -> None:
-        """Return when the server has them all. Raises an error of `away`, or the server's own."""
-
-    def close(self) -> None:
-        """Forget the connection; `send` makes another."""
-
-
 def connect(app: Celery, url: str | None) -> Connection:
     """Return a connection to the server at `url`, or to the app's broker. It is not open yet."""
     # The broker's TLS and login are not for another server.
@@ -102,14 +85,19 @@ def open_wire(app: Celery, url: str | None) -> Wire:
     return RedisWire(connection) if is_redis(connection) else BrokerWire(connection)
 
 
-class _KombuWire:
-    """What both wires share: a channel, made at its first use and again after a failure."""
+class Wire:
+    """A lane's connection. It opens a channel at the first use, and again after a failure."""
+
+    #: The most deliveries that `send` takes.
+    group_size: int
 
     def __init__(self, connection: Connection) -> None:
+        #: The server's URL, without a password.
         self.name = connection.as_uri()
         self._connection = connection
         self._channel: Any = None
-        self.away = (OSError, *connection.connection_errors)
+        #: The errors that tell that the server is away, and the delivery is not at fault.
+        self.away: tuple[type[Exception], ...] = (OSError, *connection.connection_errors)
 
     @property
     def channel(self) -> Any:
@@ -119,14 +107,18 @@ class _KombuWire:
             self._channel = self._connection.channel()
         return self._channel
 
+    def send(self, deliveries: list[Delivery]) -> None:
+        """Return when the server has them all. Raises an error of `away`, or the server's own."""
+        raise NotImplementedError
+
     def close(self) -> None:
-        """Forget the connection."""
+        """Forget the connection; `send` makes another."""
         self._channel = None
         with suppress(Exception):
             self._connection.collect()
 
 
-class RedisWire(_KombuWire):
+class RedisWire(Wire):
     """The wire to Redis or Valkey."""
 
     group_size = 128
@@ -144,7 +136,7 @@ def push_all(pipeline: Any, values: Iterable[Push]) -> None:
         (pipeline.lpush if value.left else pipeline.rpush)(value.key, value.value)
 
 
-class BrokerWire(_KombuWire):
+class BrokerWire(Wire):
     """The wire to RabbitMQ, or to any other broker that kombu knows."""
 
     #: After a failure a whole group is sent again.

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
+from pydantic_settings import TomlConfigSettingsSource
 
 from legit_worker.errors import SettingsError
 from legit_worker.settings.schema import BUILT_IN_TASKS, DELIMITER, GROUPS, PREFIX, Name, Settings, fold, spelled
@@ -41,20 +40,6 @@ class Variable(NamedTuple):
     text: str
 
 
-class _Environment(EnvSettingsSource):
-    """pydantic-settings' own source, for given variables.
-
-    It does not parse a text: the validators do. So a variable replaces the file's value instead of mixing with it.
-    """
-
-    def __init__(self, given: Mapping[Name, Variable]) -> None:
-        super().__init__(Settings)
-        self.env_vars = {spelled(name).lower(): variable.text for name, variable in given.items()}
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        return value
-
-
 def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool = False) -> Settings:
     """Read the settings from this environment, by default the process's own.
 
@@ -70,7 +55,7 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
         problems.append(f"{_shown(given[CONFIG])}: {getattr(error, 'strerror', None) or error}")
         file = {}
     given = {_as_in_file(name, file): variable for name, variable in given.items()}
-    tree = _merged(file, _Environment(given)())
+    tree = _merged(file, _nested(given))
     problems += _pathless(environ, tree.get("models"))
     try:
         settings = Settings(**{"enabled": enabled_by_default} | tree)
@@ -187,6 +172,18 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         if isinstance(below[key], dict) and isinstance(above[key], dict):
             merged[key] = _merged(below[key], above[key])
     return merged
+
+
+def _nested(given: Mapping[Name, Variable]) -> dict[str, Any]:
+    """Return the variables' texts as the file has its values. The validators parse them."""
+    tree: dict[str, Any] = {}
+    for (*parents, last), variable in given.items():
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = variable.text
+    tree.pop("config", None)  # it names the file, and is no part of `Settings`
+    return tree
 
 
 def _settings_near(name: Name) -> list[Name]:

@@ -313,14 +313,7 @@ def _told_apart(models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
 class Settings(BaseSettings):
     """All settings. `load` makes them; the class itself reads neither environment nor file."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_nested_delimiter=DELIMITER,
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        hide_input_in_errors=True,
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     #: Whether the worker's pool is swapped; otherwise the worker is stock Celery.
     enabled: bool = False

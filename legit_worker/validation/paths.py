@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,10 +77,6 @@ def _loaded(content: bytes | str) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def _json(_: Route, value: Any) -> Any:
-    return value
-
-
 def _celery(_: Route, value: Any) -> Any:
     """Read a Celery task's message: its arguments, its keyword arguments, and what follows the task."""
     if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], list) or len(value[0]) != 1:
@@ -94,7 +90,11 @@ def _laravel(route: Route, value: Any) -> Any:
     return value.get("data")
 
 
-_UNWRAP = {"json": _json, "celery": _celery, "laravel": _laravel}
+_UNWRAP: dict[str, Callable[[Route, Any], Any]] = {
+    "json": lambda _, value: value,
+    "celery": _celery,
+    "laravel": _laravel,
+}
 
 
 def _answer(route: Route, envelope: Mapping[str, Any]) -> Answer:
