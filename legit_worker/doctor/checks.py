@@ -62,7 +62,7 @@ def examine(app: Celery) -> Iterator[str | Finding]:
     try:
         chosen = settings.load(enabled_by_default=True)
     except SettingsError as error:
-        yield failure("settings", str(error), "correct these variables: nothing else can be looked at before")
+        yield replace(failure(str(error), "correct these variables: the other checks need them"), about="settings")
         return
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "settings": lambda: _settings(app, chosen),
@@ -83,7 +83,7 @@ def _unbroken(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:
-        yield failure("", f"{type(error).__name__}: {error}", "this check could not be made")
+        yield failure(f"{type(error).__name__}: {error}", "this check could not be made")
 
 
 def ok(seen: str) -> Finding:
@@ -94,8 +94,8 @@ def warning(seen: str, fix: str) -> Finding:
     return Finding(about="", level="warning", seen=seen, fix=fix)
 
 
-def failure(about: str, seen: str, fix: str) -> Finding:
-    return Finding(about=about, level="failure", seen=seen, fix=fix)
+def failure(seen: str, fix: str) -> Finding:
+    return Finding(about="", level="failure", seen=seen, fix=fix)
 
 
 def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
@@ -128,7 +128,7 @@ def _broker(app: Celery) -> Iterator[Finding]:
         try:
             reach(connection)
         except Exception as error:
-            yield failure("", f"{name} does not answer: {error}", "start it, or correct the broker's URL")
+            yield failure(f"{name} does not answer: {error}", "start it, or correct the broker's URL")
             return
         yield ok(f"{name} answers")
         if connection.transport.driver_type == "redis":
@@ -161,7 +161,7 @@ def _results(app: Celery) -> Iterator[Finding]:
         try:
             client.ping()
         except Exception as error:
-            yield failure("", f"{backend.as_uri()} does not answer: {error}", "correct the result backend's URL")
+            yield failure(f"{backend.as_uri()} does not answer: {error}", "correct the result backend's URL")
             return
     yield ok(f"{name}, {backend.as_uri()}")
 
@@ -172,7 +172,7 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
     try:
         requirements.check(chosen)
     except SettingsError as error:
-        yield failure("", str(error), "a worker does not start before")
+        yield failure(str(error), "a worker does not start before")
     for alias, model in chosen.models.items():
         if model.kind not in settings.KINDS_WITH_PATH or model.path is None:
             yield ok(f"{alias}: kind {model.kind}")
@@ -198,7 +198,7 @@ def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
             yield ok("this machine has no NVIDIA GPU: models run on the CPU")
             return
         fix = "correct this, or set LEGIT_WORKER_DEVICE=cpu"
-        yield warning(str(error), fix) if chosen.device == "auto" else failure("", str(error), fix)
+        yield warning(str(error), fix) if chosen.device == "auto" else failure(str(error), fix)
         gpus = ()
     for number, gpu in enumerate(gpus):
         memory = vram.memory(gpu)
@@ -218,7 +218,6 @@ def _compare_with_torch(gpus: Sequence[vram.Gpu]) -> Iterator[Finding]:
         yield ok(f"torch {seen['version']} sees the same {seen['count']}, in the same order")
     else:
         yield failure(
-            "",
             f"torch {seen['version']} sees {seen['uuids']}, and NVML {ours}",
             "is torch a build for CUDA, and for this driver? Set CUDA_VISIBLE_DEVICES to UUIDs",
         )
@@ -233,11 +232,9 @@ def _prep(chosen: settings.Settings) -> Iterator[Finding]:
     alias = next((alias for alias, model in chosen.models.items() if model.kind == "embed"), "")
     seen = probe("prep", alias, LEGIT_WORKER_ROLE="prep")
     if seen["driver"]:
-        yield failure("", f"a prep process has loaded {seen['driver']}", "find who did, with strace -e openat")
+        yield failure(f"a prep process has loaded {seen['driver']}", "find who did, with strace -e openat")
     elif not seen["refused"]:
-        yield failure(
-            "", "a prep process was not stopped when it asked for CUDA", "call install() before importing torch"
-        )
+        yield failure("a prep process was not stopped when it asked for CUDA", "call install() before importing torch")
     else:
         yield ok(f"a prep process ({seen['did']}) has no driver loaded, and is refused when it asks for CUDA")
 
@@ -249,14 +246,13 @@ def _batches(chosen: settings.Settings) -> Iterator[Finding]:
         return
     for alias, seen in probe("batches", *aliases).items():
         if "error" in seen:
-            yield failure("", seen["error"], "correct this model's settings, or its files")
+            yield failure(seen["error"], "correct this model's settings, or its files")
             continue
         rates = f"{seen['alone']:.0f} texts/s alone, {seen['batched']:.0f} in batches"
         if seen["cosine"] >= COSINE:
             yield ok(f"{alias} on {seen['device']}: {rates}; worst cosine between the two {seen['cosine']:.6f}")
         else:
             yield failure(
-                "",
                 f"{alias} on {seen['device']}: vectors depend on the batch (worst cosine {seen['cosine']:.6f})",
                 "try DTYPE=float32; `celery legit validate` names the texts",
             )

@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from time import monotonic, time
 from typing import Any
 
-from celery import Celery, signals, states
+from celery import Celery, signals
 from celery._state import get_current_task
 from celery.app.backends import by_url
 from celery.backends.redis import RedisBackend, SentinelBackend
@@ -115,47 +116,25 @@ class Routing:
         """Return the figures for `inspect stats`."""
         return self.lanes.report()
 
-    def mark_as_done(
-        self,
-        task_id: str,
-        result: Any,
-        request: Any = None,
-        store_result: bool = True,
-        state: str = states.SUCCESS,
-    ) -> Any:
+    def mark_as_done(self, task_id: str, result: Any, request: Any = None, *rest: Any, **options: Any) -> Any:
         """Store as the wrapped backend does, and route."""
-        stock: Callable[..., Any] = super().mark_as_done  # type: ignore[misc]
-        ended = self._ended(task_id, request, "SUCCESS", result)
-        return self._route(lambda: stock(task_id, result, request, store_result, state), ended, request)
+        stock = partial(super().mark_as_done, task_id, result, request, *rest, **options)  # type: ignore[misc]
+        return self._route(stock, self._ended(task_id, request, "SUCCESS", result), request)
 
     def mark_as_failure(
-        self,
-        task_id: str,
-        exc: Any,
-        traceback: Any = None,
-        request: Any = None,
-        store_result: bool = True,
-        call_errbacks: bool = True,
-        state: str = states.FAILURE,
+        self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, *rest: Any, **options: Any
     ) -> Any:
         """Store as the wrapped backend does, and route."""
-        stock: Callable[..., Any] = super().mark_as_failure  # type: ignore[misc]
+        stock = partial(super().mark_as_failure, task_id, exc, traceback, request, *rest, **options)  # type: ignore[misc]
         ended = () if self._is_told_again(task_id, exc) else self._ended(task_id, request, "FAILURE", exc)
-        rest = (traceback, request, store_result, call_errbacks, state)
-        return self._route(lambda: stock(task_id, exc, *rest), ended, request)
+        return self._route(stock, ended, request)
 
-    def mark_as_revoked(
-        self,
-        task_id: str,
-        reason: str = "",
-        request: Any = None,
-        store_result: bool = True,
-        state: str = states.REVOKED,
-    ) -> Any:
+    def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, *rest: Any, **options: Any) -> Any:
         """Store as the wrapped backend does, and route."""
-        stock: Callable[..., Any] = super().mark_as_revoked  # type: ignore[misc]
-        ended = self._ended(task_id, request, "REVOKED", TaskRevokedError(reason or "revoked"))
-        return self._route(lambda: stock(task_id, reason, request, store_result, state), ended, request)
+        stock = partial(super().mark_as_revoked, task_id, reason, request, *rest, **options)  # type: ignore[misc]
+        return self._route(
+            stock, self._ended(task_id, request, "REVOKED", TaskRevokedError(reason or "revoked")), request
+        )
 
     def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Do as the wrapped backend does, and remember the part's request in case the chord fails here."""
@@ -171,7 +150,7 @@ class Routing:
         cause = _part.get() or {}
         app = self._routed_app(callback.get("options", {}).get("headers") or {}) or self._routed_app(cause)
         ended = list(never_run(app, callback, cause, "FAILURE", error)) if app else []
-        stock = functools.partial(super().chord_error_from_stack, callback, exc)  # type: ignore[misc]
+        stock = partial(super().chord_error_from_stack, callback, exc)  # type: ignore[misc]
         return self._route(stock, ended, cause)
 
     def unknown_task(self, request: Request, task_id: str, name: str) -> None:
