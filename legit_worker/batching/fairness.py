@@ -11,17 +11,24 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Protocol
+
+#: Items per app that are kept sorted. No batch is picked from more; those behind them are in a heap.
+FRONT = 256
 
 
 class Flow(Protocol):
-    """A call, as fairness sees it: which app it is for, and how far its items reach in virtual time."""
+    """A call, as fairness sees it."""
 
     app: str
+    #: How far its items reach in its app's virtual time.
     finish_tag: float
+    #: Its items that wait.
+    waiting: int
 
 
 @dataclass(eq=False, slots=True)
@@ -30,95 +37,172 @@ class Item:
 
     #: A `Flow`.
     call: Any
-    #: Who gets its output, and where among the others it belongs.
+    #: Who waits for its output.
     chunk: Any
-    index: int
     prepared: Any
     #: Size in the model's unit, at least 1.
     cost: int
     #: Only items with equal keys share a batch.
     key: Hashable
-    #: Position in its app's virtual time; set by `FairQueue.add`.
+    #: Position in its app's virtual time, and among the items at that position; set by `FairQueue.add`.
     tag: float = 0.0
+    number: int = 0
+    #: Where it waits; None if it does not.
+    place: Any = None
     #: How often it ran out of memory, alone in its batch.
     tries: int = 0
+    output: Any = None
 
 
 @dataclass(eq=False)
 class _Lane:
-    """The items of one app, in fair order, and how much of the device the app has had."""
+    """The items of one app, in fair order, and how much of the device the app has had.
+
+    An item that leaves is only marked. It is taken out of the list when that is read, and out of the heap when it is
+    the first there, or when more have left than wait.
+    """
 
     weight: float
-    items: list[Item] = field(default_factory=list)
+    #: The first ones, sorted; none of those in the heap is before any of them.
+    front: list[Item] = field(default_factory=list)
+    #: A heap of (tag, number, item).
+    rest: list[tuple[float, int, Item]] = field(default_factory=list)
+    #: Items that wait, and those that left and are still in `front` or `rest`.
+    waiting: int = 0
+    gone: int = 0
+    #: Calls with items that wait.
+    calls: int = 0
     #: The app's virtual time: the cost that each of its waiting calls has had, were they served in equal parts.
     now: float = 0.0
     #: Cost served so far, divided by weight: the app with the least goes first.
     served: float = 0.0
 
+    def __iter__(self) -> Iterator[Item]:
+        """In fair order."""
+        self.tidy()
+        for at in count():
+            if not self._fill(at + 1):
+                return
+            yield self.front[at]
+
+    def first(self, count: int) -> list[Item]:
+        """The first `count` items."""
+        self.tidy()
+        self._fill(count)
+        return self.front[:count]
+
+    def add(self, item: Item) -> None:
+        """Put an item in its place, behind others with its tag."""
+        item.place = self
+        self.waiting += 1
+        self.calls += not item.call.waiting
+        item.call.waiting += 1
+        if self.front and item.tag < self.front[-1].tag:
+            insort(self.front, item, key=_tag)
+            if len(self.front) <= FRONT:
+                return
+            item = self.front.pop()
+        heapq.heappush(self.rest, (item.tag, item.number, item))
+
+    def remove(self, item: Item) -> None:
+        """This item waits no more."""
+        item.place = None
+        self.waiting -= 1
+        self.gone += 1
+        item.call.waiting -= 1
+        self.calls -= not item.call.waiting
+        if self.gone > self.waiting:
+            self.tidy()
+            self.rest = [entry for entry in self.rest if entry[2].place is self]
+            heapq.heapify(self.rest)
+            self.gone = 0
+
+    def tidy(self) -> None:
+        """Leave in front what waits."""
+        if self.gone:
+            before = len(self.front)
+            self.front = [item for item in self.front if item.place is self]
+            self.gone -= before - len(self.front)
+
+    def _fill(self, count: int) -> bool:
+        """Have `count` items in front. Whether there are as many."""
+        while len(self.front) < count and self.rest:
+            item = heapq.heappop(self.rest)[2]
+            if item.place is self:
+                self.front.append(item)
+            else:
+                self.gone -= 1
+        return len(self.front) >= count
+
 
 class FairQueue:
-    """The items that wait for one model. Lives on the main thread, inside the engine."""
+    """The items that wait for one model. Lives on the main thread, inside the engine.
+
+    Adding or removing an item costs about as much with a million items as with one.
+    """
 
     def __init__(self, weight_of: Callable[[str], float]) -> None:
         self._weight_of = weight_of
         self._lanes: dict[str, _Lane] = {}
+        self._numbers = count()
+        self._size = 0
         #: The cost of all items that wait.
         self.cost = 0
 
     def __len__(self) -> int:
-        return sum(len(lane.items) for lane in self._lanes.values())
+        return self._size
 
     def __repr__(self) -> str:
-        return f"<FairQueue { ({app: len(lane.items) for app, lane in self._lanes.items()}) }>"
+        return f"<FairQueue { ({app: lane.waiting for app, lane in self._lanes.items()}) }>"
 
     def add(self, item: Item) -> None:
         """Put an item in its place: behind what its call already queued, level with others that arrive now."""
-        lane = self._lane(item.call.app)
-        item.tag = max(lane.now, item.call.finish_tag)
-        item.call.finish_tag = item.tag + item.cost
-        insort(lane.items, item, key=_tag)
+        lane, call = self._lane(item.call.app), item.call
+        item.tag, item.number = max(lane.now, call.finish_tag), next(self._numbers)
+        call.finish_tag = item.tag + item.cost
+        lane.add(item)
+        self._size += 1
         self.cost += item.cost
 
     def first(self, count: int) -> list[Item]:
         """The first `count` items in fair order; they stay queued."""
-        busy = [(lane.served, app, lane) for app, lane in self._lanes.items() if lane.items]
+        busy = [(lane.served, app, lane) for app, lane in self._lanes.items() if lane.waiting]
         if len(busy) == 1:
-            return busy[0][2].items[:count]
+            return busy[0][2].first(count)
         return list(islice(_interleave(busy), count))
-
-    def of(self, chunk: Any) -> list[Item]:
-        """What is queued of one chunk, in order."""
-        return [item for item in self._lane(chunk.call.app).items if item.chunk is chunk]
 
     def take(self, batch: Collection[Item]) -> None:
         """Remove a batch that is about to run and charge its apps for it."""
-        taken = {id(item) for item in batch}
-        for app in {item.call.app for item in batch}:
-            lane = self._lanes[app]
-            cost = sum(item.cost for item in batch if item.call.app == app)
-            lane.now += cost / len({id(item.call) for item in lane.items})
+        costs: Counter[_Lane] = Counter()
+        for item in batch:
+            costs[item.place] += item.cost
+        for lane, cost in costs.items():
+            lane.now += cost / lane.calls
             lane.served += cost / lane.weight
-            lane.items = [item for item in lane.items if id(item) not in taken]
-            self.cost -= cost
+        self.remove(batch)
+        for lane in costs:
+            lane.tidy()  # who waits behind the batch would keep its items
 
-    def drop(self, chunk: Any) -> None:
-        """Remove what is left of a chunk whose task ended early."""
-        lane = self._lanes[chunk.call.app]
-        self.cost -= sum(item.cost for item in lane.items if item.chunk is chunk)
-        lane.items = [item for item in lane.items if item.chunk is not chunk]
+    def remove(self, items: Collection[Item]) -> None:
+        """Forget items that wait here."""
+        for item in items:
+            item.place.remove(item)
+            self.cost -= item.cost
+        self._size -= len(items)
 
     def clear(self) -> None:
         """Forget all that waits."""
         self._lanes.clear()
-        self.cost = 0
+        self._size = self.cost = 0
 
     def _lane(self, app: str) -> _Lane:
         """The app's lane. One that was idle starts level with the least served, so that time away earns no credit."""
-        lane = self._lanes.setdefault(app, _Lane(self._weight_of(app)))
-        if not lane.items:
-            lane.served = max(
-                lane.served, min((other.served for other in self._lanes.values() if other.items), default=0)
-            )
+        lane = self._lanes.get(app)
+        if lane is None:
+            lane = self._lanes[app] = _Lane(self._weight_of(app))
+        if not lane.waiting:
+            least = min((other.served for other in self._lanes.values() if other.waiting), default=0)
+            lane.served = max(lane.served, least)
         return lane
 
 
@@ -128,7 +212,7 @@ def _tag(item: Item) -> float:
 
 def _interleave(busy: list[tuple[float, str, _Lane]]) -> Iterator[Item]:
     """Items as the apps would be served one at a time, the least served app first."""
-    heap = [(served, app, lane, iter(lane.items)) for served, app, lane in busy]
+    heap = [(served, app, lane, iter(lane)) for served, app, lane in busy]
     heapq.heapify(heap)
     while heap:
         served, app, lane, items = heap[0]

@@ -21,7 +21,7 @@ from legit_worker.pool.clock import Clock
 ENDS = (GreenletExit, WorkerShutdown, WorkerTerminate)
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Call:
     """One `encode`, `predict` or `map`: the unit of fairness, however many chunks it has. Lives on the main thread."""
 
@@ -31,14 +31,17 @@ class Call:
     clock: Clock = field(default_factory=Clock)
     #: Chunks so far.
     chunks: int = 0
-    #: Set by `FairQueue`: how far this call's items reach in its app's virtual time.
+    #: Kept by `FairQueue`: how far this call's items reach in its app's virtual time, and how many of them wait.
     finish_tag: float = 0.0
+    waiting: int = 0
 
 
 class Chunk:
     """Items of one call that the engine has, in one or more batches. Lives on the main thread."""
 
-    def __init__(self, call: Call, alias: str, size: int) -> None:
+    __slots__ = ("_left", "alias", "call", "done", "is_over", "items")
+
+    def __init__(self, call: Call, alias: str) -> None:
         self.call = call
         #: The model's.
         self.alias = alias
@@ -46,15 +49,18 @@ class Chunk:
         self.done: Future[list[Any]] = Future()
         #: Nobody waits for it any more: it is done, or was dropped.
         self.is_over = False
-        #: To drop them by. None when it is over: items know their chunk, and a cycle would keep both for the collector.
+        #: None when it is over: items know their chunk, and a cycle would keep both for the collector.
         self.items: Sequence[Item] = ()
-        self._outputs: list[Any] = [None] * size
-        self._left = size
+        self._left = 0
 
     def __repr__(self) -> str:
-        return f"<Chunk for {self.call.app or 'no app'}: {self._left} of {len(self._outputs)} to be computed>"
+        return f"<Chunk for {self.call.app or 'no app'}: {self._left} of {len(self.items)} items to be computed>"
 
-    def deliver(self, index: int, output: Any, postprocess: Callable[[Any], Any]) -> None:
+    def begin(self, items: Sequence[Item]) -> None:
+        """Note what it is made of."""
+        self.items, self._left = items, len(items)
+
+    def deliver(self, item: Item, output: Any, postprocess: Callable[[Any], Any]) -> None:
         """One output came out of a batch. Finished at once, since an output may hold on to its whole batch.
 
         Raises what ends the worker.
@@ -62,7 +68,7 @@ class Chunk:
         if self.is_over:
             return
         try:
-            self._outputs[index] = postprocess(output)
+            item.output = postprocess(output)
         except ENDS:
             raise
         except BaseException as error:
@@ -70,8 +76,9 @@ class Chunk:
             return
         self._left -= 1
         if not self._left:
+            outputs = [item.output for item in self.items]
             self.give_up()
-            self.done.set_result(self._outputs)
+            self.done.set_result(outputs)
 
     def fail(self, error: BaseException) -> None:
         """One item could not be computed. The first such error is the chunk's; whoever waits drops the rest."""

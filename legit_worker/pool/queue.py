@@ -147,8 +147,10 @@ class ModelQueue:
         #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
         self.waits = False
         self._fair = FairQueue(weight_of)
-        # Halves of a batch that failed, to be tried again on their own before anything new.
-        self._halves: deque[list[Item]] = deque()
+        # Parts of batches that failed, to be tried again on their own before anything new. An item waits in a part if
+        # its place is that part. The number of items that wait in all parts, and their cost.
+        self._parts: deque[list[Item]] = deque()
+        self._parts_size = self._parts_cost = 0
         # What memory was seen to hold.
         self._room = Room()
         # Called after a batch ran out of memory, before the next one.
@@ -158,17 +160,22 @@ class ModelQueue:
         return f"<ModelQueue {self.model.alias}: {len(self)} waiting, cost {self.cost}, {self.sizing!r}>"
 
     def __len__(self) -> int:
-        return len(self._fair) + sum(map(len, self._halves))
+        return len(self._fair) + self._parts_size
 
     @property
     def cost(self) -> int:
         """Of all that waits."""
-        return self._fair.cost + sum(item.cost for half in self._halves for item in half)
+        return self._fair.cost + self._parts_cost
 
     @property
     def is_full(self) -> bool:
         """Whether waiting longer would not make the next batch larger."""
-        return bool(self._halves) or sum(item.cost for item in self._fair.first(HORIZON)) >= self._budget()
+        if self._parts_size:
+            return True
+        budget = self._budget()
+        if self._fair.cost < budget or len(self._fair) <= HORIZON:
+            return self._fair.cost >= budget
+        return sum(item.cost for item in self._fair.first(HORIZON)) >= budget
 
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were all items of one length."""
@@ -186,45 +193,47 @@ class ModelQueue:
 
     def submit(self, call: Call, prepared: Sequence[Any]) -> Chunk:
         """More items of a call wait from now on. Raises what the model raises when asked for their costs and keys."""
-        chunk, model = Chunk(call, self.model.alias, len(prepared)), self.model
+        chunk, model = Chunk(call, self.model.alias), self.model
         # All of them first: what a user's model raises here is the task's error, and leaves nothing queued.
-        chunk.items = [
-            Item(call, chunk, index, item, model.cost(item), model.batch_key(item))
-            for index, item in enumerate(prepared)
-        ]
+        chunk.begin([Item(call, chunk, item, model.cost(item), model.batch_key(item)) for item in prepared])
         for item in chunk.items:
             self._fair.add(item)
         return chunk
 
     def drop(self, chunk: Chunk) -> None:
         """Forget what is left of a chunk whose task is gone."""
+        left = [item for item in chunk.items if item.place is not None]
         chunk.give_up()
-        self._fair.drop(chunk)
-        halves = ([item for item in half if item.chunk is not chunk] for half in self._halves)
-        self._halves = deque(half for half in halves if half)
+        for item in left:
+            item.prepared = None  # its place is taken later
+        self._leave_parts(item for item in left if isinstance(item.place, list))
+        self._fair.remove([item for item in left if item.place is not None])
 
     def forget(self) -> None:
         """Nothing that waits will be computed any more."""
         self._fair.clear()
-        self._halves.clear()
+        self._parts.clear()
+        self._parts_size = self._parts_cost = 0
 
     def next_batch(self) -> list[Item]:
         """Take out the batch that is next; something waits."""
-        return self._halves.popleft() if self._halves else self._pick(self._fair.first(HORIZON))
+        while self._parts:
+            if batch := self._take_part(self._parts.popleft()):
+                return batch
+        return self._pick(self._fair.first(HORIZON))
 
     def batch_of(self, chunk: Chunk) -> list[Item]:
         """Take out a batch with items of this chunk, whoever is next. Empty if none of them wait."""
-        half = next((half for half in self._halves if any(item.chunk is chunk for item in half)), None)
-        if half is not None:
-            self._halves.remove(half)
-            return half
-        mine = self._fair.of(chunk)
+        mine = [item for item in chunk.items if item.place is not None]
+        part = next((item.place for item in mine if isinstance(item.place, list)), None)
+        if part is not None:
+            return self._take_part(part)
         others = [item for item in self._fair.first(HORIZON) if item.chunk is not chunk]
         return self._pick((mine + others)[:HORIZON]) if mine else []
 
     def put_back(self, batch: list[Item]) -> None:
         """It was not computed, and is next."""
-        self._halves.appendleft(batch)
+        self._parts.appendleft(self._part(batch))
 
     def succeeded(self, batch: list[Item], launch: Launch) -> None:
         """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
@@ -237,7 +246,7 @@ class ModelQueue:
         delivered = 0
         try:
             for item, output in zip(batch, launch.outputs, strict=True):
-                item.chunk.deliver(item.index, output, postprocess)
+                item.chunk.deliver(item, output, postprocess)
                 delivered += 1
         except ENDS:  # whoever drains the worker finds the rest where it was
             self.put_back(batch[delivered:])
@@ -250,11 +259,32 @@ class ModelQueue:
             self._make_room(batch, error)
         if len(batch) > 1:
             middle = len(batch) // 2
-            self._halves.extendleft([batch[middle:], batch[:middle]])
+            self.put_back(batch[middle:])
+            self.put_back(batch[:middle])
         elif is_memory and batch[0].tries < TRIES_ALONE:
-            self._halves.append(batch)  # last, so that what others hold may be given back meanwhile
+            self._parts.append(self._part(batch))  # last, so that what others hold may be given back meanwhile
         else:
             batch[0].chunk.fail(_never_fits(batch[0], self.model.alias, error) if is_memory else error)
+
+    def _part(self, batch: list[Item]) -> list[Item]:
+        """These wait again, unless nobody waits for them."""
+        part = [item for item in batch if not item.chunk.is_over]
+        for item in part:
+            item.place = part
+        self._parts_size += len(part)
+        self._parts_cost += sum(item.cost for item in part)
+        return part
+
+    def _take_part(self, part: list[Item]) -> list[Item]:
+        return self._leave_parts(item for item in part if item.place is part)
+
+    def _leave_parts(self, items: Iterable[Item]) -> list[Item]:
+        left = list(items)
+        for item in left:
+            item.place = None
+        self._parts_size -= len(left)
+        self._parts_cost -= sum(item.cost for item in left)
+        return left
 
     def _budget(self) -> int:
         """The largest padded cost of a batch of items as long as the next one."""

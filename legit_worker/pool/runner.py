@@ -5,10 +5,10 @@ In: items, from a task's fiber. Out: their outputs, after however many turns of 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from greenlet import GreenletExit
@@ -83,27 +83,27 @@ class FiberRunner:
         if fiber is None:
             return self._direct.run(entry, items)
         call = Call(app=fiber.app, clock=fiber.clock)
-        chunks: deque[Chunk] = deque()
+        chunks: list[Chunk] = []
         outputs: list[Any] = []
         try:
             for start in range(0, len(items), CHUNK):
                 if len(chunks) == CHUNKS:
-                    outputs += self._outputs(fiber, chunks)
-                prepared = [entry.preprocess(item) for item in items[start : start + CHUNK]]
-                chunks.append(self._engine.submit(entry, call, prepared))
+                    outputs += self._wait_for_first(fiber, chunks)
+                part = [entry.preprocess(item) for item in items[start : start + CHUNK]]
+                chunks.append(self._engine.submit(entry, call, part))
             while chunks:
-                outputs += self._outputs(fiber, chunks)
+                outputs += self._wait_for_first(fiber, chunks)
         finally:
-            while chunks:  # the task ended early
-                self._engine.drop(chunks.pop())
+            for chunk in chunks:  # the task ended early
+                self._engine.drop(chunk)
         return outputs
 
-    def _outputs(self, fiber: Fiber, chunks: deque[Chunk]) -> list[Any]:
-        """Those of the first chunk, for which this waits."""
+    def _wait_for_first(self, fiber: Fiber, chunks: list[Chunk]) -> list[Any]:
+        """The outputs of the first chunk, which leaves."""
         chunk = chunks[0]
-        parking.wait(chunk.done, f"model {chunk.alias}", drive=lambda: self._drive(fiber, chunk))
+        parking.wait(chunk.done, f"model {chunk.alias}", drive=partial(self._drive, fiber, chunk))
         outputs = chunk.done.result()
-        chunks.popleft()
+        del chunks[0]
         return outputs
 
     def _drive(self, fiber: Fiber, chunk: Chunk) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.batching.fairness import FairQueue, Item
+from legit_worker.batching.fairness import FRONT, FairQueue, Item
 
 
 @dataclass(eq=False)
 class FakeCall:
-    """A call of one chunk."""
+    """A call that knows its items."""
 
     app: str = ""
     finish_tag: float = 0.0
-
-    @property
-    def call(self) -> FakeCall:
-        return self
+    waiting: int = 0
+    items: list[Item] = field(default_factory=list)
 
 
 def queue_of(weights: dict[str, float] | None = None) -> FairQueue:
@@ -27,9 +29,10 @@ def queue_of(weights: dict[str, float] | None = None) -> FairQueue:
 
 
 def add(queue: FairQueue, call: FakeCall, costs: list[int]) -> list[Item]:
-    items = [Item(call, call, index, None, cost, None) for index, cost in enumerate(costs)]
+    items = [Item(call, call, None, cost, None) for cost in costs]
     for item in items:
         queue.add(item)
+    call.items += items
     return items
 
 
@@ -92,7 +95,7 @@ def test_dropping_a_call_leaves_the_others() -> None:
     gone, stays = FakeCall(), FakeCall()
     add(queue, gone, [1, 2, 3])
     kept = add(queue, stays, [4])
-    queue.drop(gone)
+    queue.remove(gone.items)
     assert queue.first(10) == kept
     assert len(queue) == 1
 
@@ -114,3 +117,157 @@ def test_everything_is_served_once_and_the_cost_adds_up(calls: list[tuple[str, l
         served += serve(queue, at_a_time)
     assert sorted(map(id, served)) == sorted(map(id, items))
     assert queue.cost == 0
+
+
+class PlainLane:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.items: list[Item] = []
+        self.now = self.served = 0.0
+
+
+class PlainQueue:
+    """What `FairQueue` does, by reading the whole queue each time."""
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        self.lanes = {app: PlainLane(weight) for app, weight in weights.items()}
+        self.tags: dict[Item, float] = {}
+        self.finish: dict[FakeCall, float] = {}
+
+    def add(self, call: FakeCall, items: list[Item]) -> None:
+        lane = self.lanes[call.app]
+        if items and not lane.items:
+            busy = [other.served for other in self.lanes.values() if other.items]
+            lane.served = max(lane.served, min(busy, default=0))
+        for item in items:
+            self.tags[item] = max(lane.now, self.finish.get(call, 0.0))
+            self.finish[call] = self.tags[item] + item.cost
+            lane.items.append(item)
+        lane.items.sort(key=self.tags.__getitem__)
+
+    def first(self, count: int) -> list[Item]:
+        served = {app: lane.served for app, lane in self.lanes.items()}
+        left = {app: list(lane.items) for app, lane in self.lanes.items() if lane.items}
+        found: list[Item] = []
+        while left and len(found) < count:
+            app = min(left, key=lambda app: (served[app], app))
+            found.append(left[app].pop(0))
+            served[app] += found[-1].cost / self.lanes[app].weight
+            if not left[app]:
+                del left[app]
+        return found
+
+    def take(self, batch: list[Item]) -> None:
+        for app, lane in self.lanes.items():
+            if mine := [item for item in batch if item.call.app == app]:
+                cost = sum(item.cost for item in mine)
+                lane.now += cost / len({item.call for item in lane.items})
+                lane.served += cost / lane.weight
+        self.remove(batch)
+
+    def remove(self, items: list[Item]) -> None:
+        for lane in self.lanes.values():
+            lane.items = [item for item in lane.items if item not in items]
+
+
+WEIGHTS = {"": 1.0, "a": 2.0, "b": 1.0}
+
+#: What is done to a queue: a call brings items, new or not; some of the first items are taken; a call is dropped.
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("call"), st.sampled_from(sorted(WEIGHTS)), st.lists(st.integers(1, 50), max_size=9)),
+        st.tuples(st.just("more"), st.integers(0, 99), st.lists(st.integers(1, 50), max_size=9)),
+        st.tuples(st.just("take"), st.integers(1, 20), st.lists(st.booleans(), min_size=1, max_size=20)),
+        st.tuples(st.just("drop"), st.integers(0, 99), st.none()),
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_it_gives_what_reading_the_whole_queue_each_time_gives(steps: list[Any]) -> None:
+    with mock.patch("legit_worker.batching.fairness.FRONT", 4):
+        compare(FairQueue(WEIGHTS.__getitem__), PlainQueue(WEIGHTS), steps)
+
+
+def compare(queue: FairQueue, plain: PlainQueue, steps: list[Any]) -> None:
+    calls: list[FakeCall] = []
+    for step, which, details in steps:
+        if step == "take":
+            batch = [item for item, wanted in zip(queue.first(which), details, strict=False) if wanted]
+            queue.take(batch)
+            plain.take(batch)
+        elif step == "drop" and calls:
+            left = [item for item in calls[which % len(calls)].items if item.place is not None]
+            queue.remove(left)
+            plain.remove(left)
+        elif step == "call" or (step == "more" and calls):
+            if step == "call":
+                calls.append(FakeCall(which))
+            call = calls[-1] if step == "call" else calls[which % len(calls)]
+            plain.add(call, add(queue, call, details))
+        everything = sum(len(lane.items) for lane in plain.lanes.values())
+        assert (len(queue), queue.cost) == (everything, sum(item.cost for item in plain.first(everything)))
+        for count in (1, 3, everything):
+            assert queue.first(count) == plain.first(count)
+
+
+class Touched(Item):
+    """Counts whatever is asked of any item."""
+
+    times = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        Touched.times += 1
+        return super().__getattribute__(name)
+
+
+def touches(work: Callable[[], object]) -> int:
+    Touched.times = 0
+    work()
+    return Touched.times
+
+
+def waiting(count: int) -> tuple[FairQueue, list[Item]]:
+    queue = queue_of()
+    items: list[Item] = [Touched(FakeCall(), None, None, 1 + number % 9, None) for number in range(count)]
+    for item in items:
+        queue.add(item)
+    return queue, items
+
+
+@pytest.mark.parametrize("order", ["oldest first", "newest first"])
+def test_ending_all_of_many_calls_costs_each_as_much_as_ending_one_of_a_few(order: str) -> None:
+    def each(count: int) -> float:
+        queue, items = waiting(count)
+        queue.first(FRONT)
+        in_turn = items if order == "oldest first" else items[::-1]
+
+        def end_all() -> None:
+            for item in in_turn:
+                queue.remove([item])
+
+        return touches(end_all) / count
+
+    assert each(4096) <= each(64) + 2
+
+
+def test_taking_a_batch_costs_as_much_however_many_wait_behind_it() -> None:
+    def cost(count: int) -> int:
+        queue, _ = waiting(count)
+        queue.first(FRONT)
+        return touches(lambda: queue.take(queue.first(32)))
+
+    assert cost(16_384) <= cost(1024)
+
+
+def test_reading_the_first_items_costs_as_much_however_many_have_left() -> None:
+    queue, items = waiting(10_000)
+    spent = touches(lambda: [(queue.take(queue.first(FRONT)[::2]), queue.first(1)) for _ in range(50)])
+    assert spent <= 50 * 12 * FRONT
+    assert sum(item.place is not None for item in items) == 10_000 - 50 * FRONT // 2
+
+
+def test_looking_at_a_queue_touches_no_item() -> None:
+    queue, _ = waiting(1000)
+    assert touches(lambda: (len(queue), queue.cost, repr(queue))) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -308,3 +310,43 @@ def test_a_model_that_was_only_asked_for_single_items_learns_what_more_of_them_t
     assert grown[0] == 2
     assert max(grown) == 256
     assert all(after <= 4 * max(2, *grown[: number + 1]) for number, after in enumerate(grown[1:]))
+
+
+class Text(str):
+    """One that can be referred to weakly."""
+
+
+def test_what_was_computed_or_dropped_is_not_kept_by_what_still_waits() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    ask(subject, ["waits" * 100] * 50)
+    refs: list[weakref.ref[Text]] = []
+
+    def ask_and_remember() -> Chunk:
+        text = Text("a text")
+        refs.append(weakref.ref(text))
+        return ask(subject, [text])
+
+    gc.disable()  # nothing of this is in a cycle
+    try:
+        computed, dropped = ask_and_remember(), ask_and_remember()
+        subject.drop(dropped)
+        drive(subject, computed)
+        assert outputs(computed)
+        assert len(subject)
+        entry.batches.clear()
+        assert [ref() for ref in refs] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_items_of_a_call_that_is_over_are_not_tried_again() -> None:
+    entry = Letters()
+    subject = queue(entry)
+    gone, stays = ask(subject, ["gone!"]), ask(subject, ["stay"])
+    batch = subject.next_batch()
+    subject.drop(gone)
+    subject.failed(batch, PoisonError())
+    run_all(subject)
+    assert entry.batches == [["stay"]]
+    assert outputs(stays) == ["staystay"]
