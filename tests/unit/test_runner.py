@@ -14,11 +14,12 @@ from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, exclusive
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.runner import CHUNK, CHUNKS, FiberRunner
+from legit_worker.pool.running import Running
 
 
 @pytest.fixture(autouse=True)
 def parks() -> Iterator[None]:
-    parking.use(FiberHost(is_inline=False))
+    parking.use(FiberHost(Running(), is_inline=False))
     yield
     parking.stop()
 
@@ -28,8 +29,9 @@ class Loop:
 
     def __init__(self) -> None:
         self.engine = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0)
-        self.runner = FiberRunner(self.engine, on_lost=lambda: None, models_of=lambda app: None)
+        self.runner = FiberRunner(self.engine, self, Running(), models_of=lambda app: None)  # type: ignore[arg-type]
         self._ready: deque[Fiber] = deque()
+        self.lost = None
         #: The most items that ever waited at a time.
         self.most = 0
 
