@@ -65,9 +65,8 @@ class BatchModel(Protocol):
     def is_lost(self, error: BaseException) -> bool:
         """Whether this error of a batch broke the device for this process."""
 
-    @property
-    def postprocess(self) -> Callable[[Any], Any]:
-        """What makes a task's output of one of `forward`'s."""
+    def postprocess(self, output: Any) -> Any:
+        """Make a task's output of one of `forward`'s. Raises what the model raises."""
 
 
 @dataclass
