@@ -48,6 +48,8 @@ class Engine:
         self._demand = Demand()
         # Tasks that wait for a model's load, by its alias.
         self._loading: Counter[str] = Counter()
+        #: The same, of all models.
+        self.loading = 0
         #: What was computed so far, by the model's alias.
         self.counters: dict[str, Counters] = {}
         # Device seconds that the model had whose turn it was last.
@@ -77,11 +79,12 @@ class Engine:
     def expecting(self, model: BatchModel) -> Iterator[None]:
         """While a task waits for its model to load. Its item is not here yet, and will be."""
         self._loading[model.alias] += 1
+        self.loading += 1
         try:
             yield
         finally:
             self._loading[model.alias] -= 1
-            self._loading += Counter()  # without those that nobody waits for
+            self.loading -= 1
 
     @property
     def set_aside(self) -> int:

@@ -302,6 +302,17 @@ def test_tasks_whose_model_is_yet_to_be_loaded_are_held_too() -> None:
             assert subject.held_seconds() > 2 * UNKNOWN_SECONDS  # type: ignore[operator]
 
 
+def test_tasks_that_wait_for_any_load_are_counted_until_they_wait_no_more() -> None:
+    subject, first, second = engine(), Letters("first"), Letters("second")
+    with subject.expecting(first), subject.expecting(first):
+        assert subject.loading == 2
+        with contextlib.suppress(PoisonError), subject.expecting(second):
+            assert subject.loading == 3
+            raise PoisonError  # a load that failed
+        assert subject.loading == 2
+    assert subject.loading == 0
+
+
 def test_held_work_is_what_waits_and_what_further_tasks_like_the_last_ones_bring() -> None:
     subject, entry = engine(), Letters()
     ran(subject, entry, (1, 0.1), (2, 0.2))
