@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
+from legit_worker.device import randoms
 from legit_worker.models.entry import Entry
 from legit_worker.models.methods import is_in_another_call, leave
 from legit_worker.models.protocol import Model
@@ -60,9 +61,11 @@ class DirectRunner:
 
     @staticmethod
     def _wait(entry: Entry, request: Request) -> Model:
+        resume = randoms.suspend(DirectRunner)  # a load and its trial batches may draw
         while not request.future.done():
             wait([request.future], timeout=REVIEW_SECONDS)
             entry.residency.review()
+        resume()
         return entry.outcome(request.future)
 
     def run(self, entry: Entry, items: list[Any]) -> list[Any]:
@@ -167,6 +170,7 @@ class Handle:
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
+        items = list(items)  # a generator's code is the task's own
         with self._use() as (_, _, run):
             return run(items)
 
