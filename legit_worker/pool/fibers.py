@@ -6,24 +6,24 @@ In: a task's run. Out: control, back to the loop, whenever the task parks or end
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from enum import Enum
 from math import inf
 from time import monotonic
 from typing import Any
 
-from celery._state import _set_task_join_will_block, task_join_will_block
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from legit_worker.device import modes
 from legit_worker.errors import WaitedTooLongError
 from legit_worker.pool.clock import Clock
 from legit_worker.pool.limits import Limit
+from legit_worker.pool.own import Own
 from legit_worker.pool.transactions import in_django_transaction
 from legit_worker.pool.turns import Holdings, wait_for_all
 
@@ -111,8 +111,8 @@ class Fiber(greenlet):
         self.holdings = Holdings()
         self.pid = FiberPid(os.getpid())
         self.pid.ref = weakref.ref(self)
-        # The worker's own answer to whether `result.get()` is refused, which the other tasks must find.
-        self._joins_block = task_join_will_block()
+        #: What it sets for itself.
+        self.own = Own(name, functools.partial(_wake, self.pid.ref))
 
     def __repr__(self) -> str:
         return f"<Fiber {self.name}: {self.waits_for or ('ended' if self.dead else self.phase.value)}>"
@@ -144,23 +144,23 @@ class Fiber(greenlet):
         self.waits_for = waits_for
         self.holdings.review(self)
         try:
-            with self._others_run():
+            with self.aside():
                 self.parent.switch()
+                if self.phase is Phase.PARKED:
+                    self.own.ring()
         finally:
             self.waits_for, self.phase = None, before
 
     @contextmanager
-    def _others_run(self) -> Iterator[None]:
-        """Let other code find the thread's state as it expects it, and put back this fiber's own afterwards."""
-        restore = modes.suspend()
-        # One flag for the whole process: inside `allow_join_result()`, it is one task's alone (celery.result, 5.7).
-        joins_block = task_join_will_block()
-        _set_task_join_will_block(self._joins_block)
+    def aside(self) -> Iterator[None]:
+        """Let other code find the process as it expects it, and give back this fiber's own settings afterwards."""
+        if not self.own.put_aside():
+            yield
+            return
         try:
             yield
         finally:
-            _set_task_join_will_block(joins_block)
-            restore()
+            self.own.give_back()
 
     def may_park(self) -> bool:
         """Whether other tasks may run while this one waits.
@@ -200,6 +200,8 @@ class Fiber(greenlet):
     def leave_body(self, *, is_over: bool) -> None:
         """Note that the task's own code has ended, for good if `is_over`."""
         self.phase = Phase.ENDING if is_over else Phase.NEW
+        if is_over:
+            self.own.end()
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -209,7 +211,8 @@ class Fiber(greenlet):
             return
         self.phase = Phase.SERVED
         try:
-            yield
+            with self.aside():
+                yield
         finally:
             self.served_at, self.phase = monotonic(), Phase.BODY
         self.raise_pending()
@@ -224,6 +227,8 @@ class Fiber(greenlet):
         """Raise what is due in a task that waits without parking. Called from inside it."""
         if (error := self.due(waits_for)) is not None:
             raise error
+        if self.phase is Phase.SERVED:
+            self.own.ring()
 
     @property
     def is_due(self) -> bool:
@@ -262,13 +267,19 @@ class Fiber(greenlet):
         if caller is self:  # the watcher interrupts it, once the handler is over
             self.pending = error or GreenletExit()
         elif not self.dead:
-            loop, self.parent = self.parent, caller
+            loop, self.parent, running = self.parent, caller, current()
             try:
-                with self._others_run(), self.clock.running():
+                with running.aside() if running else nullcontext(), self.clock.running():
                     self.throw(error or GreenletExit)
             finally:
                 if not self.dead:  # it caught that, and parked again
                     self.parent = loop
+
+
+def _wake(ref: weakref.ref[Fiber]) -> None:
+    fiber = ref()
+    if fiber is not None:
+        fiber._wake(fiber)
 
 
 def current() -> Fiber | None:

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from legit_worker import parking
-from legit_worker.device import modes
 from legit_worker.pool import fibers
 from legit_worker.pool.clock import Work, work_of
 from legit_worker.pool.fibers import Fiber, Phase
@@ -53,15 +52,11 @@ class FiberHost(parking.Host):
 
     @staticmethod
     def _drive(fiber: Fiber, done: Future[Any], drive: parking.Drive | None) -> None:
-        restore = modes.suspend()
-        try:
-            with fiber.clock.stopped():  # others' batches may come first
-                if drive is None:
-                    futures.wait([done], timeout=LOOK)
-                else:
-                    drive()
-        finally:
-            restore()
+        with fiber.aside(), fiber.clock.stopped():  # others' batches may come first
+            if drive is None:
+                futures.wait([done], timeout=LOOK)
+            else:
+                drive()
 
     def park(self, done: Future[Any], what: str) -> bool:
         """Park a task that is over until its result is delivered. Such a task does not count in the window."""

@@ -12,7 +12,7 @@ from time import monotonic
 
 from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
 from legit_worker.errors import DeviceLostError
-from legit_worker.pool import sql, turns
+from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import Backlog
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber
@@ -147,7 +147,8 @@ class Loop:
         sql.watch()
         turn = self._watcher.turn = Turn(fiber=fiber, since=monotonic())
         try:
-            fiber.resume(error)
+            with own.outlive_handlers(f"Celery's code around {fiber.name}"):
+                fiber.resume(error)
         except DATA_ERRORS as data_error:
             give_up_request(fiber.request, data_error)
         finally:

@@ -28,7 +28,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import limits, reports, sql, turns
+from legit_worker.pool import limits, own, reports, sql, turns
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
@@ -187,6 +187,7 @@ class ModelPool(SoloPool):
         parking.use(FiberHost(self._running, is_inline=self._inline))
         self._undo = (tell_own_time(), ignore_late_revokes())
         turns.use(sql.is_blind)
+        own.use()
         load_pinned(default_registry())
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -268,7 +269,8 @@ class ModelPool(SoloPool):
         """The hub came round: look for more tasks, or compute one batch."""
         self._wakeup.clear()
         try:
-            self._loop.turn(self._should_compute)
+            with own.outlive_handlers("the worker's own code"):
+                self._loop.turn(self._should_compute)
             self._intake.decide_if_due()
         except DeviceLostError as error:
             self._ending.give_up(error)

@@ -369,6 +369,9 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
         "launching",
         "heavy",
         "forgetful",
+        "in_torch",
+        "drawing",
+        "drawing_too",
     )
 }
 

@@ -1,4 +1,4 @@
-"""A user's own models, named in settings as `module:Class`. None of them imports anything of torch.
+"""A user's own models, named in settings as `module:Class`. Only those that say so import anything of torch.
 
 In: strings. Out: strings that say what happened.
 """
@@ -291,3 +291,52 @@ class Alive(Upper):
         if "a bad task" in batch:
             raise ValueError(Alive.most)
         return [Alive.most for _ in batch]
+
+
+class InTorch(SlowToLoad):
+    """Gives what torch makes, in a batch and when an item is prepared. Imports torch."""
+
+    def preprocess(self, item: Any) -> Any:
+        """With what torch made."""
+        return [item, *self._made()]
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """With what torch makes now."""
+        return [[*item[1:], *self._made()] for item in batch]
+
+    def _made(self) -> list[str]:
+        import torch
+
+        tensor = torch.ones(2)
+        return [str(tensor.device), str(tensor.dtype), torch.get_float32_matmul_precision(), type(tensor).__name__]
+
+
+class Drawing(SlowToLoad):
+    """Draws random numbers in its load, its trial batches and its batches of many. Imports torch."""
+
+    def load(self, device: str) -> None:
+        """As a module whose weights are set at random."""
+        super().load(device)
+        self._draw()
+
+    def sample(self, cost: int) -> str:
+        """An item of that cost."""
+        self._draw()
+        return "x" * cost
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """As a dropout would."""
+        if len(batch) > 1:
+            self._draw()
+        return list(batch)
+
+    @staticmethod
+    def _draw() -> None:
+        import numpy as np
+        import torch
+
+        random.random(), np.random.rand(), torch.rand(1)
+
+
+class DrawingToo(Drawing):
+    """Another one."""

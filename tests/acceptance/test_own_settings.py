@@ -1,0 +1,101 @@
+"""What a task sets for itself, though the process has it once, is that task's alone; neighbours share its batch."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from harness import SIDES, Sides, StartWorker, Worker, poll
+
+#: Gives what torch makes by itself: in which device and type, how products round, and the tensor's class.
+PLAIN = ["cpu", "torch.float32", "highest", "Tensor"]
+
+#: What each section makes of that in its own task.
+SECTIONS = {
+    "device": ["meta", *PLAIN[1:]],
+    "default device": ["meta", *PLAIN[1:]],
+    "default dtype": [PLAIN[0], "torch.float64", *PLAIN[2:]],
+    "precision": [*PLAIN[:2], "medium", PLAIN[3]],
+    "dispatch mode": [*PLAIN[:3], "FakeTensor"],
+}
+
+
+@pytest.fixture
+def setting(start_worker: StartWorker) -> Sides:
+    """Workers of this test's own, with tasks that set things."""
+    return Sides(start_worker, project="setting")
+
+
+@pytest.fixture
+def pool(setting: Sides) -> Worker:
+    """A worker under ModelPool whose models take two seconds to load: tasks gather, and share the first batch."""
+    return setting.worker("modelpool")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_filters_of_warnings(setting: Sides, side: str) -> None:
+    worker = setting.worker(side)
+    tasks = [("strict", "lax")[number % 2] for number in range(20)]
+    results = [worker.send(task, f"text {number}", "slow_to_load") for number, task in enumerate(tasks)]
+    assert worker.answers(results) == [[f"TEXT {number}", task == "strict"] for number, task in enumerate(tasks)]
+
+
+@pytest.mark.parametrize("way", SECTIONS)
+def test_torchs_modes_and_defaults(pool: Worker, way: str) -> None:
+    ways = [way if number % 3 == 1 else None for number in range(12)]
+    results = [pool.send("in_torch", f"text {number}", "in_torch", way) for number, way in enumerate(ways)]
+    own = [SECTIONS[way] if way else PLAIN for way in ways]
+    assert pool.answers(results) == [[PLAIN + PLAIN, made, made] for made in own]
+
+
+def test_an_alarm_of_a_parked_task_rings_in_that_task_and_not_in_a_neighbour(pool: Worker) -> None:
+    late = [pool.send("timed", f"text {number}", "slow_to_load", 0.5) for number in range(3)]
+    in_time = [pool.send("timed", f"text {number}", "slow_to_load", 50) for number in range(3)]
+    without = [pool.send("lax", f"text {number}", "slow_to_load") for number in range(3)]
+    assert pool.answers(late) == [f"too late: text {number}" for number in range(3)]
+    assert pool.answers(in_time) == [f"TEXT {number}" for number in range(3)]
+    assert pool.answers(without) == [[f"TEXT {number}", False] for number in range(3)]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_an_alarm_that_rings_after_the_call_rings_in_its_task(setting: Sides, side: str) -> None:
+    worker = setting.worker(side)
+    results = [worker.send("timed", f"text {number}", "upper", 0.3, 5) for number in range(4)]
+    assert worker.answers(results) == [f"too late: text {number}" for number in range(4)]
+
+
+def test_an_alarm_rings_in_a_task_that_lets_no_other_run_while_a_model_loads(setting: Sides) -> None:
+    worker = setting.worker("modelpool", LEGIT_WORKER_APPS__SHOP__BATCHING="off")
+    result = worker.client.send_task("timed", ["text", "slow_to_load", 0.5], headers={"app": "shop"})
+    assert worker.answer(result) == "too late: text"
+
+
+def test_an_alarm_that_a_task_leaves_behind_is_cancelled_and_logged(pool: Worker) -> None:
+    left = pool.send("leaves_alarm", "text", 0.5)
+    pool.answer(left)
+    assert pool.ask("timed", "text", "slow_to_load", 50, 1) == "TEXT"
+    assert re.search(rf"leaves_alarm\[{left.id}\] ended with an alarm set", pool.log)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_load_and_its_trial_batches_do_not_move_the_numbers_of_a_seed(setting: Sides, side: str) -> None:
+    worker = setting.worker(side, LEGIT_WORKER_DEVICE="simulated")
+    for alias in ("drawing", "drawing_too"):
+        first, again = worker.ask("seeded", "text", alias, 7)
+        assert first == again
+
+
+def test_neighbours_and_batches_do_not_move_the_numbers_of_a_seed(pool: Worker) -> None:
+    _, again = pool.ask("seeded", "text", "upper", 7)
+    results = [pool.send("seeded", f"text {number}", "drawing", 7) for number in range(10)]
+    assert pool.answers(results) == [[again, again]] * 10
+
+
+def test_tasks_that_did_not_seed_draw_different_numbers(pool: Worker) -> None:
+    results = [pool.send("unseeded", f"text {number}", "slow_to_load") for number in range(30)]
+    results[10:10] = [pool.send("seeded", f"text {number}", "slow_to_load", 7) for number in range(3)]
+    answers = pool.answers(results)
+    drawn = [number for answer in answers if isinstance(answer[0], float) for number in answer]
+    assert len(drawn) == 30 * 6
+    assert len(set(drawn)) == len(drawn)
+    poll(lambda: pool.pool()["in_flight"] == 0, "all tasks to be over")
