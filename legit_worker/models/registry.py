@@ -15,9 +15,11 @@ from legit_worker.device import cuda
 from legit_worker.device.simulated import ENDLESS, simulated_device
 from legit_worker.errors import UnknownModelError
 from legit_worker.models.budget import Budget, DeviceBudget, Unbounded
-from legit_worker.models.entry import Entry, Loader
+from legit_worker.models.entry import Entry
+from legit_worker.models.loader import Loader
 from legit_worker.models.residency import Residency
 from legit_worker.models.shelf import Shelf
+from legit_worker.models.sizes import estimate
 
 
 class Registry:
@@ -33,26 +35,19 @@ class Registry:
         budget: Budget | None = None,
         host_cache: int = 0,
     ) -> None:
-        loader = Loader()
         #: Evicted weights that wait in the host's memory.
         self.shelf = Shelf(host_cache)
         #: Gives the name of the device that models are put on.
         self.device = device
-        self.entries = {alias: Entry(alias, spec, device, loader, self.shelf) for alias, spec in models.items()}
+        self.entries = {alias: Entry(alias=alias, spec=spec, size=estimate(spec)) for alias, spec in models.items()}
         self._by_name = {settings.fold(alias): entry for alias, entry in self.entries.items()}
-        self.residency = Residency(self.entries.values(), budget or Unbounded(), self.shelf)
+        loader = Loader(device, self.shelf)
+        self.residency = Residency(self.entries.values(), budget or Unbounded(), loader, self.shelf)
         for entry in self.entries.values():
             entry.residency = self.residency
 
     def __repr__(self) -> str:
         return f"<Registry {list(self.entries.values())}>"
-
-    def restart_loader(self) -> None:
-        """In a forked child, where no load of the parent's will end: loaded models stay, others can be loaded."""
-        loader = Loader()
-        for entry in self.entries.values():
-            entry.use_loader(loader)
-        self.residency.restart()
 
     def get(self, alias: str) -> Entry:
         """The model that this name means: see `settings.fold`. Raises `UnknownModelError`."""
@@ -113,7 +108,7 @@ def _after_fork() -> None:
     global _making
     _making = threading.Lock()
     if _in_force is not None:
-        _in_force.restart_loader()
+        _in_force.residency.restart()
 
 
 os.register_at_fork(after_in_child=_after_fork)

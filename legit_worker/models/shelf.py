@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from time import monotonic, sleep
 from typing import Any
 
 from cachetools import LRUCache
+
+from legit_worker.models.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, 1.0, 0.002
 class Kept:
     """One of them."""
 
-    model: Any
+    model: LoadedModel
     #: Bytes of its weights.
     size: int
 
@@ -39,30 +42,21 @@ class Here(LRUCache[str, Kept]):
     def popitem(self) -> tuple[str, Kept]:
         """The one that makes place."""
         alias, kept = super().popitem()
-        unload(kept.model)
+        kept.model.unload()
         return alias, kept
 
 
-def unload(model: Any) -> None:
-    """Have a model give its weights' memory back, where it knows how to."""
-    try:
-        getattr(model, "unload", lambda: None)()
-    except Exception:
-        logger.exception("a model's unload() failed")
-
-
 class Shelf:
-    """Never holds more than `limit` bytes of the host.
-
-    Any thread may `put` and `forget`; all else happens on the loader thread.
-    """
+    """Never holds more than `limit` bytes of the host. Any thread may call it; `clear_device` waits."""
 
     def __init__(self, limit: int) -> None:
-        #: Evicted, and on the device until the next load begins. They go one by one: anybody may add another.
+        #: Evicted, and on the device until somebody moves them. They go one by one: anybody may add another.
         self._leaving: dict[str, Kept] = {}
         #: Evicted and forgotten: somebody may still have them.
         self._going: deque[weakref.ref[Any]] = deque()
         self._here: LRUCache[str, Kept] = Here(limit, getsizeof=lambda kept: kept.size)
+        #: Held while a model moves: whoever wants that one, or its room, waits.
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Shelf: {list(self._here)}, {self._here.currsize:.0f} of {self._here.maxsize:.0f} bytes>"
@@ -72,45 +66,54 @@ class Shelf:
         """Bytes of the host's memory."""
         return int(self._here.currsize)
 
-    def put(self, alias: str, kept: Kept) -> None:
-        """A model leaves the device. It is forgotten where it can't be moved, or is larger than the shelf."""
-        if hasattr(kept.model, "to") and kept.size <= self._here.maxsize:
-            self._leaving[alias] = kept
+    def put(self, alias: str, model: LoadedModel, size: int) -> None:
+        """A model leaves the device. It is forgotten if it can't be moved, or is larger than the shelf."""
+        if model.can_move and size <= self._here.maxsize:
+            self._leaving[alias] = Kept(model=model, size=size)
         else:
-            self.forget(kept.model)
+            self.forget(model)
 
-    def forget(self, model: Any) -> None:
+    def forget(self, model: LoadedModel) -> None:
         """A model leaves the device for good."""
-        if hasattr(model, "unload"):
-            unload(model)
+        if model.can_unload:
+            model.unload()
         else:
             with suppress(TypeError):  # a class with slots need not know weak references
-                self._going.append(weakref.ref(model))
+                self._going.append(weakref.ref(model.model))
 
-    def take(self, alias: str) -> Any:
-        """The model, wherever its weights are by now; None where it is not here."""
-        kept = self._leaving.pop(alias, None) or self._here.pop(alias, None)
-        return kept and kept.model
+    def take(self, alias: str) -> LoadedModel | None:
+        """The model, wherever its weights are by now; None if it is not here."""
+        with self._lock:
+            kept = self._leaving.pop(alias, None) or self._here.pop(alias, None)
+        return None if kept is None else kept.model
+
+    def restart(self) -> None:
+        """In a forked child: a thread that the child does not have may have been at it."""
+        self._lock = threading.Lock()
+
+    def move(self) -> None:
+        """Have what leaves on the host. The least recently used there make place."""
+        while self._leaving:
+            with self._lock:
+                if not self._leaving:
+                    return
+                self._move(*self._leaving.popitem())
+
+    def _move(self, alias: str, kept: Kept) -> None:
+        try:
+            kept.model.move(to_host=True)
+            self._here[alias] = kept
+        except Exception:  # the host is short of memory: the model is then read from its files again
+            logger.warning("model %r does not fit into the host's memory, and is forgotten", alias, exc_info=True)
+            self.forget(kept.model)
 
     def clear_device(self) -> None:
-        """Have what leaves on the host, or gone: the next load needs its room. The least recently used make place."""
-        while self._leaving:
-            alias, kept = self._leaving.popitem()
-            try:
-                kept.model.to("cpu")
-                self._here[alias] = kept
-            except Exception:  # the host is short of memory: the model is then read from its files again
-                logger.warning("model %r does not fit into the host's memory, and is forgotten", alias, exc_info=True)
-                self.forget(kept.model)
+        """Have what leaves on the host, or gone: the next load needs its room. Waits for that."""
+        self.move()
         going = [self._going.popleft() for _ in range(len(self._going))]
         if not _are_gone(going, GONE_SOON):
             gc.collect()  # a failed task's traceback has frames that had it, and Celery leaves those to the collector
             _are_gone(going, GONE_LATE)
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self._leaving.clear()
-        self._here.clear()
 
 
 def _are_gone(models: Sequence[weakref.ref[Any]], seconds: float) -> bool:

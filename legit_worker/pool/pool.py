@@ -23,7 +23,6 @@ from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import refuse_unreadable
 from legit_worker.device.cpu import bound_kernels, keep_freed_memory
 from legit_worker.device.cuda import prepare_environment
-from legit_worker.device.memory import give_back_cached
 from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
@@ -370,5 +369,4 @@ class ModelPool(SoloPool):
 
 def _free_memory() -> None:
     """Models that nobody uses make room for a batch that found none."""
-    default_registry().residency.evict_unused()
-    give_back_cached()
+    default_registry().residency.free()

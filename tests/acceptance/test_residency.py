@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from harness import StartWorker, Worker, poll
+from traces import FIT, MODELS, least_loads, skewed
 
 MIB = 2**20
-
-#: Models, and how many of them fit.
-MODELS, FIT = 12, 4
 
 TASKS = 1500
 
@@ -34,31 +30,6 @@ def models(count: int, *, load_seconds: float, limit: int = FIT) -> dict[str, st
         variables[f"LEGIT_WORKER_MODELS__M{number}__KIND"] = "simulated"
         variables[f"LEGIT_WORKER_MODELS__M{number}__PATH"] = f"0.001,0,{100 * MIB},{load_seconds},{EACH}"
     return variables
-
-
-def skewed(count: int) -> list[int]:
-    """Which model each task wants: the first some thirty times as often as the last."""
-    return random.Random(7).choices(range(MODELS), weights=[1 / (1 + n) ** 1.4 for n in range(MODELS)], k=count)
-
-
-def least_loads(wanted: Sequence[int], fit: int) -> int:
-    """Belady: whoever is wanted last makes room. No order of loads is better for tasks that are run in turn."""
-    loads, resident = 0, set[int]()
-    for now, model in enumerate(wanted):
-        if model in resident:
-            continue
-        loads += 1
-        if len(resident) == fit:
-            resident.remove(max(resident, key=lambda one: _next(wanted, one, now)))
-        resident.add(model)
-    return loads
-
-
-def _next(wanted: Sequence[int], model: int, after: int) -> int:
-    try:
-        return wanted.index(model, after)
-    except ValueError:
-        return len(wanted)
 
 
 @pytest.mark.parametrize("window", ["1024", "64"])

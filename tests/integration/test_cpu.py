@@ -63,7 +63,7 @@ from legit_worker.models.registry import default_registry
 app.Worker(pool="solo")
 cpu.WORTH_IT = 0.0
 entry = default_registry().get("tiny")
-entry.load().result()
+entry.residency.request(entry).future.result()
 def compute(texts):
     while texts > 0:
         batch = ["a" + " b" * random.randint(0, 21) for _ in range(random.randint(1, 48))]

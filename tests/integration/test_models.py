@@ -20,7 +20,7 @@ from tiny_models import MAX_TOKENS, picture
 
 import legit_worker
 from legit_worker.errors import InvalidInputError, ModelLoadError, UnknownModelError
-from legit_worker.models.entry import KINDS
+from legit_worker.models.loader import KINDS
 from legit_worker.testing import use_models
 
 TEXTS = [

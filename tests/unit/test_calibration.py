@@ -41,13 +41,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "monotonic", lambda: Clocked.now)
 
 
+def bring(subject: Entry) -> None:
+    """Load it, and evict it again."""
+    request = subject.residency.request(subject)
+    request.future.result(timeout=10)
+    subject.residency.release(request)
+    subject.residency.evict_idle()
+    assert subject.state == "unloaded"
+
+
 def load(path: str, loads: int = 1) -> Entry:
     """A model on the simulated device, loaded and unloaded, and loaded again."""
-    spec = ModelSettings(kind=f"{__name__}:Clocked", path=path)
+    spec = ModelSettings(kind=f"{__name__}:Clocked", path=path, keep_alive=0)
     subject = Registry({"m": spec}, lambda: "simulated").get("m")
     for _ in range(loads):
-        subject.load().result(timeout=10)
-        subject.unload()
+        bring(subject)
     return subject
 
 
@@ -91,5 +99,5 @@ def test_trials_that_found_no_memory_are_repeated_at_the_next_load(monkeypatch: 
     subject = load("0.001,0.0001,0,0,7")
     assert Clocked.sizes == []
     monkeypatch.setattr(simulated_device().ledger, "total", 2**62)
-    subject.load().result(timeout=10)
+    bring(subject)
     assert Clocked.sizes == ALL

@@ -11,8 +11,8 @@ import pytest
 
 import legit_worker
 from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
-from legit_worker.models import entry, registry
-from legit_worker.models.entry import MAX_COST
+from legit_worker.models import policy, registry
+from legit_worker.models.loaded import MAX_COST
 from legit_worker.models.simulated import vector
 from legit_worker.testing import use_models
 
@@ -95,7 +95,7 @@ def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(monkeypatc
             with pytest.raises(ModelLoadError, match=r"'mine'.*/weights.*OSError: no such weights"):
                 legit_worker.model("mine").map([1])
         assert Broken.loads == 1
-        monkeypatch.setattr(entry, "LOAD_RETRY_AFTER", -1.0)
+        monkeypatch.setattr(policy, "LOAD_RETRY_AFTER", -1.0)
         with pytest.raises(ModelLoadError):
             legit_worker.model("mine").map([1])
         assert Broken.loads == 2
@@ -119,7 +119,7 @@ def test_a_batch_key_that_can_not_be_compared_as_one_is_an_error() -> None:
 def test_costs_are_at_least_one_and_within_the_packers_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_models({"mine": spec("Named")}) as models:
         entry = models.get("mine")
-        entry.load().result()
+        models.residency.request(entry).future.result(timeout=10)
         for said, taken in ((0, 1), (-3, 1), (7.9, 7), (2**80, MAX_COST)):
             monkeypatch.setattr(entry.model_now, "cost", lambda item, said=said: said)
             assert entry.cost("an item") == taken

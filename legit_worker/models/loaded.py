@@ -1,0 +1,201 @@
+"""One adapter over a model's five to eleven methods: whoever uses a model sees this, and no optional method.
+
+In: a model of any class, its device. Out: batches, costs, bytes; a default for each method that the class lacks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+from legit_worker.batching.costmodel import CostModel
+from legit_worker.device.devices import Device, Launch
+from legit_worker.errors import LegitWorkerError
+from legit_worker.models.methods import Methods
+from legit_worker.models.protocol import Model
+
+logger = logging.getLogger(__name__)
+
+#: The cost of the largest item; far beyond any batch's.
+MAX_COST = 2**31
+
+#: The batch that there must be room for beside the weights, as (items, cost of each): a GPU is busy enough with it.
+RESERVE = (16, 256)
+
+#: Activations count for this many times what is predicted: allocators round up, and a fit goes through the middle.
+MARGIN = 1.2
+
+#: The largest batch, in padded cost units, of a model whose activations were never measured.
+UNMEASURED_COST = 16_384
+
+
+class Surroundings(Protocol):
+    """What a model asks about the memory around it. Any thread may ask."""
+
+    def room_for_batches(self) -> int | None:
+        """Bytes that a batch may take beside all weights; None if nothing bounds them."""
+
+    def is_loading(self) -> bool:
+        """Whether weights are being read."""
+
+    def free(self, needed: int = 0, tries: int = 0) -> None:
+        """Free what a batch that needs this many bytes lacks, or a little if that is unknown."""
+
+
+class LoadedModel:
+    """A model in memory. Threads other than the engine's may call it, too: it lets one of them in at a time."""
+
+    def __init__(
+        self, alias: str, kind: str, model: Model, device: Device, activations: CostModel, around: Surroundings
+    ) -> None:
+        self.alias = alias
+        self.kind = kind
+        #: The user's own object.
+        self.model = model
+        self._device = device
+        self._activations = activations
+        self._around = around
+        self._methods = Methods(self.alias)
+        self._to = self._optional("to")
+        self._unload = self._optional("unload")
+        self._memory = self._optional("memory")
+        self._key_of = self._optional("batch_key")
+        #: Makes an item of a given cost; None if the model can't.
+        self.sample = self._optional("sample")
+
+    def __repr__(self) -> str:
+        return f"<LoadedModel {self.alias} ({self.kind}) on {self._device.name}>"
+
+    def _optional(self, name: str) -> Callable[..., Any] | None:
+        method: Callable[..., Any] | None = getattr(self.model, name, None)
+        return method
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """A method that only some kinds have. Raises `TypeError` if this model has none of that name."""
+        method = self._optional(name)
+        if method is None:
+            raise TypeError(
+                f"model {self.alias!r} is of kind {self.kind!r}, which has no {name}(): "
+                f"use map(), or a model of another kind"
+            )
+        return method
+
+    # In and out of memory.
+
+    def load(self) -> None:
+        """Read the weights onto the device. Called once, on the loader thread. Raises what the model raises."""
+        self._methods.at_once("load", self.model.load, self._device.name)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the weights in memory; None if the model does not tell."""
+        return None if self._memory is None else int(self._memory())
+
+    @property
+    def can_move(self) -> bool:
+        """Whether the weights can leave the device for the host's memory and come back."""
+        return self._to is not None and self._device.tells_memory
+
+    @property
+    def can_unload(self) -> bool:
+        """Whether the model gives its memory back when told to. Otherwise its memory goes with the object."""
+        return self._unload is not None
+
+    def move(self, *, to_host: bool) -> None:
+        """To the host's memory, or back. Raises what the model raises."""
+        assert self._to is not None
+        self._to("cpu" if to_host else self._device.name)
+
+    def unload(self) -> None:
+        """Nobody uses the model any more: have it give its weights' memory back, if it can."""
+        try:
+            if self._unload is not None:
+                self._unload()
+        except Exception:
+            logger.exception("unload() of model %r failed", self.alias)
+
+    def restart(self) -> None:
+        """In a forked child: a thread that the child does not have may have been in one of its methods."""
+        self._methods = Methods(self.alias)
+
+    # Items.
+
+    def alone(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of the model while no other thread does: tokenizers and modules keep state."""
+        return self._methods.alone(name, method, *arguments)
+
+    def preprocess(self, item: Any) -> Any:
+        """One item, ready for a batch. Raises what the model raises."""
+        return self._methods.alone("preprocess", self.model.preprocess, item)
+
+    def cost(self, prepared: Any) -> int:
+        """The model's cost of a preprocessed item, at least 1, and small enough for the packer's arithmetic."""
+        return min(max(1, int(self._methods.at_once("cost", self.model.cost, prepared))), MAX_COST)
+
+    def batch_key(self, prepared: Any) -> Hashable:
+        """What must be equal for two items to share a batch. Raises `TypeError` if the model's key is no key."""
+        key: Hashable = None if self._key_of is None else self._methods.at_once("batch_key", self._key_of, prepared)
+        hash(key)
+        return key
+
+    def postprocess(self, output: Any) -> Any:
+        """One output, as the task gets it. Raises what the model raises."""
+        return self._methods.at_once("postprocess", self.model.postprocess, output)
+
+    # Batches.
+
+    def launch(self, batch: Sequence[Any]) -> Launch:
+        """Hand a batch to the device: one output per item. Raises what the model raises."""
+        was_loading = self._around.is_loading()
+        launch = self._launch(batch)
+        if was_loading or self._around.is_loading():  # whose bytes are in the peak, too
+            launch.peak = None
+        return launch
+
+    def compute(self, batch: Sequence[Any]) -> Launch:
+        """Hand a batch to the device and wait for its end. Raises what the model raises."""
+        launch = self._launch(batch)
+        launch.wait()
+        if launch.error is not None:
+            raise launch.error
+        return launch
+
+    def _launch(self, batch: Sequence[Any]) -> Launch:
+        with self._methods.lock:
+            return self._device.launch(lambda: self._checked(batch))
+
+    def _checked(self, batch: Sequence[Any]) -> Sequence[Any]:
+        outputs: Sequence[Any] = self._methods.at_once("forward", self.model.forward, batch)
+        if len(outputs) != len(batch):
+            raise LegitWorkerError(
+                f"model {self.alias!r} gave {len(outputs)} outputs for a batch of {len(batch)} items: "
+                f"forward() must return one output per item, in order"
+            )
+        return outputs
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether this error of a batch broke the device for this process."""
+        return self._device.is_lost(error)
+
+    # Memory of batches.
+
+    def observe(self, count: int, longest: int, launch: Launch) -> None:
+        """A batch is over: learn from it if it took more memory than was expected."""
+        if launch.peak and (not self._activations.is_known or launch.peak > self._activations.predict(count, longest)):
+            self._activations.observe(count, longest, launch.peak)
+
+    def largest_cost(self, longest: int) -> int:
+        """The largest padded cost of a batch whose longest item has this cost, by the memory that there is now.
+
+        Longer items take more for each unit: it is less for them.
+        """
+        room = self._around.room_for_batches()
+        if room is None or not self._activations.is_known:
+            return UNMEASURED_COST
+        return longest * self._activations.largest(longest, room / MARGIN)
+
+    def make_room(self, count: int, longest: int, tries: int = 0) -> None:
+        """A batch ran out of memory: free what it lacks. `tries`: how often it ran out of it before."""
+        known = self._activations.is_known
+        self._around.free(int(MARGIN * self._activations.predict(count, longest)) if known else 0, tries)

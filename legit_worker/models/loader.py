@@ -1,0 +1,184 @@
+"""Brings models into memory.
+
+In: a slot that is to be loaded. Out: its `LoadedModel`, or why there is none, told to whoever ordered it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from time import monotonic
+from typing import Any, Protocol
+
+from kombu.utils.imports import symbol_by_name
+
+from legit_worker.device.cpu import give_back_freed
+from legit_worker.device.cuda import cuda_device
+from legit_worker.device.devices import Device
+from legit_worker.device.memory import give_back_cached
+from legit_worker.device.simulated import simulated_device
+from legit_worker.errors import DeviceLostError, ModelLoadError
+from legit_worker.models.calibration import calibrate
+from legit_worker.models.loaded import LoadedModel, Surroundings
+from legit_worker.models.shelf import Shelf
+from legit_worker.models.slot import Slot
+from legit_worker.settings import ModelSettings
+
+logger = logging.getLogger(__name__)
+
+#: The built-in kinds. A kind with a colon is a user's own `module:Class`.
+KINDS = {
+    "embed": "legit_worker.models.kinds:TextEmbedding",
+    "image": "legit_worker.models.kinds:ImageEmbedding",
+    "sparse": "legit_worker.models.kinds:SparseEmbedding",
+    "rerank": "legit_worker.models.kinds:Reranker",
+    "simulated": "legit_worker.models.simulated:SimulatedModel",
+}
+
+
+class NotNowError(Exception):
+    """Another process took the memory that a load counted on, before it had its turn."""
+
+
+class Orders(Surroundings, Protocol):
+    """Whoever orders loads: what a load asks, and what it tells. Called on the loader thread."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Held while weights are read."""
+
+    def check_room(self, slot: Slot) -> None:
+        """Whether the room that the load counted on is still there. Raises `NotNowError`."""
+
+    def sized(self, slot: Slot, size: int | None) -> None:
+        """The weights are read and take this many bytes; None: the model does not tell."""
+
+    def loaded(self, slot: Slot, model: LoadedModel, seconds: float) -> None:
+        """The model is ready; reading and moving its weights took this long."""
+
+    def failed(self, slot: Slot, error: BaseException) -> None:
+        """It is not: `ModelLoadError`, `DeviceLostError` or `NotNowError`."""
+
+
+class Loads(Protocol):
+    """What `Residency` has done by a loader. None of it waits."""
+
+    def start(self, slot: Slot, orders: Orders) -> None:
+        """Begin to load, when it is this model's turn."""
+
+    def clear_device(self) -> None:
+        """Begin to move what leaves the device, though nothing is loaded in its place."""
+
+    def restart(self) -> None:
+        """In a forked child, where no load of the parent's will end."""
+
+
+class Loader:
+    """Loads one model at a time, each on a thread that ends with its load.
+
+    torch's own threads live as long as the thread that first needed them. Two sets of them on one machine's cores would
+    make every parallel step of the main thread's wait longer: three milliseconds in a lone text's twelve. A daemon, so
+    that a worker that is told to stop need not wait for weights that nobody will use.
+    """
+
+    def __init__(self, device: Callable[[], str], shelf: Shelf) -> None:
+        self._device_name = device
+        self._shelf = shelf
+        self._one_at_a_time = threading.Lock()
+
+    def start(self, slot: Slot, orders: Orders) -> None:
+        """On a new thread."""
+        try:
+            _thread(self._run, slot, orders)
+        except RuntimeError as error:
+            orders.failed(slot, ModelLoadError(f"model {slot.alias!r} could not be loaded: {error}"))
+
+    def clear_device(self) -> None:
+        """On a new thread."""
+        _thread(self._shelf.move)
+
+    def restart(self) -> None:
+        """The parent's thread, which may have had the turn, is not here."""
+        self._one_at_a_time = threading.Lock()
+
+    def _run(self, slot: Slot, orders: Orders) -> None:
+        try:
+            with self._one_at_a_time:
+                model, seconds = self._load(slot, orders)
+        except BaseException as error:
+            orders.failed(slot, error)
+        else:
+            orders.loaded(slot, model, seconds)
+
+    def _load(self, slot: Slot, orders: Orders) -> tuple[LoadedModel, float]:
+        device = Device("nowhere")
+        try:
+            device = device_of("simulated" if slot.spec.kind == "simulated" else self._device_name())
+            return self._bring(slot, orders, device)
+        except NotNowError:
+            raise
+        except Exception as error:
+            is_lost = device.is_lost(error)
+            # Or the error, which is kept, would keep the weights on the device.
+            traceback.clear_frames(error.__traceback__)
+            if is_lost:
+                raise DeviceLostError(f"model {slot.alias!r} was to be loaded on a lost device: {error}") from error
+            raise ModelLoadError(
+                f"model {slot.alias!r} (kind {slot.spec.kind}, path {slot.spec.path}) could not be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _bring(self, slot: Slot, orders: Orders, device: Device) -> tuple[LoadedModel, float]:
+        # Before the turn: a first import of torch and of a library on it takes many seconds.
+        cls = symbol_by_name(KINDS.get(slot.spec.kind, slot.spec.kind))
+        with orders.turn():
+            orders.check_room(slot)
+            with device.loading():  # whose beginning starts CUDA, once
+                start = monotonic()
+                model = self._read(slot, cls, orders, device)
+            seconds = monotonic() - start
+            orders.sized(slot, model.size)
+            # Where batches run: torch's allocator keeps what it freed for the stream that it was for.
+            _measure(slot, model, device)
+        give_back_freed()
+        logger.info("model %r loaded on %s in %.1f s, %.0f MiB", slot.alias, device.name, seconds, slot.size / 2**20)
+        return model, seconds
+
+    def _read(self, slot: Slot, cls: Any, orders: Orders, device: Device) -> LoadedModel:
+        """From the host's memory if it is there, else from its files; after those that leave have left."""
+        model = self._shelf.take(slot.alias)
+        self._shelf.clear_device()
+        if model is None:
+            own = _construct(cls, slot.alias, slot.spec)
+            model = LoadedModel(slot.alias, slot.spec.kind, own, device, slot.activations, orders)
+            model.load()
+        else:
+            model.move(to_host=False)
+        return model
+
+
+def _thread(function: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=function, args=arguments, name="legit-loader", daemon=True).start()
+
+
+def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
+    """What batches take, if the device tells, the model has samples, and it was not done before."""
+    if device.tells_memory and model.sample is not None and not slot.is_calibrated:
+        slot.is_calibrated = calibrate(slot.alias, model, model.compute, slot.activations)
+        give_back_cached()  # the next batch may be a small one, and other processes may want the rest
+
+
+def _construct(cls: Any, alias: str, spec: ModelSettings) -> Any:
+    offered = {"alias": alias, "path": spec.path, "dtype": spec.dtype, "revision": spec.revision}
+    wanted = inspect.signature(cls).parameters
+    return cls(**{name: value for name, value in offered.items() if name in wanted})
+
+
+def device_of(name: str) -> Device:
+    """The device of that name: `cpu`, `cuda`, `cuda:N` or `simulated`."""
+    if name.startswith("cuda"):
+        return cuda_device(name)
+    return simulated_device() if name == "simulated" else Device(name)
