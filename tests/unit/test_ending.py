@@ -1,0 +1,151 @@
+"""How a worker ends, without Celery's consumer: which tasks end, which go back, and that none keeps the rest."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from math import inf
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery.worker import state
+from pools import LOST, PlayedPool
+
+from legit_worker import parking
+from legit_worker.pool import ending
+from legit_worker.pool.ending import Ending
+
+
+class Soft:
+    """A soft shutdown that the test plays."""
+
+    until = until_if_begun = inf
+    has_begun = False
+
+    def __init__(self) -> None:
+        self.cancelled: list[int] = []
+        self.running: Any = None
+
+    def is_called_by_handler(self) -> bool:
+        """No signal came."""
+        return False
+
+    def cancel_rest(self) -> None:
+        """Note how many tasks were left."""
+        self.cancelled.append(len(self.running))
+
+
+class Subject(PlayedPool):
+    """A pool that can end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.soft: Any = Soft()
+        self.soft.running = self.running
+        self.steps: list[str] = []
+        reports: Any = SimpleNamespace(finishing=lambda waits: None)
+        self.ending = Ending(
+            loop=self.loop,
+            running=self.running,
+            engine=self.engine,
+            intake=self.intake,
+            soft=self.soft,
+            reports=reports,
+            release=lambda: self.steps.append("released"),
+        )
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+    monkeypatch.setattr(state, "should_stop", None)
+    monkeypatch.setattr(ending, "LOOK", 0.01)
+    yield Subject()
+    parking.stop()
+    atexit.unregister(ending._leave)
+
+
+def test_a_warm_shutdown_lets_all_end_that_started_and_none_begin(pool: Subject) -> None:
+    for name in "abc":
+        pool.send(pool.engine.call, name)
+    pool.is_ending = True
+    pool.send(pool.engine.call, "not begun")
+    pool.ending.warm()
+    assert pool.ended == ["a", "b", "c"]
+    assert pool.soft.cancelled == [0]
+    assert pool.steps == ["released"]
+
+
+def test_a_cold_shutdown_unwinds_what_waits_and_stores_nothing(pool: Subject) -> None:
+    for name in "abc":
+        pool.send(pool.engine.call, name)
+    pool.soft.until = -inf
+    pool.ending.cold()
+    assert pool.told == []
+    assert pool.soft.cancelled == [3], "Celery tells them before they unwind"
+    assert len(pool.running) == 0
+
+
+def test_a_task_that_ends_badly_keeps_no_other_from_its_end(pool: Subject) -> None:
+    cleaned: list[str] = []
+
+    def bad(name: str) -> None:
+        try:
+            pool.engine.call()
+        finally:
+            cleaned.append(name)
+            raise ValueError("in its finally")
+
+    for name in "abc":
+        pool.send(lambda name=name: bad(name), name)
+    pool.soft.until = -inf
+    pool.ending.cold()
+    assert sorted(cleaned) == ["a", "b", "c"]
+    assert pool.steps == ["released"]
+
+
+def test_a_batch_that_fails_badly_does_not_stop_the_drain(pool: Subject) -> None:
+    failures = [OSError("the connection is gone"), None]
+    step = pool.engine.step
+
+    def flaky() -> bool:
+        pool.engine.error = failures.pop(0) if failures else None
+        return bool(step())
+
+    pool.engine.step = flaky
+    pool.send(pool.engine.call)
+    pool.ending.warm()
+    assert pool.ended == ["task"]
+
+
+def test_a_lost_device_sends_late_tasks_back_and_fails_those_acked_early(pool: Subject) -> None:
+    failed: list[str] = []
+
+    def early() -> None:
+        try:
+            pool.engine.call()
+        except Exception as error:
+            failed.append(type(error).__name__)
+
+    done: Future[None] = Future()
+    pool.send(pool.engine.call, "late")
+    pool.send(early, "early", acks_late=False)
+    delivers = pool.send(lambda: parking.wait(done, "a delivery"), "delivers")
+    pool.running.delivering.add(delivers)
+    pool.ending.give_up(LOST)
+    assert state.should_stop == os.EX_SOFTWARE
+    assert failed == ["DeviceLostError"]
+    assert pool.told == [None], "of the one that was acked early; the late one's message goes back"
+    assert list(pool.running) == [delivers]
+    assert pool.ending.is_near
+    assert pool.engine.is_forgotten
+
+
+def test_a_device_that_is_lost_in_the_drain_ends_it(pool: Subject) -> None:
+    pool.engine.error = LOST
+    pool.send(pool.engine.call)
+    pool.ending.warm()
+    assert pool.told == []
+    assert len(pool.running) == 0

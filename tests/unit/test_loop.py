@@ -1,0 +1,156 @@
+"""The loop without Celery, broker or model: who runs when, and who is told what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded
+from pools import LOST, PlayedPool
+
+from legit_worker import parking
+from legit_worker.errors import DeviceLostError, WaitedTooLongError
+from legit_worker.pool.fibers import Phase
+
+
+@pytest.fixture
+def pool() -> Iterator[PlayedPool]:
+    yield PlayedPool()
+    parking.stop()
+
+
+def test_tasks_that_wait_share_a_batch_and_go_on_in_the_order_in_which_they_came(pool: PlayedPool) -> None:
+    for name in "abc":
+        pool.send(pool.engine.call, name)
+    assert pool.running.parked == 3
+    pool.turn()
+    assert pool.engine.batches == [3]
+    assert pool.ended == ["a", "b", "c"]
+    assert pool.told == ["an answer"] * 3
+    assert not pool.loop.has_work
+
+
+def test_the_window_bounds_what_runs_and_the_rest_begins_as_others_end() -> None:
+    pool = PlayedPool(window=2)
+    for name in "abcde":
+        pool.send(pool.engine.call, name)
+    assert (len(pool.running), len(pool.loop.backlog)) == (2, 3)
+    pool.run()
+    assert pool.engine.batches == [2, 2, 1]
+    assert pool.ended == list("abcde")
+    parking.stop()
+
+
+def test_nothing_begins_once_the_worker_is_ending(pool: PlayedPool) -> None:
+    pool.is_ending = True
+    pool.send(pool.engine.call)
+    assert (len(pool.running), len(pool.loop.backlog)) == (0, 1)
+
+
+def test_a_task_that_gives_way_lets_the_others_run_first(pool: PlayedPool) -> None:
+    order: list[str] = []
+
+    def long() -> None:
+        for part in range(3):
+            order.append(f"part {part}")
+            parking.give_way("its input")
+
+    pool.send(long)
+    pool.send(lambda: order.append("short"))
+    pool.run()
+    assert order == ["part 0", "short", "part 1", "part 2"]
+
+
+def test_what_is_due_is_raised_where_the_task_waits_and_in_no_other(pool: PlayedPool) -> None:
+    errors: list[BaseException] = []
+
+    def waits() -> None:
+        try:
+            pool.engine.call()
+        except SoftTimeLimitExceeded as error:
+            errors.append(error)
+
+    late, other = pool.send(waits, "late"), pool.send(pool.engine.call, "other")
+    late.pending = SoftTimeLimitExceeded()
+    pool.watcher._noted.append(late)
+    pool.loop.turn(lambda: False)
+    assert len(errors) == 1
+    assert late.dead
+    assert other.phase is Phase.PARKED
+
+
+def test_a_task_is_told_of_its_time_after_its_batch(pool: PlayedPool) -> None:
+    from legit_worker.pool.clock import Work
+
+    seen: list[str] = []
+
+    def waits() -> None:
+        try:
+            pool.engine.call()
+            seen.append("answer")
+            pool.engine.call()
+        except SoftTimeLimitExceeded:
+            seen.append("told")
+
+    fiber = pool.send(waits)
+    batch = Work(is_batch=True)
+    batch.begin()
+    fiber.clock.follow(batch)
+    fiber.pending = SoftTimeLimitExceeded()
+    pool.watcher._noted.append(fiber)
+    pool.loop.turn(lambda: False)
+    assert seen == [], "its batch is being computed"
+    fiber.clock.settle(batch)
+    pool.loop.turn(lambda: False)
+    assert seen == ["told"]
+
+
+def test_a_task_that_waited_too_long_fails_unless_it_is_about_to_go_on(pool: PlayedPool) -> None:
+    errors: list[str] = []
+
+    def waits() -> None:
+        try:
+            pool.engine.call()
+        except WaitedTooLongError as error:
+            errors.append(str(error))
+
+    late, lucky = pool.send(waits, "late"), pool.send(waits, "lucky")
+    for fiber in (late, lucky):
+        fiber.max_wait, fiber.has_waited_too_long = 0.0, True
+        pool.watcher._noted.append(fiber)
+    pool.loop.wake(lucky)
+    pool.engine.asked[1].set_result("an answer")
+    pool.loop.turn(lambda: False)
+    assert [error.split()[0] for error in errors] == ["late"]
+    assert pool.ended == ["late", "lucky"]
+
+
+def test_a_lost_device_is_told_once_and_the_rest_goes_on(pool: PlayedPool) -> None:
+    done: Future[None] = Future()
+    over = pool.send(lambda: None, "over")
+    assert over.dead
+    pool.send(lambda: parking.wait(done, "its result"), "delivers")
+    pool.loop.note_lost(LOST)
+    with pytest.raises(DeviceLostError):
+        pool.turn()
+    done.set_result(None)
+    pool.turn()
+    assert pool.ended == ["over", "delivers"]
+
+
+def test_a_fiber_with_an_exclusive_section_drives_the_batch_itself(pool: PlayedPool) -> None:
+    pool.send(pool.engine.call, "other")
+    pool.send(pool.engine.call, "alone", exclusive=True)
+    assert pool.ended == ["alone"], "the other's item rides along, and its code waits for the loop"
+    assert pool.engine.batches == [2]
+    pool.run()
+    assert pool.ended == ["alone", "other"]
+
+
+def test_outside_a_fiber_a_thread_drives_or_blocks(pool: PlayedPool) -> None:
+    assert pool.engine.call() == "an answer"
+    done: Future[str] = Future()
+    assert not parking.park(done, "nothing")
+    done.set_result("done")
+    assert parking.park(done, "nothing")
