@@ -311,9 +311,9 @@ class ReservingChannel(stock.Channel):
         if text not in refusals:
             refusals.add(text)
             logger.warning(
-                "the Redis server does not let this worker reserve messages (%s): they are fetched one at a time, and "
-                "one that is on its way when the worker is killed is lost, as with any Celery worker. Reserving needs "
-                "Redis 6.2 or later, and a user who may run SCRIPT LOAD, EVALSHA and BLMOVE",
+                "the Redis server does not let this worker reserve messages (%s): the worker fetches them one at a "
+                "time, and if it is killed, a message on its way to it is lost, as with any Celery worker. To reserve "
+                "messages, take Redis 6.2 or later, and a user who may run SCRIPT LOAD, EVALSHA and BLMOVE",
                 text,
             )
         for bell in list(self._bells.values()):
@@ -339,8 +339,8 @@ class ReservingChannel(stock.Channel):
                         client.rpush(reserved.source.key.removeprefix(self.global_keyprefix), reserved.raw)
         except self.connection_errors:
             logger.warning(
-                "the connection broke with %d messages not yet delivered: they are given to a worker after the "
-                "visibility timeout",
+                "the connection broke before %d messages were delivered: a worker gets them after the visibility "
+                "timeout",
                 len(self._reserved) + 1,
             )
         super().close()
