@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def model(alias: str) -> Handle:
-    """The model configured under `alias`. Reads nothing until it is used, so a module may keep one for good.
+    """Return a handle for the model of this alias. It reads nothing until it is used, so a module may keep it.
 
     Inside a ModelPool its calls park the task and share batches; anywhere else they call the model directly.
     """
@@ -29,10 +29,10 @@ def model(alias: str) -> Handle:
 
 
 def exclusive() -> AbstractContextManager[None]:
-    """A section in which no other task's code runs, also while a model computes.
+    """Return a context in which no other task's code runs, also while a model computes.
 
-    For what belongs to the thread rather than to the task: an open database transaction, a lock, a pooled
-    connection. Other parked items may ride along in the section's batches. Outside a ModelPool it does nothing.
+    Use it if the task holds something of the thread: an open database transaction, a lock, a pooled connection. Other
+    tasks' items may ride along in the section's batches. Outside a ModelPool it does nothing.
     """
     from legit_worker.pool.fibers import exclusive as section
 

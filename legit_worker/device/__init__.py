@@ -1,1 +1,1 @@
-"""The device: which one, and what of torch's state belongs to a thread rather than to a task."""
+"""The device: a CPU, a GPU or a simulated one, and the state of torch that belongs to a thread."""

@@ -1,6 +1,6 @@
-"""What computes batches: this module's `Device` is a CPU; `cuda` and `simulated` have the other two.
+"""What computes batches: `Device` is a CPU; `cuda` and `simulated` have the other two devices.
 
-In: a function that computes a batch. Out: a `Launch`, whose outputs are there at once, or once it was waited for.
+In: a function that computes a batch. Out: a `Launch`, whose outputs are there at once, or after a wait for it.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any
 
 @dataclass(eq=False, kw_only=True)
 class Launch:
-    """A batch that was handed to a device. Outputs, seconds and peak are those of the end, and not read before."""
+    """A batch that a device got. Read its outputs, seconds, peak and error only when it is done."""
 
-    #: What `forward` returned, on the host.
+    #: The result of `forward`, on the host.
     outputs: Any
-    #: That the device took.
+    #: The seconds of the device.
     seconds: float
-    #: The most bytes that it had of the device beside the weights; None where the device does not tell.
+    #: The most bytes of the device that it used beside the weights; None if the device does not tell.
     peak: int | None = None
-    #: That the calling thread took to hand it over.
+    #: The seconds of the calling thread for the launch.
     host_seconds: float = 0.0
     #: Whether it is over. Any thread may ask.
     is_done: bool = True
-    #: Why it failed; only for one that was not done when it was handed over, whose `forward` raises otherwise.
+    #: Why it failed after its launch. If `forward` itself fails, it raises.
     error: Exception | None = None
 
     def wait(self) -> None:
-        """Until it is over, however it ends. Any thread may call it, and none needs to twice."""
+        """Wait until it is over, with or without an error. Any thread may call this once."""
 
 
 class Device:
-    """A CPU, and what every device answers. Any thread may ask; one batch at a time is handed to it."""
+    """A CPU, and the base of every device. Any thread may ask it; it gets one batch at a time."""
 
     #: Whether a launch knows its peak.
     tells_memory = False
@@ -46,22 +46,22 @@ class Device:
         return f"<{type(self).__name__} {self.name}>"
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
-        """Compute a batch. Raises what `compute` raises."""
+        """Compute a batch. Raises the errors of `compute`."""
         start = monotonic()
         outputs = compute()
         return Launch(outputs=outputs, seconds=monotonic() - start)
 
     def loading(self) -> AbstractContextManager[object]:
-        """Held by the loader thread while it reads weights."""
+        """Return a context that the loader thread holds while it reads weights."""
         return nullcontext()
 
     def taken(self) -> int:
-        """Bytes that this process has of the device, in use or kept for later; 0 where that is unknown."""
+        """Return the bytes of the device that this process has, in use or kept for later; 0 if that is unknown."""
         return 0
 
     def hold(self, limit: int | None) -> None:
-        """Have at most so many bytes of the device from now on, where it can be held to that; None: what it has."""
+        """Let this process have at most this many bytes of the device, if that can be enforced; None sets no limit."""
 
     def is_lost(self, error: BaseException) -> bool:
-        """Whether nothing can be computed here any more, after a batch ended in this error."""
+        """Tell whether the device can't compute any more, after a batch ended in this error."""
         return False

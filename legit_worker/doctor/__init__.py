@@ -1,1 +1,1 @@
-"""`celery legit doctor`: what of this machine and this project's settings will work, and what to do about the rest."""
+"""`celery legit doctor`: checks what works on this machine and in this project, and says what to do about the rest."""

@@ -1,7 +1,7 @@
 """Keeps the progress bars and the advice of model libraries out of a worker's log.
 
-In: the process of a worker. Out: nothing. Celery logs each redraw of a bar as a warning, and each INFO line of a
-library beside the worker's own; an operator then looks for the cause. Warnings and errors of the libraries stay.
+In: the process of a worker. Out: nothing. Otherwise Celery would log each redraw of a bar as a warning, and the INFO
+lines of libraries between the worker's own. Warnings and errors of the libraries stay.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import logging
 import os
 import sys
 
-#: Read by the libraries when they are imported. What the operator chose stays.
+#: The libraries read these variables at their import. The operator's own values stay.
 ENVIRONMENT = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
 
 #: The logger whose level also decides whether `encode` shows a bar.
 LIBRARY = "sentence_transformers"
 
-#: These tell each request at INFO. A load makes dozens; a task's own are its own affair.
+#: These loggers tell each request at INFO. A load makes dozens. The requests of a task's own code are still logged.
 HTTP = ("httpx", "httpx2")
 
 
 def quiet_libraries() -> None:
-    """Before models are loaded; libraries that the project has imported already are told by their own functions."""
+    """Silence the libraries before models are loaded, also those that the project has imported already."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if logging.getLogger(LIBRARY).level == logging.NOTSET:

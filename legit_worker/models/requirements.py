@@ -1,7 +1,7 @@
 """What the configured models need that this machine may not have.
 
-In: the settings. Out: `SettingsError`, with the command that installs what is missing. Nothing is imported: whether a
-package is there is found out in a millisecond, where torch takes seconds to import.
+In: the settings. Out: `SettingsError`, with the command that installs a missing package. Nothing is imported: a look
+for a package takes a millisecond, and the import of torch takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from legit_worker.settings import KINDS_WITH_PATH, Settings
 
 logger = logging.getLogger(__name__)
 
-#: What a path begins with that can be no name on the Hub.
+#: No name on the Hub begins like this: such a path is a folder's.
 FOLDER_SIGNS = ("/", "./", "../", "~")
 
 #: The packages that a model of a kind needs, by role, and the extra of this package that brings them.
@@ -30,7 +30,7 @@ EXTRAS = {"device": "sentence-transformers", "prep": "prep"}
 
 
 def check(chosen: Settings) -> None:
-    """Raises `SettingsError` if a configured model can't be used here."""
+    """Raise `SettingsError` if a configured model can't be used here."""
     for alias, model in chosen.models.items():
         needed = NEEDED[chosen.role].get(model.kind, ())
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -42,14 +42,14 @@ def check(chosen: Settings) -> None:
 
 
 def is_missing_folder(path: str) -> bool:
-    """Whether this path can only be a folder's, and there is none."""
+    """Tell whether this path can only be a folder's, and the folder is missing."""
     return path.startswith(FOLDER_SIGNS) and not Path(path).is_dir()
 
 
 def check_or_exit(chosen: Settings) -> None:
-    """At a worker's start: the process ends with the sentence instead of a traceback.
+    """Check at a worker's start. If a model can't be used, end the process with a sentence instead of a traceback.
 
-    A folder that is missing is a warning. It may be there when the first task asks for its model.
+    A missing folder is a warning: it may be there when the first task asks for its model.
     """
     try:
         check(chosen)

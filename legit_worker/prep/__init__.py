@@ -1,1 +1,1 @@
-"""CPU work before a model: where inputs come from, and what keeps it clear of CUDA."""
+"""Prepares input on the CPU before a model gets it: reads texts and images, and keeps clear of CUDA."""
