@@ -46,14 +46,18 @@ def _cheapest_runs(lengths: NDArray[np.int64], budget: int, model: CostModel) ->
     total = len(lengths)
     best = np.zeros(total + 1)  # best[i]: the least seconds for the first i items
     cut = np.zeros(total + 1, dtype=np.int64)  # cut[i]: where the last of their batches starts
-    counts = np.arange(total, 0, -1)
-    for end in range(1, total + 1):
-        longest = int(lengths[end - 1])
+    starts = np.arange(float(total))
+    for end, longest in enumerate(lengths.tolist(), 1):
         first = max(0, end - max(1, budget // longest))
-        seconds = best[first:end] + model.predict(counts[total - end + first :], longest) + EACH
+        launch = model.predict(0, longest)
+        each = model.predict(1, longest) - launch
+        # `shared` is the same for all starts. The rest of the sum is linear in the start.
+        shared = EACH + launch + end * each
+        seconds = best[first:end] - each * starts[first:end]
+        least = float(np.minimum.reduce(seconds))
         # Of equally good cuts the one whose last batch is the smallest: of equal items, the first batches are full.
-        choice = int((seconds <= np.minimum.reduce(seconds) * (1 + SAME)).nonzero()[0][-1])
-        best[end], cut[end] = seconds[choice], first + choice
+        start = end - 1 - int((seconds[::-1] <= least + SAME * (shared + least)).argmax())
+        best[end], cut[end] = shared + seconds[start - first], start
     return _walk_back(cut)
 
 
