@@ -91,6 +91,15 @@ class Clock:
         if work in works:
             self._state = total + work.seconds(monotonic()), since, tuple(one for one in works if one is not work)
 
+    @contextmanager
+    def following(self, work: Work) -> Iterator[None]:
+        """Count this work for the task within the block."""
+        self.follow(work)
+        try:
+            yield
+        finally:
+            self.settle(work)
+
     @property
     def is_in_batch(self) -> bool:
         """Whether a batch with an item of this task runs now."""

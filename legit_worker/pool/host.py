@@ -34,13 +34,8 @@ class FiberHost(parking.Host):
         if fiber is None:
             super().wait(done, what, drive, is_own)
             return
-        work = work_of(done) if is_own else Work()
-        fiber.clock.follow(work)
-        try:
-            with fiber.served():
-                self._wait(fiber, done, what, drive)
-        finally:
-            fiber.clock.settle(work)
+        with fiber.clock.following(work_of(done)) if is_own else nullcontext(), fiber.served():
+            self._wait(fiber, done, what, drive)
 
     def _wait(self, fiber: Fiber, done: Future[Any], what: str, drive: parking.Drive | None) -> None:
         while not done.done():
