@@ -20,7 +20,7 @@ Drive = Callable[[], None]
 class Host:
     """How a thread waits that has no pool: it blocks. A pool of fibers overrides this. Any thread may call it."""
 
-    def wait(self, done: Future[Any], what: str, drive: Drive | None, is_own: bool) -> None:
+    def wait(self, done: Future[Any], what: str, drive: Drive | None, is_own: bool, loads: str | None) -> None:
         """See `wait` below."""
         while not done.done():
             if drive is None:
@@ -35,23 +35,31 @@ class Host:
     def give_way(self, what: str) -> None:
         """See `give_way` below."""
 
-    def serving(self) -> AbstractContextManager[object]:
+    def serving(self, alias: str) -> AbstractContextManager[object]:
         """See `serving` below."""
         return nullcontext()
+
+    @property
+    def is_pressing(self) -> bool:
+        """See `is_pressing` below."""
+        return False
 
 
 _blocking = Host()
 _host = _blocking
 
 
-def wait(done: Future[Any], what: str, *, drive: Drive | None = None, is_own: bool = False) -> None:
+def wait(
+    done: Future[Any], what: str, *, drive: Drive | None = None, is_own: bool = False, loads: str | None = None
+) -> None:
     """Return once `done` is done. `what` says in words what it brings; `inspect stats` and log lines show that.
 
     A task that may not let others run calls `drive` until then. `is_own` says that the task itself is being worked on,
-    so the time counts as the task's own. Raises what ends the task meanwhile: a time limit, a revoke.
+    so the time counts as the task's own; `loads` names the model whose load is
+    waited for. Raises what ends the task meanwhile: a time limit, a revoke.
     """
     if not done.done():
-        _host.wait(done, what, drive, is_own)
+        _host.wait(done, what, drive, is_own, loads)
 
 
 def park(done: Future[Any], what: str) -> bool:
@@ -64,9 +72,23 @@ def give_way(what: str) -> None:
     _host.give_way(what)
 
 
-def serving() -> AbstractContextManager[object]:
-    """Enter this package's own code on a task's behalf: what ends the task is raised where it waits, or at the end."""
-    return _host.serving()
+def serving(alias: str) -> AbstractContextManager[object]:
+    """Enter this package's own code on behalf of a task that calls a model.
+
+    What ends the task is raised where it waits, or at the end. Raises `UnknownModelError` if the task's app may not use
+    the model.
+    """
+    return _host.serving(alias)
+
+
+def is_pressing() -> bool:
+    """Whether others may be unable to go on before the caller does, so that it must not wait for them."""
+    return _host.is_pressing
+
+
+def keeps_tasks_apart() -> bool:
+    """Whether whoever parks gets back what it had set for itself: torch's modes, random numbers, warnings' filters."""
+    return _host is not _blocking
 
 
 def use(host: Host) -> None:

@@ -95,7 +95,7 @@ def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = No
     If the tokenizer can't be read without the model, returns the text unchanged. Raises `InvalidInputError`,
     `UnknownModelError`.
     """
-    spec = Handle(model, "embed").entry.spec
+    spec = Handle(model, "embed").slot.spec
     texts = _items(text, "text", _check_text)
     tokenizer = tokenizer_of(spec.path, spec.revision) if spec.path and spec.kind == "embed" else None
     if tokenizer is None:
@@ -117,7 +117,7 @@ def prep_image(image: Any, model: str | None = None) -> Any:
     `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises `InvalidInputError`,
     `UnknownModelError`.
     """
-    spec = Handle(model, "image").entry.spec
+    spec = Handle(model, "image").slot.spec
     edge = resize_of(spec.path, spec.revision) if spec.path and spec.kind == "image" else None
     done = _items(image, "image", lambda item: processes.run(_prepare_image, item, _limits(), edge, size=_size(item)))
     return done if isinstance(image, list) else done[0]

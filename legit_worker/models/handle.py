@@ -2,8 +2,8 @@
 
 In: texts, pairs, images, or any items. Out: what sentence-transformers would return for them, or one output each.
 
-How the items get computed is the runner's business. This module's own runner calls the model in the calling thread;
-inside a ModelPool, the pool's runner parks the task and lets its items share batches with others.
+A call is a straight line: have the model in memory, plan, compute, finish. This module computes in the calling thread;
+inside a ModelPool, the pool parks the task and lets its items share batches with others.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
+from legit_worker import parking
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
-from legit_worker.models.entry import Entry
+from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
-from legit_worker.models.protocol import Model
 from legit_worker.models.registry import default_registry
-from legit_worker.models.residency import Request
+from legit_worker.models.residency import Request, Residency
+from legit_worker.models.slot import Slot
 
 #: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.
 DIRECT_BUDGET = 4096
@@ -31,78 +32,80 @@ DIRECT_BUDGET = 4096
 REVIEW_SECONDS = 0.25
 
 
-class Runner(Protocol):
-    """How items get computed."""
-
-    def hold(self, entry: Entry) -> AbstractContextManager[Model]:
-        """The entry's model, once it is loaded; it stays while the block runs. Raises `ModelLoadError`."""
-
-    def run(self, entry: Entry, items: list[Any]) -> list[Any]:
-        """Preprocess, compute and postprocess items of a loaded model; one output each, in order."""
+#: Computes items with a loaded model: preprocesses, computes and postprocesses them; one output each, in order.
+Compute = Callable[[LoadedModel, list[Any]], list[Any]]
 
 
-class DirectRunner:
-    """Calls the model in the calling thread: under any other pool, eagerly, in a shell.
-
-    `must` says that others, who use models, may not be able to go on before this thread does.
-    """
-
-    def __init__(self, *, must: bool = False) -> None:
-        self._must = must
-
-    @contextmanager
-    def hold(self, entry: Entry) -> Iterator[Model]:
-        """Waits for the loader thread."""
-        request = entry.residency.request(entry, must=self._must or is_in_another_call())
-        try:
-            yield self._wait(entry, request)
-        finally:
-            entry.residency.release(request)
-
-    @staticmethod
-    def _wait(entry: Entry, request: Request) -> Model:
-        resume = randoms.suspend(DirectRunner)  # a load and its trial batches may draw
-        while not request.future.done():
-            wait([request.future], timeout=REVIEW_SECONDS)
-            entry.residency.review()
-        resume()
-        return entry.outcome(request.future)
-
-    def run(self, entry: Entry, items: list[Any]) -> list[Any]:
-        """All items, in batches of even length and equal batch key."""
-        prepared = [entry.preprocess(item) for item in items]
-        outputs: list[Any] = [None] * len(items)
-        for batch in _batches(entry, prepared):
-            for index, output in zip(batch, entry.forward([prepared[index] for index in batch]), strict=True):
-                outputs[index] = output
-        return [entry.postprocess(output) for output in outputs]
+def compute_directly(model: LoadedModel, items: list[Any]) -> list[Any]:
+    """Call the model in the calling thread, in batches of even length and equal batch key."""
+    prepared = [model.preprocess(item) for item in items]
+    outputs: list[Any] = [None] * len(items)
+    for batch in _batches(model, prepared):
+        launch = model.compute([prepared[index] for index in batch])
+        for index, output in zip(batch, launch.outputs, strict=True):
+            outputs[index] = output
+    return [model.postprocess(output) for output in outputs]
 
 
-def _batches(entry: Entry, prepared: list[Any]) -> Iterable[list[int]]:
+def _batches(model: LoadedModel, prepared: list[Any]) -> Iterable[list[int]]:
     by_key: dict[Any, list[int]] = {}
     for index, item in enumerate(prepared):
-        by_key.setdefault(entry.batch_key(item), []).append(index)
+        by_key.setdefault(model.batch_key(item), []).append(index)
     for indexes in by_key.values():
-        costs = [entry.cost(prepared[index]) for index in indexes]
+        costs = [model.cost(prepared[index]) for index in indexes]
         for cut in pack(costs, DIRECT_BUDGET, CostModel()):
             yield [indexes[position] for position in cut]
 
 
+_compute: Compute = compute_directly
+
+
+def use_compute(compute: Compute) -> None:
+    """Have every handle of this process compute like this from now on."""
+    global _compute
+    _compute = compute
+
+
+# A child that a task forks has no loop that would compute for it.
+os.register_at_fork(after_in_child=lambda: use_compute(compute_directly))
+
+
+@contextmanager
+def use(slot: Slot, residency: Residency) -> Iterator[LoadedModel]:
+    """Wait until the model is in memory, where it stays while the block runs. Raises `ModelLoadError`."""
+    with leave(slot.alias), parking.serving(slot.alias):
+        request = residency.request(slot, must=parking.is_pressing() or is_in_another_call())
+        try:
+            if not request.future.done():
+                _wait_for_load(request, residency)
+            yield outcome(request)
+        finally:
+            residency.release(request)
+
+
+def _wait_for_load(request: Request, residency: Residency) -> None:
+    def look() -> None:
+        wait([request.future], timeout=REVIEW_SECONDS)
+        residency.review()
+
+    # A load and its trial batches may draw random numbers.
+    resume = None if parking.keeps_tasks_apart() else randoms.suspend(use)
+    parking.wait(request.future, f"model {request.slot.alias} to load", drive=look, loads=request.slot.alias)
+    if resume is not None:
+        resume()
+
+
+def outcome(request: Request) -> LoadedModel:
+    """What came of a request that is done. Raises `ModelLoadError`, `DeviceLostError`."""
+    error = request.future.exception()
+    if error is not None:
+        # One of its own for each asker: tasks that share an exception would share its traceback.
+        raise type(error)(*error.args) from error.__cause__
+    return request.future.result()
+
+
 #: The alias of the model that the current task called last; None where it called none.
 last_called: ContextVar[str | None] = ContextVar("legit_worker_last_called", default=None)
-
-_runner: Runner = DirectRunner()
-
-
-def use_runner(runner: Runner) -> Runner:
-    """From now on, every handle of this process computes through `runner`. Returns the one before."""
-    global _runner
-    before, _runner = _runner, runner
-    return before
-
-
-# A child that a task forks has neither the loop that would resume it nor the right to the parent's connections.
-os.register_at_fork(after_in_child=lambda: use_runner(DirectRunner()) and None)
 
 
 class Handle:
@@ -116,12 +119,12 @@ class Handle:
         return f"<Handle {self._alias or 'the one of kind ' + self._kind}>"
 
     @property
-    def entry(self) -> Entry:
+    def slot(self) -> Slot:
         """The configured model. Raises `UnknownModelError`."""
         registry = default_registry()
-        entry = registry.get(self._alias) if self._alias else registry.only(self._kind)
-        last_called.set(entry.alias)
-        return entry
+        slot = registry.get(self._alias) if self._alias else registry.only(self._kind)
+        last_called.set(slot.alias)
+        return slot
 
     def encode(self, *inputs: Any, **options: Any) -> Any:
         """Embed one text or image, or a list of them: shape `[dim]` or `[n, dim]`, numpy float32.
@@ -171,42 +174,27 @@ class Handle:
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
         items = list(items)  # a generator's code is the task's own
-        with self._use() as (_, _, run):
-            return run(items)
+        with self._use() as model:
+            return _compute(model, items)
 
     def check_length(self, text: str) -> None:
         """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any."""
-        with self._use() as (entry, model, _):
-            check = getattr(model, "check_length", None)
-            if check is not None:
-                entry.alone("check_length", check, text)
+        with self._use() as model:
+            if model.has("check_length"):
+                model.alone("check_length", text)
 
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
-        with self._use() as (entry, model, run):
-            plan = _method(entry, model, name, "plan_")
+        with self._use() as model:
+            plan = model.plan(name)
             if "sentences" in options:  # the library's name for it until version 6
                 options["inputs"] = options.pop("sentences")
             items, finish = plan(*inputs, **options)
-            return finish(run(items))
+            return finish(_compute(model, items))
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """Call a method that computes no batch."""
-        with self._use() as (entry, model, _):
-            return entry.alone(name, _method(entry, model, name), *arguments)
+        with self._use() as model:
+            return model.alone(name, *arguments)
 
-    @contextmanager
-    def _use(self) -> Iterator[tuple[Entry, Model, Callable[[Iterable[Any]], list[Any]]]]:
-        """The model, loaded, which stays while the block runs, and the function that computes items with it."""
-        entry, runner = self.entry, _runner
-        with leave(entry.alias), runner.hold(entry) as model:
-            yield entry, model, lambda items: runner.run(entry, list(items))
-
-
-def _method(entry: Entry, model: Model, name: str, prefix: str = "") -> Callable[..., Any]:
-    method: Callable[..., Any] | None = getattr(model, prefix + name, None)
-    if method is None:
-        raise TypeError(
-            f"model {entry.alias!r} is of kind {entry.spec.kind!r}, which has no {name}(): "
-            f"use map(), or a model of another kind, or give its class a method {prefix}{name}()"
-        )
-    return method
+    def _use(self) -> AbstractContextManager[LoadedModel]:
+        return use(self.slot, default_registry().residency)

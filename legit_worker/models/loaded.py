@@ -71,13 +71,24 @@ class LoadedModel:
         method: Callable[..., Any] | None = getattr(self.model, name, None)
         return method
 
-    def method(self, name: str) -> Callable[..., Any]:
-        """A method that only some kinds have. Raises `TypeError` if this model has none of that name."""
+    def has(self, name: str) -> bool:
+        """Whether the model's kind has this method."""
+        return self._optional(name) is not None
+
+    def plan(self, name: str) -> Callable[..., tuple[list[Any], Callable[[list[Any]], Any]]]:
+        """What plans a call of this name. Raises `TypeError` if the model's kind has no such call."""
+        return self._method(f"plan_{name}", name)
+
+    def alone(self, name: str, *arguments: Any) -> Any:
+        """Call one of the model's methods while no other thread does: tokenizers and modules keep state."""
+        return self._methods.alone(name, self._method(name, name), *arguments)
+
+    def _method(self, name: str, call: str) -> Callable[..., Any]:
         method = self._optional(name)
         if method is None:
             raise TypeError(
-                f"model {self.alias!r} is of kind {self.kind!r}, which has no {name}(): "
-                f"use map(), or a model of another kind"
+                f"model {self.alias!r} is of kind {self.kind!r}, which has no {call}(): "
+                f"use map(), or a model of another kind, or give its class a method {name}()"
             )
         return method
 
@@ -120,10 +131,6 @@ class LoadedModel:
         self._methods = Methods(self.alias)
 
     # Items.
-
-    def alone(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a method of the model while no other thread does: tokenizers and modules keep state."""
-        return self._methods.alone(name, method, *arguments)
 
     def preprocess(self, item: Any) -> Any:
         """One item, ready for a batch. Raises what the model raises."""

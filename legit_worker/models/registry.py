@@ -1,6 +1,6 @@
 """Which models there are.
 
-In: the settings. Out: one `Entry` per alias, and the `Residency` that decides which of them are in memory.
+In: the settings. Out: one `Slot` per alias, and the `Residency` that decides which of them are in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from legit_worker.device import cuda
 from legit_worker.device.simulated import ENDLESS, simulated_device
 from legit_worker.errors import UnknownModelError
 from legit_worker.models.budget import Budget, DeviceBudget, Unbounded
-from legit_worker.models.entry import Entry
 from legit_worker.models.loader import Loader
 from legit_worker.models.residency import Residency
 from legit_worker.models.shelf import Shelf
 from legit_worker.models.sizes import estimate
+from legit_worker.models.slot import Slot
 
 
 class Registry:
@@ -39,29 +39,27 @@ class Registry:
         self.shelf = Shelf(host_cache)
         #: Gives the name of the device that models are put on.
         self.device = device
-        self.entries = {alias: Entry(alias=alias, spec=spec, size=estimate(spec)) for alias, spec in models.items()}
-        self._by_name = {settings.fold(alias): entry for alias, entry in self.entries.items()}
+        self.slots = {alias: Slot(alias=alias, spec=spec, size=estimate(spec)) for alias, spec in models.items()}
+        self._by_name = {settings.fold(alias): slot for alias, slot in self.slots.items()}
         loader = Loader(device, self.shelf)
-        self.residency = Residency(self.entries.values(), budget or Unbounded(), loader, self.shelf)
-        for entry in self.entries.values():
-            entry.residency = self.residency
+        self.residency = Residency(self.slots.values(), budget or Unbounded(), loader, self.shelf)
 
     def __repr__(self) -> str:
-        return f"<Registry {list(self.entries.values())}>"
+        return f"<Registry {list(self.slots.values())}>"
 
-    def get(self, alias: str) -> Entry:
+    def get(self, alias: str) -> Slot:
         """The model that this name means: see `settings.fold`. Raises `UnknownModelError`."""
-        entry = self._by_name.get(settings.fold(str(alias)))
-        if entry is None:
+        slot = self._by_name.get(settings.fold(str(alias)))
+        if slot is None:
             raise UnknownModelError(
                 f"no model {alias!r} is configured; there are: {self._names()}. "
                 f"Set {settings.path_variable(str(alias))} to add it"
             )
-        return entry
+        return slot
 
-    def only(self, kind: str) -> Entry:
+    def only(self, kind: str) -> Slot:
         """The one model of this kind. Raises `UnknownModelError` where there is none, or more than one."""
-        found = [entry for entry in self.entries.values() if entry.spec.kind == kind]
+        found = [slot for slot in self.slots.values() if slot.spec.kind == kind]
         if len(found) != 1:
             raise UnknownModelError(
                 f"model=None means the one model of kind {kind!r}, and {len(found)} are configured; "
@@ -70,7 +68,7 @@ class Registry:
         return found[0]
 
     def _names(self) -> str:
-        return ", ".join(f"{alias} ({entry.spec.kind})" for alias, entry in self.entries.items()) or "none"
+        return ", ".join(f"{alias} ({slot.spec.kind})" for alias, slot in self.slots.items()) or "none"
 
 
 _making = threading.Lock()

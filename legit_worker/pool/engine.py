@@ -76,14 +76,14 @@ class Engine:
         return chunk
 
     @contextmanager
-    def expecting(self, model: BatchModel) -> Iterator[None]:
+    def expecting(self, alias: str) -> Iterator[None]:
         """While a task waits for its model to load. Its item is not here yet, and will be."""
-        self._loading[model.alias] += 1
+        self._loading[alias] += 1
         self.loading += 1
         try:
             yield
         finally:
-            self._loading[model.alias] -= 1
+            self._loading[alias] -= 1
             self.loading -= 1
 
     @property

@@ -5,16 +5,21 @@ In: futures that tasks wait for (`legit_worker.parking`). Out: control to the lo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from legit_worker import parking
+from legit_worker.errors import DeviceLostError, UnknownModelError
 from legit_worker.pool import fibers
-from legit_worker.pool.clock import Work, work_of
+from legit_worker.pool.clock import work_of
+from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.loop import Loop
 from legit_worker.pool.running import Running
+from legit_worker.settings import fold
 
 #: Seconds between two looks at the time of a task that waits without parking.
 LOOK = 0.25
@@ -23,18 +28,32 @@ LOOK = 0.25
 class FiberHost(parking.Host):
     """Parks fibers. In a thread that has none, waits as the base class does. Lives as long as its pool."""
 
-    def __init__(self, running: Running, *, is_inline: bool) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        engine: Engine,
+        running: Running,
+        *,
+        models_of: Callable[[str], Collection[str] | None],
+        is_inline: bool,
+    ) -> None:
+        """`models_of` says which models an app may use, None for all."""
+        self._loop = loop
+        self._engine = engine
         self._running = running
+        self._models_of = models_of
         # Without an event loop nobody would come back to a parked task.
         self._is_inline = is_inline
 
-    def wait(self, done: Future[Any], what: str, drive: parking.Drive | None, is_own: bool) -> None:
+    def wait(self, done: Future[Any], what: str, drive: parking.Drive | None, is_own: bool, loads: str | None) -> None:
         """Park, if the task may. If not, `drive` until then, or block: the task may hold what others would need."""
         fiber = fibers.current()
         if fiber is None:
-            super().wait(done, what, drive, is_own)
+            super().wait(done, what, drive, is_own, loads)
             return
-        with fiber.clock.following(work_of(done)) if is_own else nullcontext(), fiber.served():
+        work = fiber.clock.following(work_of(done)) if is_own else nullcontext()
+        expected = self._engine.expecting(loads) if loads else nullcontext()
+        with work, expected, fiber.served():
             self._wait(fiber, done, what, drive)
 
     def _wait(self, fiber: Fiber, done: Future[Any], what: str, drive: parking.Drive | None) -> None:
@@ -74,7 +93,32 @@ class FiberHost(parking.Host):
         if fiber is not None and fiber.may_park():
             fiber.give_way(what)
 
-    def serving(self) -> AbstractContextManager[object]:
-        """Keep what ends the task out of this package's code."""
+    @contextmanager
+    def serving(self, alias: str) -> Iterator[None]:
+        """Keep what ends the task out of this package's code. A task whose device is lost ends, or goes back."""
         fiber = fibers.current()
-        return nullcontext() if fiber is None else fiber.served()
+        if fiber is None:
+            yield
+            return
+        self._check_allowed(fiber, alias)
+        if self._loop.lost is not None:
+            self._loop.send_back(fiber, self._loop.lost)
+        with fiber.served():
+            try:
+                yield
+            except DeviceLostError as error:
+                self._loop.send_back(fiber, error)
+
+    def _check_allowed(self, fiber: Fiber, alias: str) -> None:
+        allowed = self._models_of(fiber.app)
+        if allowed is not None and fold(alias) not in map(fold, allowed):
+            raise UnknownModelError(
+                f"app {fiber.app!r} may not use model {alias!r}, only {', '.join(allowed)}: "
+                f"see LEGIT_WORKER_APPS__{fiber.app.upper()}__MODELS"
+            )
+
+    @property
+    def is_pressing(self) -> bool:
+        """Whether the caller keeps the thread, or another one, from what others need to go on."""
+        fiber = fibers.current()
+        return fiber is None or not fiber.may_park()

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
+from typing import NoReturn
+
+from greenlet import GreenletExit
 
 from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
 from legit_worker.errors import DeviceLostError
@@ -85,6 +88,13 @@ class Loop:
         """The device is gone. The next turn raises that, once: a fiber can't end other fibers."""
         self.lost = self.lost or error
         self._wakeup.set()
+
+    def send_back(self, fiber: Fiber, error: DeviceLostError) -> NoReturn:
+        """End a task whose device is gone: its message goes back, or, if it was acked early, the task fails."""
+        self.note_lost(error)
+        if fiber.acks_late:
+            raise GreenletExit from error
+        raise DeviceLostError(*error.args) from error
 
     @property
     def has_work(self) -> bool:

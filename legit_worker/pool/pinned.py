@@ -21,7 +21,7 @@ STOP_LOOK = 0.1
 
 def load_pinned(registry: Registry) -> None:
     """Load all pinned models. One that can't be loaded ends the worker."""
-    requests = [registry.residency.request(entry) for entry in registry.entries.values() if entry.spec.pin]
+    requests = [registry.residency.request(slot) for slot in registry.slots.values() if slot.spec.pin]
     while not all(request.future.done() for request in requests):
         futures.wait([request.future for request in requests], timeout=STOP_LOOK)
         maybe_shutdown()

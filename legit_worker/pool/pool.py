@@ -27,7 +27,9 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
+from legit_worker.models.slot import Slot
 from legit_worker.pool import limits, own, reports, sql, turns
+from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
@@ -41,7 +43,6 @@ from legit_worker.pool.pace import Pace
 from legit_worker.pool.pinned import load_pinned
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
-from legit_worker.pool.runner import FiberRunner
 from legit_worker.pool.running import Running
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
@@ -112,7 +113,7 @@ class ModelPool(SoloPool):
         )
         self._reports = Reports(
             counters=lambda: sum(self.engine.counters.values(), Counters()),
-            loads=lambda: sum(entry.loads for entry in default_registry().entries.values()),
+            loads=lambda: sum(slot.loads for slot in default_registry().slots.values()),
         )
         self._watcher = Watcher(
             running=self._running,
@@ -148,10 +149,13 @@ class ModelPool(SoloPool):
             release=self._release,
         )
         self._entrance = Entrance(self.app, chosen, self.options, wake=self._loop.wake, is_inline=self._inline)
-        self._runner = FiberRunner(
-            self.engine,
+        self._computing = Computing(self.engine, self._loop)
+        self._host = FiberHost(
             self._loop,
+            self.engine,
+            self._running,
             models_of=lambda app: chosen.apps[app].models if app else None,
+            is_inline=self._inline,
         )
 
     def __repr__(self) -> str:
@@ -182,8 +186,8 @@ class ModelPool(SoloPool):
         prepare_environment()
         # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._runner_before = handle.use_runner(self._runner)
-        parking.use(FiberHost(self._running, is_inline=self._inline))
+        handle.use_compute(self._computing.compute)
+        parking.use(self._host)
         self._undo = (tell_own_time(), ignore_late_revokes())
         turns.use(sql.is_blind)
         own.use()
@@ -324,7 +328,7 @@ class ModelPool(SoloPool):
     def _release(self) -> None:
         self._watcher.stop()
         self._wakeup.close()
-        handle.use_runner(self._runner_before)
+        handle.use_compute(handle.compute_directly)
         parking.stop()
         for undo in self._undo:
             undo()
@@ -347,21 +351,20 @@ class ModelPool(SoloPool):
             "parked": self._running.parked,
             **self._reports.report(),
             **sum(self.engine.counters.values(), Counters()).report(),
-            "models": {alias: self._model_info(alias) for alias in default_registry().entries},
+            "models": {alias: self._model_info(slot) for alias, slot in default_registry().slots.items()},
             "memory": default_registry().residency.report(),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
         }
 
-    def _model_info(self, alias: str) -> dict[str, Any]:
-        entry = default_registry().entries[alias]
+    def _model_info(self, slot: Slot) -> dict[str, Any]:
         info: dict[str, Any] = {
-            "kind": entry.spec.kind,
-            "state": entry.state,
-            "weights": entry.size,
-            "reserve": entry.reserve,
-            "loads": entry.loads,
+            "kind": slot.spec.kind,
+            "state": slot.state,
+            "weights": slot.size,
+            "reserve": slot.reserve,
+            "loads": slot.loads,
         }
-        counters = self.engine.counters.get(alias)
+        counters = self.engine.counters.get(slot.alias)
         if counters is not None:
             info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}
         return info

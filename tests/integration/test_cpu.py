@@ -63,11 +63,11 @@ from legit_worker.models.registry import default_registry
 app.Worker(pool="solo")
 cpu.WORTH_IT = 0.0
 entry = default_registry().get("tiny")
-entry.residency.request(entry).future.result()
+model = default_registry().residency.request(entry).future.result()
 def compute(texts):
     while texts > 0:
         batch = ["a" + " b" * random.randint(0, 21) for _ in range(random.randint(1, 48))]
-        entry.forward([entry.preprocess(text) for text in batch])
+        model.compute([model.preprocess(text) for text in batch])
         texts -= len(batch)
 random.seed(1)
 compute(4_000)

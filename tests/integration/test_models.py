@@ -20,7 +20,9 @@ from tiny_models import MAX_TOKENS, picture
 
 import legit_worker
 from legit_worker.errors import InvalidInputError, ModelLoadError, UnknownModelError
+from legit_worker.models.handle import use
 from legit_worker.models.loader import KINDS
+from legit_worker.models.registry import default_registry
 from legit_worker.testing import use_models
 
 TEXTS = [
@@ -432,10 +434,10 @@ def forward(model: Any, items: list[Any]) -> Any:
 def test_queries_and_documents_share_a_batch_unless_the_model_treats_them_apart() -> None:
     keys: dict[str, int] = {}
     for alias in ("minilm", "embed", "routed", "capped"):
-        entry = legit_worker.model(alias).entry
-        model: Any = entry.load().result()
-        items = [model.plan_encode("red", prompt="", task=task)[0][0] for task in (None, "query", "document")]
-        keys[alias] = len({entry.batch_key(model.preprocess(item)) for item in items})
+        with use(legit_worker.model(alias).slot, default_registry().residency) as model:
+            plan = model.plan("encode")
+            items = [plan("red", prompt="", task=task)[0][0] for task in (None, "query", "document")]
+            keys[alias] = len({model.batch_key(model.preprocess(item)) for item in items})
     assert keys == {"minilm": 1, "embed": 1, "routed": 3, "capped": 3}
 
 

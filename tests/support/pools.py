@@ -95,7 +95,8 @@ class PlayedPool:
             ended=lambda fiber: self.ended.append(fiber.name),
         )
         self.told: list[Any] = []
-        parking.use(FiberHost(self.running, is_inline=False))
+        everything = lambda app: None  # noqa: E731
+        parking.use(FiberHost(self.loop, self.engine, self.running, models_of=everything, is_inline=False))
 
     def send(self, body: Callable[[], Any], name: str = "task", **options: Any) -> Fiber:
         """A task comes."""

@@ -10,9 +10,9 @@ import pytest
 from legit_worker.device.simulated import simulated_device
 from legit_worker.models import calibration
 from legit_worker.models.calibration import BATCHES, MOST_SECONDS
-from legit_worker.models.entry import Entry
 from legit_worker.models.registry import Registry
 from legit_worker.models.simulated import SimulatedModel, vector
+from legit_worker.models.slot import Slot
 from legit_worker.settings import ModelSettings
 
 
@@ -41,22 +41,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "monotonic", lambda: Clocked.now)
 
 
-def bring(subject: Entry) -> None:
-    """Load it, and evict it again."""
-    request = subject.residency.request(subject)
+def bring(registry: Registry) -> None:
+    """Load its model, and evict it again."""
+    subject = registry.get("m")
+    request = registry.residency.request(subject)
     request.future.result(timeout=10)
-    subject.residency.release(request)
-    subject.residency.evict_idle()
+    registry.residency.release(request)
+    registry.residency.evict_idle()
     assert subject.state == "unloaded"
 
 
-def load(path: str, loads: int = 1) -> Entry:
+def registry_of(path: str) -> Registry:
+    """One model on the simulated device."""
+    return Registry({"m": ModelSettings(kind=f"{__name__}:Clocked", path=path, keep_alive=0)}, lambda: "simulated")
+
+
+def load(path: str, loads: int = 1) -> Slot:
     """A model on the simulated device, loaded and unloaded, and loaded again."""
-    spec = ModelSettings(kind=f"{__name__}:Clocked", path=path, keep_alive=0)
-    subject = Registry({"m": spec}, lambda: "simulated").get("m")
+    registry = registry_of(path)
     for _ in range(loads):
-        bring(subject)
-    return subject
+        bring(registry)
+    return registry.get("m")
 
 
 ALL = [BATCHES[0], *BATCHES]
@@ -96,8 +101,9 @@ def test_trials_are_not_repeated_at_the_next_load(path: str) -> None:
 
 def test_trials_that_found_no_memory_are_repeated_at_the_next_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated_device().ledger, "total", simulated_device().ledger.used + 1)
-    subject = load("0.001,0.0001,0,0,7")
+    registry = registry_of("0.001,0.0001,0,0,7")
+    bring(registry)
     assert Clocked.sizes == []
     monkeypatch.setattr(simulated_device().ledger, "total", 2**62)
-    bring(subject)
+    bring(registry)
     assert Clocked.sizes == ALL

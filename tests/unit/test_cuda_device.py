@@ -18,6 +18,7 @@ from fakecuda import FakeCuda, OnGpu
 from legit_worker.device import cuda
 from legit_worker.device.cuda import CudaDevice, prepare_environment, tf32, to_device
 from legit_worker.device.memory import give_back_cached
+from legit_worker.models.handle import outcome
 from legit_worker.models.registry import Registry
 from legit_worker.settings import ModelSettings
 
@@ -226,11 +227,11 @@ def test_a_models_batches_are_measured_when_it_is_loaded_and_bounded_by_what_is_
     registry = Registry({"mine": spec}, lambda: "cuda", Limited(budget))
     entry = registry.get("mine")
     request = registry.residency.request(entry)
-    entry.outcome(request.future)
+    model = outcome(request)
     assert entry.reserve == pytest.approx(1.2 * 20 * 16 * 256, rel=0.01)
     # 120,000 bytes are left, 20 bytes a unit, 1.2 for the unforeseen.
-    assert 4800 <= entry.largest_cost(100) <= 5000
-    assert entry.forward(["one", "three"]).tolist() == [[3], [5]]
+    assert 4800 <= model.largest_cost(100) <= 5000
+    assert model.compute(["one", "three"]).outputs.tolist() == [[3], [5]]
     assert gpu.calls.index("[stream of cuda:0") < gpu.calls.index("load") < gpu.calls.index("stream of cuda:0]")
     assert gpu.calls.index("stream done") < gpu.calls.index("record began"), "batches are tried where they will run"
 

@@ -289,24 +289,24 @@ def test_before_any_batch_ran_nothing_is_known_about_the_work_that_is_held() -> 
 
 def test_tasks_whose_model_is_yet_to_be_loaded_are_held_too() -> None:
     subject, known, cold = engine(), Letters("known"), Letters("cold")
-    with subject.expecting(cold):
+    with subject.expecting(cold.alias):
         assert subject.held_seconds() == UNKNOWN_SECONDS
         assert subject.held_seconds(7) == 8 * UNKNOWN_SECONDS
     assert subject.held_seconds() is None
     ran(subject, known, (1, 0.1), (2, 0.2))
-    with subject.expecting(cold), subject.expecting(known):
+    with subject.expecting(cold.alias), subject.expecting(known.alias):
         assert subject.held_seconds() == UNKNOWN_SECONDS, "the known model's next batch counts nothing"
         with contextlib.ExitStack() as many:
             for _ in range(1000):
-                many.enter_context(subject.expecting(known))
+                many.enter_context(subject.expecting(known.alias))
             assert subject.held_seconds() > 2 * UNKNOWN_SECONDS  # type: ignore[operator]
 
 
 def test_tasks_that_wait_for_any_load_are_counted_until_they_wait_no_more() -> None:
     subject, first, second = engine(), Letters("first"), Letters("second")
-    with subject.expecting(first), subject.expecting(first):
+    with subject.expecting(first.alias), subject.expecting(first.alias):
         assert subject.loading == 2
-        with contextlib.suppress(PoisonError), subject.expecting(second):
+        with contextlib.suppress(PoisonError), subject.expecting(second.alias):
             assert subject.loading == 3
             raise PoisonError  # a load that failed
         assert subject.loading == 2
@@ -355,14 +355,19 @@ def test_a_model_that_never_ran_counts_as_if_its_first_batch_took_the_bound() ->
     assert subject.held_seconds() == pytest.approx(2 * 0.5)
 
 
-def test_tasks_that_wait_for_a_load_are_held_but_there_is_nothing_to_compute_for_them() -> None:
+def test_tasks_that_wait_for_a_load_are_set_aside_while_another_model_has_work() -> None:
     subject, known, loading = engine(), Letters("known"), Letters("loading")
-    ran(subject, known, (1, 0.0001), (8, 0.0008))
     with ExitStack() as stack:
         for _ in range(50):
-            stack.enter_context(subject.expecting(loading))
+            stack.enter_context(subject.expecting(loading.alias))
+        assert subject.set_aside == 0, "of a worker that knows no model, they are its work"
         assert subject.held_seconds() == pytest.approx(50 * UNKNOWN_SECONDS)
-        assert subject.surplus_seconds() == 0
+        ran(subject, known, (1, 0.0001), (8, 0.0008))
+        assert subject.set_aside == 50
+        assert subject.held_seconds() == subject.surplus_seconds() == 0
+        with subject.expecting(known.alias):
+            assert subject.set_aside == 0, "the other one is being loaded, too"
+    assert subject.set_aside == 0
 
 
 def test_halves_of_a_batch_that_failed_are_held_too() -> None:

@@ -119,10 +119,10 @@ def test_a_batch_key_that_can_not_be_compared_as_one_is_an_error() -> None:
 def test_costs_are_at_least_one_and_within_the_packers_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_models({"mine": spec("Named")}) as models:
         entry = models.get("mine")
-        models.residency.request(entry).future.result(timeout=10)
+        model = models.residency.request(entry).future.result(timeout=10)
         for said, taken in ((0, 1), (-3, 1), (7.9, 7), (2**80, MAX_COST)):
-            monkeypatch.setattr(entry.model_now, "cost", lambda item, said=said: said)
-            assert entry.cost("an item") == taken
+            monkeypatch.setattr(model.model, "cost", lambda item, said=said: said)
+            assert model.cost("an item") == taken
 
 
 def test_a_loaders_thread_ends_with_its_load() -> None:

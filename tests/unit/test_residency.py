@@ -15,7 +15,7 @@ from legit_worker.device.devices import Device
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import ModelLoadError
 from legit_worker.models.budget import Unbounded
-from legit_worker.models.entry import Entry
+from legit_worker.models.handle import outcome
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.loader import NotNowError, Orders
 from legit_worker.models.registry import Registry
@@ -178,7 +178,7 @@ def test_a_model_that_can_never_fit_is_an_error_that_names_the_sizes() -> None:
     scene.touch("m0")
     request = scene.ask("m1")
     with pytest.raises(ModelLoadError, match=r"'m1' has weights of 10 bytes.*15 bytes"):
-        Entry.outcome(request.future)
+        outcome(request)
     scene.residency.release(request)
     scene.touch("m0")
     assert scene.slots["m1"].users == 0
@@ -205,7 +205,7 @@ def test_a_failed_load_is_the_answer_for_all_who_waited_and_tried_again_later() 
     scene.loader.fail(ModelLoadError("no such weights"))
     for request in [*requests, scene.ask("m0")]:
         with pytest.raises(ModelLoadError, match="no such weights"):
-            Entry.outcome(request.future)
+            outcome(request)
         scene.residency.release(request)
     scene.now += 60
     scene.touch("m0")
@@ -369,7 +369,7 @@ def touch(subject: Registry, *aliases: str) -> None:
 
 
 def resident(subject: Registry) -> list[str]:
-    return [alias for alias, entry in subject.entries.items() if entry.is_resident]
+    return [alias for alias, entry in subject.slots.items() if entry.is_resident]
 
 
 def test_threads_that_ask_at_once_never_overdraw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +392,7 @@ def test_threads_that_ask_at_once_never_overdraw(monkeypatch: pytest.MonkeyPatch
     for asker in askers:
         asker.join(timeout=60)
     assert not failures
-    assert all(entry.users == 0 for entry in subject.entries.values())
+    assert all(entry.users == 0 for entry in subject.slots.values())
 
 
 class Turns(Limited):
@@ -479,7 +479,7 @@ def movable(budget: int, host_cache: int, cached: int = 0, **more: Any) -> Regis
     gone.clear()
     specs = {alias: ModelSettings(kind=f"{__name__}:Movable", **more) for alias in ("m0", "m1", "m2")}
     subject = Registry(specs, lambda: "simulated", Caching(budget, cached), host_cache)
-    for entry in subject.entries.values():
+    for entry in subject.slots.values():
         entry.size = 10
     return subject
 

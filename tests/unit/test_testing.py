@@ -58,7 +58,7 @@ def test_handles_find_the_models_of_a_test_and_compute_in_it() -> None:
         assert handle.encode(["a", "b"]).shape == (2, 8)
         with pytest.raises(InvalidInputError):
             handle.map([None])
-        assert models.entries["minilm"].state == "resident"
+        assert models.slots["minilm"].state == "resident"
 
 
 def test_there_is_one_registry_for_all_and_the_one_before_comes_back() -> None:

@@ -10,16 +10,15 @@ import pytest
 from letters import Letters, PoisonError
 
 from legit_worker import parking
+from legit_worker.pool.computing import CHUNK, CHUNKS, Computing
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, exclusive
 from legit_worker.pool.host import FiberHost
-from legit_worker.pool.runner import CHUNK, CHUNKS, FiberRunner
 from legit_worker.pool.running import Running
 
 
 @pytest.fixture(autouse=True)
 def parks() -> Iterator[None]:
-    parking.use(FiberHost(Running(), is_inline=False))
     yield
     parking.stop()
 
@@ -29,9 +28,11 @@ class Loop:
 
     def __init__(self) -> None:
         self.engine = Engine(max_batch_seconds=0.5, weight_of=lambda app: 1.0)
-        self.runner = FiberRunner(self.engine, self, Running(), models_of=lambda app: None)  # type: ignore[arg-type]
+        self.computing = Computing(self.engine, self)  # type: ignore[arg-type]
         self._ready: deque[Fiber] = deque()
         self.lost = None
+        host: Any = FiberHost(self, self.engine, Running(), models_of=lambda app: None, is_inline=False)  # type: ignore[arg-type]
+        parking.use(host)
         #: The most items that ever waited at a time.
         self.most = 0
 
@@ -52,7 +53,7 @@ def test_a_large_call_has_two_chunks_at_the_engine_and_its_outputs_in_order() ->
     loop, model = Loop(), Letters()
     items = ["x" * (1 + number % 50) for number in range(5 * CHUNK + 7)]
     found: list[str] = []
-    loop.start(lambda: found.extend(loop.runner.run(model, items)))  # type: ignore[arg-type]
+    loop.start(lambda: found.extend(loop.computing.compute(model, items)))  # type: ignore[arg-type]
     while loop.turn():
         pass
     assert found == [item * 2 for item in items]
@@ -61,10 +62,10 @@ def test_a_large_call_has_two_chunks_at_the_engine_and_its_outputs_in_order() ->
 
 def test_a_large_call_takes_turns_with_single_ones() -> None:
     loop, model = Loop(), Letters()
-    large = loop.start(lambda: loop.runner.run(model, ["text"] * 20 * CHUNK))  # type: ignore[arg-type]
+    large = loop.start(lambda: loop.computing.compute(model, ["text"] * 20 * CHUNK))  # type: ignore[arg-type]
     for _ in range(5):
         loop.turn()
-    single = loop.start(lambda: loop.runner.run(model, ["text"]))  # type: ignore[arg-type]
+    single = loop.start(lambda: loop.computing.compute(model, ["text"]))  # type: ignore[arg-type]
     loop.turn()
     loop.turn()
     assert (single.dead, large.dead) == (True, False)
@@ -76,7 +77,7 @@ def test_a_bad_item_ends_its_call_and_the_rest_of_it_is_forgotten() -> None:
 
     def run() -> None:
         with pytest.raises(PoisonError):
-            loop.runner.run(model, [*["good"] * 100, "bad!", *["good"] * 1000])  # type: ignore[arg-type]
+            loop.computing.compute(model, [*["good"] * 100, "bad!", *["good"] * 1000])  # type: ignore[arg-type]
         told.append(f"{len(loop.engine)} left")
 
     loop.start(run)
@@ -88,7 +89,7 @@ def test_a_bad_item_ends_its_call_and_the_rest_of_it_is_forgotten() -> None:
 
 def test_what_a_task_that_was_ended_has_asked_for_is_forgotten() -> None:
     loop, model = Loop(), Letters()
-    fiber = loop.start(lambda: loop.runner.run(model, ["text"] * 1000))  # type: ignore[arg-type]
+    fiber = loop.start(lambda: loop.computing.compute(model, ["text"] * 1000))  # type: ignore[arg-type]
     loop.turn()
     fiber.terminate()
     assert len(loop.engine) == 0
@@ -97,11 +98,11 @@ def test_what_a_task_that_was_ended_has_asked_for_is_forgotten() -> None:
 
 def test_an_exclusive_call_is_over_before_its_task_gives_the_thread_away() -> None:
     loop, model = Loop(), Letters()
-    other = loop.start(lambda: loop.runner.run(model, ["two"]))  # type: ignore[arg-type]
+    other = loop.start(lambda: loop.computing.compute(model, ["two"]))  # type: ignore[arg-type]
 
     def run() -> None:
         with exclusive():
-            assert loop.runner.run(model, ["one"] * 1000) == ["oneone"] * 1000  # type: ignore[arg-type]
+            assert loop.computing.compute(model, ["one"] * 1000) == ["oneone"] * 1000  # type: ignore[arg-type]
 
     assert loop.start(run).dead
     assert not other.dead, "its item was computed, and nobody resumed it"
