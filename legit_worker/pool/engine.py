@@ -36,13 +36,10 @@ class Engine:
         *,
         max_batch_seconds: float,
         weight_of: Callable[[str], float],
-        free_memory: Callable[[], None] = lambda: None,
         watch: Callable[[Launch, Callable[[], None]], None] = lambda launch, on_done: None,
     ) -> None:
-        """`free_memory` is called after a batch ran out of memory, before the next one; `watch` as by `Flights`."""
-        self._new_queue = partial(
-            ModelQueue, max_batch_seconds=max_batch_seconds, weight_of=weight_of, free_memory=free_memory
-        )
+        """`watch` is as by `Flights`."""
+        self._new_queue = partial(ModelQueue, max_batch_seconds=max_batch_seconds, weight_of=weight_of)
         self._flights = Flights(watch)
         self._queues: dict[str, ModelQueue] = {}
         self._demand = Demand()

@@ -105,7 +105,6 @@ class ModelPool(SoloPool):
         self.engine = Engine(
             max_batch_seconds=chosen.max_batch_seconds,
             weight_of=lambda app: chosen.apps[app].weight if app else 1.0,
-            free_memory=_free_memory,
             watch=Waiter(self._wakeup.set).watch,
         )
         self._share = Share(
@@ -368,8 +367,3 @@ class ModelPool(SoloPool):
         if counters is not None:
             info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}
         return info
-
-
-def _free_memory() -> None:
-    """Models that nobody uses make room for a batch that found none."""
-    default_registry().residency.free()

@@ -62,6 +62,9 @@ class BatchModel(Protocol):
     def largest_cost(self, longest: int) -> int:
         """The largest padded cost of a batch that memory has room for, if its longest item costs this much."""
 
+    def make_room(self, count: int, longest: int, tries: int = 0) -> None:
+        """A batch ran out of memory, `tries` times before: free what it lacks."""
+
     def is_lost(self, error: BaseException) -> bool:
         """Whether this error of a batch broke the device for this process."""
 
@@ -136,7 +139,6 @@ class ModelQueue:
         *,
         max_batch_seconds: float,
         weight_of: Callable[[str], float],
-        free_memory: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.sizing = Sizing(max_batch_seconds)
@@ -152,8 +154,6 @@ class ModelQueue:
         self._parts_size = self._parts_cost = 0
         # What memory was seen to hold.
         self._room = Room()
-        # Called after a batch ran out of memory, before the next one.
-        self._free_memory = free_memory
 
     def __repr__(self) -> str:
         return f"<ModelQueue {self.model.alias}: {len(self)} waiting, cost {self.cost}, {self.sizing!r}>"
@@ -309,6 +309,7 @@ class ModelQueue:
         """Too much at once: free what can be freed, and have no batch as large from now on."""
         self.counters.out_of_memory += 1
         traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
+        tries = batch[0].tries if len(batch) == 1 else 0
         if len(batch) == 1:
             batch[0].tries += 1
             if batch[0].tries == TRIES_ALONE - 1:
@@ -316,7 +317,7 @@ class ModelQueue:
                 # had, too, and Celery leaves those to the collector.
                 gc.collect()
         try:
-            self._free_memory()
+            self.model.make_room(len(batch), max(item.cost for item in batch), tries)
         except Exception:
             logger.exception("memory could not be freed after model %r ran out of it", self.model.alias)
         if len(batch) > 1:

@@ -10,6 +10,8 @@ import pytest
 from harness import StartWorker, Worker, poll
 from traces import FIT, MODELS, least_loads, skewed
 
+from legit_worker.errors import DeviceOutOfMemoryError
+
 MIB = 2**20
 
 TASKS = 1500
@@ -101,6 +103,25 @@ def test_evicted_weights_may_wait_in_the_hosts_memory(start_worker: StartWorker)
     seconds = re.findall(r"model '(m\d)' loaded on simulated in (\S+) s", worker.log)
     assert [float(took) >= 1.0 for _, took in seconds] == [True, True, False, False, False]
     assert worker.pool()["memory"]["host_cache"] == 100 * MIB
+
+
+def test_an_item_that_can_not_fit_evicts_nobody_and_one_that_can_evicts_no_more_than_it_needs(
+    start_worker: StartWorker,
+) -> None:
+    variables = models(4, load_seconds=0.0) | {"LEGIT_WORKER_HOST_CACHE": "1GiB"}
+    worker = start_worker("project", environment=variables)
+    for alias in ("m0", "m1", "m2", "m3"):
+        worker.ask("one", "a task", alias)
+    never = worker.send("one", "word " * (600 * MIB // EACH), "m3")
+    worker.answers([never])
+    assert isinstance(never.result, DeviceOutOfMemoryError)
+    pool = worker.pool()
+    assert {(model["state"], model["loads"]) for model in pool["models"].values()} == {("resident", 1)}
+    assert worker.ask("one", "word " * (100 * MIB // EACH), "m3")
+    pool = worker.pool()
+    states = [model["state"] for model in pool["models"].values()]
+    assert states == ["unloaded", "resident", "resident", "resident"]
+    assert pool["memory"]["host_cache"] == 100 * MIB
 
 
 def latencies(worker: Worker, seconds: float) -> list[float]:

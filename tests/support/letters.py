@@ -20,6 +20,8 @@ class Letters:
         self.alias = alias
         self.broken = broken
         self.batches: list[list[str]] = []
+        #: What memory was freed for.
+        self.freed: list[tuple[int, int, int]] = []
 
     def preprocess(self, item: str) -> str:
         return item
@@ -35,6 +37,9 @@ class Letters:
 
     def largest_cost(self, longest: int) -> int:
         return 16_384
+
+    def make_room(self, count: int, longest: int, tries: int = 0) -> None:
+        self.freed.append((count, longest, tries))
 
     def is_lost(self, error: BaseException) -> bool:
         return False

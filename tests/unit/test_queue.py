@@ -15,7 +15,7 @@ from legit_worker.batching.fairness import Item
 from legit_worker.device.devices import Launch
 from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.pool.calls import Call, Chunk
-from legit_worker.pool.queue import ModelQueue
+from legit_worker.pool.queue import TRIES_ALONE, ModelQueue
 
 
 def queue(model: Letters, **options: Any) -> ModelQueue:
@@ -137,11 +137,13 @@ def test_a_storm_of_failures_loses_no_item() -> None:
 
 
 def test_memory_is_freed_before_the_next_try() -> None:
-    freed = []
-    subject = queue(SmallLetters(most=8), free_memory=lambda: freed.append(True))
+    model = SmallLetters(most=8)
+    subject = queue(model)
     ask(subject, ["four", "four", "four"])
+    ask(subject, ["too long", "it never fits"])
     run_all(subject)
-    assert freed
+    assert model.freed[0][0] > 1
+    assert [tries for count, longest, tries in model.freed if count == 1] == list(range(TRIES_ALONE))
 
 
 def test_a_call_dropped_from_a_failed_batch_is_not_tried_again() -> None:
@@ -235,10 +237,11 @@ def test_a_batch_is_no_larger_than_memory_allows() -> None:
 
 
 def test_a_batch_stays_where_memory_can_not_be_freed() -> None:
-    def refuse() -> None:
-        raise RuntimeError("empty_cache failed")
+    class Refusing(SmallLetters):
+        def make_room(self, count: int, longest: int, tries: int = 0) -> None:
+            raise RuntimeError("empty_cache failed")
 
-    subject = queue(SmallLetters(most=8), free_memory=refuse)
+    subject = queue(Refusing(most=8))
     call = ask(subject, ["four", "four", "four"])
     run_all(subject)
     assert outputs(call) == ["fourfour"] * 3
