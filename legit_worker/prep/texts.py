@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,72 @@ PROBES = ("A text.", "MIXED Case, ünïcödé, 中文, عربى 🎉 and\ttabs\n
 
 #: The key that marks a prepared text, and the version of its form.
 MARK, VERSION = "prepared", 1
+
+#: Characters of a text's beginning for each token that a model takes: more than most texts have, in any language.
+PER_TOKEN = 8
+
+#: A beginning that has too few tokens is followed by one this many times as long.
+LONGER = 4
+
+#: Where a text can be cut without a change to the tokens before the cut: behind a letter that a single space and
+#: another letter follow. Latin, Greek and Cyrillic letters only: no letter of theirs joins a space in any way.
+_LETTER = "[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0388-\u03ff\u0400-\u0481\u048a-\u052f]"
+CUT = re.compile(f"{_LETTER}(?= {_LETTER})")
+
+#: Parts of a Rust tokenizer that treat each word alone, or each character, and the settings under which they do.
+WORD_BY_WORD = {
+    "BertNormalizer": {},
+    "BertPreTokenizer": {},
+    "ByteLevel": {"use_regex": True},
+    "Lowercase": {},
+    "Metaspace": {"split": True},
+    "NFC": {},
+    "NFD": {},
+    "NFKC": {},
+    "NFKD": {},
+    "Precompiled": {},
+    "Prepend": {},
+    "Strip": {},
+    "StripAccents": {},
+    "WhitespaceSplit": {},
+    "Whitespace": {},
+}
+
+
+def is_word_by_word(tokenizer: Any) -> bool:
+    """Whether a text that is cut at `CUT` has the tokens that the whole text has there.
+
+    Known for the usual parts of a Rust tokenizer. False for a part that nobody looked at.
+    """
+    splits = tokenizer.pre_tokenizer
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    return (
+        splits is not None
+        and all(map(_is_word_by_word, filter(None, (tokenizer.normalizer, splits))))
+        and not any(any(map(str.isspace, content)) for content in added)
+    )
+
+
+def _is_word_by_word(part: Any) -> bool:
+    described = part if isinstance(part, dict) else json.loads(part.__getstate__())
+    match described:
+        case {"type": "Sequence", "normalizers": parts} | {"type": "Sequence", "pretokenizers": parts}:
+            return all(map(_is_word_by_word, parts))
+        case {"type": "Replace", "pattern": {"String": one}}:
+            return len(one) == 1 and one != " " and not one.isalnum()
+        case {"type": "Replace", "pattern": {"Regex": spaces}}:
+            return bool(spaces == " {2,}")
+    needed = WORD_BY_WORD.get(described["type"])
+    return needed is not None and all(described.get(name) == value for name, value in needed.items())
+
+
+def beginnings(text: str, tokens: int) -> Iterator[str]:
+    """Beginnings of a text, cut at `CUT`, that may have this many tokens: each longer than the last, then all of it."""
+    length = tokens * PER_TOKEN
+    while (found := CUT.search(text, length, 2 * length)) is not None:
+        yield text[: found.end()]
+        length *= LONGER
+    yield text
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +130,7 @@ class TextTokenizer:
         self.limit = limit
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
+        self._is_word_by_word = is_word_by_word(self._tokenizer)
         self._specials = self._tokenizer.num_special_tokens_to_add(False)
         self._cut_at(limit)
         self.fingerprint = fingerprint(lambda text: self._tokenizer.encode(text).ids)
@@ -70,7 +138,10 @@ class TextTokenizer:
     def prepare(self, text: str) -> PreparedText:
         """Tokenize a text, and cut it where the model would."""
         self._cut_at(self.limit)
-        found = self._tokenizer.encode(text)
+        for start in beginnings(text, self.limit) if self._is_word_by_word else [text]:
+            found = self._tokenizer.encode(start)
+            if found.overflowing:
+                break
         return PreparedText(tuple(found.ids), self.fingerprint, cut=bool(found.overflowing))
 
     def chunks(self, text: str, tokens: int, overlap: int) -> list[PreparedText]:

