@@ -60,6 +60,18 @@ def what(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
+def characters(value: Any) -> int:
+    """Of all texts in an input: a text, a pair of texts, or a dict that has one."""
+    match value:
+        case str():
+            return len(value)
+        case {"text": text}:
+            return characters(text)
+        case list() | tuple():
+            return sum(map(characters, value))
+    return 0
+
+
 def can_be_padded(features: dict[str, Any]) -> bool:
     """Whether the library gave one row per input. Static embeddings and unpadded flash attention have no rows."""
     tensors = [value for value in features.values() if isinstance(value, torch.Tensor)]

@@ -21,6 +21,7 @@ from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
+from legit_worker.models.preparing import prepare, take_turns
 from legit_worker.models.registry import default_registry
 from legit_worker.models.residency import Request, Residency
 from legit_worker.models.slot import Slot
@@ -38,7 +39,7 @@ Compute = Callable[[LoadedModel, list[Any]], list[Any]]
 
 def compute_directly(model: LoadedModel, items: list[Any]) -> list[Any]:
     """Call the model in the calling thread, in batches of even length and equal batch key."""
-    prepared = [model.preprocess(item) for item in items]
+    prepared = prepare(model, items)
     outputs: list[Any] = [None] * len(items)
     for batch in _batches(model, prepared):
         launch = model.compute([prepared[index] for index in batch])
@@ -180,6 +181,7 @@ class Handle:
     def check_length(self, text: str) -> None:
         """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any."""
         with self._use() as model:
+            take_turns(model.alias)
             if model.has("check_length"):
                 model.alone("check_length", text)
 

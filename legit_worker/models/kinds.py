@@ -29,6 +29,7 @@ from legit_worker.models.features import (
     Prompted,
     as_the_library_takes_them,
     can_be_padded,
+    characters,
     check_text,
     collate,
     cost_of,
@@ -39,13 +40,12 @@ from legit_worker.models.features import (
     to_numpy,
     what,
 )
+from legit_worker.models.options import refuse
+from legit_worker.models.preparing import Aside
 from legit_worker.models.protocol import ImageFile, Plan
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.shortway import ShortWay, minds_task, short_way
 from legit_worker.prep.texts import PreparedText
-
-#: Arguments of the library's `encode` and `predict` that say how to compute. The engine decides that.
-IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
 
 
 class SentenceModel:
@@ -58,6 +58,7 @@ class SentenceModel:
         self._revision = revision
         self._model: Any = None
         self._tokenize: ShortWay | None = None
+        self._aside = Aside()
         self._minds_task = False
 
     def load(self, device: str) -> None:
@@ -103,18 +104,28 @@ class SentenceModel:
             features = self._of_ids(prompted.input, prompted)
             return Prepared(features, len(prompted.input.ids), "text")
         self._check(prompted.input)
-        prompt, task = prompted.prompt, prompted.task
-        if self._tokenize and isinstance(prompted.input, str) and not prompt and not task:
-            features = self._tokenize(prompted.input)
+        prompt, task, way = prompted.prompt, prompted.task, self._tokenize
+        if way is not None and isinstance(prompted.input, str) and not prompt and not task:
+            features = self._aside.run(functools.partial(way, prompted.input), way.reads(prompted.input))
             return Prepared(features, len(features["input_ids"]), "text")
-        features = self._features_of([prompted.input], prompt, task)
+        features = self._features_of_one(prompted)
         if self._has_several_tokenizers or not can_be_padded(features):
             return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompt, task), task, prompted)
         return Prepared(features, cost_of(features), (task, key_of(features)), task)
 
-    def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
-        features: dict[str, Any] = self._model.preprocess(inputs, prompt=prompt, **_if_any(task))
+    def _features_of_one(self, one: Prompted) -> dict[str, Any]:
+        """Its features as the library gives them, from as little of a long text as gives the same."""
+        way = self._tokenize if isinstance(one.input, str) and not one.task else None
+        for start in (one.input,) if way is None else way.beginnings(one.input):
+            read = functools.partial(self._features_of, [start], one.prompt, one.task)
+            # Several tokenizers are used in `forward`, too.
+            features = self._aside.run(read, 0 if self._has_several_tokenizers else characters(start))
+            if way is not None and len(features["input_ids"][0]) == way.limit:
+                break
         return features
+
+    def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
+        return dict(self._model.preprocess(inputs, prompt=prompt, **_if_any(task)))
 
     @functools.cached_property
     def _has_several_tokenizers(self) -> bool:
@@ -241,7 +252,7 @@ class TextEmbedding(Embedding):
         **others: Any,
     ) -> Plan:
         """`Handle.encode` describes the arguments; shape `[dim]` for one input, `[n, dim]` for a list."""
-        _refuse(others, "encode")
+        refuse(others, "encode")
         items, is_single = self._items(inputs, prompt_name, prompt, task)
 
         def finish(rows: list[Any]) -> Any:
@@ -262,12 +273,14 @@ class TextEmbedding(Embedding):
         if limit is None or tokenizer is None:
             return
         text = (self._named_prompt(self._model.default_prompt_name) or "") + text
-        length = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
-        if length > limit:
-            raise InvalidInputError(
-                f"the text has {length} tokens and the model takes {limit}: "
-                f"shorten it, split it, or pass truncate=True to embed its first {limit}"
-            )
+        for start in (text,) if self._tokenize is None else self._tokenize.beginnings(text):
+            count = functools.partial(tokenizer, start, truncation=False, verbose=False)
+            length = len(self._aside.run(count, len(start))["input_ids"])
+            if length > limit:
+                raise InvalidInputError(
+                    f"the text has {length if start == text else f'over {length}'} tokens and the model takes {limit}: "
+                    f"shorten it, split it, or pass truncate=True to embed its first {limit}"
+                )
 
 
 class ImageEmbedding(TextEmbedding):
@@ -324,7 +337,7 @@ class SparseEmbedding(Embedding):
         **others: Any,
     ) -> Plan:
         """The result is a `scipy.sparse.csr_array` of shape `[n, vocabulary]`, with one row for one text."""
-        _refuse(others, "encode")
+        refuse(others, "encode")
         items, _ = self._items(inputs, prompt_name, prompt, task)
         most = max_active_dims or self._model.max_active_dims
 
@@ -366,7 +379,7 @@ class Reranker(SentenceModel):
         **others: Any,
     ) -> Plan:
         """A float32 for one pair, shape `[n]` for several, `[n, labels]` if the model has several labels."""
-        _refuse(others, "predict")
+        refuse(others, "predict")
         items, is_single = self._items(inputs, prompt_name, prompt)
 
         def finish(rows: list[Any]) -> Any:
@@ -380,19 +393,6 @@ class Reranker(SentenceModel):
             return scores.numpy()[0] if is_single else scores.numpy()
 
         return items, finish
-
-
-def _refuse(options: dict[str, Any], method: str) -> None:
-    if options.get("convert_to_tensor") or options.get("convert_to_numpy") is False:
-        raise ValueError(
-            "tensors are refused: a task that keeps one would hold device memory that the engine counts as free; "
-            "the result is a numpy array, and torch.from_numpy() makes it a CPU tensor without a copy"
-        )
-    if options.get("output_value", "sentence_embedding") != "sentence_embedding":
-        raise ValueError(f"output_value={options['output_value']!r} is refused: only sentence embeddings are batched")
-    unknown = sorted(set(options) - IGNORED - {"convert_to_tensor", "output_value"})
-    if unknown:
-        raise TypeError(f"{method}() takes no {', '.join(unknown)}")
 
 
 def _if_any(task: str | None) -> dict[str, str]:

@@ -65,15 +65,23 @@ class Methods:
 @contextmanager
 def leave(alias: str) -> Iterator[None]:
     """Call model `alias` from here. Raise `LegitWorkerError` in a model's method that can't wait for it."""
-    here = _inside.get()
-    if here is None or here.is_away or here.thread != threading.get_ident():
-        yield
-        return
-    if here.lock is None:
+    here = _here()
+    if here is not None and here.lock is None:
         raise LegitWorkerError(
             f"model {here.alias!r} calls model {alias!r} in its {here.method}(), for which other tasks wait: "
             f"call {alias!r} in preprocess(), or in the task before it calls {here.alias!r}"
         )
+    with away():
+        yield
+
+
+@contextmanager
+def away() -> Iterator[None]:
+    """Give up the lock of the method that this code is in, if it holds one, while it waits."""
+    here = _here()
+    if here is None or here.lock is None:
+        yield
+        return
     token = _inside.set(replace(here, is_away=True))
     here.lock.release()
     try:
@@ -81,6 +89,11 @@ def leave(alias: str) -> Iterator[None]:
     finally:
         here.lock.acquire()
         _inside.reset(token)
+
+
+def _here() -> _Inside | None:
+    here = _inside.get()
+    return None if here is None or here.is_away or here.thread != threading.get_ident() else here
 
 
 def is_in_another_call() -> bool:

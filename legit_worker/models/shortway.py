@@ -7,13 +7,15 @@ preprocessing; and whether the model treats queries and documents apart.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from legit_worker.errors import InvalidInputError
-from legit_worker.prep.texts import PROBES, PreparedText, fingerprint
+from legit_worker.models.preparing import LONG
+from legit_worker.prep.texts import PER_TOKEN, PROBES, PreparedText, beginnings, fingerprint, is_word_by_word
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,32 @@ class ShortWay:
         """The text's features, each a list with one number per token."""
         if self.backend is None:
             return {**self.tokenizer(text, truncation=True, max_length=self.limit), **self.rest}
-        found = self.backend.encode(text)
+        found = self._encode(text)
         of = {"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}
         return {**{name: of[name] for name in self.tokenizer.model_input_names}, **self.rest}
+
+    def _encode(self, text: str) -> Any:
+        for start in self.beginnings(text):
+            # Only the second way leaves the interpreter to other threads; the first takes less time.
+            found = self.backend.encode(start) if len(start) < LONG else self.backend.encode_batch([start])[0]
+            if found.overflowing:  # what comes after these tokens would be cut anyway
+                break
+        return found
+
+    def beginnings(self, text: str) -> Iterable[str]:
+        """Beginnings of a text, and then all of it. One that fills the model has the tokens that all of it has."""
+        if self.limit is None or len(text) < self.limit * PER_TOKEN or not self._cuts_words_apart:
+            return (text,)
+        return beginnings(text, self.limit)
+
+    def reads(self, text: str) -> int:
+        """Characters that it reads of a text, if the first beginning is long enough."""
+        return len(next(iter(self.beginnings(text))))
+
+    @functools.cached_property
+    def _cuts_words_apart(self) -> bool:
+        below = self.backend
+        return below is not None and self.tokenizer.truncation_side == "right" and is_word_by_word(below)
 
     @functools.cached_property
     def backend(self) -> Any:

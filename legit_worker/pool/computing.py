@@ -12,6 +12,7 @@ from legit_worker import parking
 from legit_worker.errors import DeviceLostError
 from legit_worker.models.handle import compute_directly
 from legit_worker.models.loaded import LoadedModel
+from legit_worker.models.preparing import prepare
 from legit_worker.pool import fibers
 from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.engine import Engine
@@ -45,7 +46,7 @@ class Computing:
             for start in range(0, len(items), CHUNK):
                 if len(chunks) == CHUNKS:
                     outputs += self._outputs(fiber, chunks)
-                prepared = [model.preprocess(item) for item in items[start : start + CHUNK]]
+                prepared = prepare(model, items[start : start + CHUNK])
                 chunks.append(self._engine.submit(model, call, prepared))
             while chunks:
                 outputs += self._outputs(fiber, chunks)

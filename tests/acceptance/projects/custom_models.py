@@ -40,6 +40,16 @@ class Upper:
         return output
 
 
+class Laborious(Upper):
+    """Takes a fiftieth of a second to prepare each item."""
+
+    def preprocess(self, item: Any) -> Any:
+        """As it came, later, and says so."""
+        time.sleep(0.02)
+        print("prepared an item", flush=True)
+        return item
+
+
 class Nested(Upper):
     """Asks another model what it says to an item, before the item is in a batch."""
 
