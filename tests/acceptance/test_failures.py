@@ -78,6 +78,19 @@ def test_a_task_that_finds_no_memory_fails_and_nobody_else_does(model_pool: Work
     assert model_pool.pool()["in_flight"] == 0
 
 
+@pytest.mark.parametrize("how", ["exit", "interrupt", "memory"])
+@pytest.mark.parametrize("method", ["preprocess", "cost", "forward", "postprocess"])
+def test_a_model_that_would_end_its_process_fails_that_items_task_alone(
+    model_pool: Worker, method: str, how: str
+) -> None:
+    items = [f"{method} {how}" if number % 10 == 5 else f"good {number}" for number in range(30)]
+    results = [model_pool.send("one", item, alias="ending") for item in items]
+    said = {"exit": "SystemExit(3)", "interrupt": "KeyboardInterrupt()", "memory": "too large"}[how]
+    for item, answer in zip(items, model_pool.answers(results), strict=True):
+        assert answer == item.upper() if item.startswith("good") else said in str(answer)
+    assert model_pool.pool()["in_flight"] == 0
+
+
 def test_a_storm_of_memory_errors_loses_no_task_and_what_never_fits_fails_alone(model_pool: Worker) -> None:
     """The device refuses every third batch, at random, and three items always."""
     items = [f"huge {number}" if number in (5, 700, 1500) else f"good {number}" for number in range(2000)]

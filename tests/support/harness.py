@@ -353,6 +353,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     for name in (
         "upper",
         "planned",
+        "ending",
         "laborious",
         "nested",
         "nosy",

@@ -40,6 +40,38 @@ class Upper:
         return output
 
 
+class Ending(Upper):
+    """Raises what no model should, in the method that an item names: `preprocess exit`."""
+
+    errors: ClassVar[dict[str, BaseException]] = {
+        "exit": SystemExit(3),
+        "interrupt": KeyboardInterrupt(),
+        "memory": MemoryError("too large"),
+    }
+
+    def _may_end(self, method: str, item: str) -> Any:
+        where, _, how = item.lower().partition(" ")
+        if where == method:
+            raise type(self.errors[how])(*self.errors[how].args)
+        return item
+
+    def preprocess(self, item: Any) -> Any:
+        """As it came."""
+        return self._may_end("preprocess", item)
+
+    def cost(self, item: Any) -> int:
+        """One per character."""
+        return super().cost(self._may_end("cost", item))
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """Capitals."""
+        return super().forward([self._may_end("forward", item) for item in batch])
+
+    def postprocess(self, output: Any) -> Any:
+        """As it is."""
+        return self._may_end("postprocess", output)
+
+
 class Laborious(Upper):
     """Takes a fiftieth of a second to prepare each item."""
 
