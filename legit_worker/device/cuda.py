@@ -20,7 +20,7 @@ from typing import Any
 
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.loaded import started_cuda
-from legit_worker.device.vram import Gpu, VramUnknownError, visible_gpus
+from legit_worker.device.vram import Gpu, Memory, VramUnknownError, visible_gpus
 
 #: The variable by which torch's allocator lets its blocks grow, and leaves no holes between them. Read at import.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -167,6 +167,17 @@ class CudaDevice(Device):
         """Return the bytes of the GPU that torch's allocator has, in use or kept for later."""
         cuda = started_cuda()
         return 0 if cuda is None else int(cuda.memory_reserved(self._numbered))
+
+    def memory(self) -> Memory | None:
+        """Return the GPU's memory as CUDA tells it; None until CUDA runs here, which asking must not start."""
+        cuda = started_cuda()
+        if cuda is None:
+            return None
+        try:
+            free, total = cuda.mem_get_info(self._numbered)
+        except RuntimeError:  # of a broken context, which the next batch will tell
+            return None
+        return Memory(total=total, free=free, mine=None)
 
     def is_lost(self, error: BaseException) -> bool:
         """Tell whether the error broke the process's context, as an illegal address in a kernel does.

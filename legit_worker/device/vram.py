@@ -6,16 +6,17 @@ has and has left. What can't be known is a `VramUnknownError` with the reason an
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from legit_worker.errors import LegitWorkerError
 
@@ -111,20 +112,34 @@ def is_order_known(gpus: Collection[Gpu], environ: Mapping[str, str] | None = No
 
 
 def all_gpus() -> tuple[Gpu, ...]:
-    """Every GPU of the machine; in place of one that is split by MIG, its instances. Raises `VramUnknownError`."""
+    """Every GPU of the machine; in place of one that is split by MIG, its instances. Raises `VramUnknownError`.
+
+    One that NVML can't reach is left out, as CUDA leaves it out, and the log says so.
+    """
 
     def read(nvml: Any) -> tuple[Gpu, ...]:
-        found = []
+        found: list[Gpu] = []
+        lost: list[Exception] = []
         for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            instances = _instances(nvml, handle)
-            found += [
-                Gpu(nvml.nvmlDeviceGetUUID(one), nvml.nvmlDeviceGetName(handle), index, is_mig=bool(instances))
-                for one in instances or [handle]
-            ]
+            try:
+                found += _gpus(nvml, index)
+            except nvml.NVMLError as error:  # noqa: PERF203
+                lost.append(error)
+                logger.warning("GPU %d does not answer, and is left out: %s", index, _reason(error))
+        if lost and not found:
+            raise lost[0]
         return tuple(found)
 
     return _ask(read)
+
+
+def _gpus(nvml: Any, index: int) -> list[Gpu]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    instances = _instances(nvml, handle)
+    return [
+        Gpu(nvml.nvmlDeviceGetUUID(one), nvml.nvmlDeviceGetName(handle), index, is_mig=bool(instances))
+        for one in instances or [handle]
+    ]
 
 
 def memory(gpu: Gpu, pids: Collection[int] | None = None) -> Memory:
@@ -140,42 +155,43 @@ def memory(gpu: Gpu, pids: Collection[int] | None = None) -> Memory:
 
 
 @contextmanager
-def turn(gpu: Gpu) -> Iterator[None]:
-    """Workers of one machine that want memory of this GPU take turns: nobody counts on bytes that another is taking.
+def turn(gpu: Gpu, folder: Path | None = None) -> Iterator[None]:
+    """Let one worker at a time load onto this GPU: nobody counts on bytes that another is taking.
 
-    One that has waited for `TURN_SECONDS`, or can't have the file, goes on without.
+    Workers meet by a file in `folder`, `LEGIT_WORKER_LOCK_DIR`; None is a folder of this user's own. A worker that has
+    waited for `TURN_SECONDS`, or can't have the file, goes on without.
     """
-    path = Path(tempfile.gettempdir()) / f"legit-worker-{gpu.uuid}.lock"
+    lock = None
     try:
-        file = _open(path)
-    except OSError as error:
-        logger.warning("workers can't take turns at loading: %s", error)
-        yield
-        return
+        # Any user who may write to the folder may have the lock.
+        lock = FileLock(_folder(folder) / f"{gpu.uuid}.lock", mode=0o666)
+        lock.acquire(timeout=TURN_SECONDS, poll_interval=TURN_LOOK)
+    except Timeout:
+        logger.warning("another worker has been loading onto %s for %.0f s: going on", gpu.uuid, TURN_SECONDS)
+    except (OSError, NotImplementedError) as error:
+        logger.warning("workers can't take turns at loading onto %s: %s. Set LEGIT_WORKER_LOCK_DIR", gpu.uuid, error)
     try:
-        if not _lock(file):
-            logger.warning("another worker has been loading onto %s for %.0f s: going on", gpu.uuid, TURN_SECONDS)
         yield
     finally:
-        os.close(file)  # and with it the lock, as when the process ends
+        if lock is not None:
+            lock.release()
 
 
-def _open(path: Path) -> int:
-    """For reading, which is enough for a lock, where it is another user's."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _folder(chosen: Path | None) -> Path:
+    """The folder, made if it is not there. Raises `OSError`.
 
-
-def _lock(file: int) -> bool:
-    until = monotonic() + TURN_SECONDS
-    while monotonic() < until:
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        sleep(TURN_LOOK)
-    return False
+    One for all sessions of a user, so not `XDG_RUNTIME_DIR`: a login has it, and a service has not. Other users can
+    write to the system's folder for temporary files, and may have made this one before us.
+    """
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        return chosen
+    own = Path(tempfile.gettempdir()) / f"legit_worker-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    seen = own.lstat()
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o077:
+        raise PermissionError(f"{own} is not a folder that this user alone may enter")
+    return own
 
 
 def _used_by(nvml: Any, handle: Any, pids: Collection[int]) -> int | None:
@@ -229,8 +245,11 @@ def _ask(question: Callable[[Any], T]) -> T:
             _start(pynvml, again=True)
             return question(pynvml)
     except pynvml.NVMLError as error:
-        reason = REASONS.get(type(error).__name__, str(error))
-        raise VramUnknownError(f"free GPU memory is unknown: {reason}. {WAY_OUT}") from error
+        raise VramUnknownError(f"free GPU memory is unknown: {_reason(error)}. {WAY_OUT}") from error
+
+
+def _reason(error: Exception) -> str:
+    return REASONS.get(type(error).__name__, str(error))
 
 
 def _start(nvml: Any, *, again: bool = False) -> None:

@@ -13,7 +13,6 @@ from time import monotonic
 from typing import Protocol
 
 from legit_worker.device import cuda, vram
-from legit_worker.device.devices import Device
 from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
 from legit_worker.settings import Settings
@@ -23,6 +22,12 @@ logger = logging.getLogger(__name__)
 #: Seconds for which the most that other processes had of the GPU is left to them: they grew into it once, and will
 #: again with their next large batch.
 GROWTH_SECONDS = 600.0
+
+#: What an operator reads if NVML tells nothing of a GPU that is used.
+MUTE = (
+    "%s. Until then the worker goes by what CUDA says is free, which it can ask once a model is loaded: the first load "
+    "has no bound, and workers of one GPU do not take turns"
+)
 
 
 class Budget(Protocol):
@@ -77,14 +82,17 @@ class Unbounded:
 class DeviceBudget:
     """Reads NVML each time: what is free changes with every other process on the GPU.
 
-    Without a GPU, or an NVML that tells, `LEGIT_WORKER_VRAM_LIMIT` alone is the bound.
+    If NVML tells nothing, CUDA is asked, once it runs in this process. Without a GPU, and before that,
+    `LEGIT_WORKER_VRAM_LIMIT` alone is the bound.
     """
 
     def __init__(self, chosen: Settings) -> None:
         self._chosen = chosen
         self._gpu: vram.Gpu | None = None
         self._is_unknown = not chosen.device.startswith(("auto", "cuda"))
-        #: As NVML told last.
+        # NVML never told anything, and why.
+        self._is_nvml_mute, self._why = False, ""
+        #: As NVML told last, or CUDA.
         self._seen: vram.Memory | None = None
         #: When others had how many bytes, each more than all that came later: the first is the most.
         self._others: deque[tuple[float, int]] = deque()
@@ -149,7 +157,7 @@ class DeviceBudget:
         if self._memory() is None or self._gpu is None:
             yield
         else:
-            with vram.turn(self._gpu):
+            with vram.turn(self._gpu, self._chosen.lock_dir):
                 yield
 
     def _allowed(self, found: vram.Memory, ours: int) -> int:
@@ -163,7 +171,7 @@ class DeviceBudget:
     def _taken(self) -> int:
         return 0 if self._is_unknown else self._device().taken()
 
-    def _device(self) -> Device:
+    def _device(self) -> cuda.CudaDevice:
         device = self._chosen.device
         return cuda.cuda_device("cuda" if device == "auto" else device)
 
@@ -183,20 +191,33 @@ class DeviceBudget:
         return max(0, most - others)
 
     def _memory(self) -> vram.Memory | None:
-        """Of the GPU that models are on; None where there is none, or it is unknown."""
+        """Of the GPU that models are on, by NVML, or by CUDA if NVML tells nothing; None if nobody tells."""
         if self._is_unknown:
             return None
+        if self._is_nvml_mute:
+            return self._by_cuda()
         try:
+            self._gpu = self._gpu or cuda.gpu(self._chosen.device)
             if self._gpu is None:
-                self._gpu = cuda.gpu(self._chosen.device)
-            if self._gpu is not None:
-                self._seen = vram.memory(self._gpu)
-                return self._seen
+                self._is_unknown = True  # `auto`, and no GPU
+                return None
+            self._seen = vram.memory(self._gpu)
         except vram.VramUnknownError as error:
-            if self._seen is not None:  # it told before, and may again
-                logger.warning("%s; going by what it told last", error)
-                return self._seen
-            if self._chosen.device != "auto":
-                logger.warning("%s", error)
-        self._is_unknown = True
-        return None
+            return self._without_nvml(error)
+        return self._seen
+
+    def _without_nvml(self, error: vram.VramUnknownError) -> vram.Memory | None:
+        if self._seen is not None:  # it told before, and may again
+            logger.warning("%s; going by what it told last", error)
+            return self._seen
+        self._is_nvml_mute, self._why = True, str(error)
+        if self._chosen.device != "auto":  # which may mean the CPU
+            logger.warning(MUTE, error)
+        return self._by_cuda()
+
+    def _by_cuda(self) -> vram.Memory | None:
+        found = self._device().memory()
+        if found is not None and self._seen is None and self._chosen.device == "auto":
+            logger.warning(MUTE, self._why)
+        self._seen = found or self._seen
+        return self._seen

@@ -327,6 +327,8 @@ class Settings(BaseSettings):
     vram_headroom: Memory = Amount(10, "%")
     #: The most device memory to take; None is all but the headroom.
     vram_limit: Memory | None = None
+    #: The folder in which workers of one GPU meet, to load one after the other; None is a folder of the user's own.
+    lock_dir: Path | None = None
     #: The most of the host's memory for weights that have left the device.
     host_cache: Bytes = Amount(0)
     #: Tasks in flight; None is the pool's measured default.

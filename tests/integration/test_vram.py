@@ -139,6 +139,27 @@ def test_each_failure_says_why_and_what_to_set(nvml: Nvml, world: str, words: st
     check_refused(nvml.environment(world), words)
 
 
+def test_one_lost_gpu_hides_no_other(nvml: Nvml) -> None:
+    world = WORLD + "lost GPU-bbbb-2222 15\n"
+    assert ask(nvml, world, VISIBLE) == ["GPU-aaaa-1111", "MIG-dddd-4444"]
+    assert ask(nvml, world, VISIBLE, CUDA_VISIBLE_DEVICES="GPU-bbbb-2222") == []
+    assert ask(nvml, world, "memory(all_gpus()[0]).free") == 15 * GIB
+
+
+def test_a_lost_gpu_is_told_with_its_reason(nvml: Nvml) -> None:
+    code = "import logging; logging.basicConfig(); from legit_worker.device.vram import *; all_gpus()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ
+        | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        | nvml.environment(ALIKE + "lost GPU-bbbb 15\n"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(r"GPU 1 does not answer, and is left out: .*fallen off the bus", finished.stderr)
+
+
 def test_a_machine_without_nvml_says_so() -> None:
     check_refused({"LD_LIBRARY_PATH": "/nonexistent"}, r"libnvidia-ml\.so\.1 is not there")
 
@@ -184,26 +205,58 @@ def test_weights_may_take_what_is_free_less_the_headroom(
     assert found == (None if gib is None else pytest.approx(gib * GIB, abs=1))
 
 
-def test_workers_take_turns_on_a_gpu(nvml: Nvml, tmp_path: Path) -> None:
+#: Takes the turn for some seconds, in the folder that the settings name.
+TAKES_TURN = (
+    "import logging, os, sys, time\nfrom pathlib import Path\nfrom legit_worker.device.vram import *\n"
+    "logging.basicConfig()\nfolder = os.environ.get('FOLDER')\n"
+    "with turn(all_gpus()[0], folder and Path(folder)):\n    print('in', flush=True)\n"
+    "    time.sleep(float(sys.argv[1]))"
+)
+
+
+def take_turn(nvml: Nvml, seconds: int, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables | nvml.environment(ALIKE)
+    command = [sys.executable, "-c", TAKES_TURN, str(seconds)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "FOLDER"])
+def test_workers_take_turns_on_a_gpu(nvml: Nvml, tmp_path: Path, variable: str) -> None:
     """The second waits until the first is done, or gone."""
-    code = (
-        "import sys, time\nfrom legit_worker.device.vram import *\n"
-        "with turn(all_gpus()[0]):\n    print('in', flush=True)\n    time.sleep(float(sys.argv[1]))"
-    )
-    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
-
-    def start(seconds: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", code, seconds]
-        return subprocess.Popen(command, env=variables | nvml.environment(ALIKE), stdout=subprocess.PIPE, text=True)
-
-    with start("60") as first:
+    variables = {variable: str(tmp_path)}
+    with take_turn(nvml, 60, **variables) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "in\n"
-        with start("0") as second:
+        with take_turn(nvml, 0, **variables) as second:
             with pytest.raises(subprocess.TimeoutExpired):
                 second.wait(timeout=2)
             first.kill()
             assert second.wait(timeout=20) == 0
+
+
+def test_other_users_can_not_hold_the_turn(nvml: Nvml, tmp_path: Path) -> None:
+    with take_turn(nvml, 0, TMPDIR=str(tmp_path)) as worker:
+        assert worker.wait(timeout=20) == 0
+    folder = tmp_path / f"legit_worker-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("planted", ["a folder for all", "a link", "a file"])
+def test_what_another_user_planted_is_not_used(nvml: Nvml, tmp_path: Path, planted: str) -> None:
+    place, elsewhere = tmp_path / f"legit_worker-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if planted == "a link":
+        place.symlink_to(elsewhere)
+    elif planted == "a file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with take_turn(nvml, 0, TMPDIR=str(tmp_path)) as worker:
+        _, log = worker.communicate(timeout=20)
+    assert worker.returncode == 0
+    assert re.search("can't take turns at loading onto GPU-aaaa: .*Set LEGIT_WORKER_LOCK_DIR", log)
+    assert not list(elsewhere.iterdir())
 
 
 def test_somebody_elses_shutdown_is_survived_and_a_child_asks_anew(nvml: Nvml) -> None:

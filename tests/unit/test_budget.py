@@ -77,3 +77,37 @@ def test_an_nvml_that_fails_for_once_is_asked_again(world: World, monkeypatch: p
         assert subject.bytes(0) == 900
     world.others = 200
     assert subject.bytes(0) == 700
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_without_an_nvml_cuda_tells_once_it_runs(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
+) -> None:
+    def mute(setting: str) -> vram.Gpu:
+        raise vram.VramUnknownError("free GPU memory is unknown: there is no NVML")
+
+    monkeypatch.setattr(cuda, "gpu", mute)
+    monkeypatch.setattr(cuda.CudaDevice, "memory", lambda one: world.memory(GPU) if one.taken() else None)
+    subject = DeviceBudget(Settings(device=device))
+    assert subject.bytes(0) is None
+    assert ("there is no NVML" in caplog.text) is (device == "cuda")
+    world.others, world.reserved = 300, 200
+    assert subject.bytes(150) == 1000 - 300 - 100
+    assert subject.most() == 900
+    assert subject.bytes(150) == 600
+    assert caplog.text.count("there is no NVML") == 1
+    with subject.turn():
+        assert subject.report(150)["budget"] == 600
+
+
+def test_a_machine_without_a_gpu_and_without_an_nvml_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mute(setting: str) -> vram.Gpu:
+        raise vram.VramUnknownError("free GPU memory is unknown: there is no NVML")
+
+    monkeypatch.setattr(cuda, "gpu", mute)
+    subject = DeviceBudget(Settings(device="auto"))
+    assert subject.bytes(0) is None
+    assert subject.most() is None
+    assert caplog.text == ""

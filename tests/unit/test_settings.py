@@ -86,6 +86,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         device="auto",
         vram_headroom=Amount(10, "%"),
         vram_limit=None,
+        lock_dir=None,
         window=None,
         max_queue_delay=None,
         max_wait_seconds=None,
@@ -118,6 +119,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         ("VRAM_LIMIT", "512MiB", "vram_limit", Amount(512, "MiB")),
         ("VRAM_LIMIT", "1000000", "vram_limit", Amount(1_000_000, "B")),
         ("HOST_CACHE", "8GiB", "host_cache", Amount(8, "GiB")),
+        ("LOCK_DIR", "/var/lock/gpus", "lock_dir", Path("/var/lock/gpus")),
         ("WINDOW", "1", "window", 1),
         ("WINDOW", "100000", "window", 100_000),
         ("MAX_QUEUE_DELAY", "auto", "max_queue_delay", None),
@@ -770,6 +772,7 @@ WITHOUT_EFFECT = {
 WITH_EFFECT = {
     "STALL_SECONDS": "2",
     "HOST_CACHE": "4GiB",
+    "LOCK_DIR": "/var/lock/gpus",
     "ENABLED": "1",
     "VRAM_HEADROOM": "20%",
     "VRAM_LIMIT": "4GiB",

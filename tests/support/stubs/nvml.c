@@ -4,6 +4,7 @@
  *     mig <uuid> <total> <used>                            an instance of the last gpu, which is then split
  *     process <uuid> <pid, 0 for the asking one> <bytes, -1 for unknown>
  *     error <function> <code>                              what that function returns instead
+ *     lost <uuid> <code>                                   what is returned instead of that GPU
  */
 
 #include <stdio.h>
@@ -22,14 +23,15 @@ struct process_info { unsigned pid; unsigned long long bytes; unsigned instance,
 static struct device devices[MOST];
 static struct process processes[MOST];
 static struct failure failures[MOST];
-static int device_count, process_count, failure_count, started;
+static struct failure lost[MOST];
+static int device_count, process_count, failure_count, lost_count, started;
 
 static void read_world(void)
 {
     FILE *world = fopen(getenv("LEGIT_TEST_NVML_WORLD") ? getenv("LEGIT_TEST_NVML_WORLD") : "/dev/null", "r");
     char word[16];
     int last_gpu = -1;
-    device_count = process_count = failure_count = 0;
+    device_count = process_count = failure_count = lost_count = 0;
     while (world && fscanf(world, "%15s", word) == 1) {
         if (!strcmp(word, "gpu") || !strcmp(word, "mig")) {
             struct device *one = &devices[device_count];
@@ -45,6 +47,9 @@ static void read_world(void)
             long long bytes;
             if (fscanf(world, "%95s %u %lld", one->uuid, &one->pid, &bytes) != 3) break;
             one->bytes = (unsigned long long)bytes;
+        } else if (!strcmp(word, "lost")) {
+            if (fscanf(world, "%63s %d", lost[lost_count].function, &lost[lost_count].code) != 2) break;
+            lost_count++;
         } else if (fscanf(world, "%63s %d", failures[failure_count].function, &failures[failure_count].code) == 2) {
             failure_count++;
         }
@@ -96,7 +101,10 @@ int nvmlDeviceGetCount_v2(unsigned *count)
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **device)
 {
     ENTER;
-    return (*device = nth(-1, index)) ? SUCCESS : INVALID;
+    if (!(*device = nth(-1, index))) return INVALID;
+    for (int i = 0; i < lost_count; i++)
+        if (!strcmp(lost[i].function, (*device)->uuid)) return lost[i].code;
+    return SUCCESS;
 }
 
 int nvmlDeviceGetHandleByUUID(const char *uuid, struct device **device)
