@@ -11,7 +11,7 @@ from celery import Celery
 from legit_worker import settings, tasks
 from legit_worker.install import enable
 
-#: Both, where the environment names none.
+#: The URL of both, if the environment has none.
 DEFAULT_URL = "redis://localhost:6379/0"
 
 app = Celery("legit_worker")

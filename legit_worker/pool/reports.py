@@ -20,10 +20,10 @@ from legit_worker.pool.queue import Counters
 
 logger = logging.getLogger(__name__)
 
-#: Of the tasks that are acked early, how many a warning names.
+#: The most early-acked tasks that the warning names.
 NAMED = 3
 
-#: What an operator reads at the start. A task in the queue, or one that has not started, is never lost.
+#: The warning at the start. A kill never loses a task that has not started.
 EARLY_ACKS = (
     "Some tasks are acked before they run (%s: %d in all). A kill of this worker loses those that have started, up to "
     "%d, and nobody is told; no more of them run at once. Set acks_late=True for each that may run twice."
@@ -63,15 +63,14 @@ def with_others(messages: int, seconds: float) -> None:
     """Log at the start that workers hold messages of this broker: a killed worker's messages come back only later."""
     if messages:
         logger.info(
-            "%d messages of this broker are with workers; if one of these was killed, its messages come back %.0f s "
+            "workers have %d messages of this broker; if one of these workers was killed, its messages come back %.0f s "
             "after it took them (broker_transport_options: visibility_timeout)",
-            messages,
-            seconds,
+            *(messages, seconds),
         )
 
 
 def early_acks(app: Celery, most: int) -> None:
-    """Warn of tasks that a kill loses: solo loses one of them, and this pool the `most` that may be in flight."""
+    """Warn of tasks that a kill loses: solo loses one of them, and this pool up to `most`."""
     tasks = app.tasks.items()
     early = sorted(name for name, task in tasks if not task.acks_late and not name.startswith("celery."))
     if early:

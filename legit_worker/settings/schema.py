@@ -254,7 +254,7 @@ class ModelSettings(_Group):
 
 
 class AppSettings(_Group):
-    """One app whose tasks are told apart: `LEGIT_WORKER_APPS__<APP>__…`."""
+    """One app: `LEGIT_WORKER_APPS__<APP>__…`."""
 
     #: Whether its results also go to its own queue.
     result_routing: bool = False
