@@ -63,7 +63,7 @@ def with_others(messages: int, seconds: float) -> None:
     """Log at the start that workers hold messages of this broker: a killed worker's messages come back only later."""
     if messages:
         logger.info(
-            "workers have %d messages of this broker; if one of these workers was killed, its messages come back %.0f s "
+            "workers hold %d messages of this broker; if one of them was killed, its messages come back %.0f s "
             "after it took them (broker_transport_options: visibility_timeout)",
             *(messages, seconds),
         )
