@@ -190,11 +190,6 @@ class FairQueue:
             self.cost -= item.cost
         self._size -= len(items)
 
-    def clear(self) -> None:
-        """Forget all that waits."""
-        self._lanes.clear()
-        self._size = self.cost = 0
-
     def _lane(self, app: str) -> _Lane:
         """The app's lane. One that was idle starts level with the least served, so that time away earns no credit."""
         lane = self._lanes.get(app)

@@ -210,9 +210,9 @@ class ModelQueue:
 
     def forget(self) -> None:
         """Nothing that waits will be computed any more."""
-        self._fair.clear()
+        self._leave_parts(item for part in self._parts for item in part if item.place is part)
         self._parts.clear()
-        self._parts_size = self._parts_cost = 0
+        self._fair.remove(self._fair.first(len(self._fair)))
 
     def next_batch(self) -> list[Item]:
         """Take out the batch that is next; something waits."""

@@ -232,6 +232,19 @@ def test_a_lost_device_fails_the_item_that_was_alone_and_no_other() -> None:
     assert len(subject) == 2
 
 
+def test_what_was_forgotten_can_still_be_dropped_by_the_tasks_that_end() -> None:
+    subject, entry = engine(), Letters(broken=True)
+    chunks = [ask(subject, entry, ["text"] * 10) for _ in range(10)]
+    subject.step()  # whose halves wait now
+    subject.forget()
+    for chunk in chunks:
+        subject.drop(chunk)
+    assert len(subject) == 0
+    assert not subject.can_step
+    ask(subject, entry, ["text"])
+    assert len(subject) == 1
+
+
 def test_a_broken_device_that_looks_like_memory_is_broken() -> None:
     subject, entry = engine(), GpuEntry()
     several = [ask(subject, entry, [text]) for text in ("one", "two")]
