@@ -6,7 +6,9 @@ In: a model of any class, its device. Out: batches, costs, bytes; a default for 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from legit_worker.batching.costmodel import CostModel
@@ -51,8 +53,8 @@ class LoadedModel:
     ) -> None:
         self.alias = alias
         self.kind = kind
-        #: The user's own object.
-        self.model = model
+        #: The user's own object; None once it has left memory for good.
+        self.model: Any = model
         self._device = device
         self._activations = activations
         self._around = around
@@ -108,23 +110,27 @@ class LoadedModel:
         """Whether the weights can leave the device for the host's memory and come back."""
         return self._to is not None and self._device.tells_memory
 
-    @property
-    def can_unload(self) -> bool:
-        """Whether the model gives its memory back when told to. Otherwise its memory goes with the object."""
-        return self._unload is not None
-
     def move(self, *, to_host: bool) -> None:
         """To the host's memory, or back. Raises what the model raises."""
         assert self._to is not None
         self._to("cpu" if to_host else self._device.name)
 
-    def unload(self) -> None:
-        """Nobody uses the model any more: have it give its weights' memory back, if it can."""
+    def unload(self) -> weakref.ref[Any] | None:
+        """It leaves memory for good. Returns what is to be gone before its memory is free; None if that is free now.
+
+        A model without `unload()`, and of a class that knows weak references, is gone once nobody has it any more.
+        """
+        model, unload = self.model, self._unload
+        self.model = self.sample = self._to = self._unload = self._memory = self._key_of = None
+        if unload is None:
+            with suppress(TypeError):
+                return weakref.ref(model)
+            return None
         try:
-            if self._unload is not None:
-                self._unload()
+            unload()
         except Exception:
             logger.exception("unload() of model %r failed", self.alias)
+        return None
 
     def restart(self) -> None:
         """In a forked child: a thread that the child does not have may have been in one of its methods."""

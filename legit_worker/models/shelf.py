@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
@@ -75,11 +74,8 @@ class Shelf:
 
     def forget(self, model: LoadedModel) -> None:
         """A model leaves the device for good."""
-        if model.can_unload:
-            model.unload()
-        else:
-            with suppress(TypeError):  # a class with slots need not know weak references
-                self._going.append(weakref.ref(model.model))
+        if (going := model.unload()) is not None:
+            self._going.append(going)
 
     def take(self, alias: str) -> LoadedModel | None:
         """The model, wherever its weights are by now; None if it is not here."""

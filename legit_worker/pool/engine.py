@@ -64,6 +64,7 @@ class Engine:
     def submit(self, model: BatchModel, call: Call, prepared: Sequence[Any]) -> Chunk:
         """Queue more items of a call. Raises what the model raises when it is asked for their costs and keys."""
         queue = self._queue(model)
+        queue.model = model  # which may have been loaded anew since the last call
         if not len(queue):  # time away earns no credit
             queue.seconds = max(queue.seconds, self._level)
         chunk = queue.submit(call, prepared)

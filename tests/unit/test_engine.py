@@ -408,3 +408,11 @@ def test_held_seconds_are_never_negative_nor_less_for_more_tasks(
     assert fewer is not None
     assert many is not None
     assert 0 <= fewer <= many
+
+
+def test_a_model_that_was_loaded_anew_computes_what_comes_then() -> None:
+    subject, before, after = engine(), Letters(), Letters()
+    for model in (before, after):
+        subject.submit(model, Call(app=""), ["one"])
+        run_all(subject)
+    assert [before.batches, after.batches] == [[["one"]], [["one"]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -407,6 +408,18 @@ class Turns(Limited):
         self.turns.append("begin")
         yield
         self.turns.append("end")
+
+
+def test_whoever_still_has_an_evicted_model_does_not_keep_its_weights() -> None:
+    """A queue of the engine does, until the next item comes."""
+    subject = registry(budget=10)
+    request = use(subject, "m0")
+    model = request.future.result()
+    weights = weakref.ref(model.model)
+    subject.residency.release(request)
+    touch(subject, "m1")
+    assert weights() is None
+    assert not model.is_lost(RuntimeError("of its last batch"))
 
 
 def test_a_load_takes_its_turn_on_the_device() -> None:
