@@ -14,6 +14,7 @@ from legit_worker import settings
 from legit_worker.device import cuda
 from legit_worker.device.simulated import ENDLESS, simulated_device
 from legit_worker.errors import UnknownModelError
+from legit_worker.models import forks
 from legit_worker.models.budget import Budget, DeviceBudget, Unbounded
 from legit_worker.models.loader import Loader
 from legit_worker.models.residency import Residency
@@ -78,8 +79,12 @@ _in_force: Registry | None = None
 
 
 def default_registry() -> Registry:
-    """This process's models: those of its settings, unless `use` named others. Raises `SettingsError`."""
+    """This process's models: those of its settings, unless `use` named others.
+
+    Raises `SettingsError`, and `ModelLoadError` in a child that was forked at a bad moment.
+    """
     global _in_force
+    forks.check()
     with _making:  # or two threads that ask at once would each load their own
         if _in_force is None:
             _in_force = _of_settings()
@@ -102,11 +107,18 @@ def _of_settings() -> Registry:
     return Registry(chosen.models, device, DeviceBudget(chosen), chosen.host_cache.of(0))
 
 
+def _before_fork() -> None:
+    if _in_force is not None and _in_force.residency.is_loading():
+        forks.wait_for_imports()
+
+
 def _after_fork() -> None:
     global _making
     _making = threading.Lock()
     if _in_force is not None:
+        if _in_force.residency.is_loading():
+            forks.look_at_child()
         _in_force.residency.restart()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

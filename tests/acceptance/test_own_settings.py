@@ -99,3 +99,11 @@ def test_tasks_that_did_not_seed_draw_different_numbers(pool: Worker) -> None:
     assert len(drawn) == 30 * 6
     assert len(set(drawn)) == len(drawn)
     poll(lambda: pool.pool()["in_flight"] == 0, "all tasks to be over")
+
+
+def test_a_task_may_fork_while_a_model_is_imported(setting: Sides) -> None:
+    """A child would wait for ever for a module that its parent's loader was importing."""
+    worker = setting.worker("modelpool", LEGIT_WORKER_MODELS__IMPORTED__KIND="slow_import:Model")
+    loads, forks = worker.send("lax", "text", "imported"), worker.send("forks", "text", "imported", 20)
+    assert worker.answer(forks) == "TEXT"
+    assert worker.answer(loads) == ["TEXT", False]

@@ -5,7 +5,9 @@ In: what to set. Out: what a task finds of its own after a model call, or of oth
 
 from __future__ import annotations
 
+import os
 import random
+import select
 import signal
 import time
 import warnings
@@ -135,6 +137,25 @@ def unseeded(item: str, alias: str) -> list[float]:
     found = draw()
     legit_worker.model(alias).map([item])
     return found + draw()
+
+
+@app.task(name="forks")
+def forks(item: str, alias: str, seconds: float) -> str:
+    """What a forked child gets from a model, within this time."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(there, str(legit_worker.model(alias).map([item])[0]).encode())
+        finally:
+            os._exit(0)
+    os.close(there)
+    answered, _, _ = select.select([here], [], [], seconds)
+    answer = os.read(here, 1000).decode() if answered else "the child hangs"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(here)
+    return answer
 
 
 def seed_all(seed: int) -> None:

@@ -1,0 +1,50 @@
+"""Forks while a model loads: a child waits for ever for a module that a thread of its parent was importing.
+
+In: a fork. Out: the fork, once no module is half imported; or a child that says what is wrong when it calls a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from time import monotonic, sleep
+
+from legit_worker.errors import ModelLoadError
+
+#: Seconds for which a fork waits. Importing torch and a library on it takes 5 to 20.
+MOST_SECONDS = 60.0
+
+#: Seconds between two looks at all modules, which take about a millisecond.
+LOOK = 0.02
+
+#: In a child that was forked all the same: the module.
+_half_imported: str | None = None
+
+
+def wait_for_imports() -> None:
+    """Let threads end the imports that they are in. Called before a fork, while a model loads."""
+    until = monotonic() + MOST_SECONDS
+    while _module_half_imported() is not None and monotonic() < until:
+        sleep(LOOK)
+
+
+def look_at_child() -> None:
+    """Note whether a module is half imported, and its thread is not here. Called in a forked child."""
+    global _half_imported
+    _half_imported = _module_half_imported()
+
+
+def check() -> None:
+    """Raise `ModelLoadError` in a child that can't call a model."""
+    if _half_imported is not None:
+        raise ModelLoadError(
+            f"this process was forked while another thread of its parent had been importing {_half_imported!r} for "
+            f"{MOST_SECONDS:g} s, and would wait for ever for that: start it with multiprocessing's 'spawn', or call "
+            "the model once before the fork, or set PIN=1 for it"
+        )
+
+
+def _module_half_imported() -> str | None:
+    for name, module in list(sys.modules.items()):
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            return name
+    return None

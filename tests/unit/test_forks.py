@@ -1,0 +1,44 @@
+"""A process that is forked while another thread imports a module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+#: A fork that can't wait for the import, and what a model call in the child says.
+PROGRAM = """
+import os, sys, threading, time
+import legit_worker
+from legit_worker.models import forks
+forks.MOST_SECONDS = 0.1
+thread = threading.Thread(target=lambda: legit_worker.model("m").map(["x"]), daemon=True)
+thread.start()
+while "endless" not in sys.modules:
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    try:
+        legit_worker.model("m").map(["x"])
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_child_that_can_not_import_says_so(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(1000)\n")
+    root = str(Path(__file__).parents[2])
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={"PYTHONPATH": f"{tmp_path}:{root}", "LEGIT_WORKER_MODELS__M__KIND": "endless:Model"}
+        | {"LEGIT_WORKER_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert finished.stdout.startswith("ModelLoadError this process was forked while another thread"), finished.stderr
+    assert "'endless'" in finished.stdout
