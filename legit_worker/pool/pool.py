@@ -6,7 +6,6 @@ is done, as the solo pool would have called them.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable
@@ -27,12 +26,12 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.models.slot import Slot
-from legit_worker.pool import limits, own, reports, sql, turns
+from legit_worker.pool import limits, own, reports, sql, statistics, turns
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
+from legit_worker.pool.fetching import Fetching
 from legit_worker.pool.fibers import Fiber, FiberPid
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
@@ -48,7 +47,7 @@ from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.waiter import Waiter
-from legit_worker.pool.wakeup import Wakeup, listen
+from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
 from legit_worker.routing.backend import Routing
 
@@ -73,6 +72,8 @@ class ModelPool(SoloPool):
     Never runs two pieces of task code at once, and never switches tasks except at a model call.
     """
 
+    # More than twenty methods: a dozen are those that Celery calls.
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if threads.LocalStack is threads._FastLocalStack:
@@ -85,14 +86,13 @@ class ModelPool(SoloPool):
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
         self._inline = bool(self.options.get("threads"))
         self._thread = 0
-        self._hub: Any = None
         self._consumer: Any = None
-        self._gave_way = False
         self._running = Running()
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay)
         self._soft = SoftShutdown(self.app)
-        self._make_parts()
+        self._make_engine()
+        self._make_loop()
         # The consumer, which connects, is made after the pool.
         reserve_messages(self.app)
         refuse_unreadable(self.app, begun=lambda: self._running.begun)
@@ -100,7 +100,8 @@ class ModelPool(SoloPool):
         signals.worker_ready.connect(self._meet_consumer)
         signals.task_received.connect(limits.repair_shape)
 
-    def _make_parts(self) -> None:
+    def _make_engine(self) -> None:
+        """The parts that compute, and those that watch."""
         chosen = self._settings
         self.engine = Engine(
             max_batch_seconds=chosen.max_batch_seconds,
@@ -120,6 +121,10 @@ class ModelPool(SoloPool):
             stall_seconds=chosen.stall_seconds,
             ends_at=lambda: self._soft.until_if_begun,
         )
+
+    def _make_loop(self) -> None:
+        """The parts that tasks go through, from their arrival to the worker's end."""
+        chosen = self._settings
         self._intake = Intake(
             window(chosen),
             self._running,
@@ -147,6 +152,7 @@ class ModelPool(SoloPool):
             reports=self._reports,
             release=self._release,
         )
+        self._fetching = Fetching(self.engine, self._intake, self._pace)
         self._entrance = Entrance(self.app, chosen, self.options, wake=self._loop.wake, is_inline=self._inline)
         self._computing = Computing(self.engine, self._loop)
         self._host = FiberHost(
@@ -194,7 +200,7 @@ class ModelPool(SoloPool):
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Celery calls this at each connection to the broker; the hub forgets its readers in between."""
-        self._hub = self._ending.hub = hub
+        self._fetching.hub = self._ending.hub = hub
         hub.add_reader(self._wakeup.fileno(), self._turn)
         self._intake.reconnect()
         residency = default_registry().residency
@@ -272,7 +278,7 @@ class ModelPool(SoloPool):
         self._wakeup.clear()
         try:
             with own.outlive_handlers("the worker's own code"):
-                self._loop.turn(self._should_compute)
+                self._loop.turn(self._fetching.is_over)
             self._intake.decide_if_due()
         except DeviceLostError as error:
             self._ending.give_up(error)
@@ -280,23 +286,6 @@ class ModelPool(SoloPool):
             # With a batch in flight and nothing to put behind it, the hub may sleep: the waiter wakes it.
             if self._loop.has_work:
                 self._wakeup.set()
-
-    def _should_compute(self) -> bool:
-        # The hub calls those that can be read in the order in which they could: without this, an operator's command
-        # that came during a batch would wait for the next one, too. Once in a row, so that no flood stops the batches.
-        self._gave_way = not self._gave_way and listen(self._hub.poller.poll, 0)
-        if self._gave_way:
-            return False
-        # While the device is busy, a wait for company costs nothing, and is over: the batch is full.
-        if self.engine.is_busy or self._intake.is_full:
-            return True
-        return self._pace.should_compute(
-            waiting_seconds=self.engine.waiting_seconds(),
-            surplus_seconds=self.engine.surplus_seconds(),
-            launch_seconds=self.engine.launch_seconds(),
-            full=self.engine.has_full_batch,
-            look=functools.partial(listen, self._hub.poller.poll),
-        )
 
     def _note_end(self, fiber: Fiber) -> None:
         self._share.ended(fiber.ran_seconds)
@@ -346,24 +335,8 @@ class ModelPool(SoloPool):
             "timeouts": (self._entrance.soft or 0, self._entrance.hard or 0),
             "window": self.limit,
             "messages": self.taking(),
-            "in_flight": len(self._running),
-            "parked": self._running.parked,
+            **statistics.of_work(self._running, self.engine),
             **self._reports.report(),
-            **sum(self.engine.counters.values(), Counters()).report(),
-            "models": {alias: self._model_info(slot) for alias, slot in default_registry().slots.items()},
-            "memory": default_registry().residency.report(),
+            **statistics.of_models(default_registry(), self.engine),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
         }
-
-    def _model_info(self, slot: Slot) -> dict[str, Any]:
-        info: dict[str, Any] = {
-            "kind": slot.spec.kind,
-            "state": slot.state,
-            "weights": slot.size,
-            "reserve": slot.reserve,
-            "loads": slot.loads,
-        }
-        counters = self.engine.counters.get(slot.alias)
-        if counters is not None:
-            info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}
-        return info

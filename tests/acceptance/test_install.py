@@ -172,3 +172,10 @@ def test_a_bad_setting_stops_the_worker_with_the_variables_name(start_worker: St
 def test_while_it_is_off_not_even_a_bad_setting_changes_anything(start_worker: StartWorker) -> None:
     worker = start_worker(environment={"LEGIT_WORKER_WINDOW": "many"})
     assert worker.ask("no_model", 1) == 2
+
+
+def test_a_worker_whose_tasks_would_share_one_request_says_so_and_ends(start_worker: StartWorker) -> None:
+    environment = SIM | {"LEGIT_WORKER_ENABLED": "1", "USE_FAST_LOCALS": "1"}
+    worker = start_worker(environment=environment, wait=False)
+    assert worker.wait() != 0
+    assert "USE_FAST_LOCALS gives all tasks one request; unset it" in worker.log
