@@ -5,7 +5,7 @@ In: items, from a task's fiber. Out: their outputs, after however many turns of 
 
 from __future__ import annotations
 
-from collections import deque
+from functools import partial
 from typing import Any
 
 from legit_worker import parking
@@ -40,27 +40,26 @@ class Computing:
         if fiber is None:
             return compute_directly(model, items)
         call = Call(app=fiber.app, clock=fiber.clock)
-        chunks: deque[Chunk] = deque()
+        chunks: list[Chunk] = []
         outputs: list[Any] = []
         try:
             for start in range(0, len(items), CHUNK):
                 if len(chunks) == CHUNKS:
                     outputs += self._outputs(fiber, chunks)
-                prepared = prepare(model, items[start : start + CHUNK])
-                chunks.append(self._engine.submit(model, call, prepared))
+                chunks.append(self._engine.submit(model, call, prepare(model, items[start : start + CHUNK])))
             while chunks:
                 outputs += self._outputs(fiber, chunks)
         finally:
-            while chunks:  # the task ended early
-                self._engine.drop(chunks.pop())
+            for chunk in chunks:  # the task ended early
+                self._engine.drop(chunk)
         return outputs
 
-    def _outputs(self, fiber: Fiber, chunks: deque[Chunk]) -> list[Any]:
-        """Those of the first chunk, for which this waits."""
+    def _outputs(self, fiber: Fiber, chunks: list[Chunk]) -> list[Any]:
+        """Wait for the first chunk, which leaves, and return its outputs."""
         chunk = chunks[0]
-        parking.wait(chunk.done, f"model {chunk.alias}", drive=lambda: self._drive(fiber, chunk))
+        parking.wait(chunk.done, f"model {chunk.alias}", drive=partial(self._drive, fiber, chunk))
         outputs = chunk.done.result()
-        chunks.popleft()
+        del chunks[0]
         return outputs
 
     def _drive(self, fiber: Fiber, chunk: Chunk) -> None:

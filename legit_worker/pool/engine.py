@@ -9,7 +9,7 @@ computes it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,11 +87,11 @@ class Engine:
     @property
     def set_aside(self) -> int:
         """Tasks that wait for a load while another model has work: they must not keep that model's tasks out."""
-        if not self._loading or not any(
+        if not self.loading or not any(
             queue.sizing.costs.is_known and not self._loading[alias] for alias, queue in self._queues.items()
         ):
             return 0
-        return self._loading.total()
+        return self.loading
 
     def drop(self, chunk: Chunk) -> None:
         """Forget what is left of a chunk whose task is gone, or needs it no more."""
@@ -131,7 +131,7 @@ class Engine:
 
     def launch_seconds(self) -> float:
         """What the next batch takes at least, however small; 0 while that is not known."""
-        queue = self._next_queue()
+        queue = _next(self._queues.values())
         return queue.sizing.costs.launch_seconds if queue else 0.0
 
     def has_full_batch(self) -> bool:
@@ -146,14 +146,14 @@ class Engine:
     @property
     def can_step(self) -> bool:
         """Whether a batch is worth handing over now. Behind one in flight, only one that can't get any larger."""
-        queue = self._next_queue()
+        queue = _next(self._queues.values())
         if queue is None or len(self._flights) >= DEPTH:
             return False
         return not self._flights or (not queue.waits and queue.is_full)
 
     def step(self) -> bool:
         """Hand over one batch. False when nothing waits. Raises `DeviceLostError`."""
-        queue = self._next_queue()
+        queue = _next(self._queues.values())
         if queue is None:
             return False
         self._level = queue.seconds
@@ -185,9 +185,10 @@ class Engine:
             self.counters[model.alias] = queue.counters
         return queue
 
-    def _next_queue(self) -> ModelQueue | None:
-        """Of those that have items, the one whose model had least of the device."""
-        return min((queue for queue in self._queues.values() if len(queue)), key=_seconds, default=None)
+
+def _next(queues: Iterable[ModelQueue]) -> ModelQueue | None:
+    """Of those that have items, the one whose model had least of the device."""
+    return min((queue for queue in queues if len(queue)), key=_seconds, default=None)
 
 
 def _seconds(queue: ModelQueue) -> float:

@@ -130,6 +130,56 @@ class Room:
             self.most *= RAISE
 
 
+class Parts:
+    """Parts of batches, to be tried again on their own before anything new. Lives inside a `ModelQueue`.
+
+    An item waits in a part if its place is that part.
+    """
+
+    def __init__(self) -> None:
+        self._parts: deque[list[Item]] = deque()
+        self._size = 0
+        #: Of the items that wait.
+        self.cost = 0
+
+    def __repr__(self) -> str:
+        return f"<Parts: {len(self._parts)} with {self._size} items>"
+
+    def __len__(self) -> int:
+        return self._size
+
+    def put(self, batch: list[Item], *, is_next: bool) -> None:
+        """Have these wait again, before or behind the other parts. An item for which nobody waits is left out."""
+        part = [item for item in batch if not item.chunk.is_over]
+        for item in part:
+            item.place = part
+        self._size += len(part)
+        self.cost += sum(item.cost for item in part)
+        if is_next:
+            self._parts.appendleft(part)
+        else:
+            self._parts.append(part)
+
+    def take_next(self) -> list[Item]:
+        """Take out the part that is next; an item waits."""
+        while not (batch := self.take(self._parts.popleft())):
+            pass
+        return batch
+
+    def take(self, part: list[Item]) -> list[Item]:
+        """Take out this part."""
+        return self.remove(item for item in part if item.place is part)
+
+    def remove(self, items: Iterable[Item]) -> list[Item]:
+        """Have these, which wait in a part, wait no more."""
+        left = list(items)
+        for item in left:
+            item.place = None
+        self._size -= len(left)
+        self.cost -= sum(item.cost for item in left)
+        return left
+
+
 class ModelQueue:
     """The items that wait for one model. Lives on the main thread, inside the engine; never computes, knows no time."""
 
@@ -148,10 +198,7 @@ class ModelQueue:
         #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
         self.waits = False
         self._fair = FairQueue(weight_of)
-        # Parts of batches that failed, to be tried again on their own before anything new. An item waits in a part if
-        # its place is that part. The number of items that wait in all parts, and their cost.
-        self._parts: deque[list[Item]] = deque()
-        self._parts_size = self._parts_cost = 0
+        self._parts = Parts()
         # What memory was seen to hold.
         self._room = Room()
 
@@ -159,17 +206,17 @@ class ModelQueue:
         return f"<ModelQueue {self.model.alias}: {len(self)} waiting, cost {self.cost}, {self.sizing!r}>"
 
     def __len__(self) -> int:
-        return len(self._fair) + self._parts_size
+        return len(self._fair) + len(self._parts)
 
     @property
     def cost(self) -> int:
         """Of all that waits."""
-        return self._fair.cost + self._parts_cost
+        return self._fair.cost + self._parts.cost
 
     @property
     def is_full(self) -> bool:
         """Whether waiting longer would not make the next batch larger."""
-        if self._parts_size:
+        if self._parts:
             return True
         budget = self._budget()
         if self._fair.cost < budget or len(self._fair) <= HORIZON:
@@ -205,20 +252,19 @@ class ModelQueue:
         chunk.give_up()
         for item in left:
             item.prepared = None  # its place is taken later
-        self._leave_parts(item for item in left if isinstance(item.place, list))
+        self._parts.remove(item for item in left if isinstance(item.place, list))
         self._fair.remove([item for item in left if item.place is not None])
 
     def forget(self) -> None:
         """Nothing that waits will be computed any more."""
-        self._leave_parts(item for part in self._parts for item in part if item.place is part)
-        self._parts.clear()
+        while self._parts:
+            self._parts.take_next()
         self._fair.remove(self._fair.first(len(self._fair)))
 
     def next_batch(self) -> list[Item]:
         """Take out the batch that is next; something waits."""
-        while self._parts:
-            if batch := self._take_part(self._parts.popleft()):
-                return batch
+        if self._parts:
+            return self._parts.take_next()
         return self._pick(self._fair.first(HORIZON))
 
     def batch_of(self, chunk: Chunk) -> list[Item]:
@@ -226,13 +272,13 @@ class ModelQueue:
         mine = [item for item in chunk.items if item.place is not None]
         part = next((item.place for item in mine if isinstance(item.place, list)), None)
         if part is not None:
-            return self._take_part(part)
+            return self._parts.take(part)
         others = [item for item in self._fair.first(HORIZON) if item.chunk is not chunk]
         return self._pick((mine + others)[:HORIZON]) if mine else []
 
     def put_back(self, batch: list[Item]) -> None:
         """It was not computed, and is next."""
-        self._parts.appendleft(self._part(batch))
+        self._parts.put(batch, is_next=True)
 
     def succeeded(self, batch: list[Item], launch: Launch) -> None:
         """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
@@ -252,7 +298,7 @@ class ModelQueue:
             raise
 
     def failed(self, batch: list[Item], error: BaseException) -> None:
-        """One item may have spoilt the batch: try its halves, down to the item, which then fails by itself."""
+        """One item may have spoilt the batch: try its halves, down to the item, which fails by itself."""
         is_memory = is_out_of_memory(error)
         if is_memory:
             self._make_room(batch, error)
@@ -261,29 +307,9 @@ class ModelQueue:
             self.put_back(batch[middle:])
             self.put_back(batch[:middle])
         elif is_memory and batch[0].tries < TRIES_ALONE:
-            self._parts.append(self._part(batch))  # last, so that what others hold may be given back meanwhile
+            self._parts.put(batch, is_next=False)  # last, so that what others hold may be given back meanwhile
         else:
             batch[0].chunk.fail(_never_fits(batch[0], self.model.alias, error) if is_memory else error)
-
-    def _part(self, batch: list[Item]) -> list[Item]:
-        """These wait again, unless nobody waits for them."""
-        part = [item for item in batch if not item.chunk.is_over]
-        for item in part:
-            item.place = part
-        self._parts_size += len(part)
-        self._parts_cost += sum(item.cost for item in part)
-        return part
-
-    def _take_part(self, part: list[Item]) -> list[Item]:
-        return self._leave_parts(item for item in part if item.place is part)
-
-    def _leave_parts(self, items: Iterable[Item]) -> list[Item]:
-        left = list(items)
-        for item in left:
-            item.place = None
-        self._parts_size -= len(left)
-        self._parts_cost -= sum(item.cost for item in left)
-        return left
 
     def _budget(self) -> int:
         """The largest padded cost of a batch of items as long as the next one."""

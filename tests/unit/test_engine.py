@@ -245,6 +245,15 @@ def test_what_was_forgotten_can_still_be_dropped_by_the_tasks_that_end() -> None
     assert len(subject) == 1
 
 
+def test_a_model_that_was_loaded_anew_computes_in_the_place_of_the_old_one() -> None:
+    subject, old, new = engine(), Letters(), Letters()
+    for model in (old, new):
+        ask(subject, model, ["one"])
+        subject.step()
+    assert (len(old.batches), len(new.batches)) == (1, 1)
+    assert subject.counters["letters"].batches == 2
+
+
 def test_a_broken_device_that_looks_like_memory_is_broken() -> None:
     subject, entry = engine(), GpuEntry()
     several = [ask(subject, entry, [text]) for text in ("one", "two")]
