@@ -46,7 +46,10 @@ class Surroundings(Protocol):
 
 
 class LoadedModel:
-    """A model in memory. Threads other than the engine's may call it, too: it lets one of them in at a time."""
+    """A model in memory. Threads other than the engine's may call it, too: it lets one of them in at a time.
+
+    It has more than 20 methods: one for each of a model's own, and those that the engine asks of a model.
+    """
 
     def __init__(
         self, alias: str, kind: str, model: Model, device: Device, activations: CostModel, around: Surroundings
@@ -116,7 +119,7 @@ class LoadedModel:
         self._to("cpu" if to_host else self._device.name)
 
     def unload(self) -> weakref.ref[Any] | None:
-        """It leaves memory for good. Returns what is to be gone before its memory is free; None if that is free now.
+        """It leaves memory for good. Returns the object that must be gone before that is free; None if it is free now.
 
         A model without `unload()`, and of a class that knows weak references, is gone once nobody has it any more.
         """

@@ -1,6 +1,6 @@
 """Brings models into memory.
 
-In: a slot that is to be loaded. Out: its `LoadedModel`, or why there is none, told to whoever ordered it.
+In: the slot of a model to load. Out: its `LoadedModel`, or why there is none. Whoever ordered the load is told.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ fits is in use without a pause, the model that keeps the fewest waiting gives wa
 enough: it takes no new request, ends those it has, and goes. "Long enough" is several times what a load takes, so that
 swaps stay a small part of the time, however demand is spread.
 
-Beside the weights there is a reserve for what a batch needs, that of the neediest model: one batch runs at a time. What
-the weights leave free, at least that, is what batches may take.
+Beside the weights there is a reserve for batches: as many bytes as the neediest model's batch takes, since one batch
+runs at a time. Batches may take all that the weights leave free.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 from legit_worker.errors import ModelLoadError
 from legit_worker.models.loaded import LoadedModel
@@ -57,16 +56,13 @@ class Request:
     future: Future[LoadedModel] = field(default_factory=Future, repr=False)
     #: Whether it has the model.
     is_served: bool = False
-
-    @property
-    def entry(self) -> Any:
-        """The slot, for those who call it so."""
-        return self.slot
+    #: Whether the log says that it waits for other processes' memory.
+    is_told: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done, in the order of these fields. Models by alias."""
+    """The steps to take, in the order of these fields. Models by alias."""
 
     #: They drained for somebody who does not wait any more.
     reopen: list[str] = field(default_factory=list)
@@ -76,7 +72,7 @@ class Plan:
     evict: list[str] = field(default_factory=list)
     load: list[str] = field(default_factory=list)
     drain: list[str] = field(default_factory=list)
-    #: Those of `load` that get more memory than is allowed, for a task that can't wait.
+    #: Models in `load` that get more memory than is allowed, for a task that can't wait.
     over: list[str] = field(default_factory=list)
     #: They wait for memory that other processes have.
     blocked: list[Request] = field(default_factory=list)
@@ -140,7 +136,7 @@ def patience(slot: Slot) -> float:
 
 
 def decide(slots: Iterable[Slot], waiting: Iterable[Request], allowed: Allowance, now: float) -> Plan:
-    """What is to be done now. Changes nothing."""
+    """Which steps to take now. Changes nothing."""
     return _Decision({slot.alias: copy(slot) for slot in slots}, list(waiting), allowed, now).plan
 
 

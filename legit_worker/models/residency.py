@@ -1,8 +1,8 @@
 """Serves requests for models: which are in memory, and who waits for which.
 
 In: requests, from any thread; ends of loads; how much memory there is. Out: loads and evictions, and each request's
-model once it is there. `policy` decides; what that changes is changed here, under one lock; what is to be done about it
-is done outside of the lock, in order.
+model once it is there. `policy` decides. `Residency` enters the decision under one lock; loads, evictions and results
+follow outside of the lock, in order.
 """
 
 from __future__ import annotations
@@ -60,11 +60,7 @@ class Residency:
         #: As it was last read, and when.
         self._allowed = Allowance()
         self._read_at = -inf
-        #: What is to be done, and whether some thread is at it.
-        self._effects: deque[Callable[[], Any]] = deque()
-        self._is_doing = False
-        #: Requests whose long wait was logged.
-        self._told: set[int] = set()
+        self._effects = Effects()
 
     # Requests.
 
@@ -78,7 +74,7 @@ class Residency:
         if model is not None:
             request.future.set_result(model)
         else:
-            self._look_at_budget()  # which may raise: the request is then nobody's
+            self._read_budget(older_than=BUDGET_SECONDS)  # which may raise: the request is then nobody's
             with self._lock:
                 self._waiting.append(request)
             self._advance()
@@ -93,13 +89,12 @@ class Residency:
                 request.slot.used_at = self._clock()
             elif request in self._waiting:
                 self._waiting.remove(request)
-                self._told.discard(id(request))
         self.review()
 
     def review(self) -> None:
         """Load and evict what can be by now. Called now and then: patience ends without anyone's doing."""
         if self._waiting or self._effects or any(slot.state == "draining" for slot in self._slots.values()):
-            self._look_at_budget()
+            self._read_budget(older_than=BUDGET_SECONDS)
             self._advance()
 
     def watch(self) -> None:
@@ -115,9 +110,9 @@ class Residency:
                 if slot.is_idle and slot.spec.keep_alive is not None and now - slot.used_at > slot.spec.keep_alive:
                     _, model = policy.leave(slot)
                     if model is not None:
-                        self._effects.append(partial(self._shelf.forget, model))
+                        self._effects.add(partial(self._shelf.forget, model))
                         _log_leaving(slot, now)
-        self._do_effects()
+        self._effects.do()
 
     def free(self, needed: int = 0, tries: int = 0) -> None:
         """A batch ran out of memory: free what it lacks, and no more than that.
@@ -137,8 +132,8 @@ class Residency:
             wanted = max(1, lacks)
             chosen = policy.to_evict(wanted, policy.weights(slots), slots) or []
             self._carry_out(policy.Plan(evict=chosen))
-            self._effects.append(self._shelf.move)  # at once: the batch is tried again next
-        self._do_effects()
+            self._effects.add(self._shelf.move)  # at once: the batch is tried again next
+        self._effects.do()
 
     # Loads, on the loader thread.
 
@@ -212,9 +207,8 @@ class Residency:
 
     def restart(self) -> None:
         """In a forked child: nobody waits here, what the parent's tasks used is used by none, and no load will end."""
-        self._lock, self._is_doing = threading.Lock(), False
+        self._lock, self._effects = threading.Lock(), Effects()
         self._waiting.clear()
-        self._effects.clear()
         self._loader.restart()
         self._shelf.restart()
         for slot in self._slots.values():
@@ -223,13 +217,10 @@ class Residency:
             if slot.model is not None:
                 slot.model.restart()
 
-    def _look_at_budget(self) -> None:
-        """Who waits is looked after many times a second."""
-        if self._clock() - self._read_at > BUDGET_SECONDS:
-            self._read_budget()
-
-    def _read_budget(self) -> None:
-        """Not under the lock: it asks NVML and torch."""
+    def _read_budget(self, *, older_than: float = 0.0) -> None:
+        """Not under the lock: it asks NVML and torch. `older_than`: seconds for which the last reading is good."""
+        if self._clock() - self._read_at < older_than:
+            return
         now = self._budget.bytes(policy.weights(self._slots.values()))
         self._allowed, self._read_at = Allowance(now=now, most=self._budget.most()), self._clock()
         self._hold()
@@ -252,52 +243,67 @@ class Residency:
         with self._lock:
             plan = policy.decide(self._slots.values(), self._waiting, self._allowed, self._clock())
             self._carry_out(plan)
-        self._tell(plan)
-        self._do_effects()
+        _tell(plan, self._allowed.now, self._clock())
+        self._effects.do()
 
     def _carry_out(self, plan: policy.Plan) -> None:
         """Under the lock. Models leave before others are loaded in their place."""
         now = self._clock()
         for slot, model in policy.carry_out(plan, self._slots, now):
             if model is not None:
-                self._effects.append(partial(self._shelf.put, slot.alias, model, slot.size))
+                self._effects.add(partial(self._shelf.put, slot.alias, model, slot.size))
                 _log_leaving(slot, now)
         if plan.evict and not plan.load:
-            self._effects.append(self._loader.clear_device)
-        self._effects.extend(partial(self._loader.start, self._slots[alias], self) for alias in plan.load)
-        self._effects.extend(
-            partial(request.future.set_result, request.slot.model) for request in plan.serve if request.slot.model
-        )
-        self._effects.extend(partial(request.future.set_exception, error) for request, error in plan.fail)
+            self._effects.add(self._loader.clear_device)
+        self._effects.add(*(partial(self._loader.start, self._slots[alias], self) for alias in plan.load))
+        for request in plan.serve:
+            assert request.slot.model is not None
+            self._effects.add(partial(request.future.set_result, request.slot.model))
+        self._effects.add(*(partial(request.future.set_exception, error) for request, error in plan.fail))
         gone = {id(request) for request in plan.serve} | {id(request) for request, _ in plan.fail}
         if gone:
             self._waiting = [request for request in self._waiting if id(request) not in gone]
-            self._told -= gone
 
-    def _tell(self, plan: policy.Plan) -> None:
-        for alias in plan.over:
-            logger.warning("model %r is loaded over the limit of memory: a task that can't wait needs it", alias)
-        for request in plan.blocked:
-            waited = self._clock() - request.since
-            if waited > BLOCKED_SECONDS and id(request) not in self._told:
-                self._told.add(id(request))
-                logger.warning(
-                    "model %r has waited %.0f s for memory: its weights take %d bytes, %s may be taken now, and other "
-                    "processes have the rest; it is loaded once they give it back",
-                    *(request.slot.alias, waited, request.slot.size, self._allowed.now),
-                )
 
-    def _do_effects(self) -> None:
-        """One by one, in their order. A thread that finds another at it leaves them to that one."""
+class Effects:
+    """Steps to take outside of a lock, one by one, in the order in which they were added under that lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left: deque[Callable[[], Any]] = deque()
+        self._is_doing = False
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def add(self, *effects: Callable[[], Any]) -> None:
+        """Never does anything itself."""
+        self._left.extend(effects)
+
+    def do(self) -> None:
+        """All of them. A thread that finds another at it leaves them to that one."""
         while True:
             with self._lock:
-                if self._is_doing or not self._effects:
+                if self._is_doing or not self._left:
                     return
-                self._is_doing, effect = True, self._effects.popleft()
+                self._is_doing, effect = True, self._left.popleft()
             try:
                 effect()
             finally:
                 self._is_doing = False
+
+
+def _tell(plan: policy.Plan, allowed: int | None, now: float) -> None:
+    for alias in plan.over:
+        logger.warning("model %r is loaded over the limit of memory: a task that can't wait needs it", alias)
+    for request in plan.blocked:
+        if now - request.since > BLOCKED_SECONDS and not request.is_told:
+            request.is_told = True
+            logger.warning(
+                "model %r has waited %.0f s for memory: its weights take %d bytes, %s may be taken now, and other "
+                "processes have the rest; it is loaded once they give it back",
+                *(request.slot.alias, now - request.since, request.slot.size, allowed),
+            )
 
 
 def _log_leaving(slot: Slot, now: float) -> None:
