@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+from drivers import Nvml
 from harness import SIMULATED, Broker, StartWorker, Worker, poll
 
 from legit_worker.errors import DeviceLostError
@@ -18,6 +20,8 @@ ON_GPU = SIMULATED | {
 }
 
 TASKS = 200
+
+GIB = 2**30
 
 
 def start(start_worker: StartWorker, broker: Broker | None = None, **settings: str) -> Worker:
@@ -64,6 +68,24 @@ def test_a_warm_shutdown_takes_what_the_gpu_is_still_at(start_worker: StartWorke
     poll(lambda: len(worker.received) == 30, "all tasks to start")
     assert worker.stop() == 0
     assert [result.result[0] for result in results] == list(map(len, lengths(30)))
+
+
+def test_a_dip_of_free_memory_has_tasks_wait_until_it_is_over(start_worker: StartWorker, tmp_path: Path) -> None:
+    """Another process has 15 of 16 GiB for a while; the model takes 2, and 1.6 are headroom."""
+    nvml = Nvml.build(tmp_path)
+    gpu = f"gpu GPU-aaaa T4 {16 * GIB}"
+    with (tmp_path / "weights.bin").open("wb") as file:
+        file.truncate(2 * GIB)
+    variables = nvml.environment(f"{gpu} {15 * GIB}\n") | {
+        "LEGIT_WORKER_MODELS__GPU__PATH": str(tmp_path),
+        "PROJECT_GROWTH_SECONDS": "0.5",
+    }
+    worker = start(start_worker, **variables)
+    results = [worker.send("one", item, alias="gpu") for item in lengths(20)]
+    poll(lambda: "model 'gpu' has waited" in worker.log, "the log to say what is waited for")
+    assert not any(result.ready() for result in results)
+    nvml.environment(f"{gpu} {GIB}\n")
+    assert [answer[0] for answer in worker.answers(results)] == list(map(len, lengths(20)))
 
 
 def poisoned(client: Any, count: int, **options: Any) -> list[Any]:

@@ -21,8 +21,13 @@ __all__ = ["app"]
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from fakecuda import FakeCuda, OnGpu
 
+from legit_worker.models import budget
+
 #: Seconds of a batch.
 SECONDS = 0.05
+
+#: What others had lately is left to them for this long, in seconds.
+budget.GROWTH_SECONDS = float(os.environ.get("PROJECT_GROWTH_SECONDS", budget.GROWTH_SECONDS))
 
 gpu = FakeCuda(seconds=SECONDS)
 gpu.done.set()

@@ -131,6 +131,7 @@ int nvmlDeviceGetName(struct device *device, char *name, unsigned size)
 
 int nvmlDeviceGetMemoryInfo(struct device *device, struct memory *memory)
 {
+    read_world(); /* which may have changed */
     ENTER;
     *memory = (struct memory){device->total, device->total - device->used, device->used};
     return SUCCESS;
