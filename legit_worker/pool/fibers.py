@@ -97,6 +97,8 @@ class Fiber(greenlet):
         self.waits_for: str | None = None
         #: Due to be resumed at the loop's next turn.
         self.woken = False
+        #: It is parked although it could go on: others run first.
+        self.gives_way = False
         #: Seconds that it had the thread.
         self.ran_seconds = 0.0
         #: What it took, and what it waited.
@@ -133,8 +135,12 @@ class Fiber(greenlet):
 
     def give_way(self, what: str) -> None:
         """Park until the loop comes round. Called from inside it, if it may park."""
+        self.gives_way = True
         self._wake(self)
-        self.park(what)
+        try:
+            self.park(what)
+        finally:
+            self.gives_way = False
 
     def park(self, waits_for: str) -> None:
         """Give control back to the loop until it resumes this fiber. Called from inside it."""

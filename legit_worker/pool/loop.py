@@ -25,6 +25,9 @@ from legit_worker.pool.running import Running
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Turn, Watcher
 
+#: Seconds after which a turn resumes no more of the tasks that gave way: messages and heartbeats come first.
+FULL_TURN = 0.02
+
 
 class Loop:
     """One pool's. Lives on the main thread, except for `wake` and `note_lost`. Owns the backlog and who is ready."""
@@ -127,10 +130,14 @@ class Loop:
 
     def resume_ready(self) -> None:
         """Let those go on whose waiting is over, then begin others in the place of those that ended."""
+        until, later = monotonic() + FULL_TURN, []
         for _ in range(len(self._ready)):
             fiber = self._ready.popleft()
-            if not fiber.dead:
+            if fiber.gives_way and monotonic() > until:
+                later.append(fiber)
+            elif not fiber.dead:
                 self._switch_to(fiber)
+        self._ready.extendleft(reversed(later))
         early = self._intake.may_start_early
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
             self.start(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
@@ -11,6 +12,7 @@ from pools import LOST, PlayedPool
 
 from legit_worker import parking
 from legit_worker.errors import DeviceLostError, WaitedTooLongError
+from legit_worker.pool import loop
 from legit_worker.pool.fibers import Phase
 
 
@@ -60,6 +62,29 @@ def test_a_task_that_gives_way_lets_the_others_run_first(pool: PlayedPool) -> No
     pool.send(lambda: order.append("short"))
     pool.run()
     assert order == ["part 0", "short", "part 1", "part 2"]
+
+
+def test_a_turn_ends_while_many_tasks_give_way_and_each_gets_its_part(
+    pool: PlayedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    now = 0.0
+    monkeypatch.setattr(loop, "monotonic", lambda: now)
+
+    def long(name: str) -> None:
+        nonlocal now
+        for _ in range(3):
+            order.append(name)
+            now += loop.FULL_TURN * 0.6
+            parking.give_way("its input")
+
+    for name in "abcde":
+        pool.send(partial(long, name), name)
+    assert "".join(order) == "abcde"
+    for turn in ("ab", "cd", "ea", "bc", "de"):
+        del order[:]
+        pool.turn()
+        assert "".join(order) == turn
 
 
 def test_what_is_due_is_raised_where_the_task_waits_and_in_no_other(pool: PlayedPool) -> None:

@@ -28,7 +28,7 @@ class Events(parking.Host):
         self.all.append("others")
         self.now += 1
 
-    def wait(self, done: Future[Any], what: str, drive: parking.Drive | None, is_own: bool) -> None:
+    def wait(self, done: Future[Any], what: str, drive: parking.Drive | None, is_own: bool, loads: str | None) -> None:
         """Others run until then."""
         self.all.append("others")
         done.result()
