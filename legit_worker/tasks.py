@@ -22,6 +22,7 @@ from celery import Celery
 from legit_worker import settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.handle import Handle
+from legit_worker.models.preparing import each
 from legit_worker.models.protocol import ImageFile
 from legit_worker.prep import processes, sources
 from legit_worker.prep.images import MAX_BYTES, open_image, pixels, resize_of, shrink
@@ -95,18 +96,19 @@ def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = No
     If the tokenizer can't be read without the model, returns the text unchanged. Raises `InvalidInputError`,
     `UnknownModelError`.
     """
-    spec = Handle(model, "embed").slot.spec
-    texts = _items(text, "text", _check_text)
+    slot = Handle(model, "embed").slot
+    spec, texts = slot.spec, _items(text, "text", _check_text)
     tokenizer = tokenizer_of(spec.path, spec.revision) if spec.path and spec.kind == "embed" else None
     if tokenizer is None:
         if chunk_tokens is not None:
             raise InvalidInputError(f"model {model!r} has no tokenizer.json that could be read: chunk_tokens needs it")
         return text
     if chunk_tokens is None:
-        done: list[Any] = [tokenizer.prepare(item).to_json() for item in texts]
+        done: list[Any] = each(lambda item: tokenizer.prepare(item).to_json(), texts, slot.alias)
     else:
         _check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
-        done = [[piece.to_json() for piece in tokenizer.chunks(item, chunk_tokens, overlap)] for item in texts]
+        cut = functools.partial(tokenizer.chunks, tokens=chunk_tokens, overlap=overlap)
+        done = each(lambda item: [piece.to_json() for piece in cut(item)], texts, slot.alias)
     return done if isinstance(text, list) else done[0]
 
 

@@ -41,12 +41,17 @@ _since: ContextVar[float] = ContextVar("legit_worker_preparing_since")
 
 def prepare(model: Preparing, items: Sequence[Any]) -> list[Any]:
     """Prepare each item; let other tasks run every `SLICE`. Raises what the model raises."""
+    return each(model.preprocess, items, model.alias)
+
+
+def each(function: Callable[[Any], T], items: Sequence[Any], alias: str) -> list[T]:
+    """Call the function with each item, which it prepares for model `alias`; let other tasks run every `SLICE`."""
     _since.set(monotonic())
     prepared = []
     for number, item in enumerate(items):
         if number:
-            take_turns(model.alias)
-        prepared.append(model.preprocess(item))
+            take_turns(alias)
+        prepared.append(function(item))
     return prepared
 
 
