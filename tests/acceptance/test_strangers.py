@@ -32,7 +32,7 @@ def test_no_message_in_redis_ends_a_worker(sides: Sides, broker: Broker) -> None
     with redis.Redis.from_url(broker.url) as server:
         poll(lambda: not server.llen(broker.queue), "an empty queue")
         check(worker, before)
-        assert server.hlen("unacked") == 0
+        poll(lambda: not server.hlen("unacked"), "acks, which go out at the end of a turn")
         assert server.llen(broker.queue) == 0
         assert server.llen(UNREADABLE_KEY) > 20
     assert "a message can't become a task" in worker.log
