@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -10,6 +9,7 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from touches import Touched, touches
 
 from legit_worker.batching.fairness import FRONT, FairQueue, Item
 
@@ -210,22 +210,6 @@ def compare(queue: FairQueue, plain: PlainQueue, steps: list[Any]) -> None:
         assert (len(queue), queue.cost) == (everything, sum(item.cost for item in plain.first(everything)))
         for count in (1, 3, everything):
             assert queue.first(count) == plain.first(count)
-
-
-class Touched(Item):
-    """Counts whatever is asked of any item."""
-
-    times = 0
-
-    def __getattribute__(self, name: str) -> Any:
-        Touched.times += 1
-        return super().__getattribute__(name)
-
-
-def touches(work: Callable[[], object]) -> int:
-    Touched.times = 0
-    work()
-    return Touched.times
 
 
 def waiting(count: int) -> tuple[FairQueue, list[Item]]:

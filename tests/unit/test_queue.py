@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from letters import Letters, PoisonError, SmallLetters, error, outputs
+from touches import Touched, touches
 
 from legit_worker.batching.fairness import Item
 from legit_worker.device.devices import Launch
 from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.pool.calls import Call, Chunk
-from legit_worker.pool.queue import TRIES_ALONE, ModelQueue
+from legit_worker.pool.queue import HORIZON, TRIES_ALONE, ModelQueue
 
 
 def queue(model: Letters, **options: Any) -> ModelQueue:
@@ -353,3 +354,28 @@ def test_items_of_a_call_that_is_over_are_not_tried_again() -> None:
     run_all(subject)
     assert entry.batches == [["stay"]]
     assert outputs(stays) == ["staystay"]
+
+
+def end_all(count: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Touches per call, if as many calls of one item are dropped, the newest first."""
+    monkeypatch.setattr("legit_worker.pool.queue.Item", Touched)
+    subject = queue(Letters())
+    chunks = [ask(subject, ["text"]) for _ in range(count)]
+    assert subject.is_full
+    spent = touches(lambda: [subject.drop(chunk) for chunk in reversed(chunks)])
+    assert len(subject) == 0
+    return spent / count
+
+
+def test_ending_4096_tasks_costs_each_as_much_as_ending_one_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert end_all(4096, monkeypatch) <= end_all(64, monkeypatch) + 2
+
+
+def test_looking_whether_a_batch_is_full_costs_as_much_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("legit_worker.pool.queue.Item", Touched)
+    subject = queue(Letters())
+    for _ in range(16):
+        ask(subject, ["text"] * HORIZON)
+    assert touches(lambda: (len(subject), subject.cost, repr(subject), subject.waiting_seconds())) == 0
+    subject.next_batch()
+    assert touches(lambda: subject.is_full) < 4 * HORIZON
