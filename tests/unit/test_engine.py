@@ -58,6 +58,23 @@ def test_a_batch_that_the_end_of_the_worker_interrupted_is_still_there_to_drain(
     assert [outputs(call) for call in calls] == [["oneone"], ["twotwo"], ["sixsix"]]
 
 
+def test_a_model_that_nobody_asked_for_a_while_gets_no_credit_for_that() -> None:
+    subject, busy, away = engine(), Letters("busy"), Letters("away")
+    for model in (busy, away):
+        model.launch = lambda batch: Launch(outputs=list(batch), seconds=1.0)  # type: ignore[method-assign]
+    ask(subject, away, ["text"])
+    subject.step()
+    for _ in range(20):
+        ask(subject, busy, ["text"])
+        subject.step()
+    for model in (busy, away):
+        ask(subject, model, ["x" * 4096] * 100)
+    before = subject.counters["away"].batches
+    for _ in range(10):
+        subject.step()
+    assert 4 <= subject.counters["away"].batches - before <= 6
+
+
 @pytest.mark.parametrize("bad", [KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("method", ["forward", "postprocess"])
 def test_what_would_end_a_process_is_the_guilty_items_error_if_a_model_raises_it(
