@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from copy import copy
 from dataclasses import dataclass, field
 
 from legit_worker.errors import ModelLoadError
@@ -88,6 +87,11 @@ def being_read(slots: Iterable[Slot]) -> int:
     return sum(slot.size for slot in slots if slot.is_loading)
 
 
+def is_draining(slots: Iterable[Slot]) -> bool:
+    """Whether some model takes no more requests until it is gone."""
+    return any(slot.state == "draining" for slot in slots)
+
+
 def reserve(slots: Sequence[Slot], budget: int | None, wanted: Slot | None = None) -> int:
     """Bytes to keep for batches. Weights come first: if they leave less than that, batches are smaller."""
     present = [slot for slot in slots if slot.is_resident or slot.is_loading or slot is wanted]
@@ -137,7 +141,14 @@ def patience(slot: Slot) -> float:
 
 def decide(slots: Iterable[Slot], waiting: Iterable[Request], allowed: Allowance, now: float) -> Plan:
     """Which steps to take now. Changes nothing."""
-    return _Decision({slot.alias: copy(slot) for slot in slots}, list(waiting), allowed, now).plan
+    return _Decision({slot.alias: _copied(slot) for slot in slots}, list(waiting), allowed, now).plan
+
+
+def _copied(slot: Slot) -> Slot:
+    """As `copy.copy` does it, which takes five times as long."""
+    copied = object.__new__(Slot)
+    vars(copied).update(vars(slot))
+    return copied
 
 
 class _Decision:
@@ -167,7 +178,9 @@ class _Decision:
         left = []
         for request in self._waiting:
             slot = self._by_alias[request.slot.alias]
-            if slot.state == "resident" or (slot.is_resident and request.must):
+            if slot.state in ("unloaded", "loading"):
+                left.append(request)
+            elif slot.state == "resident" or (slot.is_resident and request.must):
                 slot.users += 1
                 self.plan.serve.append(request)
             elif slot.error is not None and self._has_failed_for(request, slot):
@@ -223,7 +236,7 @@ class _Decision:
     def _drain_for(self, request: Request, slot: Slot, reserved: int) -> None:
         """Have others in constant use give way, if the request has waited for long enough."""
         budget, since = self._allowed.now, self._now - patience(slot)
-        if budget is None or request.since >= since or any(other.state == "draining" for other in self._slots):
+        if budget is None or request.since >= since or is_draining(self._slots):
             return
         for alias in to_drain(slot.size, budget, self._slots, reserved, since) or ():
             self._by_alias[alias].state = "draining"
