@@ -21,6 +21,7 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from legit_worker.errors import WaitedTooLongError
+from legit_worker.models.methods import away
 from legit_worker.pool.clock import Clock
 from legit_worker.pool.limits import Limit
 from legit_worker.pool.own import Own
@@ -150,7 +151,7 @@ class Fiber(greenlet):
         self.waits_for = waits_for
         self.holdings.review(self)
         try:
-            with self.aside():
+            with away(), self.aside():
                 self.parent.switch()
                 if self.phase is Phase.PARKED:
                     self.own.ring()

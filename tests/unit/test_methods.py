@@ -6,11 +6,14 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
+from pools import PlayedPool
 
 import legit_worker
+from legit_worker import parking
 from legit_worker.errors import LegitWorkerError
 from legit_worker.models.methods import Methods, leave
 from legit_worker.testing import use_models
@@ -88,6 +91,22 @@ def test_a_lock_is_free_while_its_method_calls_another_model_and_held_again_afte
 
     methods.alone("preprocess", method)
     assert (seen, methods.lock.locked()) == ([True, False, True], False)
+
+
+def test_a_task_that_waits_in_a_method_for_anything_keeps_no_other_task_out() -> None:
+    pool, methods, order = PlayedPool(), Methods("one"), []
+
+    def wait(name: str) -> None:
+        order.append(f"{name} enters")
+        parking.give_way("something of its own")
+        order.append(f"{name} leaves")
+
+    for name in "ab":
+        pool.send(partial(methods.alone, "preprocess", wait, name), name)
+    pool.run()
+    parking.stop()
+    assert order == ["a enters", "b enters", "a leaves", "b leaves"]
+    assert not methods.lock.locked()
 
 
 def test_a_method_for_which_others_wait_may_not_call_a_model() -> None:
