@@ -19,7 +19,6 @@ import numpy as np
 import sentence_transformers
 import torch
 from numpy.typing import NDArray
-from sentence_transformers.base.modules import Router
 
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import move, tf32, to_device
@@ -44,7 +43,7 @@ from legit_worker.models.options import refuse
 from legit_worker.models.preparing import Aside
 from legit_worker.models.protocol import ImageFile, Plan
 from legit_worker.models.requirements import is_missing_folder
-from legit_worker.models.shortway import ShortWay, minds_task, short_way
+from legit_worker.models.shortway import ShortWay, has_several_tokenizers, minds_task, short_way
 from legit_worker.prep.texts import PreparedText
 
 
@@ -60,6 +59,7 @@ class SentenceModel:
         self._tokenize: ShortWay | None = None
         self._aside = Aside()
         self._minds_task = False
+        self._has_several_tokenizers = False
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or from the local cache, and put them on `device`."""
@@ -75,6 +75,7 @@ class SentenceModel:
         move(self._model, device)
         self._tokenize = short_way(self._model)
         self._minds_task = minds_task(self._model)
+        self._has_several_tokenizers = has_several_tokenizers(self._model)
         speed_up_linear_layers(self._model)
 
     def _open(self, path: str, **options: Any) -> Any:
@@ -114,11 +115,11 @@ class SentenceModel:
         return Prepared(features, cost_of(features), (task, key_of(features)), task)
 
     def _features_of_one(self, one: Prompted) -> dict[str, Any]:
-        """Its features as the library gives them, from as little of a long text as gives the same."""
+        """The input's features, as the library gives them. Reads a long text only as far as it changes them."""
         way = self._tokenize if isinstance(one.input, str) and not one.task else None
         for start in (one.input,) if way is None else way.beginnings(one.input):
             read = functools.partial(self._features_of, [start], one.prompt, one.task)
-            # Several tokenizers are used in `forward`, too.
+            # `forward` uses several tokenizers, too: never on two threads at once.
             features = self._aside.run(read, 0 if self._has_several_tokenizers else characters(start))
             if way is not None and len(features["input_ids"][0]) == way.limit:
                 break
@@ -126,12 +127,6 @@ class SentenceModel:
 
     def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
         return dict(self._model.preprocess(inputs, prompt=prompt, **_if_any(task)))
-
-    @functools.cached_property
-    def _has_several_tokenizers(self) -> bool:
-        """Whether the model's routes pad differently. Only the library knows which route an input takes."""
-        routes = self._model[0].sub_modules.values() if isinstance(self._model[0], Router) else ()
-        return len({id(getattr(route[0], "tokenizer", None)) for route in routes}) > 1
 
     def _of_ids(self, prepared: PreparedText, prompted: Prompted) -> dict[str, Any]:
         if self._tokenize is None or prompted.prompt or prompted.task:

@@ -1,7 +1,7 @@
-"""What a loaded sentence-transformers model does with a plain text, found out by trying.
+"""What a loaded sentence-transformers model does with a plain text. Tries it to find out.
 
-In: the library's object. Out: its tokenizer alone, if a text's features are the same by it as by the library's whole
-preprocessing; and whether the model treats queries and documents apart.
+In: the library's object. Out: its tokenizer alone, if it gives a text the features that the library's whole
+preprocessing gives; and whether the model treats queries and documents differently.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sentence_transformers.base.modules import Router
 
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.preparing import LONG
@@ -20,7 +21,7 @@ from legit_worker.prep.texts import PER_TOKEN, PROBES, PreparedText, beginnings,
 
 @dataclass(frozen=True)
 class ShortWay:
-    """A model's tokenizer alone: what it makes of a text is all that the library's own preprocessing makes of it."""
+    """A model's tokenizer, which gives all that the library's own preprocessing gives for a plain text."""
 
     tokenizer: Any
     limit: int | None
@@ -37,20 +38,20 @@ class ShortWay:
 
     def _encode(self, text: str) -> Any:
         for start in self.beginnings(text):
-            # Only the second way leaves the interpreter to other threads; the first takes less time.
+            # `encode_batch` frees the interpreter lock; `encode` takes less time.
             found = self.backend.encode(start) if len(start) < LONG else self.backend.encode_batch([start])[0]
-            if found.overflowing:  # what comes after these tokens would be cut anyway
+            if found.overflowing:  # the model takes no more tokens
                 break
         return found
 
     def beginnings(self, text: str) -> Iterable[str]:
-        """Beginnings of a text, and then all of it. One that fills the model has the tokens that all of it has."""
+        """Beginnings of a text, then all of it. A beginning that fills the model has the tokens of the whole text."""
         if self.limit is None or len(text) < self.limit * PER_TOKEN or not self._cuts_words_apart:
             return (text,)
         return beginnings(text, self.limit)
 
     def reads(self, text: str) -> int:
-        """Characters that it reads of a text, if the first beginning is long enough."""
+        """Characters of a text that it reads, if the first beginning is long enough."""
         return len(next(iter(self.beginnings(text))))
 
     @functools.cached_property
@@ -60,9 +61,9 @@ class ShortWay:
 
     @functools.cached_property
     def backend(self) -> Any:
-        """The Rust tokenizer below the library's, with settings of its own; None where there is none.
+        """The Rust tokenizer below the library's, with its own settings; None if there is none.
 
-        It takes a sixth of the time: the library looks at every option anew for each text.
+        It takes a sixth of the time, because the library checks every option again for each text.
         """
         below = getattr(self.tokenizer, "backend_tokenizer", None)
         if below is None:
@@ -77,11 +78,11 @@ class ShortWay:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What a prepared text must have been prepared with."""
+        """The fingerprint that a prepared text must have."""
         return fingerprint(lambda text: self(text)["input_ids"])
 
     def of_ids(self, prepared: PreparedText) -> dict[str, Any]:
-        """The features of a text that was tokenized elsewhere. Raises `InvalidInputError`."""
+        """The features of a text that `prep_text` tokenized. Raises `InvalidInputError`."""
         if prepared.tokenizer != self.fingerprint:
             raise InvalidInputError(
                 f"the text was prepared with tokenizer {prepared.tokenizer}, and this model's is {self.fingerprint}: "
@@ -99,7 +100,7 @@ class ShortWay:
 
 
 def _twin(tokenizer: Any) -> Any:
-    """A Rust tokenizer that gives the same tokens from the same vocabulary, which a copy would have a second time."""
+    """A Rust tokenizer that gives the same tokens and shares the vocabulary. A copy would have its own."""
     twin = type(tokenizer)(tokenizer.model)
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if (part := getattr(tokenizer, name)) is not None:
@@ -108,15 +109,15 @@ def _twin(tokenizer: Any) -> Any:
     added = tokenizer.get_added_tokens_decoder()
     for _, token in sorted(added.items()):
         (twin.add_special_tokens if token.special else twin.add_tokens)([token])
-    # A number that was skipped can't be given again.
+    # If the numbers of added tokens have gaps, the twin's numbers differ: only a copy has the same.
     return twin if twin.get_added_tokens_decoder() == added else type(tokenizer).from_str(tokenizer.to_str())
 
 
 def short_way(model: Any) -> ShortWay | None:
-    """The model's tokenizer alone, where that gives all that the library's own preprocessing would, on `PROBES`.
+    """The model's tokenizer alone, if it gives for `PROBES` all that the library's own preprocessing gives.
 
-    The library also looks whether a string is a picture's address, a chat, a query to expand, and makes three tensors
-    that a batch must take apart again. For a plain text model that is most of a short text's preprocessing.
+    The library also checks whether a string is a picture's address, a chat, or a query to expand. It makes three
+    tensors, which a batch must take apart again. For a plain text model, this is most of a short text's preprocessing.
     """
     try:
         expected = [model.preprocess([probe]) for probe in PROBES]
@@ -126,15 +127,15 @@ def short_way(model: Any) -> ShortWay | None:
             way(probe) == {name: _plain(value) for name, value in features.items()}
             for probe, features in zip(PROBES, expected, strict=True)
         )
-    except Exception:  # whatever a model of some other kind makes of it: it takes the long way
+    except Exception:  # a model of another kind can't take a plain text: it takes the long way
         return None
     return way if agrees else None
 
 
 def minds_task(model: Any) -> bool:
-    """Whether a model treats queries and documents apart, other than by a prompt. If not, they share batches.
+    """Whether a model treats queries and documents differently, beside the prompt. If not, they share batches.
 
-    A route, an adapter or a length of their own is such a way: the task reaches `forward`, or changes the features.
+    It does if they have a route, an adapter or a length of their own: the task reaches `forward`, or changes features.
     """
     if "task" in model.get_model_kwargs():
         return True
@@ -144,8 +145,14 @@ def minds_task(model: Any) -> bool:
             for text in ("A text.", "word " * (model.max_seq_length or 512))  # a short one, and one that is cut
             for task in ("query", "document")
         )
-    except Exception:  # a model that takes no single texts: what it does about a task is its own business
+    except Exception:  # the model takes no single texts: nobody knows what it does with a task
         return True
+
+
+def has_several_tokenizers(model: Any) -> bool:
+    """Whether the model's routes pad differently. Only the library knows which route an input takes."""
+    routes = model[0].sub_modules.values() if isinstance(model[0], Router) else ()
+    return len({id(getattr(route[0], "tokenizer", None)) for route in routes}) > 1
 
 
 def _features(model: Any, text: str, **task: str) -> dict[str, Any]:
