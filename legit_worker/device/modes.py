@@ -115,7 +115,7 @@ class _Stack:
 
 @functools.cache
 def _stacks() -> tuple[_Stack, _Stack]:
-    """As `torch.overrides` and `torch.utils._python_dispatch` handle them (torch 2.0 to 2.13)."""
+    """As `torch.overrides` and `torch.utils._python_dispatch` handle them (torch 2.13)."""
     from torch import _C, overrides
     from torch.utils import _python_dispatch as dispatch
 

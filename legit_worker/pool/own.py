@@ -1,7 +1,7 @@
 """What a task sets for itself, though the process has it only once: put aside while other code runs, then given back.
 
-In: a task that parks or calls a model. Out: the process as others are to find it; and as the task had it, when it goes
-on. torch's modes are `device.modes`, random numbers are `device.randoms`; here are Celery's `allow_join_result()`,
+In: a task that parks or calls a model. Out: the process as other code expects it; and as the task had it, when the task
+goes on. torch's modes are `device.modes`, random numbers are `device.randoms`; here are Celery's `allow_join_result()`,
 filters of warnings, and `SIGALRM`.
 """
 
@@ -41,10 +41,10 @@ class Own:
     """What one task set. Lives on the main thread."""
 
     def __init__(self, name: str, wake: Callable[[], None]) -> None:
-        """`wake` has the task resumed while its things are put aside. Any thread may call it."""
+        """`wake` resumes the task while it is parked. Any thread may call it."""
         self._name = name
         self._wake = wake
-        # What others are to find. It is here now, since no other task runs.
+        # What other code expects. It is set now, since no task runs.
         self._joins_block = task_join_will_block()
         self._modes = modes.found()
         self._handler = signal.getsignal(signal.SIGALRM)
@@ -53,7 +53,7 @@ class Own:
         self._alarm: _Alarm | None = None
 
     def put_aside(self) -> bool:
-        """Have others find what they are to find. False if they do already."""
+        """Set what other code expects. Return False if that is set already."""
         if self._restore is not None:
             return False
         # First, since the task's handler may raise until this is done.
@@ -66,7 +66,7 @@ class Own:
         return True
 
     def give_back(self) -> None:
-        """Have the task find its own again. If its alarm came due, it rings now."""
+        """Set what the task had. If its alarm came due, it rings now."""
         restore, self._restore = self._restore or [], None
         for step in reversed(restore):
             step()
@@ -75,16 +75,16 @@ class Own:
             alarm.give_back()
 
     def ring(self) -> None:
-        """Called in the task, while its things are put aside. Raises what its handler of `SIGALRM` raises, if due."""
+        """Ring the alarm if it is due. Called in the task, while its settings are put aside. Raises what rings."""
         if self._alarm is not None:
             self._alarm.ring()
 
     def end(self) -> None:
-        """The task is over."""
+        """Note that the task's own code is over."""
         if _alarms_are_tasks and any(signal.setitimer(signal.ITIMER_REAL, 0)):
             logger.warning(LEFT, self._name)
         randoms.end(self)
-        _put_filters_aside()  # a task may have gone on with those that a library had set on the loader's thread
+        _put_filters_aside()  # the task may have left some in force that a library had set on the loader's thread
 
 
 class _Alarm:
@@ -97,7 +97,7 @@ class _Alarm:
         self._timer = self._started_timer()
 
     def ring(self) -> None:
-        """If it is due, call the task's handler."""
+        """Call the task's handler, if the time has come."""
         if self._at is None or monotonic() < self._at:
             return
         self._at = monotonic() + self._every if self._every else None
@@ -109,9 +109,9 @@ class _Alarm:
             signal.raise_signal(signal.SIGALRM)
 
     def give_back(self) -> None:
-        """To the task, which goes on."""
+        """Set the handler and the time that is left, for the task that goes on."""
         self._timer.cancel()
-        signal.signal(signal.SIGALRM, self._handler)
+        _handle_by(self._handler)
         if self._at is not None:
             signal.setitimer(signal.ITIMER_REAL, max(self._at - monotonic(), AT_ONCE), self._every)
 
@@ -124,19 +124,24 @@ class _Alarm:
 
 
 def _put_alarm_aside(others: Any, wake: Callable[[], None]) -> _Alarm | None:
-    """Have `others` handle `SIGALRM`, and no timer. None if it is so already."""
+    """Stop the timer, and have `others` handle `SIGALRM`. None if there is no timer and `others` handle it already."""
     if not _alarms_are_tasks:
         return None
     handler = signal.getsignal(signal.SIGALRM)
     if handler is others and not signal.getitimer(signal.ITIMER_REAL)[0]:
         return None
     left, every = signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, others)
+    _handle_by(others)
     return _Alarm(left, every, handler, wake)
 
 
+def _handle_by(handler: Any) -> None:
+    if handler is not None:  # one that C code installed, and Python can't set
+        signal.signal(signal.SIGALRM, handler)
+
+
 def _put_filters_aside() -> Callable[[], None]:
-    """Inside `warnings.catch_warnings()`, have the filters of outside. Returns what has those of inside again."""
+    """Inside `warnings.catch_warnings()`, set the filters of outside. Returns what sets the inner ones again."""
     if warnings.filters is _filters.filters:
         return _nothing
     own = _Filters()
@@ -145,7 +150,7 @@ def _put_filters_aside() -> Callable[[], None]:
 
 
 class _Filters:
-    """What `warnings.catch_warnings` keeps and sets back (Python 3.10 to 3.14)."""
+    """What `warnings.catch_warnings` keeps and sets back (Python 3.10 to 3.13)."""
 
     NAMES = ("filters", "showwarning", "_showwarnmsg_impl")
 
@@ -154,10 +159,10 @@ class _Filters:
         self._all = {name: getattr(warnings, name) for name in self.NAMES}
 
     def set(self) -> None:
-        """Have these."""
+        """Put these in force."""
         for name, value in self._all.items():
             setattr(warnings, name, value)
-        with warnings.catch_warnings():  # whose end has Python forget which warnings the filters before let pass
+        with warnings.catch_warnings():  # whose end makes Python forget which warnings it has shown
             pass
 
 
@@ -187,7 +192,7 @@ _alarms_are_tasks = False
 
 
 def use() -> None:
-    """From now on, tasks run on this thread, and no model has begun to load."""
+    """Take what is set now for what other code expects. Called on the tasks' thread, before any task or load begins."""
     global _filters, _alarms_are_tasks
     _filters = _Filters()
     # A timer that runs already is the project's: a profiler's, for example.
