@@ -34,6 +34,10 @@ class OnGpu(torch.Tensor):
         return func(*[arg.values if isinstance(arg, OnGpu) else arg for arg in args], **(kwargs or {}))
 
 
+#: Bytes that are free, if the driver is asked: no test of this fake is about a budget.
+PLENTY = 2**40
+
+
 @dataclass
 class FakeCuda:
     """What the GPU did, and what it will do."""
@@ -143,6 +147,7 @@ class FakeCuda:
             "get_device_properties": lambda name: types.SimpleNamespace(total_memory=fake.total),
             "set_per_process_memory_fraction": lambda share, name: fake.hold(share),
             "memory_reserved": lambda name: fake.allocated + 500,
+            "mem_get_info": lambda name: (PLENTY, PLENTY),
             "synchronize": lambda name: fake.note("synchronize"),
             "empty_cache": lambda: fake.note("empty cache"),
             "current_device": lambda: 0,
