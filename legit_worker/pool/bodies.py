@@ -6,6 +6,7 @@ alone, and never what Celery does before and after it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ def mark_body(tracer: Callable[..., Any]) -> Callable[..., Any]:
     The tracer is a closure (`celery.app.trace.build_tracer`, 5.5 to 5.7). It calls the task by its variable `fun`,
     whatever that is: `run`, a custom `__call__`, or the wrappers of `autoretry_for` and `pydantic`.
     """
-    cells = dict(zip(tracer.__code__.co_freevars, tracer.__closure__ or (), strict=True))
+    inner: Any = inspect.unwrap(tracer)  # Sentry, for example, wraps it
+    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
     for name, is_last in (("task_before_start", False), ("fun", True)):
         cell = cells[name]
         if cell.cell_contents is not None:
