@@ -205,7 +205,8 @@ class _Decision:
     def _load(self) -> None:
         """Make room for the model of the oldest request, and then for the next ones'."""
         seen: set[str] = set()
-        for request in self._waiting:
+        # First those that must not wait for others: they may hold what the others wait for.
+        for request in sorted(self._waiting, key=lambda one: not one.must):
             slot = self._by_alias[request.slot.alias]
             if slot.alias in seen or slot.state in ("draining", "loading"):
                 continue

@@ -167,6 +167,13 @@ def test_a_task_that_can_not_wait_gets_its_model_over_the_limit_or_while_it_drai
     assert decide([used, wanted], [other, must], bytes_(10), 0.0) == Plan(serve=[must])
 
 
+def test_a_task_that_can_not_wait_overtakes_those_who_wait_for_what_it_holds() -> None:
+    """A model's `preprocess` calls another one: its task holds the one while it waits for the other."""
+    held, first, nested = slot("m0", users=1, state="resident"), slot("m1", size=20), slot("m2")
+    requests = [ask(first), ask(nested, must=True)]
+    assert decide([held, first, nested], requests, bytes_(20), 0.0) == Plan(load=["m2"])
+
+
 def test_a_failed_load_is_the_answer_for_a_while() -> None:
     broken = slot("m0", state="failed", failed_at=5.0, error=OSError("no such weights"))
     waited, later = ask(broken, since=4.0), ask(broken, since=6.0)
