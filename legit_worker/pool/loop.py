@@ -130,30 +130,33 @@ class Loop:
 
     def resume_ready(self) -> None:
         """Let those go on whose waiting is over, then begin others in the place of those that ended."""
-        until, later = monotonic() + FULL_TURN, []
-        for _ in range(len(self._ready)):
-            fiber = self._ready.popleft()
-            if fiber.gives_way and monotonic() > until:
-                later.append(fiber)
-            elif not fiber.dead:
-                self._switch_to(fiber)
-        self._ready.extendleft(reversed(later))
+        self._resume_all(self._ready, until=monotonic() + FULL_TURN)
         early = self._intake.may_start_early
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
             self.start(first)
 
+    def _resume_all(self, ready: deque[Fiber], *, until: float) -> None:
+        """Resume each fiber that is ready now. From `until` on, those that only gave way are the next turn's first."""
+        later: list[Fiber] = []
+        try:
+            for _ in range(len(ready)):
+                fiber = ready.popleft()
+                if fiber.gives_way and monotonic() > until:
+                    later.append(fiber)
+                elif not fiber.dead:
+                    self._switch_to(fiber)
+        finally:  # the switch may raise
+            ready.extendleft(reversed(later))
+
     def _end_due(self) -> None:
         """Raise what is due in the tasks that wait. One whose batch is being computed is told after that."""
-        due = self._due | dict.fromkeys(self._watcher.take_due())
-        self._due = {}
-        for fiber in due:
-            if fiber.waits_for is None:
-                continue
-            error = fiber.due(fiber.waits_for)
-            if error is not None:
+        self._due |= dict.fromkeys(self._watcher.take_due())
+        for fiber in list(self._due):
+            error = None if fiber.waits_for is None else fiber.due(fiber.waits_for)
+            if error is not None or not fiber.is_due:
+                del self._due[fiber]
+            if error is not None:  # the switch may raise, and the rest stays for the next turn
                 self._switch_to(fiber, error)
-            elif fiber.is_due:
-                self._due[fiber] = None
 
     def _switch_to(self, fiber: Fiber, error: BaseException | None = None) -> None:
         """Run a fiber until it parks or ends.

@@ -151,7 +151,6 @@ class FakeCuda:
             "synchronize": lambda name: fake.note("synchronize"),
             "empty_cache": lambda: fake.note("empty cache"),
             "current_device": lambda: 0,
-            "mem_get_info": lambda name: (fake.total - fake.allocated, fake.total),
         }
         for name, value in names.items():
             monkeypatch.setattr(torch.cuda, name, value)

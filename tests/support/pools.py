@@ -94,13 +94,17 @@ class PlayedPool:
             review_models=lambda: None,
             ended=lambda fiber: self.ended.append(fiber.name),
         )
-        self.told: list[Any] = []
+        self.results: list[Any] = []
+        #: Celery's callback.
+        self.told: Callable[[Any], Any] = self.results.append
         everything = lambda app: None  # noqa: E731
         parking.use(FiberHost(self.loop, self.engine, self.running, models_of=everything, is_inline=False))
 
     def send(self, body: Callable[[], Any], name: str = "task", **options: Any) -> Fiber:
         """A task comes."""
-        fiber = Fiber(job(body, callback=self.told.append).run, app="", name=name, wake=self.loop.wake, **options)
+        fiber = Fiber(
+            job(body, callback=lambda result: self.told(result)).run, app="", name=name, wake=self.loop.wake, **options
+        )
         self.loop.admit(fiber)
         return fiber
 

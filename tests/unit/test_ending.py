@@ -83,7 +83,7 @@ def test_a_cold_shutdown_unwinds_what_waits_and_stores_nothing(pool: Subject) ->
         pool.send(pool.engine.call, name)
     pool.soft.until = -inf
     pool.ending.cold()
-    assert pool.told == []
+    assert pool.results == []
     assert pool.soft.cancelled == [3], "Celery tells them before they unwind"
     assert len(pool.running) == 0
 
@@ -137,7 +137,7 @@ def test_a_lost_device_sends_late_tasks_back_and_fails_those_acked_early(pool: S
     pool.ending.give_up(LOST)
     assert state.should_stop == os.EX_SOFTWARE
     assert failed == ["DeviceLostError"]
-    assert pool.told == [None], "of the one that was acked early; the late one's message goes back"
+    assert pool.results == [None], "of the one that was acked early; the late one's message goes back"
     assert list(pool.running) == [delivers]
     assert pool.ending.is_near
     assert pool.engine.is_forgotten
@@ -147,5 +147,5 @@ def test_a_device_that_is_lost_in_the_drain_ends_it(pool: Subject) -> None:
     pool.engine.error = LOST
     pool.send(pool.engine.call)
     pool.ending.warm()
-    assert pool.told == []
+    assert pool.results == []
     assert len(pool.running) == 0

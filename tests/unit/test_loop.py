@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -29,7 +30,7 @@ def test_tasks_that_wait_share_a_batch_and_go_on_in_the_order_in_which_they_came
     pool.turn()
     assert pool.engine.batches == [3]
     assert pool.ended == ["a", "b", "c"]
-    assert pool.told == ["an answer"] * 3
+    assert pool.results == ["an answer"] * 3
     assert not pool.loop.has_work
 
 
@@ -129,6 +130,27 @@ def test_a_task_is_told_of_its_time_after_its_batch(pool: PlayedPool) -> None:
     fiber.clock.settle(batch)
     pool.loop.turn(lambda: False)
     assert seen == ["told"]
+
+
+def test_a_callback_that_fails_badly_takes_no_other_task_with_it(pool: PlayedPool) -> None:
+    def fails(result: object) -> None:
+        raise ConnectionError("the broker is gone")
+
+    def waits() -> None:
+        with contextlib.suppress(SoftTimeLimitExceeded):
+            pool.engine.call()
+
+    pool.told = fails
+    for name in "abc":
+        fiber = pool.send(waits, name)
+        fiber.pending = SoftTimeLimitExceeded()
+        pool.watcher._noted.append(fiber)
+    for name in "def":
+        pool.send(pool.engine.call, name)
+    while pool.loop.has_work or len(pool.running):
+        with contextlib.suppress(ConnectionError):
+            pool.turn()
+    assert sorted(pool.ended) == list("abcdef")
 
 
 def test_a_task_that_waited_too_long_fails_unless_it_is_about_to_go_on(pool: PlayedPool) -> None:
