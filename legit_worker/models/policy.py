@@ -121,14 +121,15 @@ def to_evict(wanted: int, budget: int | None, slots: Sequence[Slot], reserved: i
 def to_drain(wanted: int, budget: int, slots: Sequence[Slot], reserved: int, loaded_before: float) -> list[str] | None:
     """The aliases that are to take no more requests, so that `wanted` bytes fit once theirs have ended.
 
-    Those that keep the fewest waiting, and were loaded before that time; None if even all of them are not enough.
+    First those that drain already, perhaps for another request; then those that keep the fewest waiting, and were
+    loaded before that time. None if even all of them are not enough.
     """
     short = wanted + reserved + weights(slots) - budget
     chosen = []
-    for slot in sorted(slots, key=lambda slot: (slot.users, slot.loaded_at)):
+    for slot in sorted(slots, key=lambda slot: (slot.state != "draining", slot.users, slot.loaded_at)):
         if short <= 0:
             break
-        if slot.is_resident and not slot.spec.pin and slot.loaded_at < loaded_before:
+        if slot.is_resident and not slot.spec.pin and (slot.state == "draining" or slot.loaded_at < loaded_before):
             chosen.append(slot.alias)
             short -= slot.size
     return chosen if short <= 0 else None
@@ -237,11 +238,12 @@ class _Decision:
     def _drain_for(self, request: Request, slot: Slot, reserved: int) -> None:
         """Have others in constant use give way, if the request has waited for long enough."""
         budget, since = self._allowed.now, self._now - patience(slot)
-        if budget is None or request.since >= since or is_draining(self._slots):
+        if budget is None or request.since >= since:
             return
         for alias in to_drain(slot.size, budget, self._slots, reserved, since) or ():
-            self._by_alias[alias].state = "draining"
-            self.plan.drain.append(alias)
+            if self._by_alias[alias].state != "draining":
+                self._by_alias[alias].state = "draining"
+                self.plan.drain.append(alias)
 
     def _refuse(self, slot: Slot) -> None:
         error = ModelLoadError(
