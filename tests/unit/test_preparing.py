@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextvars import copy_context
+from contextvars import Context
 from typing import Any
 
 import pytest
@@ -61,7 +61,7 @@ class Model:
 
 
 def in_a_task(function: Any, *arguments: Any) -> Any:
-    return copy_context().run(function, *arguments)
+    return Context().run(function, *arguments)
 
 
 def test_others_run_after_each_slice(events: Events) -> None:
