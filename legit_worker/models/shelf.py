@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which a load waits until a model that was evicted is out of everybody's hands, since who used it last has
 #: it for a moment more; the same once Python's collector has looked for it; and between two looks.
-GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, 1.0, 0.002
+GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, 3.0, 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
