@@ -40,6 +40,10 @@ def in_body(function: Callable[..., Any], *, is_last: bool = True) -> Callable[.
             fiber.raise_pending()
             result = function(*args, **kwargs)
             is_over = is_last
+        except BaseException as error:
+            if error.__traceback__ is not None:  # this frame is not the task's; from Python 3.11 on, `raise` minds this
+                error.__traceback__ = error.__traceback__.tb_next
+            raise
         finally:
             fiber.leave_body(is_over=is_over)
         return result
