@@ -6,7 +6,10 @@ In: a fork. Out: the fork, once no module is half imported; or a child that says
 from __future__ import annotations
 
 import sys
+from importlib import _bootstrap
+from threading import get_ident
 from time import monotonic, sleep
+from typing import Any
 
 from legit_worker.errors import ModelLoadError
 
@@ -44,7 +47,14 @@ def check() -> None:
 
 
 def _module_half_imported() -> str | None:
+    """Of another thread than this one, whose imports are its own to go on with."""
     for name, module in list(sys.modules.items()):
-        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+        if getattr(getattr(module, "__spec__", None), "_initializing", False) and not _is_ours(name):
             return name
     return None
+
+
+def _is_ours(name: str) -> bool:
+    locks: Any = _bootstrap._module_locks  # type: ignore[attr-defined]
+    lock = locks.get(name, lambda: None)()
+    return lock is not None and lock.owner == get_ident()

@@ -91,9 +91,11 @@ def _wait_for_load(request: Request, residency: Residency) -> None:
 
     # A load and its trial batches may draw random numbers.
     resume = None if parking.keeps_tasks_apart() else randoms.suspend(use)
-    parking.wait(request.future, f"model {request.slot.alias} to load", drive=look, loads=request.slot.alias)
-    if resume is not None:
-        resume()
+    try:
+        parking.wait(request.future, f"model {request.slot.alias} to load", drive=look, loads=request.slot.alias)
+    finally:
+        if resume is not None:
+            resume()
 
 
 def outcome(request: Request) -> LoadedModel:

@@ -153,6 +153,8 @@ class LoadedModel:
         """What must be equal for two items to share a batch. Raises `TypeError` if the model's key is no key."""
         key: Hashable = None if self._key_of is None else self._methods.at_once("batch_key", self._key_of, prepared)
         hash(key)
+        if not key == key:  # a tensor has a hash, and can't be compared as one thing
+            raise TypeError(f"batch_key() of model {self.alias!r} gave {key!r}, which does not equal itself")
         return key
 
     def postprocess(self, output: Any) -> Any:

@@ -120,7 +120,7 @@ class Loader:
             return self._bring(slot, orders, device)
         except NotNowError:
             raise
-        except Exception as error:
+        except BaseException as error:  # a user's model may call `sys.exit`
             is_lost = device.is_lost(error)
             # Or the error, which is kept, would keep the weights on the device.
             traceback.clear_frames(error.__traceback__)

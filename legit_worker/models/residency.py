@@ -302,6 +302,8 @@ class Effects:
                 self._is_doing, effect = True, self._left.popleft()
             try:
                 effect()
+            except Exception:  # whoever asked for something else must not hear of it
+                logger.exception("a step of loading or evicting a model failed")
             finally:
                 self._is_doing = False
 

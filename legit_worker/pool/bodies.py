@@ -7,10 +7,15 @@ alone, and never what Celery does before and after it.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 from legit_worker.pool import fibers
+from legit_worker.pool.fibers import Fiber, Phase
+
+logger = logging.getLogger(__name__)
 
 
 def mark_body(tracer: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,12 +45,23 @@ def in_body(function: Callable[..., Any], *, is_last: bool = True) -> Callable[.
             fiber.raise_pending()
             result = function(*args, **kwargs)
             is_over = is_last
+            fiber.raise_if_too_late()  # the task may have caught what was to end it
         except BaseException as error:
             if error.__traceback__ is not None:  # this frame is not the task's; from Python 3.11 on, `raise` minds this
                 error.__traceback__ = error.__traceback__.tb_next
             raise
         finally:
-            fiber.leave_body(is_over=is_over)
+            _end_child(fiber)
+            fiber.phase = Phase.ENDING if is_over else Phase.NEW  # before any call, at which a signal may be handled
+            if is_over:
+                fiber.own.end()
         return result
 
     return run
+
+
+def _end_child(fiber: Fiber) -> None:
+    """A child that a task forked must not go on as a second worker."""
+    if os.getpid() != fiber.pid:
+        logger.critical("a child that %s had forked came back into the worker, and is ended: use os._exit", fiber.name)
+        os._exit(os.EX_SOFTWARE)

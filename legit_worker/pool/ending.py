@@ -88,7 +88,7 @@ class Ending:
         # Whoever is left unwinds where it stands. Its message, acked late, goes back to the broker.
         for fiber in self._running:
             self._unwind(fiber)
-            self._running.discard(fiber)
+            self._loop.forget(fiber)
         # A thread that waits for the device must not come back to an interpreter that is gone.
         self._engine.wait(FLIGHT_SECONDS)
         # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
@@ -102,6 +102,7 @@ class Ending:
             self.give_up(error)
         except Exception:  # a callback that met a lost connection must not take the other tasks with it
             logger.exception("a task ended badly while the worker was stopping")
+            self._loop.wait(LOOK)  # what fails again and again must not fill the log
         if len(self._running) and not self._loop.has_work:
             self._loop.wait(LOOK)
         # The hub no longer turns, and both must go on: what is done is acked before whoever stops us loses
@@ -154,7 +155,7 @@ class Ending:
             if fiber not in self._running.delivering:
                 self._unwind(fiber, None if fiber.acks_late else DeviceLostError(*error.args))
                 if fiber.dead:
-                    self._running.discard(fiber)
+                    self._loop.forget(fiber)
 
 
 def _leave() -> None:

@@ -23,7 +23,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from legit_worker.errors import WaitedTooLongError
 from legit_worker.models.methods import away
 from legit_worker.pool.clock import Clock
-from legit_worker.pool.limits import Limit
+from legit_worker.pool.limits import Limit, TimeLimitPassed
 from legit_worker.pool.own import Own
 from legit_worker.pool.transactions import in_django_transaction
 from legit_worker.pool.turns import Holdings, wait_for_all
@@ -133,6 +133,8 @@ class Fiber(greenlet):
         done.add_done_callback(wake)
         while not done.done():
             self.park(what)
+            if not done.done():  # whoever woke it, what is due is told
+                self.raise_due(what)
 
     def give_way(self, what: str) -> None:
         """Park until the loop comes round. Called from inside it, if it may park."""
@@ -146,17 +148,18 @@ class Fiber(greenlet):
     def park(self, waits_for: str) -> None:
         """Give control back to the loop until it resumes this fiber. Called from inside it."""
         before = self.phase
-        if before in (Phase.BODY, Phase.SERVED):
-            self.phase = Phase.PARKED
-        self.waits_for = waits_for
-        self.holdings.review(self)
         try:
+            if before in (Phase.BODY, Phase.SERVED):
+                self.phase = Phase.PARKED
+            self.waits_for = waits_for
+            self.holdings.review(self)
             with away(), self.aside():
                 self.parent.switch()
                 if self.phase is Phase.PARKED:
                     self.own.ring()
         finally:
-            self.waits_for, self.phase = None, before
+            self.phase = before
+            self.waits_for = None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -204,12 +207,6 @@ class Fiber(greenlet):
         self.phase = Phase.BODY
         return True
 
-    def leave_body(self, *, is_over: bool) -> None:
-        """Note that the task's own code has ended, for good if `is_over`."""
-        self.phase = Phase.ENDING if is_over else Phase.NEW
-        if is_over:
-            self.own.end()
-
     @contextmanager
     def served(self) -> Iterator[None]:
         """Run this package's code for the task, uninterrupted. What came due meanwhile is raised at the end."""
@@ -221,7 +218,8 @@ class Fiber(greenlet):
             with self.aside():
                 yield
         finally:
-            self.served_at, self.phase = monotonic(), Phase.BODY
+            self.phase = Phase.BODY
+            self.served_at = monotonic()
         self.raise_pending()
 
     def raise_pending(self) -> None:
@@ -229,6 +227,11 @@ class Fiber(greenlet):
         if self.pending is not None:
             error, self.pending = self.pending, None
             raise error
+
+    def raise_if_too_late(self) -> None:
+        """End a task whose own code is over, and was over its hard limit before that."""
+        if self.limit is not None and self.limit.is_over:
+            raise TimeLimitPassed
 
     def raise_due(self, waits_for: str) -> None:
         """Raise what is due in a task that waits without parking. Called from inside it."""
@@ -271,7 +274,7 @@ class Fiber(greenlet):
         A signal handler may call this from within another fiber, so control comes back to the caller, not to the loop.
         """
         caller = getcurrent()
-        if caller is self:  # the watcher interrupts it, once the handler is over
+        if self is current():  # the watcher interrupts it, once the handler is over
             self.pending = error or GreenletExit()
         elif not self.dead:
             loop, self.parent, running = self.parent, caller, current()

@@ -59,10 +59,13 @@ class FiberHost(parking.Host):
     def _wait(self, fiber: Fiber, done: Future[Any], what: str, drive: parking.Drive | None) -> None:
         while not done.done():
             fiber.raise_due(what)
-            if fiber.may_park():
+            if self._may_park(fiber):
                 fiber.wait_for(done, what)
             else:
                 self._drive(fiber, done, drive)
+
+    def _may_park(self, fiber: Fiber) -> bool:
+        return not self._is_inline and fiber.may_park()
 
     @staticmethod
     def _drive(fiber: Fiber, done: Future[Any], drive: parking.Drive | None) -> None:
@@ -77,7 +80,7 @@ class FiberHost(parking.Host):
         fiber = fibers.current()
         if done.done():
             return True
-        if fiber is None or self._is_inline or not fiber.may_park():
+        if fiber is None or not self._may_park(fiber):
             return False
         if fiber.phase is Phase.ENDING:
             self._running.delivering.add(fiber)
@@ -90,7 +93,7 @@ class FiberHost(parking.Host):
     def give_way(self, what: str) -> None:
         """Park until the loop comes round, if the task may."""
         fiber = fibers.current()
-        if fiber is not None and fiber.may_park():
+        if fiber is not None and self._may_park(fiber):
             fiber.give_way(what)
 
     @contextmanager
@@ -121,4 +124,4 @@ class FiberHost(parking.Host):
     def is_pressing(self) -> bool:
         """Whether the caller keeps the thread, or another one, from what others need to go on."""
         fiber = fibers.current()
-        return fiber is None or not fiber.may_park()
+        return fiber is None or not self._may_park(fiber)

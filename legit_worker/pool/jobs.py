@@ -12,7 +12,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionInfo
 from celery.concurrency.base import apply_target
-from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.exceptions import Reject, WorkerLostError, WorkerShutdown, WorkerTerminate
 from greenlet import GreenletExit
 
 from legit_worker.pool.bodies import in_body
@@ -101,6 +101,10 @@ class Job:
         target = self.target if self.is_task else in_body(self.target)
         try:
             return target(*args, **kwargs)
+        except Reject:  # from a handler of the task's end, which Celery's tracer lets through, as the next
+            return ExceptionInfo()
+        except MemoryError as error:
+            return _as_lost(error)
         except (Exception, GreenletExit, WorkerShutdown, WorkerTerminate):
             raise
         except BaseException as error:

@@ -61,6 +61,11 @@ class Limit:
             return error
         return None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the hard limit has passed."""
+        return self._again_at < inf
+
     def remaining(self, own: float, now: float) -> float:
         """Seconds until something may be due, at the earliest."""
         if self._again_at < inf:

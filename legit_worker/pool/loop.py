@@ -175,5 +175,9 @@ class Loop:
             self._watcher.turn = None
             fiber.ran_seconds += monotonic() - turn.since
             if fiber.dead:
-                self._running.discard(fiber)
-                self._ended(fiber)
+                self.forget(fiber)
+
+    def forget(self, fiber: Fiber) -> None:
+        """A task is over, or nobody will resume it any more."""
+        self._running.discard(fiber)
+        self._ended(fiber)

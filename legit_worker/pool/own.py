@@ -83,6 +83,7 @@ class Own:
         """Note that the task's own code is over."""
         if _alarms_are_tasks and any(signal.setitimer(signal.ITIMER_REAL, 0)):
             logger.warning(LEFT, self._name)
+        modes.suspend(self._modes)  # a default that the task left behind is not for the next one
         randoms.end(self)
         _put_filters_aside()  # the task may have left some in force that a library had set on the loader's thread
 

@@ -24,6 +24,7 @@ def load_pinned(registry: Registry) -> None:
     requests = [registry.residency.request(slot) for slot in registry.slots.values() if slot.spec.pin]
     while not all(request.future.done() for request in requests):
         futures.wait([request.future for request in requests], timeout=STOP_LOOK)
+        registry.residency.review()
         maybe_shutdown()
     for request in requests:
         registry.residency.release(request)

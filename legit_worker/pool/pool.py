@@ -260,9 +260,16 @@ class ModelPool(SoloPool):
         )
         fiber = self._entrance.fiber(job, soft_timeout, timeout, timeout_callback)
         if self._inline:
-            self._loop.start(fiber)
+            self._run_inline(fiber)
         else:
             self._loop.admit(fiber)
+
+    def _run_inline(self, fiber: Fiber) -> None:
+        """Run a task to its end. No hub comes round, so what it does otherwise is done between two tasks."""
+        self._loop.start(fiber)
+        if self._loop.lost is not None:
+            self._ending.give_up(self._loop.lost)
+        default_registry().residency.evict_idle()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """`revoke(terminate=True)` on a running task: unwind its fiber."""
@@ -270,7 +277,7 @@ class ModelPool(SoloPool):
         if fiber is not None:
             fiber.terminate()
             if fiber.dead:
-                self._running.discard(fiber)
+                self._loop.forget(fiber)
             self._wakeup.set()  # another may start in its place
 
     def _turn(self) -> None:

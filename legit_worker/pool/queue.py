@@ -287,10 +287,15 @@ class ModelQueue:
         self.model.observe(len(batch), max(costs), launch)
         self._room.did_fit(padded(costs))
         self.counters.note(costs, launch.seconds)
+        try:
+            outputs = list(launch.outputs)
+        except Exception as error:  # a sequence of the model's own
+            self.failed(batch, error)
+            return
         postprocess = self.model.postprocess
         delivered = 0
         try:
-            for item, output in zip(batch, launch.outputs, strict=True):
+            for item, output in zip(batch, outputs, strict=True):
                 item.chunk.deliver(item, output, postprocess)
                 delivered += 1
         except ENDS:  # whoever drains the worker finds the rest where it was

@@ -82,12 +82,13 @@ class SoftShutdown:
             logger.warning("Initiating Soft Shutdown, terminating in %s seconds", timeout)
 
     def _cancel_active(self, cancel: Callable[[], None]) -> None:
-        """Cancel at once, in place of the consumer's method in `CANCEL`, unless a soft shutdown has just begun.
+        """Have the pool cancel the running tasks when it ends, in place of the consumer's method in `CANCEL`.
 
-        Another signal ends the soft shutdown. Its handler may run inside the first signal's, and get here first.
+        Not here: a handler may stand in the middle of a batch, or of a decision about models, and tasks that unwind
+        there would wait for the very code that they interrupted. A second signal ends a soft shutdown. Its handler may
+        run inside the first signal's, and get here first.
         """
-        if monotonic() < self.until and self._cancel is None:
-            self._cancel = cancel
-            return
-        self.until, self._cancel, self._is_over = -inf, None, True
-        cancel()
+        is_second = self._cancel is not None
+        self._cancel = cancel
+        if is_second or monotonic() >= self.until:
+            self.until, self._is_over = -inf, True

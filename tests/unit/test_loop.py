@@ -9,12 +9,14 @@ from functools import partial
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from greenlet import GreenletExit, greenlet
 from pools import LOST, PlayedPool
 
 from legit_worker import parking
 from legit_worker.errors import DeviceLostError, WaitedTooLongError
-from legit_worker.pool import loop
+from legit_worker.pool import fibers, loop
 from legit_worker.pool.fibers import Phase
+from legit_worker.pool.host import FiberHost
 
 
 @pytest.fixture
@@ -201,3 +203,45 @@ def test_outside_a_fiber_a_thread_drives_or_blocks(pool: PlayedPool) -> None:
     assert not parking.park(done, "nothing")
     done.set_result("done")
     assert parking.park(done, "nothing")
+
+
+def test_a_task_that_waited_too_long_is_told_although_it_was_woken_for_nothing(pool: PlayedPool) -> None:
+    errors: list[str] = []
+
+    def waits() -> None:
+        try:
+            pool.engine.call()
+        except WaitedTooLongError as error:
+            errors.append(str(error))
+
+    fiber = pool.send(waits)
+    fiber.max_wait, fiber.has_waited_too_long = 0.0, True
+    pool.watcher._noted.append(fiber)
+    pool.loop.wake(fiber)
+    pool.loop.turn(lambda: False)
+    assert len(errors) == 1
+
+
+def test_without_a_loop_nobody_parks_not_even_after_its_own_code(pool: PlayedPool) -> None:
+    parking.use(FiberHost(pool.loop, pool.engine, pool.running, models_of=lambda app: None, is_inline=True))
+
+    def over() -> None:
+        fiber = fibers.current()
+        assert fiber is not None
+        fiber.phase = Phase.ENDING
+        pool.engine.call()
+
+    pool.send(over, exclusive=True)
+    assert pool.ended == ["task"]
+
+
+def test_a_task_that_ends_within_another_librarys_greenlet_can_end_itself(pool: PlayedPool) -> None:
+    def within() -> None:
+        fiber = fibers.current()
+        assert fiber is not None
+        fiber.terminate()
+        assert isinstance(fiber.pending, GreenletExit)
+        fiber.pending = None
+
+    pool.send(lambda: greenlet(within).switch())
+    assert pool.ended == ["task"]

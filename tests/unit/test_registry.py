@@ -116,6 +116,25 @@ def test_a_batch_key_that_can_not_be_compared_as_one_is_an_error() -> None:
         legit_worker.model("mine").map([1])
 
 
+class Unequal(Named):
+    def batch_key(self, prepared: Any) -> Any:
+        return NotItself()
+
+
+class NotItself:
+    """As a tensor is: it has a hash, and two of them compare to many answers."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+
+def test_a_batch_key_that_does_not_equal_itself_is_an_error() -> None:
+    with use_models({"mine": spec("Unequal")}), pytest.raises(TypeError, match="does not equal itself"):
+        legit_worker.model("mine").map([1])
+
+
 def test_costs_are_at_least_one_and_within_the_packers_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_models({"mine": spec("Named")}) as models:
         entry = models.get("mine")
