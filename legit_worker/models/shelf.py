@@ -108,6 +108,7 @@ class Shelf:
         self.move()
         going = [self._going.popleft() for _ in range(len(self._going))]
         if not _are_gone(going, GONE_SOON):
+            gc.unfreeze()  # the loader froze what a first load had brought
             gc.collect()  # a failed task's traceback has frames that had it, and Celery leaves those to the collector
             _are_gone(going, GONE_LATE)
 

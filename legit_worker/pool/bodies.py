@@ -62,6 +62,6 @@ def in_body(function: Callable[..., Any], *, is_last: bool = True) -> Callable[.
 
 def _end_child(fiber: Fiber) -> None:
     """A child that a task forked must not go on as a second worker."""
-    if os.getpid() != fiber.pid:
+    if fibers.is_in_child():
         logger.critical("a child that %s had forked came back into the worker, and is ended: use os._exit", fiber.name)
         os._exit(os.EX_SOFTWARE)

@@ -76,6 +76,7 @@ class Fiber(greenlet):
         exclusive: bool = False,
         wake: Callable[[Fiber], None] = lambda fiber: None,
     ) -> None:
+        # Long, since each attribute has its line of explanation.
         super().__init__(run)
         # Each task sees its own copy: a Sentry scope or a log binding of one never shows in another.
         self.gr_context = copy_context()
@@ -188,7 +189,7 @@ class Fiber(greenlet):
 
     def is_innermost(self) -> bool:
         """Whether the code that runs is the fiber's own, with nothing below it that others would find running."""
-        return getcurrent() is self and asyncio._get_running_loop() is None and self.pid == os.getpid()
+        return getcurrent() is self and asyncio._get_running_loop() is None and not _is_child
 
     def wait_to_be_alone(self) -> None:
         """Let parked tasks end their transactions before an exclusive task's own code begins, which can't wait."""
@@ -284,6 +285,23 @@ class Fiber(greenlet):
             finally:
                 if not self.dead:  # it caught that, and parked again
                     self.parent = loop
+
+
+#: Whether this process was forked by a task: the loop that would resume it is its parent's. The id takes a system call.
+_is_child = False
+
+
+def is_in_child() -> bool:
+    """Whether this code runs in a child that a task forked."""
+    return _is_child
+
+
+def _note_child() -> None:
+    global _is_child
+    _is_child = current() is not None
+
+
+os.register_at_fork(after_in_child=_note_child)
 
 
 def _wake(ref: weakref.ref[Fiber]) -> None:

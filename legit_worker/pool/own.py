@@ -22,6 +22,7 @@ from typing import Any
 from celery._state import _set_task_join_will_block, task_join_will_block
 
 from legit_worker.device import modes, randoms
+from legit_worker.device.loaded import loaded_torch
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Own:
         self._wake = wake
         # What other code expects. It is set now, since no task runs.
         self._joins_block = task_join_will_block()
-        self._modes = modes.found()
+        self._modes = _found_modes()
         self._handler = signal.getsignal(signal.SIGALRM)
         # While it is put aside.
         self._restore: list[Callable[[], None]] | None = None
@@ -184,18 +185,28 @@ def _is_raised_by_handler(error: Exception) -> bool:
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
+def _found_modes() -> modes.Found:
+    """What was set between two tasks when torch had been loaded: each task puts that back, so it stays."""
+    global _found
+    torch = loaded_torch()
+    if _found is None or _found[0] is not torch:
+        _found = torch, modes.found()
+    return _found[1]
+
+
 def _nothing() -> None:
     pass
 
 
 _filters = _Filters()
 _alarms_are_tasks = False
+_found: tuple[Any, modes.Found] | None = None
 
 
 def use() -> None:
     """Take what is set now for what other code expects. Called on the tasks' thread, before any task or load begins."""
-    global _filters, _alarms_are_tasks
-    _filters = _Filters()
+    global _filters, _alarms_are_tasks, _found
+    _filters, _found = _Filters(), None
     # A timer that runs already is the project's: a profiler's, for example.
     is_main = threading.current_thread() is threading.main_thread()
     _alarms_are_tasks = is_main and not signal.getitimer(signal.ITIMER_REAL)[0]

@@ -77,6 +77,7 @@ class Pace:
         batches, and `launch_seconds` how long the next batch takes at least. `full` says whether more tasks would not
         make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
         """
+        # Long, for its arguments and what they mean.
         now = monotonic()
         arrived, self._arrived = self._arrived, False
         if self._began is None:

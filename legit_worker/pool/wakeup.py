@@ -22,6 +22,8 @@ class Wakeup:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        # Whether a byte is there, or about to be: one is enough, and each takes a system call.
+        self._is_set = False
 
     def fileno(self) -> int:
         """What the hub polls."""
@@ -29,8 +31,10 @@ class Wakeup:
 
     def set(self) -> None:
         """Have the hub call back soon. Twice is as good as once; after `close`, nobody is called."""
-        with suppress(OSError):
-            self._writer.send(b"\0")
+        if not self._is_set:
+            self._is_set = True
+            with suppress(OSError):
+                self._writer.send(b"\0")
 
     def wait(self, seconds: float) -> None:
         """Until it is set, or for this many seconds. `select.select` would take no descriptor from 1,024 on."""
@@ -39,9 +43,11 @@ class Wakeup:
         poller.poll(seconds * 1000)
 
     def clear(self) -> None:
-        """Until the next `set`, let the hub sleep."""
+        """Until the next `set`, let the hub sleep. Whoever calls this looks for work afterwards."""
+        self._is_set = False
         with suppress(BlockingIOError):
             self._reader.recv(4096)
+        self._is_set = False  # a byte that came in between was read, too
 
     def close(self) -> None:
         """Free both ends."""

@@ -94,6 +94,12 @@ def test_a_hard_limit_ends_the_task_and_tells_all_who_are_to_know(limited: Worke
     poll(lambda: noted(journal, "errback called") > before[1], "the errback")
 
 
+def test_a_task_that_swallows_its_hard_limit_fails_with_it(start_worker: StartWorker, tmp_path: Path) -> None:
+    worker = start(start_worker, "modelpool", tmp_path / "journal")
+    assert isinstance(failure(worker, "swallows_all", "text", time_limit=0.5).result, TimeLimitExceeded)
+    assert noted(tmp_path / "journal", "text swallowed it")
+
+
 #: Tasks whose outermost code is Celery's, and what is sent for them.
 WRAPPED: dict[str, tuple[str, list[Any]]] = {
     "autoretry_for": ("retried_by_celery", ["text"]),

@@ -107,3 +107,18 @@ def test_a_task_may_fork_while_a_model_is_imported(setting: Sides) -> None:
     loads, forks = worker.send("lax", "text", "imported"), worker.send("forks", "text", "imported", 20)
     assert worker.answer(forks) == "TEXT"
     assert worker.answer(loads) == ["TEXT", False]
+
+
+def test_defaults_of_torch_that_a_task_leaves_behind_go_with_it(setting: Sides) -> None:
+    worker = setting.worker("modelpool")
+    worker.ask("in_torch", "text", "in_torch", None)
+    worker.ask("leaves_defaults", "text", "in_torch")
+    for _ in range(2):
+        assert worker.ask("in_torch", "text", "in_torch", None) == [PLAIN + PLAIN, PLAIN, PLAIN]
+
+
+def test_a_forked_child_that_goes_on_with_the_task_is_ended(setting: Sides) -> None:
+    worker = setting.worker("modelpool")
+    assert worker.ask("child_returns", "text") == "text, by the parent"
+    worker.wait_for_log("had forked came back into the worker")
+    assert worker.ask("lax", "text", "upper") == ["TEXT", False]

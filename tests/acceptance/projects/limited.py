@@ -107,6 +107,18 @@ def limited_by_itself(item: str) -> Any:
     return [legit_worker.model("lengthy").map([f"{item} {number}"]) for number in range(2)]
 
 
+@app.task(name="swallows_all")
+def swallows_all(item: str) -> str:
+    """Ends in its own time, whatever is raised in it."""
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        try:
+            time.sleep(0.05)
+        except BaseException:  # noqa: PERF203
+            note(f"{item} swallowed it")
+    return item
+
+
 class BusyError(Exception):
     """Worth another try."""
 

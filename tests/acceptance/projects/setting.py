@@ -172,3 +172,23 @@ def draw() -> list[float]:
     import torch
 
     return [random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64))]
+
+
+@app.task(name="leaves_defaults")
+def leaves_defaults(item: str, alias: str) -> Any:
+    """Sets what torch makes by itself, and does not set it back."""
+    import torch
+
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    return legit_worker.model(alias).map([item])[0]
+
+
+@app.task(name="child_returns")
+def child_returns(item: str) -> str:
+    """Forks a child that goes on with the task."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return f"{item}, by the parent"
+    return f"{item}, by the child"
