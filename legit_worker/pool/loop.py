@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 from typing import NoReturn
 
@@ -43,8 +44,11 @@ class Loop:
         intake: Intake,
         review_models: Callable[[], None],
         ended: Callable[[Fiber], None],
+        ends_at: Callable[[], float] = lambda: inf,
+        cancel: Callable[[], None] = lambda: None,
     ) -> None:
-        """`review_models` loads and evicts what can be by now; `ended` hears of each task that is over."""
+        """`review_models` loads and evicts what can be by now; `ended` hears of each task that is over;
+        `ends_at` tells when a shutdown lets no task go on, and `cancel` then cancels all."""
         self._engine = engine
         self._running = running
         self._wakeup = wakeup
@@ -53,6 +57,10 @@ class Loop:
         self._intake = intake
         self._review_models = review_models
         self._ended = ended
+        self._ends_at = ends_at
+        self._cancel = cancel
+        #: Whether this package's code between the tasks runs: a batch, or a decision.
+        self.is_turning = False
         #: Tasks that came and have not begun.
         self.backlog = Backlog()
         self._ready: deque[Fiber] = deque()
@@ -109,6 +117,13 @@ class Loop:
 
         Raises `DeviceLostError`, and what a lost connection raises in Celery's own callbacks, as in solo.
         """
+        self.is_turning = True
+        try:
+            self._turn(should_compute)
+        finally:
+            self.is_turning = False
+
+    def _turn(self, should_compute: Callable[[], bool]) -> None:
         self._review_models()
         if self.lost is not None and not self._is_loss_told:
             self._is_loss_told = True
@@ -129,7 +144,13 @@ class Loop:
         turns.look()
 
     def resume_ready(self) -> None:
-        """Let those go on whose waiting is over, then begin others in the place of those that ended."""
+        """Let those go on whose waiting is over, then begin others in the place of those that ended.
+
+        None, once a soft or a cold shutdown lets no task go on.
+        """
+        if monotonic() >= self._ends_at():
+            self._cancel()
+            return
         self._resume_all(self._ready, until=monotonic() + FULL_TURN)
         early = self._intake.may_start_early
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
@@ -140,6 +161,8 @@ class Loop:
         later: list[Fiber] = []
         try:
             for _ in range(len(ready)):
+                if monotonic() >= self._ends_at():
+                    break
                 fiber = ready.popleft()
                 if fiber.gives_way and monotonic() > until:
                     later.append(fiber)

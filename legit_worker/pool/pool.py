@@ -27,13 +27,13 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import limits, own, reports, sql, statistics, turns
+from legit_worker.pool import fibers, limits, own, reports, sql, statistics, turns
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fetching import Fetching
-from legit_worker.pool.fibers import Fiber, FiberPid
+from legit_worker.pool.fibers import Fiber, FiberPid, Phase
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
@@ -148,6 +148,8 @@ class ModelPool(SoloPool):
             intake=self._intake,
             review_models=lambda: default_registry().residency.review(),
             ended=self._note_end,
+            ends_at=lambda: self._soft.until_if_begun,
+            cancel=self._soft.cancel_rest,
         )
         self._ending = Ending(
             loop=self._loop,
@@ -158,6 +160,7 @@ class ModelPool(SoloPool):
             reports=self._reports,
             release=self._release,
         )
+        self._soft.may_cancel = self._may_cancel
         self._fetching = Fetching(self.engine, self._intake, self._pace)
         self._entrance = Entrance(self.app, chosen, self.options, wake=self._loop.wake, is_inline=self._inline)
         self._computing = Computing(self.engine, self._loop)
@@ -302,6 +305,11 @@ class ModelPool(SoloPool):
             # With a batch in flight and nothing to put behind it, the hub may sleep: the waiter wakes it.
             if self._loop.has_work:
                 self._wakeup.set()
+
+    def _may_cancel(self) -> bool:
+        """Whether the code that runs is a task's own, or none of this package's."""
+        fiber = fibers.current()
+        return not self._loop.is_turning if fiber is None else fiber.phase is Phase.BODY
 
     def _note_end(self, fiber: Fiber) -> None:
         self._share.ended(fiber.ran_seconds)

@@ -38,6 +38,8 @@ class SoftShutdown:
         self._handlers = 0
         #: The time at which it ends; in the past if there is none.
         self.until = -inf
+        #: Whether tasks can unwind where the code stands that a signal interrupted.
+        self.may_cancel: Callable[[], bool] = lambda: True
 
     @property
     def has_begun(self) -> bool:
@@ -82,13 +84,15 @@ class SoftShutdown:
             logger.warning("Initiating Soft Shutdown, terminating in %s seconds", timeout)
 
     def _cancel_active(self, cancel: Callable[[], None]) -> None:
-        """Have the pool cancel the running tasks when it ends, in place of the consumer's method in `CANCEL`.
+        """Cancel the running tasks, in place of the consumer's method in `CANCEL`, or have a soft shutdown do it.
 
-        Not here: a handler may stand in the middle of a batch, or of a decision about models, and tasks that unwind
-        there would wait for the very code that they interrupted. A second signal ends a soft shutdown. Its handler may
-        run inside the first signal's, and get here first.
+        A handler may stand in the middle of a batch, or of a decision about models. Tasks that unwind there would wait
+        for the very code that they interrupted, so the pool cancels them as soon as that is over. A second signal ends
+        a soft shutdown. Its handler may run inside the first signal's, and get here first.
         """
         is_second = self._cancel is not None
         self._cancel = cancel
         if is_second or monotonic() >= self.until:
             self.until, self._is_over = -inf, True
+            if self.may_cancel():
+                self.cancel_rest()
