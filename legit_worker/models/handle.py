@@ -21,9 +21,10 @@ from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
+from legit_worker.models.policy import Request
 from legit_worker.models.preparing import prepare, take_turns
 from legit_worker.models.registry import default_registry
-from legit_worker.models.residency import Request, Residency
+from legit_worker.models.residency import Residency
 from legit_worker.models.slot import Slot
 
 #: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.

@@ -21,8 +21,7 @@ from legit_worker.models import policy
 from legit_worker.models.budget import Budget
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.loader import Loads, NotNowError
-from legit_worker.models.policy import Allowance
-from legit_worker.models.policy import Request as Request
+from legit_worker.models.policy import Allowance, Request
 from legit_worker.models.shelf import Shelf
 from legit_worker.models.slot import Slot
 

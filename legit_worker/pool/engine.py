@@ -114,15 +114,15 @@ class Engine:
         holding. Tasks that are `set_aside` count nothing, and calls of tasks that have not begun belong to `more`. None
         if no batch ever ran and nothing waits.
         """
+        loading = Counter[str]() if self.set_aside else self._loading
+        unknown = sum(count for alias, count in loading.items() if alias not in self._queues)
         if any(queue.sizing.costs.is_known for queue in self._queues.values()):
-            aside = self.set_aside
             known = (
-                queue.surplus_seconds(self._demand, loading=0 if aside else self._loading[alias], calls=more)
+                queue.surplus_seconds(self._demand, loading=loading[alias], calls=more)
                 for alias, queue in self._queues.items()
             )
-            unknown = 0 if aside else sum(self._loading[alias] for alias in self._loading if alias not in self._queues)
             return sum(known) + unknown * UNKNOWN_SECONDS
-        waiting = len(self) + sum(self._loading[alias] for alias in self._loading if alias not in self._queues)
+        waiting = len(self) + unknown
         return (waiting + more) * UNKNOWN_SECONDS if waiting else None
 
     def surplus_seconds(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 
@@ -23,6 +23,18 @@ from legit_worker.pool.host import FiberHost
 def pool() -> Iterator[PlayedPool]:
     yield PlayedPool()
     parking.stop()
+
+
+def waits_in_vain(pool: PlayedPool, error: type[BaseException], told: list[str]) -> Callable[[], None]:
+    """A task that waits for a batch, and notes what it is told in place of it."""
+
+    def waits() -> None:
+        try:
+            pool.engine.call()
+        except error as found:
+            told.append(str(found))
+
+    return waits
 
 
 def test_tasks_that_wait_share_a_batch_and_go_on_in_the_order_in_which_they_came(pool: PlayedPool) -> None:
@@ -91,14 +103,8 @@ def test_a_turn_ends_while_many_tasks_give_way_and_each_gets_its_part(
 
 
 def test_what_is_due_is_raised_where_the_task_waits_and_in_no_other(pool: PlayedPool) -> None:
-    errors: list[BaseException] = []
-
-    def waits() -> None:
-        try:
-            pool.engine.call()
-        except SoftTimeLimitExceeded as error:
-            errors.append(error)
-
+    errors: list[str] = []
+    waits = waits_in_vain(pool, SoftTimeLimitExceeded, errors)
     late, other = pool.send(waits, "late"), pool.send(pool.engine.call, "other")
     late.pending = SoftTimeLimitExceeded()
     pool.watcher._noted.append(late)
@@ -157,13 +163,7 @@ def test_a_callback_that_fails_badly_takes_no_other_task_with_it(pool: PlayedPoo
 
 def test_a_task_that_waited_too_long_fails_unless_it_is_about_to_go_on(pool: PlayedPool) -> None:
     errors: list[str] = []
-
-    def waits() -> None:
-        try:
-            pool.engine.call()
-        except WaitedTooLongError as error:
-            errors.append(str(error))
-
+    waits = waits_in_vain(pool, WaitedTooLongError, errors)
     late, lucky = pool.send(waits, "late"), pool.send(waits, "lucky")
     for fiber in (late, lucky):
         fiber.max_wait, fiber.has_waited_too_long = 0.0, True
@@ -207,13 +207,7 @@ def test_outside_a_fiber_a_thread_drives_or_blocks(pool: PlayedPool) -> None:
 
 def test_a_task_that_waited_too_long_is_told_although_it_was_woken_for_nothing(pool: PlayedPool) -> None:
     errors: list[str] = []
-
-    def waits() -> None:
-        try:
-            pool.engine.call()
-        except WaitedTooLongError as error:
-            errors.append(str(error))
-
+    waits = waits_in_vain(pool, WaitedTooLongError, errors)
     fiber = pool.send(waits)
     fiber.max_wait, fiber.has_waited_too_long = 0.0, True
     pool.watcher._noted.append(fiber)
