@@ -36,26 +36,31 @@ def library() -> Any:
     return sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
 
 
-def while_it_is_prepared(worker: Worker, *task: Any, last: str, **options: Any) -> Any:
-    """The answer of a task. Another one that is sent after it is done before the log has the `last` line."""
+def while_it_is_prepared(worker: Worker, *task: Any, last: str = "prepared an item", **options: Any) -> Any:
+    """The answer of a task. Another one that is sent after it is done before the log has the `last` line.
+
+    In `last`, `{id}` is the first task's.
+    """
     worker.ask("catches", "warm", alias=options["alias"])
     before = len(worker.log)
     slow = worker.send(*task, **options)
     worker.wait_for_log(f"[{slow.id}] received")
     quick = worker.send("no_model", 1)
     answer, _ = worker.answers([slow, quick])
+    worker.wait_for_log(f"[{slow.id}] {'raised' if isinstance(answer, Exception) else 'succeeded'}")
+    worker.wait_for_log(f"[{quick.id}] succeeded")
     log = worker.log[before:]
-    assert log.index(f"[{quick.id}] succeeded") < log.rindex(last)
+    assert log.index(f"[{quick.id}] succeeded") < log.rindex(last.format(id=slow.id))
     return answer
 
 
 def test_tasks_have_their_turn_while_another_one_prepares_many_items(worker: Worker) -> None:
     """A model of a user's own takes 20 ms for each of 200 items."""
-    while_it_is_prepared(worker, "many", 200, alias="laborious", last="prepared an item")
+    while_it_is_prepared(worker, "many", 200, alias="laborious")
 
 
 def test_tasks_have_their_turn_while_another_one_prepares_many_long_texts(worker: Worker, library: Any) -> None:
-    answer = while_it_is_prepared(worker, "encode", [LONG] * 16, alias="minilm", last="prepared an item")
+    answer = while_it_is_prepared(worker, "encode", [LONG] * 16, alias="minilm")
     np.testing.assert_allclose(answer["values"][-1], library.encode(LONG[:5000]), **CLOSE)
 
 
@@ -63,10 +68,10 @@ def test_tasks_have_their_turn_while_another_one_prepares_many_long_texts(worker
 def test_tasks_have_their_turn_while_another_one_prepares_a_huge_text(
     worker: Worker, library: Any, options: dict[str, str]
 ) -> None:
-    answer = while_it_is_prepared(worker, "encode", HUGE, alias="minilm", last="prepared an item", **options)
+    answer = while_it_is_prepared(worker, "encode", HUGE, alias="minilm", **options)
     np.testing.assert_allclose(answer["values"], library.encode(HUGE[:5000], **options), **CLOSE)
 
 
 def test_tasks_have_their_turn_while_the_length_of_a_huge_text_is_checked(worker: Worker) -> None:
-    error = while_it_is_prepared(worker, "asks", "check_length", HUGE, alias="minilm", last="] raised")
+    error = while_it_is_prepared(worker, "asks", "check_length", HUGE, alias="minilm", last="[{id}] raised")
     assert str(error).startswith("the text has 300002 tokens and the model takes 256")
