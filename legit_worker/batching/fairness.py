@@ -12,13 +12,17 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Protocol
 
 #: Items per app that are kept sorted. No batch is picked from more; those behind them are in a heap.
 FRONT = 256
+
+#: For this many batches an app counts as light, after one that left nothing of it behind although others had to wait,
+#: or had at least twice as much of it. It takes less than its part, so it goes first, and batches beside it are short.
+LIGHT_BATCHES = 100
 
 
 class Flow(Protocol):
@@ -76,6 +80,9 @@ class _Lane:
     now: float = 0.0
     #: Cost served so far, divided by weight: the app with the least goes first.
     served: float = 0.0
+    #: Batches for which it still counts as light, and the cost of what was served last.
+    light: int = 0
+    last_cost: int = 0
 
     def __iter__(self) -> Iterator[Item]:
         """In fair order."""
@@ -166,10 +173,20 @@ class FairQueue:
 
     def first(self, count: int) -> list[Item]:
         """The first `count` items in fair order; they stay queued."""
-        busy = [(lane.served, app, lane) for app, lane in self._lanes.items() if lane.waiting]
+        busy = [(not lane.light, lane.served, app, lane) for app, lane in self._lanes.items() if lane.waiting]
         if len(busy) == 1:
-            return busy[0][2].first(count)
+            return busy[0][3].first(count)
         return list(islice(_interleave(busy), count))
+
+    @property
+    def has_light(self) -> bool:
+        """Whether items of a light app wait."""
+        return any(lane.light and lane.waiting for lane in self._lanes.values())
+
+    @property
+    def light_cost(self) -> int:
+        """The cost of what light apps had of their last batches, the most of them; 0 if no app is light."""
+        return max((lane.last_cost for lane in self._lanes.values() if lane.light), default=0)
 
     def take(self, batch: Collection[Item]) -> None:
         """Remove a batch that is about to run and charge its apps for it."""
@@ -182,6 +199,18 @@ class FairQueue:
         self.remove(batch)
         for lane in costs:
             lane.tidy()  # who waits behind the batch would keep its items
+        self._note_light(costs)
+
+    def _note_light(self, costs: Mapping[_Lane, int]) -> None:
+        """A batch with these costs was taken: is anybody light beside those who wait?"""
+        small = sum(costs.values()) / (2 * len(costs)) if costs else 0
+        for lane in self._lanes.values():
+            if lane in costs and lane.waiting:
+                lane.light = 0
+            elif lane in costs and (self._size or costs[lane] <= small):
+                lane.light, lane.last_cost = LIGHT_BATCHES, costs[lane]
+            elif lane.light:
+                lane.light -= 1
 
     def remove(self, items: Collection[Item]) -> None:
         """Forget items that wait here."""
@@ -205,15 +234,15 @@ def _tag(item: Item) -> float:
     return item.tag
 
 
-def _interleave(busy: list[tuple[float, str, _Lane]]) -> Iterator[Item]:
-    """Items as the apps would be served one at a time, the least served app first."""
-    heap = [(served, app, lane, iter(lane)) for served, app, lane in busy]
+def _interleave(busy: list[tuple[bool, float, str, _Lane]]) -> Iterator[Item]:
+    """Items as the apps would be served one at a time, the least served app first; before them, those of light apps."""
+    heap = [(is_heavy, served, app, lane, iter(lane)) for is_heavy, served, app, lane in busy]
     heapq.heapify(heap)
     while heap:
-        served, app, lane, items = heap[0]
+        is_heavy, served, app, lane, items = heap[0]
         item = next(items, None)
         if item is None:
             heapq.heappop(heap)
             continue
-        heapq.heapreplace(heap, (served + item.cost / lane.weight, app, lane, items))
+        heapq.heapreplace(heap, (is_heavy, served + item.cost / lane.weight, app, lane, items))
         yield item

@@ -34,6 +34,11 @@ LAUNCH_SHARE = 0.05
 SHORT = 0.15
 
 
+#: Seconds of a batch beside an app that sends little: the least that they are bounded to, and how many times what that
+#: app's items take alone. Its next item waits for the batch that runs, and for its own.
+SHARED_SECONDS, SHARED = 0.02, 1.0
+
+
 class Sizing:
     """The size of one model's batches, learned from those that ran. Lives on the main thread, inside the engine."""
 
@@ -56,13 +61,19 @@ class Sizing:
             self._items = min(self._items, SHRINK * count)
             self._padded = min(self._padded, SHRINK * count * longest)
 
-    def items(self, longest: int) -> int:
-        """The most items, padded to `longest`, that the next batch may have; at least 1."""
+    def items(self, longest: int, light_cost: int = 0) -> int:
+        """The most items, padded to `longest`, that the next batch may have; at least 1.
+
+        `light_cost` is what an app that sends little adds to a batch; 0 if there is none.
+        """
         if not self.costs.is_known:
             return FIRST_BATCH
         grown = int(min(self._items, self._padded // longest))
-        fitting = self.costs.largest(longest, self._batch_seconds)
-        return max(1, min(grown, fitting), self.costs.worth_a_try(longest, self._batch_seconds))
+        seconds = self._batch_seconds
+        if light_cost:
+            shared = max(SHARED_SECONDS, SHARED * self.costs.predict(1, light_cost))
+            return max(1, min(grown, self.costs.largest(longest, min(seconds, shared))))
+        return max(1, min(grown, self.costs.largest(longest, seconds)), self.costs.worth_a_try(longest, seconds))
 
     @property
     def _batch_seconds(self) -> float:

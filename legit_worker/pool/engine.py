@@ -139,6 +139,12 @@ class Engine:
         return any(queue.is_full for queue in self._queues.values() if len(queue))
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether the next batch should not wait for company."""
+        queue = _next(self._queues.values())
+        return queue is not None and queue.is_urgent
+
+    @property
     def is_busy(self) -> bool:
         """Whether a batch is in flight."""
         return bool(self._flights)

@@ -223,6 +223,11 @@ class ModelQueue:
             return self._fair.cost >= budget
         return sum(item.cost for item in self._fair.first(HORIZON)) >= budget
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether an item of an app waits that sends little: it must not wait for company."""
+        return self._fair.has_light
+
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were all items of one length."""
         count = len(self._fair)
@@ -320,7 +325,7 @@ class ModelQueue:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = self._fair.first(1)[0].cost if len(self._fair) else 1
         by_memory = min(self._room.most, self.model.largest_cost(longest))
-        return int(min(by_memory, longest * self.sizing.items(longest)))
+        return int(min(by_memory, longest * self.sizing.items(longest, self._fair.light_cost)))
 
     def _pick(self, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""

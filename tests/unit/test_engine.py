@@ -194,6 +194,19 @@ def test_behind_a_batch_in_flight_only_a_full_one_is_worth_handing_over() -> Non
     assert subject.can_step
 
 
+def test_items_of_an_app_that_sends_little_do_not_wait_for_company() -> None:
+    subject, entry = engine(), Letters()
+    ask(subject, entry, FULL * 3, app="flood")
+    assert not subject.is_urgent
+    for _ in range(2):
+        ask(subject, entry, ["one"], app="small")
+        subject.step()
+    assert not subject.is_urgent, "none of them waits"
+    ask(subject, entry, ["two"], app="small")
+    assert subject.is_urgent
+    run_all(subject)
+
+
 def test_one_that_waits_alone_gets_what_is_in_flight_first() -> None:
     subject, entry = engine(), GpuEntry()
     other = ask(subject, entry, ["other"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from touches import Touched, touches
 
-from legit_worker.batching.fairness import FRONT, FairQueue, Item
+from legit_worker.batching.fairness import FRONT, LIGHT_BATCHES, FairQueue, Item
 
 
 @dataclass(eq=False)
@@ -90,6 +91,43 @@ def test_an_app_that_was_away_gets_no_credit_for_it() -> None:
     assert 45 <= served.count("b") <= 55
 
 
+def test_an_app_that_takes_less_than_its_part_is_light_beside_a_flood_and_goes_first() -> None:
+    queue = queue_of()
+    add(queue, FakeCall("flood"), [10] * 1000)
+    serve(queue, 8)
+    assert not queue.light_cost, "nobody else is here"
+    add(queue, FakeCall("small"), [7])
+    serve(queue, 8)
+    assert queue.light_cost == 7
+    assert not queue.has_light
+    queue.take(queue.first(1))  # a head start for whoever is only served by turns
+    mine = add(queue, FakeCall("small"), [7] * 3)
+    assert queue.has_light
+    assert queue.first(3) == mine
+
+
+def test_an_app_is_light_if_it_had_a_small_part_of_a_batch_that_left_nobody_behind() -> None:
+    queue = queue_of()
+    for small, others, light in ((1, 1, 0), (1, 7, 1)):
+        add(queue, FakeCall("small"), [1] * small)
+        add(queue, FakeCall("other"), [1] * others)
+        serve(queue, 8)
+        assert queue.light_cost == light
+
+
+def test_an_app_whose_items_are_left_behind_is_not_light_and_neither_is_one_that_is_gone() -> None:
+    queue = queue_of()
+    add(queue, FakeCall("flood"), [10] * 1000)
+    add(queue, FakeCall("small"), [7] * 3)
+    serve(queue, 2)
+    assert not queue.light_cost, "it has more than its turn"
+    serve(queue, 4)
+    for _ in range(LIGHT_BATCHES):
+        assert queue.light_cost
+        serve(queue, 1)
+    assert not queue.light_cost
+
+
 def test_dropping_a_call_leaves_the_others() -> None:
     queue = queue_of()
     gone, stays = FakeCall(), FakeCall()
@@ -124,6 +162,7 @@ class PlainLane:
         self.weight = weight
         self.items: list[Item] = []
         self.now = self.served = 0.0
+        self.light = 0
 
 
 class PlainQueue:
@@ -150,7 +189,7 @@ class PlainQueue:
         left = {app: list(lane.items) for app, lane in self.lanes.items() if lane.items}
         found: list[Item] = []
         while left and len(found) < count:
-            app = min(left, key=lambda app: (served[app], app))
+            app = min(left, key=lambda app: (not self.lanes[app].light, served[app], app))
             found.append(left[app].pop(0))
             served[app] += found[-1].cost / self.lanes[app].weight
             if not left[app]:
@@ -164,6 +203,15 @@ class PlainQueue:
                 lane.now += cost / len({item.call for item in lane.items})
                 lane.served += cost / lane.weight
         self.remove(batch)
+        costs = Counter({app: sum(item.cost for item in batch if item.call.app == app) for app in self.lanes})
+        parts = sum(cost > 0 for cost in costs.values())
+        for app, lane in self.lanes.items():
+            if costs[app] and lane.items:
+                lane.light = 0
+            elif costs[app] and (self.first(1) or costs[app] * 2 * parts <= costs.total()):
+                lane.light = LIGHT_BATCHES
+            else:
+                lane.light = max(0, lane.light - 1)
 
     def remove(self, items: list[Item]) -> None:
         for lane in self.lanes.values():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.batching.sizing import FIRST_BATCH, GROWTH, LAUNCHES, Sizing
+from legit_worker.batching.sizing import FIRST_BATCH, GROWTH, LAUNCHES, SHARED_SECONDS, Sizing
 
 #: Seconds of a batch, which the user set.
 BOUND = 0.5
@@ -112,6 +112,14 @@ def test_short_launches_make_short_batches() -> None:
     """A small model on a CPU: longer batches would gain next to nothing, and the next task would wait for them."""
     sizes = run(linear(0.004, 1e-4), [1000] * 8, longest=20)
     assert 0.1 < linear(0.004, 1e-4)(sizes[-1], 20) <= 0.15
+
+
+def test_batches_beside_an_app_that_sends_little_are_shorter_still_but_never_shorter_than_its_own_item() -> None:
+    sizing = Sizing(BOUND)
+    run(linear(0.002, 0.001), [1, *[1000] * 50], sizing)
+    assert sizing.items(1, light_cost=1) == pytest.approx((SHARED_SECONDS - 0.002) / 0.001, abs=1)
+    assert sizing.items(1, light_cost=50) == pytest.approx(50, abs=1)
+    assert sizing.items(1, light_cost=10_000) <= sizing.items(1)
 
 
 def test_until_launches_are_known_all_seconds_are_the_items() -> None:
