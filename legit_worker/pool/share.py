@@ -6,6 +6,7 @@ prefetch count, which is the number of tasks that the broker may hand over.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from celery.utils.quorum_queues import detect_quorum_queues
 
 from legit_worker.pool.engine import UNKNOWN_SECONDS
+
+logger = logging.getLogger(__name__)
 
 #: The predicted seconds of work that one worker holds beside the next batch of each model. A new worker holds 32 tasks,
 #: since an unknown task counts as `UNKNOWN_SECONDS`. Another worker that starts now waits at most this long for its
@@ -97,18 +100,20 @@ class Share:
 class Prefetch:
     """Sets the prefetch count to the number of tasks that the pool wants. Lives on the main thread; one per worker.
 
-    Celery adds one to the count for each task with an ETA that it holds. That part stays.
+    Each task with an ETA that Celery holds adds one to the count, up to `worker_eta_task_limit`, as Celery has it.
     """
 
     def __init__(self, consumer: Any, count: int) -> None:
+        conf = consumer.app.conf
+        count = 1 if conf.get("worker_disable_prefetch") else min(count, conf.get("worker_eta_task_limit") or count)
         self._consumer = consumer
         consumer.prefetch_multiplier = 1
         consumer.initial_prefetch_count = count
         # Celery calls this on `pool_grow`. The pool's next decision uses the new window anyway.
         consumer._update_prefetch_count = lambda index=0: None
         self._qos: Any = None
-        # The pool's part of the count that the broker knows.
-        self._told = count
+        # The pool's part of the count that the broker knows, and the number of tasks that Celery holds for later.
+        self._told, self._later = count, 0
         self._decided_at = self._consumed_at = 0.0
         # The tags of replaced consumers, whose last messages may still arrive.
         self._cancelled: list[str] = []
@@ -120,14 +125,14 @@ class Prefetch:
     def want(self, count: int) -> None:
         """Let the broker hand over this many tasks."""
         self._decided_at = monotonic()
+        if self._is_one_at_a_time():
+            count = 1
         qos, before = self._consumer.qos, self._consumer.initial_prefetch_count
         self._consumer.initial_prefetch_count = count
         if qos is None:
             return
-        if qos is not self._qos:  # a new connection
-            self._qos, self._told, self._cancelled = qos, before, []
-            # After a lost connection Celery would raise the count step by step. The pool decides instead.
-            self._consumer._maximum_prefetch_restored = True
+        if qos is not self._qos:
+            self._meet(qos, before)
         if self._consumer.connection.transport.driver_type != "amqp":
             if count != self._told:
                 self._tell(count)
@@ -143,14 +148,40 @@ class Prefetch:
             self._tell(count)
             self._consume_anew()
 
-    def _tell(self, count: int) -> None:
-        """Set the count, which the hub tells the broker. `worker_eta_task_limit` bounds only Celery's part of it."""
+    def _is_one_at_a_time(self) -> bool:
+        """Whether `worker_disable_prefetch` (Celery 5.6) says so, which Celery heeds on Redis only."""
+        conf, connection = self._consumer.app.conf, getattr(self._consumer, "connection", None)
+        return bool(conf.get("worker_disable_prefetch")) and (
+            connection is not None and connection.transport.driver_type == "redis"
+        )
+
+    def _meet(self, qos: Any, count: int) -> None:
+        """A new connection, whose broker knows this count. Celery holds nothing for later any more, or not yet."""
+        if self._qos is None and self._is_one_at_a_time():
+            logger.warning(
+                "worker_disable_prefetch is set: this worker takes one task at a time, and computes no two together; "
+                "unset it to have batches, and LEGIT_WORKER_MAX_HELD_SECONDS bounds what a worker holds"
+            )
+        self._qos, self._told, self._cancelled = qos, count, []
+        self._later = max(0, qos.value - count)
+        # kombu would forget what is over the limit.
+        qos.increment_eventually, qos.decrement_eventually = self._hold_later, lambda n=1: self._hold_later(-n)
+        # After a lost connection Celery would raise the count step by step. The pool decides instead.
+        self._consumer._maximum_prefetch_restored = True
+
+    def _hold_later(self, n: int = 1) -> int:
+        """Celery holds `n` more tasks with an ETA, or gives them to the pool now."""
         with self._qos._mutex:
-            later = max(0, self._qos.value - self._told)
+            self._later = max(0, self._later + n)
+            self._tell(self._told)
+            return int(self._qos.value)
+
+    def _tell(self, count: int) -> None:
+        """Set the count, which the hub tells the broker. All that the worker holds is bounded by the limit."""
+        with self._qos._mutex:
             limit = getattr(self._qos, "max_prefetch", None)  # kombu 5.6
-            if limit is not None:
-                later = min(later, max(0, limit - count))
-            self._told, self._qos.value = count, count + later
+            value = count + self._later
+            self._told, self._qos.value = count, min(value, limit) if limit else value
 
     def _consume_anew(self) -> None:
         """Replace the consumers: each new one gets an equal part of the new count. The worker keeps its messages.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import celery
 import pytest
 from harness import SIDES, StartWorker, poll
 from journal import begin_both
@@ -37,3 +39,39 @@ def test_an_option_for_pools_of_processes_is_taken_and_changes_nothing(
             poll(lambda worker=worker: "Task runs_at[" in worker.log, "what beat sends")
         assert worker.stop() == 0
         assert "Traceback" not in worker.log
+
+
+def test_no_more_tasks_are_held_for_later_than_the_project_allows(start_worker: StartWorker, tmp_path: Path) -> None:
+    """Nor is any other fetched meanwhile, as under stock solo."""
+    lives = begin_both(start_worker, tmp_path, conf={"worker_eta_task_limit": 5})
+    for side in SIDES:
+        worker = lives[side].worker
+        for number in range(20):
+            worker.client.send_task("no_model", [number], countdown=3600)
+        client = worker.client.connection_for_read().default_channel.client
+        poll(lambda worker=worker: len(worker.received) == 5, "as many as it may hold")
+        later = worker.send("no_model", 1)
+        assert worker.stats()["prefetch_count"] == 5
+        assert worker.client.control.inspect([worker.name]).scheduled()[worker.name].__len__() == 5
+        assert client.llen(worker.broker.queue) == 16
+        assert not later.ready()
+        assert worker.stop() == 0
+
+
+@pytest.mark.skipif(celery.__version__ < "5.6", reason="the option is Celery 5.6's")
+def test_without_prefetch_a_worker_holds_the_task_that_it_runs(start_worker: StartWorker, tmp_path: Path) -> None:
+    lives = begin_both(start_worker, tmp_path, "--disable-prefetch")
+    for side in SIDES:
+        worker = lives[side].worker
+        results = [worker.send("sleeps", 0.1) for _ in range(10)]
+        client = worker.client.connection_for_read().default_channel.client
+        held = []
+
+        def watch(results: list[Any] = results, held: list[int] = held, client: Any = client) -> bool:
+            held.append(client.hlen("unacked"))
+            return all(result.ready() for result in results)
+
+        poll(watch, "all answers")
+        assert max(held) == 1
+        assert ("and computes no two together" in worker.log) == (side == "modelpool")
+        assert worker.stop() == 0

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.utils.collections import AttributeDict
 from hypothesis import given
 from hypothesis import strategies as st
 from kombu.common import QoS
@@ -97,7 +98,7 @@ class Consumer:
         #: What was said to the channel.
         self.said: list[Any] = []
         arguments = {"x-queue-type": "quorum"} if quorum else {}
-        conf = SimpleNamespace(worker_detect_quorum_queues=True)
+        conf = AttributeDict(worker_detect_quorum_queues=True)
         declared = {"work": SimpleNamespace(queue_arguments=arguments)}
         self.app = SimpleNamespace(amqp=SimpleNamespace(queues=declared), conf=conf)
         self.connection = SimpleNamespace(transport=SimpleNamespace(driver_type=driver))
@@ -224,13 +225,33 @@ def test_queues_that_are_called_quorum_on_redis_are_lists_like_others(clock: Any
     assert (consumer.told, consumer.said) == ([32, 100], [])
 
 
-def test_a_limit_of_tasks_for_later_does_not_bound_the_others() -> None:
+def test_a_limit_of_tasks_for_later_bounds_all_that_is_held() -> None:
     consumer = Consumer()
-    consumer.eta_task_limit = 40
-    prefetch = Prefetch(consumer, 32)
+    consumer.eta_task_limit = consumer.app.conf["worker_eta_task_limit"] = 40
+    prefetch = Prefetch(consumer, 1024)
     consumer.connect()
-    consumer.qos.increment_eventually(100)  # tasks with an ETA
-    for count, told in ((20, 28), (1, 9), (60, 60), (20, 20)):
-        prefetch.want(count)
+    assert consumer.told == [40]
+    prefetch.want(20)
+    for later, told in ((5, 25), (10, 35), (100, 40), (-100, 35), (-15, 20)):
+        (consumer.qos.increment_eventually if later > 0 else consumer.qos.decrement_eventually)(abs(later))
         consumer.turn()
         assert consumer.told[-1] == told
+    prefetch.want(60)
+    consumer.turn()
+    assert consumer.told[-1] == 40
+
+
+@pytest.mark.parametrize(("driver", "told"), [("redis", 1), ("amqp", 60)])
+def test_a_worker_that_must_not_prefetch_holds_one_task_at_a_time(driver: str, told: int, clock: Any) -> None:
+    """Celery warns on other brokers that it does not heed the setting."""
+    consumer = Consumer(driver)
+    consumer.app.conf["worker_disable_prefetch"] = True
+    prefetch = Prefetch(consumer, 20)
+    consumer.connect()
+    assert consumer.told == [1], "nobody knows the broker before"
+    prefetch.want(60)
+    consumer.turn()
+    assert consumer.told[-1] == told
+    consumer.qos.increment_eventually()
+    consumer.turn()
+    assert consumer.told[-1] == told + 1
