@@ -28,9 +28,14 @@ class Host:
             else:
                 drive()
 
-    def park(self, done: Future[Any], what: str) -> bool:
+    def park(self, done: Future[Any], what: str, counts: bool) -> bool:
         """See `park` below."""
         return done.done()
+
+    @property
+    def is_around_task(self) -> bool:
+        """See `is_around_task` below."""
+        return False
 
     def give_way(self, what: str) -> None:
         """See `give_way` below."""
@@ -62,9 +67,17 @@ def wait(
         _host.wait(done, what, drive, is_own, loads)
 
 
-def park(done: Future[Any], what: str) -> bool:
-    """Let others run until `done` is done. Return False at once if the caller can't park."""
-    return _host.park(done, what)
+def park(done: Future[Any], what: str, *, counts: bool = False) -> bool:
+    """Let others run until `done` is done. Return False at once if the caller can't park.
+
+    `counts` says that a task which is over still counts in the window meanwhile.
+    """
+    return _host.park(done, what, counts)
+
+
+def is_around_task() -> bool:
+    """Whether the caller is the code before or after a task's own, and can park."""
+    return _host.is_around_task
 
 
 def give_way(what: str) -> None:

@@ -75,20 +75,26 @@ class FiberHost(parking.Host):
             else:
                 drive()
 
-    def park(self, done: Future[Any], what: str) -> bool:
-        """Park a task that is over until its result is delivered. Such a task does not count in the window."""
+    def park(self, done: Future[Any], what: str, counts: bool) -> bool:
+        """Park a task. One that is over counts in the window meanwhile only if `counts` says so."""
         fiber = fibers.current()
         if done.done():
             return True
         if fiber is None or not self._may_park(fiber):
             return False
-        if fiber.phase is Phase.ENDING:
+        if fiber.phase is Phase.ENDING and not counts:
             self._running.delivering.add(fiber)
         try:
             fiber.wait_for(done, what)
         finally:
             self._running.delivering.discard(fiber)
         return True
+
+    @property
+    def is_around_task(self) -> bool:
+        """Whether Celery's code around a task runs, in which others may have the thread."""
+        fiber = fibers.current()
+        return fiber is not None and fiber.phase in (Phase.NEW, Phase.ENDING) and self._may_park(fiber)
 
     def give_way(self, what: str) -> None:
         """Park until the loop comes round, if the task may."""

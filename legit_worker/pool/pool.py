@@ -50,6 +50,7 @@ from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.waiter import Waiter
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
+from legit_worker.results.backend import store_in_groups
 from legit_worker.routing.backend import Routing
 
 #: Seconds between two looks at the tasks that wait for the delivery of their result.
@@ -208,6 +209,8 @@ class ModelPool(SoloPool):
         self._undo = (tell_own_time(), ignore_late_revokes())
         turns.use(sql.is_blind)
         own.use()
+        if not self._inline:
+            store_in_groups(self.app)
         load_pinned(default_registry())
 
     def register_with_event_loop(self, hub: Any) -> None:

@@ -28,10 +28,12 @@ from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
 from legit_worker import settings
 from legit_worker.apps import carrier, header
 from legit_worker.models import handle
+from legit_worker.results.backend import RidersOnRedis, riders
+from legit_worker.results.writes import Rider
 from legit_worker.routing.endings import GOES_ON, STARTED_AT, Request, app_of, destination, endings, never_run
 from legit_worker.routing.envelope import Ending, seal
 from legit_worker.routing.lanes import lanes_of
-from legit_worker.routing.wires import Delivery, connect, is_redis, push_all
+from legit_worker.routing.wires import Delivery, commands, connect, is_redis
 
 logger = logging.getLogger(__name__)
 
@@ -78,16 +80,6 @@ def routing(wrapped: Any) -> Any:
 def _unpickled(wrapped: Any, function: Callable[..., Any], *rest: Any) -> Any:
     return function(routing(wrapped), *rest)
 
-
-class Join:
-    """Deliveries that may join the pipeline which stores the result."""
-
-    def __init__(self, deliveries: list[Delivery]) -> None:
-        self.deliveries = deliveries
-        self.is_done = False
-
-
-_join: ContextVar[Join | None] = ContextVar("legit_worker_join", default=None)
 
 #: The request of the chord's part that Celery counts now: the chord's body has the same app.
 _part: ContextVar[Request | None] = ContextVar("legit_worker_part", default=None)
@@ -236,41 +228,26 @@ class Routing:
 
     @contextmanager
     def _joining(self, deliveries: list[Delivery]) -> Iterator[list[Delivery]]:
-        """Let the wrapped backend's pipeline take deliveries along. After the block, the list has the rest."""
+        """Let deliveries ride with the result, if both are for one server. After the block, the list has the rest."""
         left = list(deliveries)
-        join = Join([delivery for delivery in deliveries if self._is_same_server(delivery.chosen.url)])
-        token = _join.set(join)
+        riding = [(one, Rider(commands(one.pushes()))) for one in deliveries if self._is_same_server(one.chosen.url)]
+        token = riders.set([rider for _, rider in riding])
         try:
             yield left
         finally:
-            _join.reset(token)
-        if join.is_done:
-            left[:] = [delivery for delivery in left if delivery not in join.deliveries]
+            riders.reset(token)
+        arrived = {id(delivery) for delivery, rider in riding if rider.is_done}
+        left[:] = [delivery for delivery in left if id(delivery) not in arrived]
 
     def _is_same_server(self, url: str | None) -> bool:
         return False
 
 
-class JoinsRedis:
-    """Mixed in if the wrapped backend is Redis: stores the result and the envelope in one transaction."""
+class JoinsRedis(RidersOnRedis):
+    """Mixed in if the wrapped backend is Redis: envelopes for the same server go there together with the result."""
 
     app: Celery
     connparams: dict[str, Any]
-
-    @property
-    def client(self) -> Any:
-        """The wrapped backend's client. Its pipelines take the joined deliveries along."""
-        client = super().client  # type: ignore[misc]
-        join = _join.get()
-        return client if join is None or join.is_done or not join.deliveries else _Joined(client, join)
-
-    def _set(self, *args: Any, **kwargs: Any) -> Any:
-        """Store a result. Celery calls this again, with a new pipeline, if Redis did not answer."""
-        returned = super()._set(*args, **kwargs)  # type: ignore[misc]
-        join = _join.get()
-        if join is not None:
-            join.is_done = bool(join.deliveries)
-        return returned
 
     def _is_same_server(self, url: str | None) -> bool:
         if url not in self._same:
@@ -298,22 +275,6 @@ def _address(params: Mapping[str, Any]) -> tuple[Any, ...]:
     if params.get("path"):
         return params["path"], int(params.get("db") or 0)
     return params.get("host") or "localhost", int(params.get("port") or 6379), int(params.get("db") or 0)
-
-
-class _Joined:
-    """A Redis client. Its pipelines begin with the joined pushes."""
-
-    def __init__(self, client: Any, join: Join) -> None:
-        self._client = client
-        self._join = join
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
-        pipeline = self._client.pipeline(*args, **kwargs)
-        push_all(pipeline, (push for delivery in self._join.deliveries for push in delivery.pushes()))
-        return pipeline
 
 
 def _as_mapping(request: Any) -> dict[str, Any] | None:

@@ -126,14 +126,14 @@ class RedisWire(Wire):
     def send(self, deliveries: list[Delivery]) -> None:
         """Push all in one transaction."""
         with self.channel.client.pipeline() as pipeline:
-            push_all(pipeline, (push for delivery in deliveries for push in delivery.pushes()))
+            for command in commands(push for delivery in deliveries for push in delivery.pushes()):
+                pipeline.execute_command(*command)
             pipeline.execute()
 
 
-def push_all(pipeline: Any, values: Iterable[Push]) -> None:
-    """Queue pushes in a Redis pipeline."""
-    for value in values:
-        (pipeline.lpush if value.left else pipeline.rpush)(value.key, value.value)
+def commands(values: Iterable[Push]) -> list[tuple[str, str, bytes]]:
+    """Return the Redis commands that push these values."""
+    return [("LPUSH" if value.left else "RPUSH", value.key, value.value) for value in values]
 
 
 class BrokerWire(Wire):

@@ -1,0 +1,155 @@
+"""A Redis result backend whose results are stored in groups.
+
+In: what Celery stores of a task, from its fiber. Out: the same keys, values and messages as Celery's own backend, which
+reach the server together with other tasks' ones while the fiber is parked. A caller that can't park stores as Celery
+does.
+
+Sources: celery.backends.base and celery.backends.redis (5.5 to 5.7).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from celery import Celery, states
+from celery.backends.base import BaseKeyValueStoreBackend
+from celery.backends.redis import RedisBackend
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from legit_worker import parking
+from legit_worker.results.writer import Writer
+from legit_worker.results.writes import Rider, Write, send
+
+#: Seconds that the server has to answer, if the project sets more: Celery sets 120.
+PATIENCE = 10.0
+
+#: Celery's own methods of storing. A class that overrides one of them stores in its own way.
+CELERYS = {
+    **dict.fromkeys(("_store_result", "_get_task_meta_for"), BaseKeyValueStoreBackend),
+    **dict.fromkeys(("set", "_set", "get"), RedisBackend),
+}
+
+#: The state that Celery stores now, if its write goes into a group.
+_storing: ContextVar[str | None] = ContextVar("legit_worker_storing", default=None)
+
+#: What goes to the server together with the result that Celery stores now.
+riders: ContextVar[Sequence[Rider]] = ContextVar("legit_worker_riders", default=())
+
+#: The writers of this process.
+writers: list[Writer] = []
+
+
+def store_in_groups(app: Celery) -> None:
+    """Let this app's backends store in groups, in a process whose tasks can park."""
+    get_backend = app._get_backend
+
+    def get_grouping_backend() -> Any:
+        return _grouping(get_backend())
+
+    app._get_backend = get_grouping_backend
+    if app._backend is not None:
+        _grouping(app._backend)
+
+
+def _grouping(backend: Any) -> Any:
+    if _stores_as_celery(type(backend)):
+        kind: Any = type(backend)
+        backend.__class__ = _grouped(kind)
+    return backend
+
+
+def _stores_as_celery(kind: type) -> bool:
+    if not issubclass(kind, RedisBackend) or issubclass(kind, Groups):
+        return False
+    kinds = [one for one in kind.__mro__ if one is not RidersOnRedis]
+    return all(next(one for one in kinds if name in vars(one)) is celerys for name, celerys in CELERYS.items())
+
+
+@functools.cache
+def _grouped(wrapped: Any) -> Any:
+    return type(wrapped.__name__, (Groups, wrapped), {"wrapped": wrapped})
+
+
+class RidersOnRedis:
+    """Mixed into a Redis backend. The riders go to the server together with the result."""
+
+    client: Any
+    expires: int | None
+
+    def _set(self, key: bytes, value: bytes | str, expires: int | None = None) -> None:
+        """Store a result. Celery calls this again if it raises that Redis did not answer."""
+        write = _write(self, key, value, expires)
+        if not write.riders:
+            super()._set(key, value, expires)  # type: ignore[misc]
+            return
+        error = send(self.client, [write])
+        if not write.is_stored:
+            raise write.error or error or AssertionError("a server has answered, and not about the result")
+
+
+class Groups:
+    """Mixed into a Redis backend's class. Called on the tasks' thread."""
+
+    wrapped: Any
+    connparams: dict[str, Any]
+    as_uri: Any
+    decode: Any
+    _create_client: Any
+
+    def __reduce__(self, *args: Any) -> Any:
+        reduced: Any = super().__reduce__(*args)
+        function, (kind, *rest) = reduced
+        return function, (self.wrapped if kind is type(self) else kind, *rest)
+
+    def _store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
+        """Store as the wrapped backend does. If the caller can park, only `_set` differs."""
+        if not parking.is_around_task():
+            return super()._store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
+        token = _storing.set(state)
+        try:
+            return super()._store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _storing.reset(token)
+
+    def _get_task_meta_for(self, task_id: str) -> Any:
+        """Return what is stored of a task. The writer looks itself."""
+        if _storing.get() is not None:
+            return {"status": states.PENDING, "result": None}
+        return super()._get_task_meta_for(task_id)  # type: ignore[misc]
+
+    def _set(self, key: bytes, value: bytes | str, expires: int | None = None) -> None:
+        """Store a result, in the next group if the caller can park."""
+        state = _storing.get()
+        if state is None:
+            super()._set(key, value, expires)  # type: ignore[misc]
+        else:
+            self._writer.store(_write(self, key, value, expires, is_success=state == states.SUCCESS))
+
+    @functools.cached_property
+    def _writer(self) -> Writer:
+        writer = Writer(self.as_uri(), self._connect, self._is_success)
+        writers.append(writer)
+        return writer
+
+    def _connect(self) -> Any:
+        """Return a client of the writer's own, which never tries again by itself."""
+        given = self.connparams.get("socket_timeout")
+        own = {"socket_timeout": min(given or PATIENCE, PATIENCE), "retry": Retry(NoBackoff(), 0)}
+        return self._create_client(**self.connparams | own)
+
+    def _is_success(self, payload: bytes | str) -> bool:
+        return bool(self.decode(payload)["status"] == states.SUCCESS)
+
+
+def _write(backend: Any, key: bytes, value: bytes | str, expires: int | None, *, is_success: bool = False) -> Write:
+    return Write(
+        key=key,
+        value=value,
+        is_success=is_success,
+        expires=backend.expires if expires is None else expires,
+        riders=[rider for rider in riders.get() if rider.is_open],
+    )

@@ -1,0 +1,174 @@
+"""The thread that stores results on one Redis server, in groups.
+
+In: writes, from tasks' fibers. Out: a future for each group, done when the server has all of its writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import monotonic
+from typing import Any
+
+from legit_worker import parking
+from legit_worker.results.writes import AWAY, IsSuccess, Write, check, is_away, send
+
+logger = logging.getLogger(__name__)
+
+#: What a task waits for, in the log and in `inspect stats`.
+WAIT = "its result to be stored"
+
+#: The most writes, and bytes of values, that go to the server in one step.
+MOST_WRITES, MOST_BYTES = 256, 4 * 2**20
+
+#: Seconds before a server that is away is tried again: the first pause, and the longest.
+FIRST_RETRY, LAST_RETRY = 0.05, 1.0
+
+#: If a server breaks more connections than this over the same writes, and answers in between, it refuses one of them.
+MOST_BREAKS = 3
+
+
+class Group:
+    """Writes that go to the server together. `done` is done when it has them all, or refuses some."""
+
+    def __init__(self) -> None:
+        self.writes: list[Write] = []
+        self.done: Future[None] = Future()
+
+
+class Writer:
+    """Owns one thread and one client. Any thread may call `store`; the thread alone uses the client."""
+
+    def __init__(self, name: str, connect: Callable[[], Any], is_success: IsSuccess) -> None:
+        """`name` is the server's URL without a password."""
+        self.name = name
+        self._connect = connect
+        self._is_success = is_success
+        self._client: Any = None
+        self._lock = threading.Lock()
+        #: The group that writes join now.
+        self._open: Group | None = None
+        self._groups: queue.SimpleQueue[Group] = queue.SimpleQueue()
+        #: When the server stopped taking writes, by the monotonic clock; None while it takes them.
+        self.away_since: float | None = None
+        # A daemon: what waits at the process's end is not acked, and runs again.
+        threading.Thread(target=self._run, name="legit-results", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return f"<Writer {self.name}: {'server away' if self.away_since else 'server there'}>"
+
+    def store(self, write: Write) -> None:
+        """Park until the write is stored. Raises the server's error if it refuses the write."""
+        group = self._join(write)
+        if not parking.park(group.done, WAIT, counts=True):
+            group.done.result()
+        if write.error is not None:
+            raise write.error
+
+    def _join(self, write: Write) -> Group:
+        with self._lock:
+            group = self._open
+            if group is None:
+                group = self._open = Group()
+                self._groups.put(group)
+            group.writes.append(write)
+        return group
+
+    def _run(self) -> None:
+        while True:
+            group = self._groups.get()
+            with self._lock:
+                self._open = None
+            try:
+                for part in _parts(group.writes):
+                    self._store(part)
+            except BaseException as error:  # the fibers must not wait for ever
+                logger.exception("results can't be stored on %s", self.name)
+                for write in group.writes:
+                    if write.is_open:
+                        write.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            group.done.set_result(None)
+
+    def _store(self, writes: list[Write]) -> None:
+        """Store some writes, however long the server is away."""
+        breaks = 0
+        while writes:
+            error = self._attempt(writes)
+            writes = [write for write in writes if write.is_open]
+            if error is None:
+                self._server_is_there()
+            elif writes:
+                breaks += 1
+                if breaks == 1 and self.away_since is None and self._client is None:
+                    continue  # the idle connection was stale: try a new one at once
+                if breaks > MOST_BREAKS and self._breaks_over(writes):
+                    self._split(writes, error)
+                    return
+                self._wait(error, min(FIRST_RETRY * 2 ** (breaks - 1), LAST_RETRY))
+
+    def _attempt(self, writes: list[Write]) -> Exception | None:
+        """Try once. Returns an error if the server is away."""
+        try:
+            if self._client is None:
+                self._client = self._connect()
+            check(self._client, [write for write in writes if not write.is_stored], self._is_success)
+            return send(self._client, writes)
+        except Exception as error:
+            self._disconnect()
+            if not is_away(error):
+                raise
+            return error
+
+    def _breaks_over(self, writes: list[Write]) -> bool:
+        """Tell whether the server answers, and only breaks the connection over these writes."""
+        if self._client is not None:  # it has answered them
+            return False
+        try:
+            self._client = self._connect()
+            return bool(self._client.ping())
+        except AWAY:
+            self._disconnect()
+            return False
+
+    def _split(self, writes: list[Write], error: Exception) -> None:
+        """Find the write that breaks the connection, as one does that is larger than `proto-max-bulk-len`."""
+        if len(writes) == 1:
+            writes[0].error = error
+        else:
+            for write in writes:
+                self._store([write])
+
+    def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.connection_pool.disconnect()
+
+    def _wait(self, error: Exception, seconds: float) -> None:
+        if self.away_since is None:
+            self.away_since = monotonic()
+            logger.warning(
+                "%s takes no results, and the tasks wait until it does: %s: %s",
+                *(self.name, type(error).__name__, error),
+            )
+        threading.Event().wait(seconds)
+
+    def _server_is_there(self) -> None:
+        if self.away_since is not None:
+            logger.warning("%s takes results again, after %.1f s", self.name, monotonic() - self.away_since)
+            self.away_since = None
+
+
+def _parts(writes: list[Write]) -> list[list[Write]]:
+    """Cut a group into parts of a bounded size, in order."""
+    parts: list[list[Write]] = []
+    size = 0
+    for write in writes:
+        if not parts or len(parts[-1]) >= MOST_WRITES or size + len(write.value) > MOST_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(write)
+        size += len(write.value)
+    return parts

@@ -1,0 +1,158 @@
+"""What a Redis server must be told of tasks' ends, and what its answers mean.
+
+In: writes, a group at a time. Out: for each write, that it is stored, or the server's error; and the writes that the
+server could not take now.
+
+Sources: celery.backends.base.BaseKeyValueStoreBackend._store_result and celery.backends.redis.RedisBackend._set
+(5.5 to 5.7), whose commands these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+#: One command, as redis-py's `execute_command` takes it.
+Command = tuple[Any, ...]
+
+#: Errors that tell that the server does not answer, or takes no commands now. redis-py cuts the first word off these.
+AWAY = (RedisConnectionError, RedisTimeoutError, OSError, OutOfMemoryError, ReadOnlyError)
+
+#: How other errors begin if the server may take the same command later.
+LATER = ("MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MOVED", "TRYAGAIN", "UNBLOCKED", "BUSY")
+
+#: Looks at the stored bytes of a task: tells whether its state is SUCCESS.
+IsSuccess = Callable[[Any], bool]
+
+
+def is_away(error: object) -> bool:
+    """Tell whether an error means that the server may take the same command later."""
+    return isinstance(error, AWAY) or (isinstance(error, ResponseError) and str(error).startswith(LATER))
+
+
+@dataclass(eq=False)
+class Rider:
+    """Commands that go to the server together with a result."""
+
+    #: Those that the server has not taken yet.
+    commands: list[Command]
+    #: Whether the server refuses one of them, so that they must go another way.
+    is_refused: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the server has taken all."""
+        return not self.commands and not self.is_refused
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server must be asked again."""
+        return bool(self.commands) and not self.is_refused
+
+    def learn(self, replies: Sequence[Any]) -> None:
+        """Take the server's replies to `commands`, in their order."""
+        self.is_refused = any(isinstance(reply, Exception) and not is_away(reply) for reply in replies)
+        self.commands = [
+            command for command, reply in zip(self.commands, replies, strict=True) if isinstance(reply, Exception)
+        ]
+
+
+@dataclass(eq=False)
+class Write:
+    """One task's state on its way to the server."""
+
+    key: bytes
+    value: bytes | str
+    is_success: bool
+    #: Seconds until the server forgets the key. None or 0: it keeps the key.
+    expires: int | None = None
+    riders: Sequence[Rider] = ()
+    #: Why the server refuses it.
+    error: Exception | None = None
+    #: Whether the key has this value, or keeps the SUCCESS that it had.
+    is_stored: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server must be asked again."""
+        if self.error is not None:
+            return False
+        return not self.is_stored or any(rider.is_open for rider in self.riders)
+
+    def commands(self) -> list[Command]:
+        """Return what the server has not taken yet."""
+        if self.error is not None:
+            return []
+        left = [command for rider in self.riders if rider.is_open for command in rider.commands]
+        if self.is_stored:
+            return left
+        store = ("SETEX", self.key, self.expires, self.value) if self.expires else ("SET", self.key, self.value)
+        return [store, ("PUBLISH", self.key, self.value), *left]
+
+    def learn(self, replies: list[Any]) -> None:
+        """Take the server's replies to `commands`, in their order."""
+        if self.error is not None:
+            return
+        if not self.is_stored:
+            own, replies = replies[:2], replies[2:]
+            errors = [reply for reply in own if isinstance(reply, Exception)]
+            self.error = next((error for error in errors if not is_away(error)), None)
+            self.is_stored = not errors
+        for rider in self.riders:
+            if rider.is_open:
+                count = len(rider.commands)
+                rider.learn(replies[:count])
+                replies = replies[count:]
+
+
+def send(client: Any, writes: Sequence[Write]) -> Exception | None:
+    """Give the server all commands of these writes, and note its answers in them.
+
+    Returns an error if the server could not take some of them now. Raises what a broken connection raises.
+    """
+    commands = [write.commands() for write in writes]
+    with client.pipeline(transaction=False) as pipeline:
+        for command in (command for own in commands for command in own):
+            pipeline.execute_command(*command)
+        replies = pipeline.execute(raise_on_error=False)
+    start = 0
+    for write, own in zip(writes, commands, strict=True):
+        write.learn(replies[start : start + len(own)])
+        start += len(own)
+    return next((reply for reply in replies if is_away(reply)), None)
+
+
+def check(client: Any, writes: Sequence[Write], is_success: IsSuccess) -> None:
+    """Keep each SUCCESS that is stored already, also by a write of the same group."""
+    stored = _read(client, [write.key for write in writes])
+    succeeded = set()
+    for write, value in zip(writes, stored, strict=True):
+        try:
+            if isinstance(value, Exception):
+                raise value
+            is_another = bool(value) and value != write.value  # the last try may have stored this one
+            write.is_stored = write.key in succeeded or (is_another and is_success(value))
+        except Exception as error:  # as for Celery, what can't be read must not be overwritten
+            write.error = error
+        if write.is_success:
+            succeeded.add(write.key)
+
+
+def _read(client: Any, keys: list[bytes]) -> list[Any]:
+    """Return the value of each key, or the error that the server gives for it."""
+    if not keys:
+        return []
+    try:
+        return list(client.mget(keys))
+    except ResponseError as error:
+        if is_away(error):
+            raise
+    with client.pipeline(transaction=False) as pipeline:  # this user may run GET, and not MGET
+        for key in keys:
+            pipeline.get(key)
+        return list(pipeline.execute(raise_on_error=False))
