@@ -1,0 +1,140 @@
+"""Results on Redis: what is stored, in which order, and what happens while the result backend takes nothing.
+
+The broker and the result backend are two servers, so that one goes away without the other. Clients that send have no
+result backend: they would wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from harness import INSPECT_SECONDS, SIMULATED, Broker, StartWorker, Worker, poll
+from ownserver import Server
+
+ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
+
+#: Tasks whose results wait for the backend.
+TASKS = 20
+
+
+@dataclass
+class Stored:
+    """A worker, and a result backend of its own."""
+
+    worker: Worker
+    backend: Server
+
+    def __post_init__(self) -> None:
+        self.client = replace(self.worker.broker, backend="disabled://").client()
+
+    def send(self, task: str, *names: str, **options: Any) -> list[str]:
+        """Send one task for each name. Returns their ids."""
+        return [self.client.send_task(task, [name], **options).id for name in names]
+
+    def metas(self, ids: list[str]) -> list[Any]:
+        """What the backend has of these tasks, None for those that it does not know."""
+        with redis.Redis.from_url(self.backend.url) as server:
+            return [meta and json.loads(meta) for meta in server.mget([f"celery-task-meta-{one}" for one in ids])]
+
+    def statuses(self, ids: list[str]) -> Counter[str]:
+        """How many of these tasks are in which state."""
+        return Counter(meta["status"] if meta else "PENDING" for meta in self.metas(ids))
+
+    def wait_for(self, status: str, ids: list[str]) -> None:
+        """Until all have this state."""
+        poll(lambda: self.statuses(ids)[status] == len(ids), f"{len(ids)} tasks with {status}")
+
+    @property
+    def runs(self) -> Counter[str]:
+        """How often each task ran."""
+        return Counter(re.findall(r"\bran (\S+)$", self.worker.log, re.MULTILINE))
+
+    def wait_for_runs(self, *names: str) -> None:
+        """Until all have run."""
+        poll(lambda: set(names) <= set(self.runs), f"{len(names)} tasks to run")
+
+    def answers(self) -> bool:
+        """Whether the worker answers remote control."""
+        return bool(self.worker.client.control.ping([self.worker.name], timeout=INSPECT_SECONDS))
+
+    def unacked(self) -> int:
+        """How many messages the worker holds."""
+        with redis.Redis.from_url(self.worker.broker.url) as server:
+            return int(server.hlen("unacked"))
+
+
+def start(start_worker: StartWorker, broker: Broker, backend: Server, conf: Any = None, **more: str) -> Stored:
+    """A worker; `conf` has more of its project's settings. By default, a task stores nothing before it ends."""
+    settings = {"task_track_started": False} | (conf or {})
+    variables = SIMULATED | ENABLED | {"PROJECT_CONF": json.dumps(settings)} | more
+    return Stored(start_worker("counted", broker=replace(broker, backend=backend.url), environment=variables), backend)
+
+
+@pytest.fixture
+def stored(start_worker: StartWorker, broker: Broker, server: Server) -> Stored:
+    """A worker on the common broker, with a result backend that the test may stop."""
+    return start(start_worker, broker, server)
+
+
+def command(*words: str) -> Callable[[Server], None]:
+    """Send a server a command."""
+
+    def run(server: Server) -> None:
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command(*words)
+
+    return run
+
+
+#: How a result backend stops taking results, and how it goes on.
+OUTAGES: dict[str, tuple[Callable[[Server], None], Callable[[Server], None]]] = {
+    "stopped": (Server.stop, Server.start),
+    "frozen": (Server.freeze, Server.thaw),
+    "full": (command("CONFIG", "SET", "maxmemory", "1"), command("CONFIG", "SET", "maxmemory", "0")),
+    "a replica": (command("REPLICAOF", "127.0.0.1", "1"), command("REPLICAOF", "NO", "ONE")),
+    "without replicas": (
+        command("CONFIG", "SET", "min-replicas-to-write", "1"),
+        command("CONFIG", "SET", "min-replicas-to-write", "0"),
+    ),
+    "paused": (command("CLIENT", "PAUSE", "600000", "WRITE"), command("CLIENT", "UNPAUSE")),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_tasks_wait_for_the_result_backend_and_run_once(stored: Stored, outage: str) -> None:
+    away, back = OUTAGES[outage]
+    away(stored.backend)
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names[::2]) + stored.send("computed", *names[1::2])
+    stored.wait_for_runs(*names)
+    poll(lambda: stored.worker.pool()["parked"] == TASKS, "all tasks to wait")
+    assert all(stored.answers() for _ in range(3))
+    assert stored.unacked() == TASKS, "what is not stored is not acked"
+    back(stored.backend)
+    stored.wait_for("SUCCESS", ids)
+    poll(lambda: stored.unacked() == 0, "all to be acked")
+    assert stored.runs == Counter(names)
+    assert "Connection to broker lost" not in stored.worker.log
+
+
+def test_tasks_whose_start_is_stored_begin_once_the_backend_is_back(
+    start_worker: StartWorker, broker: Broker, server: Server
+) -> None:
+    stored = start(start_worker, broker, server, {"task_track_started": True})
+    server.stop()
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names)
+    poll(lambda: stored.worker.pool()["parked"] == TASKS, "all tasks to wait")
+    assert stored.runs == {}
+    server.start()
+    stored.wait_for("SUCCESS", ids)
+    assert stored.runs == Counter(names)
