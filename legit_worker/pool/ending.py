@@ -26,6 +26,7 @@ from legit_worker.pool.loop import Loop
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running
 from legit_worker.pool.softly import SoftShutdown
+from legit_worker.results.backend import away_since
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ FLIGHT_SECONDS = 5.0
 
 #: Seconds between two looks while all that still runs waits for something.
 LOOK = 0.25
+
+#: Seconds that a warm shutdown waits, after the last task's code is over, for a result backend that takes no results.
+#: Most of what kills a worker that does not end waits for 30 seconds or longer.
+BACKEND_SECONDS = 20.0
 
 
 class Ending:
@@ -61,6 +66,8 @@ class Ending:
         #: The hub, whose timers go on until the end, and the consumer, once there is one.
         self.hub: Any = None
         self.consumer: Any = None
+        # Since when a shutdown waits for nothing but the result backend.
+        self._waits_since: float | None = None
 
     def warm(self) -> None:
         """Let all tasks end that have started."""
@@ -80,7 +87,7 @@ class Ending:
         self._loop.backlog.clear()
         # Those that started run to their end: in a warm shutdown all, in a soft one those that can in its time, in a
         # cold one none. A signal that comes meanwhile can turn the first into one of the others.
-        while len(self._running) and monotonic() < min(until, self._soft.until_if_begun):
+        while len(self._running) and monotonic() < min(until, self._soft.until_if_begun) and not self._waits_in_vain():
             self._reports.finishing([fiber.waits_for for fiber in self._running])
             self._drain()
         # Celery tells the rest that they are cancelled, before their ends, which would be wrong afterwards.
@@ -93,6 +100,20 @@ class Ending:
         self._engine.wait(FLIGHT_SECONDS)
         # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
         self._release()
+
+    def _waits_in_vain(self) -> bool:
+        """Whether all that still runs waits for a result backend that takes no results, and has for long enough."""
+        since = away_since()
+        is_waiting = since is not None and all(map(self._running.is_storing, self._running))
+        self._waits_since = (self._waits_since or monotonic()) if is_waiting else None
+        if self._waits_since is None or monotonic() < self._waits_since + BACKEND_SECONDS:
+            return False
+        logger.critical(
+            "the result backend takes no results, and the worker ends without those of %d tasks: they run again, "
+            "except those that were acked early, whose results are lost",
+            len(self._running),
+        )
+        return True
 
     def _drain(self) -> None:
         """Do what the hub would do, once."""
@@ -152,7 +173,7 @@ class Ending:
         self._engine.forget()
         self._loop.resume_ready()  # the one whose item it was
         for fiber in self._running:
-            if fiber not in self._running.delivering:
+            if not (fiber in self._running.delivering or self._running.is_storing(fiber)):
                 self._unwind(fiber, None if fiber.acks_late else DeviceLostError(*error.args))
                 if fiber.dead:
                     self._loop.forget(fiber)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.fibers import Fiber, Phase
 
 
 class Running:
@@ -43,6 +43,11 @@ class Running:
     def parked(self) -> int:
         """How many wait."""
         return sum(fiber.waits_for is not None for fiber in self)
+
+    def is_storing(self, fiber: Fiber) -> bool:
+        """Whether a task waits for what Celery stores of it, before or after its own code."""
+        is_around = fiber.waits_for is not None and fiber.phase in (Phase.NEW, Phase.ENDING)
+        return is_around and fiber not in self.delivering
 
     @property
     def early(self) -> int:

@@ -43,6 +43,11 @@ riders: ContextVar[Sequence[Rider]] = ContextVar("legit_worker_riders", default=
 writers: list[Writer] = []
 
 
+def away_since() -> float | None:
+    """Return since when a server takes no results, by the monotonic clock; None if all take them."""
+    return min((writer.away_since for writer in writers if writer.away_since is not None), default=None)
+
+
 def store_in_groups(app: Celery) -> None:
     """Let this app's backends store in groups, in a process whose tasks can park."""
     get_backend = app._get_backend

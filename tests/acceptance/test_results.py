@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +137,47 @@ def test_tasks_whose_start_is_stored_begin_once_the_backend_is_back(
     server.start()
     stored.wait_for("SUCCESS", ids)
     assert stored.runs == Counter(names)
+
+
+# A worker that ends meanwhile.
+
+
+def test_a_cold_shutdown_gives_back_what_could_not_be_stored(
+    stored: Stored, start_worker: StartWorker, broker: Broker
+) -> None:
+    stored.backend.stop()
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names)
+    stored.wait_for_runs(*names)
+    stored.worker.signal(signal.SIGQUIT)
+    stored.worker.wait()
+    stored.backend.start()
+    again = start(start_worker, broker, stored.backend)
+    again.wait_for("SUCCESS", ids)
+    assert again.runs == Counter(names)
+
+
+def test_a_warm_shutdown_waits_for_the_backend(stored: Stored) -> None:
+    stored.backend.stop()
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names)
+    stored.wait_for_runs(*names)
+    stored.worker.signal(signal.SIGTERM)
+    stored.worker.wait_for_log("waiting for its result to be stored")
+    stored.backend.start()
+    assert stored.worker.wait() == 0
+    assert stored.statuses(ids) == {"SUCCESS": TASKS}
+    assert stored.unacked() == 0
+
+
+def test_a_warm_shutdown_does_not_wait_for_ever(stored: Stored, start_worker: StartWorker, broker: Broker) -> None:
+    stored.backend.stop()
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names)
+    stored.wait_for_runs(*names)
+    assert stored.worker.stop() == 0
+    assert "the worker ends without those of 20 tasks" in stored.worker.log
+    stored.backend.start()
+    again = start(start_worker, broker, stored.backend)
+    again.wait_for("SUCCESS", ids)
+    assert again.runs == Counter(names)

