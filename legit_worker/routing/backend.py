@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any
 from celery import Celery, signals
 from celery._state import get_current_task
 from celery.app.backends import by_url
+from celery.backends.base import BaseKeyValueStoreBackend
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
 
@@ -81,6 +82,9 @@ def _unpickled(wrapped: Any, function: Callable[..., Any], *rest: Any) -> Any:
     return function(routing(wrapped), *rest)
 
 
+#: The run of a task whose end the app has been told.
+_told: ContextVar[tuple[str, Any] | None] = ContextVar("legit_worker_told", default=None)
+
 #: The request of the chord's part that Celery counts now: the chord's body has the same app.
 _part: ContextVar[Request | None] = ContextVar("legit_worker_part", default=None)
 
@@ -111,14 +115,18 @@ class Routing:
     def mark_as_done(self, task_id: str, result: Any, request: Any = None, *rest: Any, **options: Any) -> Any:
         """Store as the wrapped backend does, and route."""
         stock = partial(super().mark_as_done, task_id, result, request, *rest, **options)  # type: ignore[misc]
-        return self._route(stock, self._ended(task_id, request, "SUCCESS", result), request)
+        ended = list(self._ended(task_id, request, "SUCCESS", result))
+        if ended and self.app.conf.worker_deduplicate_successful_tasks:
+            self._check_storable(result, request)
+        return self._route(stock, ended, request, is_last=False)
 
     def mark_as_failure(
         self, task_id: str, exc: Any, traceback: Any = None, request: Any = None, *rest: Any, **options: Any
     ) -> Any:
         """Store as the wrapped backend does, and route."""
         stock = partial(super().mark_as_failure, task_id, exc, traceback, request, *rest, **options)  # type: ignore[misc]
-        ended = () if self._is_told_again(task_id, exc) else self._ended(task_id, request, "FAILURE", exc)
+        is_told = self._is_told_again(task_id, exc) or _told.get() == _run(task_id, request)
+        ended = () if is_told else self._ended(task_id, request, "FAILURE", exc)
         return self._route(stock, ended, request)
 
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, *rest: Any, **options: Any) -> Any:
@@ -192,23 +200,51 @@ class Routing:
         if self.lanes.count_unknown(name):
             logger.warning("results of app %.128r are not routed: no LEGIT_WORKER_APPS__<APP>__… names it", name)
 
-    def _route(self, stock: Callable[[], Any], ended: Iterable[Ending], request: Any) -> Any:
-        """Store the stock result and send the envelopes, in one transaction if both are on one Redis."""
+    def _check_storable(self, result: Any, request: Any) -> None:
+        """Raise the wrapped backend's error over a result that its serializer refuses.
+
+        With deduplication the app is told first. It must not hear of a success that then becomes a failure.
+        """
+        ignores = bool(getattr(request, "ignore_result", False))
+        if isinstance(self, BaseKeyValueStoreBackend) and not ignores:
+            self.encode(self.encode_result(result, "SUCCESS"))
+
+    def _route(self, stock: Callable[[], Any], ended: Iterable[Ending], request: Any, *, is_last: bool = True) -> Any:
+        """Store the stock result and send the envelopes, in one step if both are on one Redis.
+
+        If the result can't be stored, Celery makes a failure of a success. No other end follows if it `is_last`.
+        """
         deliveries = list(self._deliveries(ended, _as_mapping(request) or {}))
         if not deliveries:
             return stock()
         # With deduplication, a task that has a result does not run again. So its envelope must be sent first.
         if self.app.conf.worker_deduplicate_successful_tasks:
-            self._send(deliveries)
+            self._send(deliveries, request)
             return stock()
-        with self._joining(deliveries) as left:
-            returned = stock()
-        self._send(left)
+        left = list(deliveries)
+        try:
+            with self._joining(deliveries, left):
+                returned = stock()
+        except Exception:
+            if is_last:
+                self._send(left, request)
+            raise
+        finally:
+            if len(left) < len(deliveries):
+                self._note_told(deliveries, request)
+        self._send(left, request)
         return returned
 
-    def _send(self, deliveries: Iterable[Delivery]) -> None:
+    def _send(self, deliveries: Sequence[Delivery], request: Any) -> None:
+        self._note_told(deliveries, request)
         for delivery in deliveries:
             self.lanes.send(delivery)
+
+    @staticmethod
+    def _note_told(deliveries: Sequence[Delivery], request: Any) -> None:
+        """Remember that this run's end is told: what goes wrong afterwards is no second end."""
+        if deliveries:
+            _told.set(_run(deliveries[0].task_id, request))
 
     def _deliveries(self, ended: Iterable[Ending], request: Request) -> Iterator[Delivery]:
         for ending in ended:
@@ -227,17 +263,17 @@ class Routing:
             )
 
     @contextmanager
-    def _joining(self, deliveries: list[Delivery]) -> Iterator[list[Delivery]]:
-        """Let deliveries ride with the result, if both are for one server. After the block, the list has the rest."""
-        left = list(deliveries)
+    def _joining(self, deliveries: Sequence[Delivery], left: list[Delivery]) -> Iterator[None]:
+        """Let deliveries ride with the result if both are for one server. Those that arrive are taken out of `left`."""
         riding = [(one, Rider(commands(one.pushes()))) for one in deliveries if self._is_same_server(one.chosen.url)]
         token = riders.set([rider for _, rider in riding])
         try:
-            yield left
+            yield
         finally:
             riders.reset(token)
-        arrived = {id(delivery) for delivery, rider in riding if rider.is_done}
-        left[:] = [delivery for delivery in left if id(delivery) not in arrived]
+            for delivery, rider in riding:
+                if rider.is_done:
+                    left.remove(delivery)
 
     def _is_same_server(self, url: str | None) -> bool:
         return False
@@ -290,7 +326,13 @@ def _connect_signals() -> None:
     signals.worker_ready.connect(_warn_of_early_acks, dispatch_uid="legit_worker.routing")
 
 
+def _run(task_id: str, request: Any) -> tuple[str, Any]:
+    """Tell one run of a task from another."""
+    return task_id, (_as_mapping(request) or {}).get("retries")
+
+
 def _remember_start(task: Any = None, **_: Any) -> None:
+    _told.set(None)
     setattr(task.request, STARTED_AT, time())
     setattr(task.request, GOES_ON, bool(task.request.chain))
     handle.last_called.set(None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from appqueues import Apps, app_queue, queue_name, routed
 from harness import INSPECT_SECONDS, SIMULATED, Broker, StartWorker, Worker, poll
 from ownserver import Server
 
@@ -181,3 +182,52 @@ def test_a_warm_shutdown_does_not_wait_for_ever(stored: Stored, start_worker: St
     again = start(start_worker, broker, stored.backend)
     again.wait_for("SUCCESS", ids)
     assert again.runs == Counter(names)
+
+
+# Results with envelopes on the same server.
+
+
+def start_routed(start_worker: StartWorker, broker: Broker, **conf: Any) -> Apps:
+    """A worker whose broker, result backend and app's queue are one database."""
+    variables = SIMULATED | ENABLED | routed(broker, "alpha") | {"PROJECT_CONF": json.dumps(conf)}
+    worker = start_worker("counted", broker=replace(broker, backend=broker.url), environment=variables)
+    return Apps(worker, {"alpha": app_queue(broker, "alpha")})
+
+
+def dead_letters(broker: Broker) -> list[Any]:
+    with redis.Redis.from_url(broker.url) as server:
+        return [json.loads(letter) for letter in server.lrange("legit.dead.alpha", 0, -1)]
+
+
+def test_an_envelope_that_is_refused_leaves_the_result_alone(start_worker: StartWorker, broker: Broker) -> None:
+    apps = start_routed(start_worker, broker)
+    with redis.Redis.from_url(broker.url) as server:
+        server.set(queue_name(broker, "alpha"), "no list")
+    results = [apps.send("counted", f"task{number}") for number in range(TASKS)]
+    others = [apps.send("counted", f"other{number}", app=None) for number in range(TASKS)]
+    apps.worker.settle(results + others)
+    assert {result.status for result in results + others} == {"SUCCESS"}
+    poll(lambda: len(dead_letters(broker)) == TASKS, "the dead letters")
+    assert {(one["id"], one["status"]) for one in dead_letters(broker)} == {(one.id, "SUCCESS") for one in results}
+    assert apps.counts()["apps"]["alpha"] == {"sent": TASKS, "failed": 0, "dead": TASKS, "waiting": 0}
+
+
+@pytest.mark.parametrize("deduplicates", [False, True])
+def test_an_app_hears_one_end_of_a_result_that_only_the_envelope_takes(
+    start_worker: StartWorker, broker: Broker, deduplicates: bool
+) -> None:
+    apps = start_routed(start_worker, broker, worker_deduplicate_successful_tasks=deduplicates)
+    odd = apps.send("odd", "task")
+    apps.worker.settle([odd])
+    assert odd.status == "FAILURE"
+    assert [(one["id"], one["status"]) for one in apps.told("alpha", odd.id)] == [(odd.id, "FAILURE")]
+
+
+def test_a_success_that_is_stored_stays(start_worker: StartWorker, broker: Broker) -> None:
+    apps = start_routed(start_worker, broker)
+    first = apps.send("counted", "task", task_id="same")
+    assert apps.worker.answer(first) == "task"
+    again = apps.send("failing", "again", task_id="same")
+    apps.worker.wait_for_log("ran again")
+    apps.told("alpha", again.id)
+    assert (again.status, again.result) == ("SUCCESS", "task")
