@@ -21,6 +21,9 @@ DEFAULT_WINDOW = 1024
 #: texts, and a prefork worker with as many processes loses as many.
 EARLY_WINDOW = 32
 
+#: The most tasks that are fetched in place of others which wait for their delivery: what two lanes take.
+MOST_REPLACED = 10_000
+
 
 def window(chosen: settings.Settings) -> int:
     """How many tasks may be in flight."""
@@ -121,10 +124,11 @@ class Intake:
     def replace_delivering(self) -> None:
         """Fetch one more task for each whose delivery takes long: other apps don't wait for a server that is away.
 
-        The bytes that a lane takes bound what waits (`routing.lanes.MAX_WAITING_BYTES`).
+        What a lane takes is bounded too (`routing.lane.MAX_WAITING`), but not while the broker itself is away.
         """
         delivering = len(self._running.delivering)
-        self._replaced, self._delivering_before = min(delivering, self._delivering_before), delivering
+        self._replaced = min(delivering, self._delivering_before, MOST_REPLACED)
+        self._delivering_before = delivering
         self.decide()
 
     def reconnect(self) -> None:

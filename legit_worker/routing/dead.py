@@ -18,7 +18,7 @@ from kombu.exceptions import ChannelError
 from legit_worker.errors import RoutingError
 from legit_worker.routing.formats import queue_of
 from legit_worker.routing.lanes import dead_queue
-from legit_worker.routing.wires import Delivery, connect, is_redis, open_wire, reach
+from legit_worker.routing.wires import AwayError, Delivery, connect, is_redis, open_wire, reach
 from legit_worker.settings import NAME, Settings
 
 
@@ -65,12 +65,13 @@ class DeadLetters:
                 for envelope in box.take():
                     task_id = json.loads(envelope)["id"]
                     queue = queue_of(name, chosen)
-                    wire.send([Delivery(app=name, chosen=chosen, queue=queue, task_id=task_id, envelope=envelope)])
+                    delivery = Delivery(app=name, chosen=chosen, queue=queue, task_id=task_id, envelope=envelope)
+                    for _, error in wire.send([delivery]):
+                        if error is not None:
+                            raise RoutingError(f"{sent} sent again, then one was refused: {error}")
                     sent += 1
-        except wire.away as error:
-            raise RoutingError(
-                f"{sent} sent again, then the server went away: {type(error).__name__}: {error}"
-            ) from None
+        except AwayError as error:
+            raise RoutingError(f"{sent} sent again, then the server went away: {error}") from None
         finally:
             wire.close()
         return sent

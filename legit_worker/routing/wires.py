@@ -1,26 +1,47 @@
 """A connection to the server of an app's queue.
 
-In: deliveries, a group at a time. Out: a return once the server has them, or an error. One thread uses it.
+In: deliveries, a group at a time. Out: for each, whether the server has it, refuses it, or may take it later. One
+thread uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+from amqp.exceptions import MessageNacked
 from cachetools import LRUCache
 from celery import Celery
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import ChannelError
+from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from legit_worker.routing.formats import Message, Push, message, pushes
 from legit_worker.settings import AppSettings
 
 #: Seconds that a server has to answer, before the lane tries it again.
 PATIENCE = 5
+
+#: Why RabbitMQ blocks a connection.
+FULL = "its memory or disk is full, and it reads nothing from publishers"
+
+#: No queue has this name.
+NOWHERE = "legit.nowhere"
 
 #: The most queues that a wire remembers: more than there are apps. Tasks may name any number of queues.
 KNOWN_QUEUES = 1000
@@ -85,6 +106,18 @@ def open_wire(app: Celery, url: str | None) -> Wire:
     return RedisWire(connection) if is_redis(connection) else BrokerWire(connection)
 
 
+class AwayError(Exception):
+    """The server does not answer, or can take nothing now. No delivery is at fault."""
+
+
+class NotNowError(Exception):
+    """The server takes other deliveries, and may take this one later."""
+
+
+#: What became of a delivery: None if the server has it; a `NotNowError`; or why the server refuses it.
+Outcome = tuple[Delivery, Exception | None]
+
+
 class Wire:
     """A lane's connection. It opens a channel at the first use, and again after a failure."""
 
@@ -96,19 +129,39 @@ class Wire:
         self.name = connection.as_uri()
         self._connection = connection
         self._channel: Any = None
-        #: The errors that tell that the server is away, and the delivery is not at fault.
-        self.away: tuple[type[Exception], ...] = (OSError, *connection.connection_errors)
+        # kombu counts KeyError to Redis' connection errors. Here it would be this package's own mistake.
+        away = {OSError, *connection.connection_errors} - {KeyError}
+        self._away: tuple[type[Exception], ...] = tuple(away)
 
     @property
     def channel(self) -> Any:
-        """An open channel. Raises an error of `away` at once."""
+        """An open channel. Raises `AwayError` at once."""
         if self._channel is None:
-            reach(self._connection)
-            self._channel = self._connection.channel()
+            try:
+                reach(self._connection)
+                self._channel = self._opened()
+            except AwayError:
+                raise
+            except Exception as error:  # a wrong password, a missing virtual host: no delivery is at fault
+                raise AwayError(self._reason(error)) from error
         return self._channel
 
-    def send(self, deliveries: list[Delivery]) -> None:
-        """Return when the server has them all. Raises an error of `away`, or the server's own."""
+    def _opened(self) -> Any:
+        return self._connection.channel()
+
+    def send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
+        """Send, and yield what became of each. Raises `AwayError`: then those not yielded yet may not have arrived."""
+        try:
+            yield from self._send(deliveries)
+        except self._away as error:
+            raise AwayError(self._reason(error)) from error
+
+    def _reason(self, error: Exception) -> str:
+        """Say why the server is away."""
+        return f"{type(error).__name__}: {error}"
+
+    def _send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
+        """As `send`, and may raise the connection's errors."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -123,12 +176,28 @@ class RedisWire(Wire):
 
     group_size = 128
 
-    def send(self, deliveries: list[Delivery]) -> None:
+    def _send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
         """Push all in one transaction."""
+        try:
+            replies = iter(self._pushed(deliveries))
+        except ResponseError as error:  # one command was refused, so the server did nothing
+            if len(deliveries) == 1:
+                yield deliveries[0], judged(error)
+                return
+            judged(error)
+            for delivery in deliveries:
+                yield from self._send([delivery])
+            return
+        for delivery in deliveries:
+            errors = [reply for reply in islice(replies, len(delivery.pushes())) if isinstance(reply, Exception)]
+            yield delivery, judged(errors[0]) if errors else None
+
+    def _pushed(self, deliveries: list[Delivery]) -> list[Any]:
         with self.channel.client.pipeline() as pipeline:
             for command in commands(push for delivery in deliveries for push in delivery.pushes()):
                 pipeline.execute_command(*command)
-            pipeline.execute()
+            replies: list[Any] = pipeline.execute(raise_on_error=False)
+            return replies
 
 
 def commands(values: Iterable[Push]) -> list[tuple[str, str, bytes]]:
@@ -136,26 +205,98 @@ def commands(values: Iterable[Push]) -> list[tuple[str, str, bytes]]:
     return [("LPUSH" if value.left else "RPUSH", value.key, value.value) for value in values]
 
 
+#: Redis refuses every write with these codes while it is full, is a replica, can't save, loads its data, runs a long
+#: script, or its cluster or a promotion is under way.
+TAKES_NOTHING = frozenset(
+    ("OOM", "READONLY", "MISCONF", "LOADING", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN", "UNBLOCKED")
+)
+
+#: Redis refuses a write to one key with these codes while a cluster moves it.
+NOT_THIS_KEY = frozenset(("MOVED", "ASK", "TRYAGAIN"))
+
+#: What redis-py and Redis put before the code of the error that they report.
+_BEFORE_CODE = re.compile(r".*(?:caused error|because of): ", re.DOTALL)
+
+#: The codes of errors that redis-py takes away from their text.
+_CODES = {
+    OutOfMemoryError: "OOM",
+    ReadOnlyError: "READONLY",
+    BusyLoadingError: "LOADING",
+    MasterDownError: "MASTERDOWN",
+    ClusterDownError: "CLUSTERDOWN",
+    AskError: "MOVED",
+    TryAgainError: "TRYAGAIN",
+}
+
+
+def judged(error: Exception) -> Exception:
+    """Return what a Redis error says of its delivery: `NotNowError`, or the error. Raises `AwayError`."""
+    code = _code(error)
+    if code in TAKES_NOTHING or isinstance(error, RedisConnectionError):
+        raise AwayError(f"{type(error).__name__}: {error}") from error
+    return NotNowError(f"{type(error).__name__}: {error}") if code in NOT_THIS_KEY else error
+
+
+def _code(error: Exception) -> str:
+    known = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+    return known or _BEFORE_CODE.sub("", str(error)).partition(" ")[0].rstrip(":")
+
+
 class BrokerWire(Wire):
     """The wire to RabbitMQ, or to any other broker that kombu knows."""
 
-    #: After a failure a whole group is sent again.
+    #: Each waits for its own confirm.
     group_size = 1
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self._is_amqp = connection.transport.driver_type == "amqp"
         self._known: LRUCache[str, bool] = LRUCache(KNOWN_QUEUES)
+        #: Whether RabbitMQ has said that it reads nothing more from this connection: its memory or disk is full.
+        self._is_blocked = False
+        if self._is_amqp:
+            connection.transport_options |= {"on_blocked": self._block, "on_unblocked": self._unblock}
 
-    def send(self, deliveries: list[Delivery]) -> None:
+    def _send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
         """Publish each, and wait for the broker to confirm it."""
         for delivery in deliveries:
+            yield delivery, self._outcome(delivery)
+
+    def _outcome(self, delivery: Delivery) -> Exception | None:
+        refusal: Exception | None = None
+        try:
             self._confirmed(delivery.queue, delivery.message())
+        except MessageNacked:
+            refusal = NotNowError("the broker does not take it (nack): the queue may be full")
+        except ChannelError as error:  # the broker has closed the channel
+            self.close()
+            refusal = error
+        return refusal
 
     def close(self) -> None:
         """Forget the connection, and the queues that it has declared."""
         self._known.clear()
         super().close()
+
+    def _opened(self) -> Any:
+        """Open a channel, and publish nothing to nobody: RabbitMQ tells only a publisher that it is full.
+
+        It keeps what a full one was sent, and takes it later. So each try would leave one more copy of an envelope.
+        """
+        self._is_blocked = False
+        channel = super()._opened()
+        if self._is_amqp:
+            Producer(channel).publish(b"", routing_key=NOWHERE, exchange="", timeout=PATIENCE, confirm_timeout=PATIENCE)
+        return channel
+
+    def _reason(self, error: Exception) -> str:
+        return FULL if self._is_blocked else super()._reason(error)
+
+    def _block(self, reason: str) -> None:
+        self._is_blocked = True
+
+    def _unblock(self) -> None:
+        self._is_blocked = False
 
     def _confirmed(self, queue: str, parcel: Message) -> None:
         try:
@@ -167,6 +308,8 @@ class BrokerWire(Wire):
 
     def _publish(self, queue: str, parcel: Message) -> None:
         self._declare(queue)
+        if self._is_blocked:
+            raise AwayError(FULL)
         # Without `mandatory`, the broker confirms a message for a deleted queue, and drops it.
         amqp_only = {"mandatory": True, "timeout": PATIENCE, "confirm_timeout": PATIENCE} if self._is_amqp else {}
         Producer(self.channel).publish(

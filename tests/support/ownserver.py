@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from harness import START_SECONDS, poll
+from needs import missing
 
 
 @dataclass
@@ -66,6 +68,50 @@ class Server:
         return f"redis://127.0.0.1:{self.port}/0"
 
 
+@dataclass
+class RedisServer:
+    """A Redis of Debian's, beside the machine's own. It keeps nothing when it is stopped."""
+
+    folder: Path
+    process: Any = None
+    port: int = 0
+
+    def start(self) -> None:
+        """At the same address each time."""
+        command = shutil.which("redis-server")
+        if command is None:
+            missing("redis-server is not installed")
+        self.folder.mkdir(exist_ok=True)
+        self.port = self.port or free_port()
+        self.process = subprocess.Popen(
+            [str(command), "--port", str(self.port), "--save", "", "--dir", str(self.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )
+        poll(self._is_up, "Redis to start", START_SECONDS)
+
+    def ask(self, *words: str) -> Any:
+        """Run a command, as an operator does with `redis-cli`."""
+        with redis.Redis.from_url(self.url) as client:
+            return client.execute_command(*words)
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        self.process.kill()
+        self.process.wait(START_SECONDS)
+
+    def _is_up(self) -> bool:
+        with contextlib.suppress(redis.ConnectionError):
+            return bool(self.ask("PING"))
+        return False
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
 #: Where Debian has the server itself, and its operator's command, rather than what changes to another user first.
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 RABBITMQCTL = RABBITMQ.with_name("rabbitmqctl")
@@ -99,14 +145,14 @@ class RabbitServer:
         shutil.rmtree(self.folder)
         self.start()
 
+    def control(self, *words: str) -> None:
+        """Run `rabbitmqctl`, as its operator does."""
+        command = [str(RABBITMQCTL), words[0], "--quiet", *words[1:]]
+        subprocess.run(command, env=os.environ | self._name(), timeout=START_SECONDS, check=True)
+
     def close_connections(self) -> None:
         """All of them, as its operator would."""
-        subprocess.run(
-            [str(RABBITMQCTL), "close_all_connections", "--quiet", "a test cuts all connections"],
-            env=os.environ | self._name(),
-            timeout=START_SECONDS,
-            check=True,
-        )
+        self.control("close_all_connections", "a test cuts all connections")
 
     def stop(self) -> None:
         """Really, and with everything on disk."""

@@ -20,6 +20,7 @@ def test_of_the_queues_that_tasks_name_the_latest_are_remembered(monkeypatch: py
     for queue in ("the app's own", *(f"answers.{number}" for number in range(5))):
         wire.channel.queue_declare(queue)
     for number in range(5):
-        wire.send([delivery("the app's own"), delivery(f"answers.{number}")])
+        outcomes = wire.send([delivery("the app's own"), delivery(f"answers.{number}")])
+        assert [error for _, error in outcomes] == [None, None]
     assert set(wire._known) == {"the app's own", "answers.3", "answers.4"}
     assert wire.channel._size("answers.0") == 1

@@ -1,0 +1,150 @@
+"""A server that is full, or takes nothing for another reason, is away: results wait, and all arrive later."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kombu
+import pytest
+from appqueues import AppQueue, app_queue, queue_name, routed
+from harness import SIMULATED, Broker, StartWorker, Worker, poll
+from needs import missing
+from ownserver import RABBITMQ, RabbitServer, RedisServer
+
+ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
+
+#: Tasks of one app.
+TASKS = 40
+
+#: What the log says once.
+WAITS = "takes nothing now"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that this test may fill."""
+    one = RedisServer(tmp_path / "own")
+    one.start()
+    yield one
+    one.end()
+
+
+def url_of(app: str, url: str) -> dict[str, str]:
+    return {f"LEGIT_WORKER_APPS__{app.upper()}__URL": url}
+
+
+def send(worker: Worker, app: str, count: int = TASKS) -> list[str]:
+    """Tasks for one app. Returns their ids."""
+    sent = [worker.client.send_task("double", [number], headers={"app": app}) for number in range(count)]
+    return [result.id for result in sent]
+
+
+def check_arrived(queue: AppQueue, ids: list[str], twice: int = 0) -> None:
+    """Each arrives. `twice` says how many may come twice."""
+    queue.wait_for(ids)
+    assert queue.duplicates() <= twice
+
+
+# The app's own Redis.
+
+
+def fail_to_save(own: RedisServer) -> None:
+    own.ask("CONFIG", "SET", "save", "3600 1000")
+    shutil.rmtree(own.folder)
+    own.ask("SET", "something", "to save")
+    own.ask("BGSAVE")
+    poll(lambda: own.ask("INFO", "persistence")["rdb_last_bgsave_status"] == "err", "the failed save")
+
+
+def save_again(own: RedisServer) -> None:
+    own.folder.mkdir()
+    own.ask("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
+
+
+WAYS: dict[str, tuple[Callable[[RedisServer], Any], Callable[[RedisServer], Any]]] = {
+    "OOM": (
+        lambda own: own.ask("CONFIG", "SET", "maxmemory", "1mb"),
+        lambda own: own.ask("CONFIG", "SET", "maxmemory", "0"),
+    ),
+    "READONLY": (
+        lambda own: own.ask("REPLICAOF", "127.0.0.1", "1"),
+        lambda own: own.ask("REPLICAOF", "NO", "ONE"),
+    ),
+    "NOREPLICAS": (
+        lambda own: own.ask("CONFIG", "SET", "min-replicas-to-write", "1"),
+        lambda own: own.ask("CONFIG", "SET", "min-replicas-to-write", "0"),
+    ),
+    "MISCONF": (fail_to_save, save_again),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_redis_that_takes_no_writes_is_away(
+    start_worker: StartWorker, broker: Broker, own: RedisServer, way: str
+) -> None:
+    variables = SIMULATED | ENABLED | routed(broker, "alpha", "beta") | url_of("alpha", own.url)
+    worker = start_worker("routed", broker=broker, environment=variables)
+    alpha = AppQueue(own.url, queue_name(broker, "alpha"))
+    check_arrived(alpha, send(worker, "alpha"))
+    fill, empty = WAYS[way]
+    fill(own)
+    late, others = send(worker, "alpha"), send(worker, "beta")
+    check_arrived(app_queue(broker, "beta"), others)
+    worker.wait_for_log(WAITS)
+    poll(lambda: worker.pool()["routing"]["apps"]["alpha"]["waiting"] == TASKS, "all to wait")
+    empty(own)
+    check_arrived(alpha, late)
+    assert worker.pool()["routing"]["apps"]["alpha"]["dead"] == 0
+    assert not AppQueue(broker.url, "legit.dead.alpha").exists()
+
+
+# RabbitMQ.
+
+
+@pytest.fixture
+def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
+    """A RabbitMQ that this test may fill."""
+    if not RABBITMQ.exists():
+        missing("RabbitMQ is not installed")
+    one = RabbitServer(tmp_path / "rabbit")
+    one.start()
+    yield one
+    one.end()
+
+
+def test_a_rabbitmq_without_memory_is_away(start_worker: StartWorker, broker: Broker, rabbit: RabbitServer) -> None:
+    variables = SIMULATED | ENABLED | routed(broker, "alpha", "beta") | url_of("alpha", rabbit.url)
+    worker = start_worker("routed", broker=broker, environment=variables)
+    alpha = AppQueue(rabbit.url, queue_name(broker, "alpha"))
+    check_arrived(alpha, send(worker, "alpha"))
+    rabbit.control("set_vm_memory_high_watermark", "0.0000001")
+    late, others = send(worker, "alpha"), send(worker, "beta")
+    check_arrived(app_queue(broker, "beta"), others)
+    worker.wait_for_log(WAITS)
+    poll(lambda: worker.pool()["routing"]["apps"]["alpha"]["waiting"] == TASKS, "all to wait")
+    poll(lambda: "its memory or disk is full" in worker.log, "the reason")
+    rabbit.control("set_vm_memory_high_watermark", "0.6")
+    # RabbitMQ keeps what it was sent when it became full, and takes it later.
+    check_arrived(alpha, late, twice=1)
+    assert worker.pool()["routing"]["apps"]["alpha"]["dead"] == 0
+
+
+def test_a_full_queue_of_rabbitmq_takes_all_in_time_and_holds_up_no_other(
+    start_worker: StartWorker, rabbitmq: Broker
+) -> None:
+    with kombu.Connection(rabbitmq.url) as connection:
+        name = queue_name(rabbitmq, "alpha")
+        arguments = {"x-max-length": 5, "x-overflow": "reject-publish"}
+        kombu.Queue(name, queue_arguments=arguments)(connection.default_channel).queue_declare()
+    worker = start_worker(
+        "routed", broker=rabbitmq, environment=SIMULATED | ENABLED | routed(rabbitmq, "alpha", "beta")
+    )
+    ids, others = send(worker, "alpha"), send(worker, "beta")
+    check_arrived(app_queue(rabbitmq, "beta"), others)
+    worker.wait_for_log(WAITS)
+    poll(lambda: worker.pool()["routing"]["apps"]["alpha"]["waiting"] == TASKS - 5, "all others to wait")
+    check_arrived(app_queue(rabbitmq, "alpha"), ids)
+    assert worker.pool()["routing"]["apps"]["alpha"] == {"sent": TASKS, "failed": 0, "dead": 0, "waiting": 0}
