@@ -50,6 +50,10 @@ class CudaForbiddenError(LegitWorkerError):
     """A process that must not touch CUDA tried to."""
 
 
+class PoisonedMessageError(LegitWorkerError):
+    """A task's message was delivered `LEGIT_WORKER_MAX_DELIVERIES` times, and each time its worker died."""
+
+
 class RoutingError(LegitWorkerError):
     """A result could not be delivered to its app's queue."""
 

@@ -1,68 +1,123 @@
-"""Acks that go out together.
+"""Acks that go out together, and a channel's part of the ledger.
 
-In: acks, one by one, as Celery makes them. Out: one round trip in each turn of the hub.
+In: acks, one by one, as Celery makes them. Out: they ride with the next reservation; without one, they take one round
+trip in each turn of the hub.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 
+from legit_worker.broker.ledger import MOST_ACKS, Ledger
+from legit_worker.broker.returning import put_aside
+
 logger = logging.getLogger(__name__)
 
-#: Acks go out before the hub waits, or as soon as there are this many.
-MOST_ACKS = 64
-
-#: The accounts that have unsent acks.
-_with_acks: weakref.WeakSet[ReservingQoS] = weakref.WeakSet()
+#: The ledgers of open channels.
+ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
-def flush_acks() -> None:
-    """Send all unsent acks."""
-    for qos in list(_with_acks):
-        qos.flush_acks()
+def flush_acks(*, may_wait: bool = False) -> None:
+    """Send all unsent acks. Those that `may_wait` ride with the next question once the outstanding one is answered."""
+    for ledger, channel in _open(ledger for ledger in list(ledgers) if ledger.unsent or not ledger.is_settled):
+        if not (may_wait and channel.awaits_answer and channel.qos.can_consume()):
+            send(ledger, channel)
+
+
+def settle() -> None:
+    """Send what can't ride with a question. Raises the error of a connection that is lost."""
+    for ledger in list(ledgers):
+        ledger.look_for_silent()
+    for ledger, channel in _open(ledger for ledger in list(ledgers) if not ledger.is_settled):
+        ledger.flush(channel.plain_client)
+
+
+def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:
+    """Return ledgers, each with an open channel; preferably the one that takes tasks."""
+    found = []
+    for ledger in some:
+        channels = [channel for channel in list(ledger.channels) if not channel.closed]
+        if channels:
+            found.append((ledger, max(channels, key=lambda channel: bool(channel.active_queues))))
+    return found
+
+
+def send(ledger: Ledger, channel: Any) -> None:
+    """Send everything of a ledger by a channel. What can't be sent waits for the next connection."""
+    if ledger.is_settled and not ledger.unsent:
+        return
+    try:
+        ledger.flush(channel.plain_client)
+    except channel.connection_errors as error:
+        logger.warning("%d acks wait for a connection to the broker: %r", ledger.unsent, error)
 
 
 class ReservingQoS(stock.QoS):
-    """kombu's accounts of unacked messages. It groups acks, and does not note again what the script has noted."""
+    """kombu's accounts of unacked messages. It tells the ledger, and does not note again what the script has noted."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._acked: list[str] = []
+    @property
+    def ledger(self) -> Ledger:
+        """The channel's."""
+        ledger: Ledger = self.channel.ledger
+        return ledger
+
+    def can_consume(self) -> bool:
+        """Tell whether there is room. Tasks that go on without their channel count, too."""
+        return not self.prefetch_count or self._count() < self.prefetch_count
+
+    def can_consume_max_estimate(self) -> int | None:
+        """Return how many messages there is room for; None if there is no bound."""
+        return max(self.prefetch_count - self._count(), 0) if self.prefetch_count else None
+
+    def _count(self) -> int:
+        return len(self._delivered) - len(self._dirty) + len(self.ledger.carried)
 
     def ack(self, delivery_tag: str) -> None:
-        """Ack a message: now without an event loop, else before the hub waits."""
-        if self.channel.closed:  # the connection was lost, kombu gave its messages back, and they come again
-            virtual.QoS.ack(self, delivery_tag)
-            return
-        if self.channel.connection.cycle.hub is None:
-            super().ack(delivery_tag)
+        """Ack a message: before the hub waits, or now if there is no event loop, or later if the channel is closed."""
+        virtual.QoS.ack(self, delivery_tag)
+        self.ledger.ack(delivery_tag)
+        if not self.channel.closed and (self.channel.connection.cycle.hub is None or self.ledger.unsent >= MOST_ACKS):
+            self.ledger.flush(self.channel.plain_client)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Ack a message that is not wanted, or give it back."""
+        if not requeue:
+            self.ack(delivery_tag)
             return
         virtual.QoS.ack(self, delivery_tag)
-        self._acked.append(delivery_tag)
-        _with_acks.add(self)
-        if len(self._acked) >= MOST_ACKS:
-            self.flush_acks()
-
-    def flush_acks(self) -> None:
-        """Send the unsent acks. If the connection is gone, forget them: their tasks run again."""
-        acked, self._acked = self._acked, []
-        _with_acks.discard(self)
-        if not acked:
-            return
-        try:
-            with self.pipe_or_acquire() as pipe:
-                pipe.zrem(self.unacked_index_key, *acked).hdel(self.unacked_key, *acked).execute()
-        except self.channel.connection_errors as error:
-            logger.critical("%d tasks that are done could not be acked, and will run again: %r", len(acked), error)
+        self.restore_by_tag(delivery_tag, leftmost=True)
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Note a message that is being delivered, unless the script has noted it."""
+        self.ledger.hold(delivery_tag)
         if delivery_tag == self.channel.noted:
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        """Give one message back: this process's, or another's that took longer than its visibility timeout."""
+        if self.ledger.held.get(tag) is not None:
+            self.ledger.give_back(tag, to_back=leftmost)
+            if not self.channel.closed:
+                self.ledger.flush(self.channel.plain_client)
+            return
+        self.ledger.forget(tag)
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except (TypeError, ValueError):  # noted by an older release: even stock workers can't start with it there
+            put_aside(self.channel.plain_client, self.ledger.keys, tag)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Give back what the channel's end leaves, except the messages of tasks that go on."""
+        for tag in self.ledger.outlive(self._delivered):
+            super().restore_by_tag(tag, client)
+        self._delivered.clear()
+        if self.ledger.is_left:
+            send(self.ledger, self.channel)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from kombu.transport import redis as stock
 
-from legit_worker.broker.acks import flush_acks
+from legit_worker.broker.acks import flush_acks, settle
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,10 @@ class BellPoller(stock.MultiChannelPoller):
         return {**super().fds, **self._bells}
 
     def on_poll_start(self) -> None:
-        """Send the acks: the hub is about to wait."""
-        flush_acks()
+        """Ask for messages and send the acks: the hub is about to wait."""
+        settle()
         super().on_poll_start()
+        flush_acks(may_wait=True)
 
     def watch(self, channel: Hearer, bell: Bell) -> None:
         """Poll a bell that is connected."""

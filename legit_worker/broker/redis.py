@@ -25,11 +25,25 @@ from celery import Celery
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
+from redis import Redis
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
-from legit_worker.broker.acks import ReservingQoS
+from legit_worker.broker import owners
+from legit_worker.broker.acks import ReservingQoS, send
 from legit_worker.broker.bells import Bell, BellPoller
-from legit_worker.broker.reserve import MOST_BYTES, MOST_MESSAGES, RESERVE, SHA1, Reserved, Source
+from legit_worker.broker.ledger import Ledger
+from legit_worker.broker.reserve import (
+    MORE,
+    MOST_BYTES,
+    MOST_MESSAGES,
+    NO_ROOM,
+    RESERVE,
+    SHA1,
+    UNSURE,
+    Reserved,
+    Source,
+)
+from legit_worker.broker.returning import DELIVERIES, count
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +137,29 @@ class ReservingChannel(stock.Channel):
         self._looking = True
         self._has_script = False
         self._group = 1
+        #: Acks that the outstanding question has brought along.
+        self._riding: list[str] = []
+        #: While a suspect is next for which the worker holds too many messages: how many it may hold together with it.
+        self._suspect: int | None = None
+        #: What the script is told about the bytes of which it was not sure.
+        self._verdict = ""
         #: The server's refusal, after which kombu fetches the messages; None while the script reserves them.
         self.refusal: str | None = None
         #: The tag of the message that is being delivered, if the script has noted it.
         self.noted: str | None = None
         super().__init__(*args, **kwargs)
+        #: What this process holds of this broker's messages.
+        self.ledger: Ledger = owners.opened(self)
+
+    @functools.cached_property
+    def plain_client(self) -> Redis:
+        """A client that adds no prefix to keys."""
+        return Redis(connection_pool=self.pool)
+
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether the script may have reserved messages that have not arrived yet."""
+        return bool(self._in_poll and self._asked)
 
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Remember the queues whose consumer doesn't ack. If there are no others, kombu fetches the messages."""
@@ -153,27 +185,45 @@ class ReservingChannel(stock.Channel):
         if self.refusal is not None or self._no_ack_queues.issuperset(self.active_queues):
             self._asked = []
             super()._brpop_start(timeout or self.patience())
-        elif not self._looking:
+        elif self._suspect is not None and not self._has_room_for_suspect():
+            return
+        elif not self._looking and not self.ledger.unsent:
             self._hang_bells()
         elif self._script_is_there():
             self._ask()
+
+    def _has_room_for_suspect(self) -> bool:
+        """Tell whether the worker holds few enough messages by now, and look again then."""
+        bounds = [bound for bound in (self._suspect, self.ledger.bound) if bound]
+        has_room = self.ledger.awake < min(bounds, default=1)
+        if has_room:
+            self._suspect = None
+        return has_room
 
     def _ask(self) -> None:
         sources = self._sources()
         if not sources:
             return
-        self._asked = sources
-        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key)]
+        self._asked, self._riding = sources, self.ledger.take_acks()
+        ours = self.ledger.keys
+        keys = [ours.unacked, ours.index, ours.unreadable, ours.held(self.ledger.owner)]
         keys += [source.key for source in sources]
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        self.client.connection.send_command("EVALSHA", SHA1, len(keys), *keys, *self._arguments(sources))
+
+    def _arguments(self, sources: list[Source]) -> list[Any]:
+        """Return what the script is told beside its keys."""
         queues = sources[: len(sources) // len(self.priority_steps)]
         named = [part for source in queues for part in (source.queue, int(source.acks))]
         turns = int(self.queue_order_strategy == "round_robin")
         # Without an event loop, a caller gets one message a call, as from kombu.
         room = 1 if self.connection.cycle.hub is None else self.qos.can_consume_max_estimate() or self._group
-        arguments = [min(self._group, room), MOST_BYTES, repr(time()), f"{uuid4()}.", turns, *named]
-        self._in_poll = self.client.connection
-        self._brpop_sent_at = monotonic()
-        self.client.connection.send_command("EVALSHA", SHA1, len(keys), *keys, *arguments)
+        new_tag, verdict, self._verdict = f"{uuid4()}.", self._verdict, ""
+        ledger, riding = self.ledger, self._riding
+        held = [int(bool(ledger.owner)), ledger.max_deliveries, ledger.awake, ledger.bound]
+        fixed = [min(self._group, room), MOST_BYTES, repr(time()), new_tag, turns, verdict, *held]
+        return [*fixed, len(riding), *riding, *named]
 
     def _brpop_read(self, **options: Any) -> bool:
         """Read the server's answer and deliver its messages. Raises `Empty` if there were none."""
@@ -188,32 +238,57 @@ class ReservingChannel(stock.Channel):
 
     def _read_answer(self, options: dict[str, Any]) -> list[Reserved]:
         try:
-            more, *found = self.client.parse_response(self.client.connection, "EVALSHA", **options)
+            answer = self.client.parse_response(self.client.connection, "EVALSHA", **options)
         except NoScriptError:  # the server was restarted
             self._has_script = False
-            return []
-        except ResponseError as error:
-            self._take_kombus_way(error)
+            self.ledger.ack_again(self._riding)
             return []
         except self.connection_errors:
+            self.ledger.ack_again(self._riding)
+            self.ledger.is_unsure = True
             self.client.connection.disconnect()
             raise
+        except ResponseError as error:
+            self.ledger.ack_again(self._riding)
+            self._take_kombus_way(error)
+            return []
         finally:
             self._in_poll = None
+            self._riding = []
             if hasattr(self, "_flush_brpop_reauth"):  # kombu 5.7 does this once the connection is idle
                 self._flush_brpop_reauth()
-        self._looking = bool(more)
-        self._group = min(2 * self._group, MOST_MESSAGES) if more else 1
+        return self._understand(*answer)
+
+    def _understand(self, state: int, suspect: int, *found: Any) -> list[Reserved]:
+        """Note what the script said of what is next, and what it reserved."""
+        self._looking = bool(state)
+        self._group = min(2 * self._group, MOST_MESSAGES) if state == MORE else 1
+        self._suspect = suspect if state == NO_ROOM else None
         reserved = []
         for number, tag, raw in zip(found[::3], found[1::3], found[2::3], strict=True):
             source = self._asked[number - 1]
             self._seen.add(source.key)
             reserved.append(Reserved(source, bytes_to_str(tag), raw))
+            if source.acks and tag:
+                self.ledger.hold(reserved[-1].tag, source)
+        if state == UNSURE:
+            self._judge(reserved.pop())
         return reserved
+
+    def _judge(self, unsure: Reserved) -> None:
+        """Decide whether the bytes at the end of a list are a message. The script acts on it when it is asked next."""
+        is_message = unsure.payload() is not None
+        self._verdict = ("+" if is_message else "-") + unsure.sha1
+        if not is_message:
+            logger.error(
+                "%d bytes in queue %s are no message, and are put into the list %s: %.100r",
+                *(len(unsure.raw), unsure.source.queue, UNREADABLE_KEY, unsure.raw),
+            )
 
     def _script_is_there(self) -> bool:
         """Load the script if this server may not have it. kombu's own scripts need the same commands."""
         try:
+            owners.keep_alive(self)
             self._has_script = self._has_script or bool(self.client.script_load(RESERVE))
         except ResponseError as error:
             self._take_kombus_way(error)
@@ -237,6 +312,13 @@ class ReservingChannel(stock.Channel):
 
     def _deliver_payload(self, payload: dict[str, Any], reserved: Reserved) -> None:
         lacked = reserved.complete(payload)
+        headers = payload["headers"]
+        # Celery copies headers to a task's retries, which have killed nobody yet.
+        deliveries = count(headers.pop(DELIVERIES, 0))
+        if deliveries:
+            payload["properties"]["delivery_info"][DELIVERIES] = deliveries
+        if reserved.source.acks:
+            self.ledger.describe(reserved.tag, deliveries, headers.get("eta"))
         self._queue_cycle.rotate(reserved.source.queue)
         # kombu can't restore a message that lacked a part. So kombu notes the completed message again.
         self.noted = reserved.tag if reserved.source.acks and not lacked else None
@@ -258,9 +340,19 @@ class ReservingChannel(stock.Channel):
         message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
-        with self.conn_or_acquire() as client, client.pipeline() as pipe:
-            pipe.rpush(UNREADABLE_KEY, raw)
-            pipe.zrem(self.unacked_index_key, tag).hdel(self.unacked_key, tag).execute()
+        keys = self.ledger.keys
+        with self.plain_client.pipeline() as pipe:
+            pipe.rpush(keys.unreadable, raw)
+            pipe.zrem(keys.index, tag)
+            pipe.hdel(keys.unacked, tag)
+            pipe.hdel(keys.held(self.ledger.owner), tag)
+            pipe.execute()
+        self.ledger.forget(tag)
+
+    def queue_of(self, tag: str) -> str:
+        """Return the queue that a held message came from, empty if nobody knows."""
+        source = self.ledger.held.get(tag)
+        return source.queue if source is not None else ""
 
     def _hang_bells(self) -> None:
         sources = self._sources()
@@ -320,27 +412,27 @@ class ReservingChannel(stock.Channel):
             self.drop(bell)
 
     def close(self) -> None:
-        """Send the acks, and give back the messages that were not delivered."""
+        """Give back what was not delivered, and what no task goes on with. What can't be sent now, the ledger keeps."""
         self._closing = True
-        if isinstance(self.qos, ReservingQoS):  # kombu's own class without `ack_emulation`
-            self.qos.flush_acks()
         for bell in list(self._bells.values()):
             self.drop(bell)
         try:
             if self._in_poll:
                 with suppress(Empty):
                     self._brpop_read()
-            while self._reserved:
-                reserved = self._reserved.pop()
-                if reserved.source.acks:
-                    self.qos.restore_by_tag(reserved.tag)
-                else:
-                    with self.conn_or_acquire() as client:
-                        client.rpush(reserved.source.key.removeprefix(self.global_keyprefix), reserved.raw)
-        except self.connection_errors:
-            logger.warning(
-                "the connection broke before %d messages were delivered: a worker gets them after the visibility "
-                "timeout",
-                len(self._reserved) + 1,
-            )
+            self._give_back_reserved()
+        except self.connection_errors as error:
+            logger.warning("the connection broke before %d messages were delivered: %r", len(self._reserved), error)
+        if self.ledger.is_left:
+            send(self.ledger, self)
         super().close()
+        owners.closed(self)
+
+    def _give_back_reserved(self) -> None:
+        for reserved in self._reserved:
+            if reserved.source.acks:
+                self.ledger.give_back(reserved.tag)
+        while self._reserved:
+            reserved = self._reserved.pop()
+            if not reserved.source.acks:
+                self.plain_client.rpush(reserved.source.key, reserved.raw)

@@ -6,6 +6,7 @@ In: what `apply_async` gets. Out: a fiber that has not begun.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any
@@ -14,11 +15,14 @@ from celery import Celery
 
 from legit_worker import settings
 from legit_worker.apps import identify
-from legit_worker.errors import InvalidInputError
+from legit_worker.broker.poison import DEAD, bury, deliveries_of
+from legit_worker.errors import InvalidInputError, PoisonedMessageError
 from legit_worker.pool import limits
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import Job
 from legit_worker.pool.limits import Limit
+
+logger = logging.getLogger(__name__)
 
 
 class Entrance:
@@ -52,6 +56,10 @@ class Entrance:
             limit = self._limit(job, soft, hard, on_timeout)
         except InvalidInputError as error:
             run = functools.partial(job.refuse, error)
+        message = getattr(job.request, "message", None)
+        deliveries = deliveries_of(message) if message is not None else 0
+        if 0 < self._settings.max_deliveries <= deliveries:
+            run = functools.partial(self._refuse_poisoned, job, deliveries)
         app = identify(self._settings, job.headers) or ""
         if app not in self._settings.apps:
             app = ""
@@ -67,6 +75,17 @@ class Entrance:
         fiber.limit = limit
         fiber.max_wait = self._settings.max_wait_seconds or inf
         return fiber
+
+    def _refuse_poisoned(self, job: Job, deliveries: int) -> None:
+        """Fail a task whose message was delivered too often, and keep the message."""
+        error = PoisonedMessageError(
+            f"{job.name} was delivered {deliveries} times, and each time its worker died or lost it: it is not run "
+            f"again (LEGIT_WORKER_MAX_DELIVERIES={self._settings.max_deliveries}). Its message is in {DEAD}: see "
+            "`celery legit dead list`"
+        )
+        logger.error("%s", error)
+        bury(job.request.message, str(error))
+        job.refuse(error)
 
     def _limit(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Limit | None:
         """This task's limits: its message's, its own, or the worker's. Raises `InvalidInputError`."""

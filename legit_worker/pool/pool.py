@@ -6,6 +6,7 @@ is done, as the solo pool would have called them.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
@@ -19,6 +20,8 @@ from celery.concurrency.solo import TaskPool as SoloPool
 from celery.utils import threads
 
 from legit_worker import parking, settings
+from legit_worker.broker.ledger import Worker
+from legit_worker.broker.owners import join
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import refuse_unreadable
 from legit_worker.device.cpu import bound_kernels, keep_freed_memory
@@ -93,6 +96,7 @@ class ModelPool(SoloPool):
         self._inline = bool(self.options.get("threads"))
         self._thread = 0
         self._consumer: Any = None
+        self._leave: Callable[[], None] = lambda: None
         self._running = Running()
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay)
@@ -237,6 +241,17 @@ class ModelPool(SoloPool):
         if instance.pool is self:
             self._consumer = self._ending.consumer = instance.consumer
             self._intake.meet(instance.consumer)
+            self._leave = join(
+                Worker(
+                    node=instance.hostname,
+                    lease_seconds=self._settings.lease_seconds,
+                    max_deliveries=self._settings.max_deliveries,
+                    keeps=functools.partial(
+                        self._running.outlasting, self.app.conf.worker_cancel_long_running_tasks_on_connection_loss
+                    ),
+                    harmless=lambda: len(self._running.delivering),
+                )
+            )
 
     def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
         """Its handlers of signals are installed by now."""
@@ -345,6 +360,7 @@ class ModelPool(SoloPool):
         self._wakeup.close()
         handle.use_compute(handle.compute_directly)
         parking.stop()
+        self._leave()
         for undo in self._undo:
             undo()
 

@@ -39,6 +39,14 @@ class Running:
         self._all.discard(fiber)
         self._early.discard(fiber)
 
+    def outlasting(self, are_cancelled: bool) -> set[str]:
+        """The tags of the tasks that go on if their connection to the broker is lost, and are acked later.
+
+        If Celery then cancels tasks, only those go on whose own code is over.
+        """
+        on = [fiber for fiber in self if fiber.phase is Phase.ENDING or not are_cancelled]
+        return {fiber.request.message.delivery_tag for fiber in on if fiber.acks_late and fiber.request is not None}
+
     @property
     def parked(self) -> int:
         """How many wait."""

@@ -335,6 +335,10 @@ class Settings(BaseSettings):
     window: int | None = Field(default=None, ge=1, le=100_000)
     #: Predicted seconds of work that this worker may hold; None is the pool's measured default.
     max_held_seconds: SomeSeconds | None = None
+    #: How often a message is delivered to workers that die before it is done; 0 is no bound.
+    max_deliveries: int = Field(default=5, ge=0, le=1000)
+    #: Seconds within which a dead worker's messages are given to others.
+    lease_seconds: Annotated[float, Field(ge=1, le=86_400)] = 30.0
     #: The most seconds that a task waits for company; None lets the pool decide.
     max_queue_delay: Annotated[Seconds | None, nothing_if("auto")] = None
     #: The most seconds that a task waits in all; None sets no bound.

@@ -1,0 +1,207 @@
+"""A worker's sign of life, and what happens to the messages of workers that give none.
+
+In: a ledger. Out: beats on the server, held messages that stay invisible to others, and messages of dead workers that
+are given back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from functools import cache
+from multiprocessing.util import Finalize
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+from kombu.utils.encoding import bytes_to_str
+from redis import Redis
+from redis.exceptions import RedisError
+
+from legit_worker.broker.ledger import Ledger
+from legit_worker.broker.returning import Keys, recover
+from legit_worker.broker.scripts import Script
+
+logger = logging.getLogger(__name__)
+
+#: A worker gives a sign of life this many times in a lease, and counts as dead after the lease less one of them. So
+#: the others, which look as often, find it before the lease is over.
+BEATS = 6
+
+#: Members that one command renews.
+RENEWED = 1000
+
+#: Seconds that the lease's own connection waits for an answer, and a worker's end for the lease's thread.
+PATIENCE = 5.0
+
+#: Gives a sign of life. KEYS: the owners, the processes. ARGV: the owner, seconds until it counts as dead, what is
+#: known of its process. Returns whether it counted as alive, the owners that count as dead, and the processes.
+BEAT = Script("""
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+local alive_until = redis.call('ZSCORE', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+return {alive_until and tonumber(alive_until) > now and 1 or 0,
+    redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now), redis.call('HGETALL', KEYS[2])}
+""")
+
+#: Forgets an owner that holds nothing any more. KEYS: the owners, the processes, what it holds. ARGV: the owner.
+LEAVE = Script("""
+if redis.call('EXISTS', KEYS[3]) == 1 then return 0 end
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('HDEL', KEYS[2], ARGV[1])
+return 1
+""")
+
+
+class Lease(threading.Thread):
+    """Keeps one ledger's owner alive. Its thread has its own connections, and never touches a channel."""
+
+    def __init__(self, ledger: Ledger, client: Redis, visibility_timeout: float) -> None:
+        """`visibility_timeout` is that of the ledger's channels, in seconds."""
+        super().__init__(name="legit_worker lease", daemon=True)
+        assert ledger.worker is not None
+        self._ledger = ledger
+        self._client = client
+        self._keys = ledger.keys
+        self._lease = ledger.worker.lease_seconds
+        self._beat_seconds = self._lease / BEATS
+        # Another app's workers may have a shorter visibility timeout: renew with each lease.
+        self._renew_seconds = min(visibility_timeout / 3, self._lease)
+        self._renewed_at = monotonic()
+        self._has_beaten = False
+        self._is_away = False
+        self._stopped = threading.Event()
+        self._finalize = Finalize(self, self.leave, exitpriority=0)  # after kombu's channels, which have 1
+
+    def run(self) -> None:
+        """Beat until the worker ends. A server that is away ends nothing."""
+        while not self._stopped.is_set():
+            try:
+                self.work()
+                self._is_away = False
+            except (RedisError, OSError) as error:
+                if not self._is_away:
+                    logger.warning("the broker hears no sign of life of this worker: %r", error)
+                self._is_away = True
+            except Exception:
+                logger.exception("the messages of dead workers can't be given back")
+            self._stopped.wait(min(self._beat_seconds, self._renew_seconds))
+
+    def work(self) -> None:
+        """Give a sign of life, renew what is held, and give back what dead workers held."""
+        self.renew_if_due()
+        for owner, process in self.beat().items():
+            self._recover(owner, process)
+
+    def beat(self) -> dict[str, dict[str, Any]]:
+        """Give a sign of life. Returns the dead owners with what is known of their processes."""
+        keys, name = [self._keys.owners, self._keys.processes], self._ledger.owner
+        process = json.dumps(self._process())
+        was_alive, late, known = BEAT.run(self._client, keys, name, self._lease - self._beat_seconds, process)
+        if self._has_beaten and not was_alive:
+            logger.warning(
+                "the broker heard no sign of life of this worker for %.0f seconds: others may run its %d tasks again",
+                self._lease - self._beat_seconds,
+                len(self._ledger.held),
+            )
+        self._has_beaten = True
+        processes = {bytes_to_str(owner): _read(known[at + 1]) for at, owner in enumerate(known) if at % 2 == 0}
+        dead = {bytes_to_str(owner) for owner in late} | {name for name, told in processes.items() if is_gone(told)}
+        return {owner: processes.get(owner, {}) for owner in dead - {name}}
+
+    def _process(self) -> dict[str, Any]:
+        return this_process() | {"at": time(), "unacked": self._keys.unacked, "index": self._keys.index}
+
+    def renew_if_due(self) -> None:
+        """Keep what this worker holds from others, for which it would be visible after the visibility timeout."""
+        if monotonic() - self._renewed_at < self._renew_seconds:
+            return
+        self._renewed_at = monotonic()
+        tags, now = list(self._ledger.held), time()
+        for start in range(0, len(tags), RENEWED):
+            self._client.zadd(self._keys.index, dict.fromkeys(tags[start : start + RENEWED], now), xx=True)
+
+    def _recover(self, owner: str, process: dict[str, Any]) -> None:
+        """Give back what a dead owner held."""
+        if is_gone(process):  # before its lease is over
+            self._client.zadd(self._keys.owners, {owner: 0}, xx=True)
+        keys = Keys(
+            unacked=process.get("unacked", self._keys.unacked),
+            index=process.get("index", self._keys.index),
+            prefix=self._keys.prefix,
+        )
+        moved = recover(self._client, keys, owner, until=process.get("at", time()) + self._lease)
+        if self._forget(owner) and moved:
+            logger.warning("worker %s has died: its %d messages are given back", owner.rpartition(":")[0], moved)
+
+    def _forget(self, owner: str) -> bool:
+        keys = [self._keys.owners, self._keys.processes, self._keys.held(owner)]
+        return bool(LEAVE.run(self._client, keys, owner))
+
+    def leave(self) -> None:
+        """End: send what could not be sent, give everything back that is still held, and be forgotten."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self._finalize.cancel()
+        if self.is_alive():
+            self.join(PATIENCE)
+        try:
+            for tag in list(self._ledger.held):
+                self._ledger.give_back(tag)
+            self._ledger.is_unsure = True
+            self._ledger.flush(self._client)
+            self._forget(self._ledger.owner)
+        except (RedisError, OSError) as error:
+            logger.warning(
+                "the broker is away as this worker ends (%r): its %d messages are given back within %.0f seconds, if "
+                "another worker runs",
+                *(error, len(self._ledger.held), self._lease),
+            )
+
+
+@cache
+def this_process() -> dict[str, Any]:
+    """Tell which process this is, among all that have ever run on this machine; empty if the system doesn't say."""
+    try:
+        return {
+            "host": socket.gethostname(),
+            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "namespace": os.readlink("/proc/self/ns/pid"),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+        }
+    except OSError:
+        return {}
+
+
+def is_gone(process: dict[str, Any]) -> bool:
+    """Tell whether a process ran on this machine and is dead. Of other machines nothing is known."""
+    this = this_process()
+    if not this or any(process.get(part) != this[part] for part in ("host", "boot", "namespace")):
+        return False
+    try:
+        return _started(process["pid"]) != str(process["started"])
+    except OSError:
+        return True
+
+
+def _started(pid: int) -> str:
+    """When a process started, in the system's ticks. Raises `OSError` if there is none. A zombie has ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if fields[0] in "ZX":
+        raise ProcessLookupError(f"process {pid} has ended")
+    return fields[19]
+
+
+def _read(raw: bytes) -> dict[str, Any]:
+    try:
+        process = json.loads(raw)
+    except ValueError:
+        return {}
+    return process if isinstance(process, dict) else {}

@@ -1,0 +1,86 @@
+"""Who holds messages: this process's ledgers, one for each broker that its worker takes messages from.
+
+In: the worker that lives here, and channels as they open and close. Out: each channel's ledger, whose owner has a lease
+before its first reservation, and is forgotten after the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from redis import Redis
+
+from legit_worker.broker.acks import ledgers
+from legit_worker.broker.lease import PATIENCE, Lease
+from legit_worker.broker.ledger import Ledger, Worker
+from legit_worker.broker.returning import Keys
+
+_worker: list[Worker] = []
+_of_worker: dict[Hashable, Ledger] = {}
+_leases: dict[Ledger, Lease] = {}
+
+
+def join(worker: Worker) -> Callable[[], None]:
+    """Let channels of this process reserve for this worker from now on. Returns what ends that.
+
+    Then the worker's last channel gives everything back as it closes.
+    """
+    _worker[:] = [worker]
+
+    def leave() -> None:
+        _worker.clear()
+        for ledger in _of_worker.values():
+            ledger.is_left = True
+            _leave_if_over(ledger)
+        _of_worker.clear()
+
+    return leave
+
+
+def opened(channel: Any) -> Ledger:
+    """Return the ledger of a new channel."""
+    keys = Keys(
+        unacked=channel.global_keyprefix + channel.unacked_key,
+        index=channel.global_keyprefix + channel.unacked_index_key,
+        prefix=channel.global_keyprefix,
+    )
+    address = (_address(channel), keys)
+    ledger = _of_worker.get(address) or Ledger(keys, *_worker)
+    if _worker:
+        _of_worker[address] = ledger
+    ledgers.add(ledger)
+    ledger.channels.add(channel)
+    return ledger
+
+
+def _address(channel: Any) -> Hashable:
+    """Tell brokers apart. A Sentinel's service stays itself, whichever Sentinel names its server."""
+    address = channel.connection.client
+    service = getattr(channel, "master_name", None) or (address.hostname, address.port)
+    return service, address.virtual_host
+
+
+def keep_alive(channel: Any) -> None:
+    """Give the owner of a channel's ledger a lease. Raises what the server or the network raises."""
+    ledger: Ledger = channel.ledger
+    if ledger.worker is None or ledger in _leases:
+        return
+    pool = channel._get_pool()
+    pool.connection_kwargs["socket_timeout"] = PATIENCE
+    lease = Lease(ledger, Redis(connection_pool=pool), float(channel.visibility_timeout))
+    lease.beat()
+    _leases[ledger] = lease
+    lease.start()
+
+
+def closed(channel: Any) -> None:
+    """A channel has closed."""
+    channel.ledger.channels.discard(channel)
+    _leave_if_over(channel.ledger)
+
+
+def _leave_if_over(ledger: Ledger) -> None:
+    """After the worker's last channel: nobody else sends what is unsent."""
+    if ledger.is_left and not ledger.channels and ledger in _leases:
+        _leases.pop(ledger).leave()

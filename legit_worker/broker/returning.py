@@ -1,0 +1,185 @@
+"""How noted messages go back to their lists.
+
+In: tags of unacked messages. Out: the same messages at one end of the lists that they came from; bytes that are no
+message in the list of unreadable ones. Each message moves in one step, and only if it is still noted as it was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
+from redis import Redis
+
+from legit_worker.broker.scripts import Script
+
+logger = logging.getLogger(__name__)
+
+#: The header that counts the workers that died while they held the message.
+DELIVERIES = "legit_deliveries"
+
+#: Messages that are read at once: with images in them, more would fill the memory.
+GROUP = 64
+
+#: Moves one message. KEYS: the unacked messages, their index, what the owner holds, the list, the owners.
+#: ARGV: tag, the SHA1 of what is noted, the bytes to push, the command that pushes, the owner if it must be dead, the
+#: latest time at which the owner may have taken the message. Returns 1 if it moved the message.
+MOVE = Script("""
+if ARGV[5] ~= '' then
+    local time, alive_until = redis.call('TIME'), redis.call('ZSCORE', KEYS[5], ARGV[5])
+    if alive_until and tonumber(alive_until) > tonumber(time[1]) + tonumber(time[2]) / 1e6 then return 0 end
+end
+redis.call('HDEL', KEYS[3], ARGV[1])
+local noted = redis.call('HGET', KEYS[1], ARGV[1])
+if not noted or redis.sha1hex(noted) ~= ARGV[2] then return 0 end
+local taken_at = redis.call('ZSCORE', KEYS[2], ARGV[1])
+if taken_at and tonumber(taken_at) > tonumber(ARGV[6]) then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call(ARGV[4], KEYS[4], ARGV[3])
+return 1
+""")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names of one broker's keys, with its prefix."""
+
+    #: kombu's own.
+    unacked: str
+    index: str
+    #: What precedes this project's own.
+    prefix: str = ""
+
+    @property
+    def unreadable(self) -> str:
+        """A list of bytes that are no message, and of messages that can't become a task."""
+        return f"{self.prefix}legit.unreadable"
+
+    @property
+    def dead(self) -> str:
+        """A list of records of messages that are not delivered any more."""
+        return f"{self.prefix}legit.dead"
+
+    @property
+    def owners(self) -> str:
+        """By owner, the server's time until which it counts as alive: a sorted set."""
+        return f"{self.prefix}legit.owners"
+
+    @property
+    def processes(self) -> str:
+        """By owner, what is known of its process: a hash."""
+        return f"{self.prefix}legit.processes"
+
+    def held(self, owner: str) -> str:
+        """By tag, the list from which the owner took the message: a hash."""
+        return f"{self.prefix}legit.held.{owner}"
+
+
+def give_back(client: Redis, keys: Keys, owner: str, lists: Mapping[str, str], *, to_back: bool = False) -> int:
+    """Give back what a living owner holds, so that it is taken next, or last. Returns how many messages moved.
+
+    `lists` names, by tag, the list that each message came from, in the order in which the messages were taken.
+    """
+    in_order = list(lists) if to_back else list(lists)[::-1]  # what is pushed to the front last is taken first
+    return _move(client, _Move(keys, owner, "LPUSH" if to_back else "RPUSH"), {tag: lists[tag] for tag in in_order})
+
+
+def recover(client: Redis, keys: Keys, owner: str, *, until: float) -> int:
+    """Give back what a dead owner held, behind all other messages, and count its death in each.
+
+    `until` is the latest time, by the owner's clock, at which it may have taken a message: what was taken later is
+    somebody else's. Returns how many messages moved.
+    """
+    lists = held_by(client, keys, owner)
+    times = client.zmscore(keys.index, list(lists)) if lists else []
+    # Those that were taken first stand in front again, since the right end is taken from.
+    in_order = [tag for _, tag in sorted(zip([time or 0.0 for time in times], lists, strict=True))]
+    move = _Move(keys, owner, "LPUSH", died=True, until=until)
+    return _move(client, move, {tag: lists[tag] for tag in in_order})
+
+
+def held_by(client: Redis, keys: Keys, owner: str) -> dict[str, str]:
+    """Return, by tag, the list from which an owner took each of its messages."""
+    return {bytes_to_str(tag): bytes_to_str(key) for tag, key in client.hgetall(keys.held(owner)).items()}
+
+
+def put_aside(client: Redis, keys: Keys, tag: str) -> None:
+    """Move what no worker can read from the unacked messages to the unreadable ones."""
+    _move(client, _Move(keys, "", "RPUSH"), {tag: keys.unreadable})
+
+
+@dataclass(frozen=True)
+class _Move:
+    """How messages of one owner go back."""
+
+    keys: Keys
+    owner: str
+    #: The command that pushes to the list.
+    command: str
+    #: Whether the owner must be dead. Its death is counted then.
+    died: bool = False
+    until: float = inf
+
+    def message(self, tag: str, noted: bytes, to: str) -> tuple[list[str], list[Any]]:
+        """Return the keys and arguments of `MOVE` for one message."""
+        command = self.command
+        try:
+            raw = dumps(redelivered(loads(bytes_to_str(noted))[0], died=self.died))
+        except Exception:  # kombu's JSON calls constructors, which may raise anything
+            raw, to, command = _cut_out(noted), self.keys.unreadable, "RPUSH"
+            logger.error("%d unacked bytes are no message, and were put into the list %s: %.100r", len(raw), to, raw)
+        keys = [self.keys.unacked, self.keys.index, self.keys.held(self.owner), to, self.keys.owners]
+        sha1 = hashlib.sha1(noted, usedforsecurity=False).hexdigest()
+        return keys, [tag, sha1, raw, command, self.owner if self.died else "", self.until]
+
+
+def _move(client: Redis, move: _Move, lists: Mapping[str, str]) -> int:
+    """Move messages in this order, in groups. Returns how many moved."""
+    moved, tags = 0, list(lists)
+    for start in range(0, len(tags), GROUP):
+        group = tags[start : start + GROUP]
+        calls, gone = [], []
+        for tag, noted in zip(group, client.hmget(move.keys.unacked, group), strict=True):
+            if isinstance(noted, bytes):
+                calls.append(move.message(tag, noted, lists[tag]))
+            else:
+                gone.append(tag)
+        if gone:
+            client.hdel(move.keys.held(move.owner), *gone)
+        moved += sum(MOVE.run_each(client, calls)) if calls else 0
+    return moved
+
+
+def redelivered(payload: Any, *, died: bool) -> dict[str, Any]:
+    """Mark a message as kombu does when it restores one, and count a death. Raises `TypeError` if it is no message."""
+    if not isinstance(payload, dict):
+        raise TypeError(f"{type(payload).__name__} is no message")
+    headers = payload["headers"] = dict(_mapping(payload.get("headers")))
+    properties = payload["properties"] = dict(_mapping(payload.get("properties")))
+    to = properties["delivery_info"] = dict(_mapping(properties.get("delivery_info")))
+    deliveries = max(count(headers.get(DELIVERIES)), count(to.pop(DELIVERIES, 0))) + died
+    headers["redelivered"] = to["redelivered"] = True
+    if deliveries:
+        headers[DELIVERIES] = deliveries
+    return payload
+
+
+def count(value: Any) -> int:
+    """Read a number that strangers may have written; 0 if it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _cut_out(noted: bytes) -> bytes:
+    """Cut a message out of its note, `[message, exchange, routing key]`, as far as that can be done."""
+    return noted.removeprefix(b"[").rsplit(b", ", 2)[0]
