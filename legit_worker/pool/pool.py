@@ -31,6 +31,7 @@ from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, limits, own, reports, sql, statistics, turns
+from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
@@ -98,6 +99,7 @@ class ModelPool(SoloPool):
         self._consumer: Any = None
         self._leave: Callable[[], None] = lambda: None
         self._running = Running()
+        self._adoption = Adoption(self._running)
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay)
         self._soft = SoftShutdown(self.app)
@@ -252,6 +254,7 @@ class ModelPool(SoloPool):
                     harmless=lambda: len(self._running.delivering),
                 )
             )
+            self._adoption.meet(instance.consumer)
 
     def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
         """Its handlers of signals are installed by now."""
@@ -336,6 +339,7 @@ class ModelPool(SoloPool):
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""
         self._loop.backlog.clear()
+        self._adoption.lost()
 
     def grow(self, n: int = 1) -> None:
         """`celery control pool_grow`: a wider window."""
@@ -378,6 +382,7 @@ class ModelPool(SoloPool):
             "timeouts": (self._entrance.soft or 0, self._entrance.hard or 0),
             "window": self.limit,
             "messages": self.taking(),
+            "adopted": self._adoption.count,
             **statistics.of_work(self._running, self.engine),
             **self._reports.report(),
             **statistics.of_models(default_registry(), self.engine),

@@ -6,16 +6,22 @@ In: fibers, as they begin and end. Out: how many are in progress.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from legit_worker.pool.fibers import Fiber, Phase
+
+#: A task's id and its retries, by which its message is known when it comes again.
+Key = tuple[str, int]
 
 
 class Running:
     """The tasks that have begun and are not over. Changed on the main thread; any thread may read it."""
 
     def __init__(self) -> None:
-        self._all: set[Fiber] = set()
+        self._all: dict[Fiber, Key | None] = {}
         self._early: set[Fiber] = set()
+        # A client may send one id twice.
+        self._by_key: dict[Key, list[Fiber]] = {}
         #: Those that wait for the delivery of their result.
         self.delivering: set[Fiber] = set()
         #: Tasks that have ever begun.
@@ -30,14 +36,24 @@ class Running:
     def add(self, fiber: Fiber) -> None:
         """One begins."""
         self.begun += 1
-        self._all.add(fiber)
+        key = self._all[fiber] = _key(fiber.request)
+        if key is not None:
+            self._by_key.setdefault(key, []).append(fiber)
         if not fiber.acks_late:
             self._early.add(fiber)
 
     def discard(self, fiber: Fiber) -> None:
         """One is over."""
-        self._all.discard(fiber)
+        key = self._all.pop(fiber, None)
         self._early.discard(fiber)
+        if key is not None:
+            self._by_key[key].remove(fiber)
+            if not self._by_key[key]:
+                del self._by_key[key]
+
+    def find(self, key: Key) -> list[Fiber]:
+        """Those with this id and these retries."""
+        return self._by_key.get(key, [])
 
     def outlasting(self, are_cancelled: bool) -> set[str]:
         """The tags of the tasks that go on if their connection to the broker is lost, and are acked later.
@@ -61,3 +77,13 @@ class Running:
     def early(self) -> int:
         """How many run whose messages were acked when they began. Those that wait for a delivery don't count."""
         return len(self._early - self.delivering) if self._early else 0
+
+
+def key_from(identity: Any, retries: Any) -> Key | None:
+    """The key of a task; None if these are not what Celery writes, as in a foreign client's message."""
+    retries = retries or 0
+    return (identity, retries) if isinstance(identity, str) and isinstance(retries, int) else None
+
+
+def _key(request: Any) -> Key | None:
+    return None if request is None else key_from(request.id, request.request_dict.get("retries"))

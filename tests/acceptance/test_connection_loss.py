@@ -19,8 +19,7 @@ import kombu.pools
 import pytest
 from celery.result import AsyncResult
 from harness import LATE, SIDES, Broker, Sides, StartWorker, Worker, poll
-from needs import missing
-from ownserver import RABBITMQ, RabbitServer, Server
+from ownserver import RabbitServer, Server
 
 #: A dead connection's messages are given to a worker again after so many seconds.
 OPTIONS = {"visibility_timeout": 2, "unacked_restore_throttle": 1, "unacked_restore_interval": 1}
@@ -197,19 +196,6 @@ def test_tasks_in_flight_are_cancelled_with_their_connection_where_the_project_w
 
 
 # RabbitMQ.
-
-
-@pytest.fixture
-def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
-    """A RabbitMQ that no other test uses."""
-    if not RABBITMQ.exists():
-        missing(f"{RABBITMQ} is not there")
-    server = RabbitServer(tmp_path / "rabbit")
-    try:
-        server.start()
-        yield server
-    finally:
-        server.end()
 
 
 @pytest.mark.parametrize("side", SIDES)

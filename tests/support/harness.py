@@ -371,6 +371,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
         "launching",
         "heavy",
         "forgetful",
+        "gated",
         "in_torch",
         "drawing",
         "drawing_too",

@@ -154,6 +154,16 @@ class RabbitServer:
         """All of them, as its operator would."""
         self.control("close_all_connections", "a test cuts all connections")
 
+    def time_out_after(self, seconds: float) -> None:
+        """Take back messages that are not acked in this time, as `consumer_timeout` does. For channels from now on."""
+        set_env = "application:set_env(rabbit, {}, {})."
+        self._eval(set_env.format("consumer_timeout", int(seconds * 1000)))
+        self._eval(set_env.format("channel_tick_interval", 1000))
+
+    def _eval(self, expression: str) -> None:
+        command = [str(RABBITMQCTL), "eval", "--quiet", expression]
+        subprocess.run(command, env=os.environ | self._name(), timeout=START_SECONDS, check=True)
+
     def stop(self) -> None:
         """Really, and with everything on disk."""
         os.killpg(self.process.pid, signal.SIGTERM)

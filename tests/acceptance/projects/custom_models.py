@@ -5,11 +5,13 @@ In: strings. Out: strings that say what happened.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import legit_worker
@@ -229,6 +231,15 @@ class SlowToLoad(Upper):
         print(f"computes {len(batch)} items", flush=True)
         time.sleep(0.5)
         return super().forward(batch)
+
+
+class Gated(Upper):
+    """Loads once the test makes a file: until then its tasks are parked."""
+
+    def load(self, device: str) -> None:
+        """Look until it is there."""
+        while not Path(os.environ["PROJECT_GATE"]).exists():
+            time.sleep(0.05)
 
 
 class Reports(Upper):

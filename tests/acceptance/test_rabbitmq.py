@@ -1,0 +1,76 @@
+"""RabbitMQ gives messages again: after a lost connection, a timeout of its own, and a crash.
+
+Tasks that have begun go on when their connection breaks, and their messages come again. They must not run twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import kombu.pools
+import pytest
+from harness import GREEDY, Broker, Sides, StartWorker, Worker, poll
+from ownserver import RabbitServer, Server
+
+TASKS = 300
+
+
+def fresh_client(worker: Worker) -> None:
+    """The client's connections may be gone with the worker's."""
+    kombu.pools.reset()
+    worker.client = worker.broker.client()
+
+
+def runs(worker: Worker) -> Counter[str]:
+    """How often each item was computed."""
+    return Counter(re.findall(r"(text \d+) was computed$", worker.log, re.MULTILINE))
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_parked_tasks_run_once_through_three_lost_connections(
+    start_worker: StartWorker,
+    rabbit: RabbitServer,
+    server: Server,
+    tmp_path: Path,
+    queue_type: str,
+) -> None:
+    broker = Broker(url=rabbit.url, backend=server.url, queue="work", queue_type=queue_type)
+    gate = tmp_path / "gate"
+    settings = GREEDY | {"LEGIT_WORKER_WINDOW": str(TASKS), "PROJECT_GATE": str(gate)}
+    worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, **settings)
+    results = [worker.send("tidies", f"text {number}", "gated") for number in range(TASKS)]
+    poll(lambda: worker.pool()["parked"] == TASKS, "all of them to park")
+    for number in range(3):
+        rabbit.close_connections()
+        worker.wait_for_log("Connection to broker lost")
+        fresh_client(worker)
+        poll(lambda: worker.pool()["adopted"] == TASKS * (number + 1), "all messages to come again")  # noqa: B023
+    assert len(worker.client.control.inspect([worker.name]).active()[worker.name]) == TASKS
+    gate.touch()
+    results = [worker.client.AsyncResult(result.id) for result in results]
+    assert worker.answers(results) == [f"TEXT {number}" for number in range(TASKS)]
+    assert runs(worker) == Counter(f"text {number}" for number in range(TASKS))
+    assert worker.client.control.inspect([worker.name]).active() == {worker.name: []}
+    assert worker.stop() == 0
+    with kombu.Connection(rabbit.url) as connection:
+        assert connection.default_channel.queue_declare("work", passive=True).message_count == 0
+
+
+def test_a_worker_outlives_rabbitmqs_own_timeout(
+    start_worker: StartWorker, rabbit: RabbitServer, server: Server, tmp_path: Path
+) -> None:
+    """RabbitMQ closes the channel of a consumer that acks too late (`consumer_timeout`), which is no end of a worker."""
+    rabbit.time_out_after(2)
+    broker = Broker(url=rabbit.url, backend=server.url, queue="work")
+    gate = tmp_path / "gate"
+    worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, PROJECT_GATE=str(gate))
+    results = [worker.send("tidies", f"text {number}", "gated") for number in range(20)]
+    worker.wait_for_log("delivery acknowledgement on channel")
+    poll(lambda: worker.pool()["adopted"] >= 20, "their messages to come again")
+    gate.touch()
+    assert worker.answers(results) == [f"TEXT {number}" for number in range(20)]
+    assert runs(worker) == Counter(f"text {number}" for number in range(20))
+    assert worker.log.count(f"{worker.name} ready.") == 1
+    assert worker.stop() == 0
