@@ -46,6 +46,19 @@ class Process:
         if code is not None:
             raise ProcessDiedError(f"{self.name} ended with exit code {code}. The end of its log:\n{self.tail()}")
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._popen.poll()
+
+    def send(self, number: int) -> None:
+        """A signal to the process itself, if it is still there."""
+        self._popen.send_signal(number)
+
+    def wait(self, seconds: float | None = None) -> int:
+        """The exit code, once it has ended. Raises `subprocess.TimeoutExpired`."""
+        return self._popen.wait(seconds)
+
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 

@@ -37,7 +37,7 @@ class Side:
 
 def start_broker(processes: Processes, name: str = "valkey") -> str:
     """Starts the embedded Valkey on a free port. Returns its address without a database number."""
-    server = ValkeyServer(port=_free_port(), data_dir=processes.folder / name)
+    server = ValkeyServer(port=free_port(), data_dir=processes.folder / name)
     with processes.hold():
         server.start(timeout=BROKER_SECONDS)
         processes.end_with_me("process", _pid(server))
@@ -72,7 +72,7 @@ def _environment(processes: Processes, url: str) -> dict[str, str]:
     return kept | ours | {"HF_HUB_OFFLINE": "1", "TMPDIR": str(processes.folder)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One the system picks, so that two scripts started together don't race for the first of a range."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

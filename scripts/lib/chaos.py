@@ -1,0 +1,302 @@
+"""Chaos: workers and servers are killed, stopped, filled and cut off while tasks run; every task is accounted for.
+
+In: a number of tasks, and a seed that decides all that happens (`chaos_plan`). Out: a table in Markdown of what became
+of the tasks (`chaos_account`), and exit code 1 if one is lost, or anything that happened is not explained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import kombu.pools
+import redis
+from celery import Celery, chord
+from chaos_account import FINAL, Evidence, Letter, Verdict, judge, runs_of
+from chaos_plan import BODY, PART, Errand, plan
+from chaos_scene import Act, Scene, begin
+from processes import Processes
+from rich.console import Console
+
+#: Tasks that may be sent before the next fault comes, beside those that are done: the queue that it meets.
+AHEAD_SHARE, LEAST_AHEAD, MOST_AHEAD = 0.1, 50, 400
+#: Seconds without any progress after which no task comes any more: more than any timeout and backoff here.
+PATIENCE = 90
+#: Seconds between two faults, so that one is seen to be over.
+GAP = 1.0
+#: Problems that are shown.
+SHOWN = 30
+#: Where RabbitMQ is, unless `LEGIT_TEST_AMQP_URL` says otherwise.
+AMQP_URL = "amqp://guest:guest@localhost:5672//"
+#: Keys of the broker that may be left: bindings, results, and what apps and operators have to read.
+KEPT = (b"_kombu.binding", b"celery-task", b"legit.dead", b"legit.unreadable", b"unacked_mutex")
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(processes: Processes, arguments: Sequence[str]) -> int:
+    options = _options(arguments)
+    amqp_url = os.environ.get("LEGIT_TEST_AMQP_URL", AMQP_URL) if options.broker == "rabbitmq" else None
+    run = ChaosRun(Scene(processes, plan(options.tasks, options.seed, options.broker), amqp_url))
+    started = time.monotonic()
+    try:
+        verdicts = run.judged()
+    finally:
+        if options.logs:
+            shutil.copytree(
+                processes.folder, options.logs, dirs_exist_ok=True, ignore=shutil.ignore_patterns("append*")
+            )
+    console.print(
+        f"\n`scripts/chaos --tasks {options.tasks} --seed {options.seed} --broker {options.broker}`", end=", "
+    )
+    console.print(f"{len(run.scene.workers)} workers, {time.monotonic() - started:.0f} s:\n")
+    return _report(run, verdicts)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/chaos", description="Hurt workers and servers, account for all tasks."
+    )
+    parser.add_argument("--tasks", type=int, default=1000, metavar="N", help="about how many (default: 1000)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="what happens, and when (default: 1)")
+    parser.add_argument("--broker", choices=("redis", "rabbitmq"), default="redis", help="(default: redis)")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep all logs here")
+    return parser.parse_args(arguments)
+
+
+class Sender(threading.Thread):
+    """Sends all tasks, each until it is certain that the broker has it. Counts how often it tried."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(daemon=True)
+        self.sent: Counter[str] = Counter()
+        #: How many may be sent by now, and whether it is to end.
+        self.limit, self.is_stopped = 0, False
+        self._scene = scene
+        self._plain, self._storing = self._clients()
+
+    def run(self) -> None:
+        waiting: list[Errand] = []
+        for place, errand in enumerate(self._scene.plan.errands):
+            while place >= self.limit and not self.is_stopped:
+                time.sleep(0.01)
+            waiting.append(errand)
+            if errand.kind is not PART:  # a chord's parts go with their body
+                self._send(waiting)
+                waiting = []
+
+    def _send(self, errands: Sequence[Errand]) -> None:
+        while not self.is_stopped:
+            self.sent.update(errand.id for errand in errands)
+            try:
+                self._chord(errands) if errands[-1].kind is BODY else self._one(errands[0])
+                return
+            except Exception:  # nobody knows whether the server took it
+                kombu.pools.reset()
+                self._plain, self._storing = self._clients()
+                time.sleep(0.2)
+
+    def _one(self, errand: Errand) -> None:
+        kind = errand.kind
+        headers = {"app": kind.app} if kind.app else {}
+        options = {"countdown": kind.countdown} if kind.countdown else {}
+        self._plain.send_task(kind.task, [errand.number], task_id=errand.id, headers=headers, **options)
+
+    def _chord(self, errands: Sequence[Errand]) -> None:
+        *parts, body = errands
+        app = self._storing
+        header = [app.signature(part.kind.task, args=(part.number,), task_id=part.id) for part in parts]
+        chord(header, app=app)(app.signature(body.kind.task, task_id=body.id))
+
+    def _clients(self) -> tuple[Celery, Celery]:
+        """One that asks for no result, and one that begins chords, which are counted where results are."""
+        scene = self._scene
+        clients = [Celery(broker=scene.broker_url, set_as_current=False) for _ in range(2)]
+        clients[1].conf.result_backend = scene.results.url
+        for client in clients:
+            client.conf.task_default_queue = scene.queue
+            client.conf.task_default_queue_type = "quorum" if scene.plan.quorum and scene.amqp_url else "classic"
+            client.conf.task_publish_retry = False
+        return clients[0], clients[1]
+
+
+class ChaosRun:
+    """Lives on the main thread. Goes on until every task has a result, or nothing has moved for long."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene, self.plan = scene, scene.plan
+        self.sender = Sender(scene)
+        self.notes: list[Any] = []
+        self.ended: set[str] = set()
+        self.stored: dict[str, tuple[str, Any]] = {}
+        self.faults = list(self.plan.faults)
+        self.done_faults: Counter[str] = Counter()
+        self._act: Act | None = None
+        self._act_until = self._moved = time.monotonic()
+        self._ahead = min(MOST_AHEAD, max(LEAST_AHEAD, round(AHEAD_SHARE * len(self.plan.errands))))
+        self._file: Any = None
+
+    def judged(self) -> list[Verdict]:
+        """Run it all. Returns a verdict for each task that was sent."""
+        self.scene.start()
+        self.sender.start()
+        while not self._is_over():
+            self.scene.look_after()
+            self._read()
+            self._hurt()
+            self._look_up()
+            due = self.faults[0].at if self.faults else len(self.plan.errands)
+            self.sender.limit = max(self.sender.limit, min(len(self.ended), due) + self._ahead)
+            time.sleep(0.05)
+        self.sender.is_stopped = True
+        self.scene.close()
+        self._read()
+        self._look_up(everything=True)
+        self.scene.problems += self._left_over()
+        return judge([one for one in self.plan.errands if self.sender.sent[one.id]], self._evidence())
+
+    def _is_over(self) -> bool:
+        if time.monotonic() > self._moved + PATIENCE:
+            self.scene.problems.append(
+                f"nothing moved for {PATIENCE} s, {len(self.faults)} faults and "
+                f"{len(self.plan.errands) - len(self.sender.sent)} tasks were still to come"
+            )
+            return True
+        return len(self.stored) == len(self.plan.errands) and not self.faults and self._act is None
+
+    def _read(self) -> None:
+        """What tasks have noted since the last look."""
+        path = self.scene.folder / "notes"
+        if self._file is None and path.exists():
+            self._file = path.open()
+        for line in self._file or ():
+            note = json.loads(line)
+            self.notes.append(note)
+            name, *_, what, value = note
+            if what != "begins" and value != "Retry":
+                self.ended.add(name)
+            self._moved = time.monotonic()
+
+    def _hurt(self) -> None:
+        """Undo the fault that is over, and begin the next one that is due."""
+        now = time.monotonic()
+        if now < self._act_until + GAP * (self._act is None):
+            return
+        if self._act is not None:
+            next(self._act, None)
+            self._act, self._act_until, self._moved = None, now, now
+        elif self.faults and len(self.ended) >= self.faults[0].at:
+            fault = self.faults.pop(0)
+            console.print(f"[dim]{len(self.ended)} of {len(self.plan.errands)} tasks: {fault.what}[/]")
+            self.done_faults[fault.what] += 1
+            self._act = begin(self.scene, fault)
+            self._act_until = now + next(self._act, 0.0)
+
+    def _look_up(self, *, everything: bool = False) -> None:
+        """The stored results of tasks that have ended; of all others too, once nothing has moved for a while."""
+        quiet = everything or time.monotonic() > self._moved + 3
+        wanted = [one.id for one in self.plan.errands if one.id not in self.stored and (quiet or one.id in self.ended)]
+        if not wanted or self._act is not None:
+            return
+        with suppress(redis.RedisError):
+            keys = [f"celery-task-meta-{name}" for name in wanted]
+            for name, value in zip(wanted, self.scene.results.client().mget(keys), strict=True):
+                meta = json.loads(value or "{}")
+                if meta.get("status") in FINAL:
+                    self.stored[name] = _state(meta)
+                    self._moved = self._moved if everything else time.monotonic()
+
+    def _evidence(self) -> Evidence:
+        letters: dict[str, list[Letter]] = defaultdict(list)
+        for body in (body for app in ("here", "there") for body in self._messages(app, f"{self.scene.queue}.{app}")):
+            told = json.loads(body)
+            value = told["result"] if told["error"] is None else told["error"]["type"]
+            letters[told["id"]].append(Letter(attempt=told["attempt"], status=told["status"], value=value))
+        dead: dict[str, list[str]] = defaultdict(list)
+        for queue in ("legit.dead", "legit.dead.here", "legit.dead.there"):
+            for body in self._messages("here", queue):
+                record = json.loads(body)
+                dead[record["id"]].append(record.get("reason", "an envelope that was not delivered"))
+        scene = self.scene
+        return Evidence(
+            runs=runs_of(self.notes),
+            sent=self.sender.sent,
+            stored=self.stored,
+            letters=letters,
+            dead=dead,
+            deaths=scene.deaths,
+            troubles=scene.troubles,
+        )
+
+    def _messages(self, app: str, queue: str) -> list[bytes]:
+        """All that is on a queue of the broker, or of the other app's server."""
+        scene = self.scene
+        if app == "there" or scene.amqp_url is None:
+            server = scene.servers["apps" if app == "there" else "broker"]
+            return list(server.client().lrange(queue, 0, -1))
+        with suppress(Exception), kombu.Connection(scene.amqp_url) as connection:  # the queue may not be there
+            simple = connection.SimpleQueue(kombu.Queue(queue, no_declare=True), no_ack=queue.startswith(scene.queue))
+            return [simple.get(timeout=1).body for _ in range(simple.qsize())]
+        return []
+
+    def _left_over(self) -> list[str]:
+        """What should be gone now that all workers have ended."""
+        if self.scene.amqp_url is not None:
+            with kombu.Connection(self.scene.amqp_url) as connection:
+                left = connection.default_channel.queue_declare(self.scene.queue, passive=True).message_count
+                connection.default_channel.queue_delete(self.scene.queue)
+            return [f"{left} messages are left"] if left else []
+        client = self.scene.servers["broker"].client()
+        kept = (*KEPT, self.scene.queue.encode() + b".")
+        found = [f"left over: {_size(client, key)}" for key in client.scan_iter(count=1000) if not key.startswith(kept)]
+        unreadable = client.llen("legit.unreadable")
+        if unreadable < self.scene.garbage:
+            found.append(f"{unreadable} of {self.scene.garbage} pieces of garbage are in legit.unreadable")
+        return found
+
+
+def _state(meta: dict[str, Any]) -> tuple[str, Any]:
+    value = meta["result"]
+    return meta["status"], value if meta["status"] == "SUCCESS" else value["exc_type"]
+
+
+def _size(client: Any, key: bytes) -> str:
+    sizes = {b"hash": "hlen", b"list": "llen", b"zset": "zcard", b"set": "scard"}
+    kind = client.type(key)
+    return f"{key.decode()}, {kind.decode()} of {getattr(client, sizes[kind])(key) if kind in sizes else 1}"
+
+
+def _report(run: ChaosRun, verdicts: Sequence[Verdict]) -> int:
+    """Print tables in Markdown. Returns the exit code."""
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in verdicts:
+        for name in (one.errand.kind.name, "**all**"):
+            rows[name].update({"tasks": 1, one.end: 1, "ran again": int(bool(one.again))})
+    columns = ("tasks", "done", "own error", "dead letter", "lost", "wrong", "ran again")
+    _table(("kind of task", *columns), [(name, *(rows[name][column] for column in columns)) for name in sorted(rows)])
+    again = Counter(reason for one in verdicts for reason in one.again)
+    _table(("why tasks ran again", "runs"), again.most_common())
+    _table(("what was done", "times"), run.done_faults.most_common())
+    problems = [*run.scene.problems]
+    problems += [f"{one.errand.kind.name} {one.errand.id}: {what}" for one in verdicts for what in one.problems]
+    for problem in problems[:SHOWN]:
+        print(f"- {problem}")
+    lost = rows["**all**"]["lost"]
+    print(f"\nLost: {lost}. Not explained: {len(problems)}.")
+    return int(bool(problems or lost))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+    print()

@@ -1,0 +1,229 @@
+"""Accounts for every task of a run of chaos: done once, done again and why, failed, dead-lettered, or lost.
+
+In: `Evidence`, all that was noted of the tasks, of workers and of servers. Out: one `Verdict` for each task. Pure.
+
+A task may run again only for a reason: its message was sent again; or, while it ran or before its message was acked,
+its worker died, or was stopped for longer than its lease, or a connection broke. All other runs are mistakes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from chaos_plan import Errand
+
+#: Seconds in which a worker acks a task that has ended, if nothing is in its way: a batch, and other tasks' own code.
+ACK_SECONDS = 3.0
+#: Seconds in which it does so once a server or a connection that was away is back: clients try again after a while.
+RECOVERY_SECONDS = 15.0
+#: Celery's final states.
+FINAL = ("SUCCESS", "FAILURE", "REVOKED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One execution. Times are those of this machine's monotonic clock."""
+
+    attempt: int
+    pid: int
+    begin: float
+    end: float = math.inf
+    #: `returns`, `raises`, or None if it never ended.
+    how: str | None = None
+    value: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """Something that keeps a worker from acking."""
+
+    what: str
+    begin: float
+    end: float
+    #: The worker, or None for all of them.
+    pid: int | None = None
+    #: Whether tasks may run again for it; else it only delays their acks.
+    is_reason: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """A worker's end that was no peaceful one."""
+
+    #: When it was told to end, or may have begun to.
+    begin: float
+    end: float
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letter:
+    """An envelope that an app got."""
+
+    attempt: int
+    status: str
+    #: The result, or the error's type.
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known at the end."""
+
+    runs: Mapping[str, Sequence[Run]]
+    #: How often each message was sent, or may have been: an answer that is lost says nothing.
+    sent: Mapping[str, int]
+    #: Celery's state, and the result or the error's type.
+    stored: Mapping[str, tuple[str, Any]]
+    letters: Mapping[str, Sequence[Letter]] = field(default_factory=dict)
+    #: Dead letters' reasons.
+    dead: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    #: Of each worker that did not end in peace: from when on it was dying, when it was dead, and how.
+    deaths: Mapping[int, Death] = field(default_factory=dict)
+    troubles: Sequence[Trouble] = ()
+
+    @cached_property
+    def troubles_of(self) -> Mapping[int, Sequence[Trouble]]:
+        """By worker, in their order."""
+        pids = {run.pid for runs in self.runs.values() for run in runs}
+        in_order = sorted(self.troubles, key=lambda trouble: trouble.begin)
+        return {pid: [trouble for trouble in in_order if trouble.pid in (None, pid)] for pid in pids}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of one task."""
+
+    errand: Errand
+    #: `done`, `own error`, `dead letter`, `lost`, or `wrong`.
+    end: str
+    #: Why it ran again: one reason for each further run.
+    again: tuple[str, ...] = ()
+    #: What nothing explains.
+    problems: tuple[str, ...] = ()
+
+
+def runs_of(notes: Iterable[Sequence[Any]]) -> dict[str, list[Run]]:
+    """The notes `(id, attempt, pid, run, time, what, value)` of `chaos_project`, as runs in their order."""
+    runs: dict[str, list[Run]] = defaultdict(list)
+    begun: dict[tuple[int, int], int] = {}
+    for name, attempt, pid, number, at, what, value in notes:
+        if what == "begins":
+            begun[pid, number] = len(runs[name])
+            runs[name].append(Run(attempt=attempt, pid=pid, begin=at))
+        else:
+            place = begun[pid, number]
+            runs[name][place] = replace(runs[name][place], end=at, how=what, value=value)
+    return runs
+
+
+def judge(errands: Sequence[Errand], evidence: Evidence) -> list[Verdict]:
+    """One verdict for each errand, in their order."""
+    return [_judge(errand, evidence) for errand in errands]
+
+
+def _judge(errand: Errand, evidence: Evidence) -> Verdict:
+    end, problems = _end(errand, evidence)
+    again = list(_again(errand, evidence))
+    problems += [f"ran again for no reason ({reason[1:]})" for reason in again if reason.startswith("?")]
+    problems += _letters(errand, evidence)
+    reasons = tuple(reason for reason in again if not reason.startswith("?"))
+    return Verdict(errand=errand, end=end, again=reasons, problems=tuple(problems))
+
+
+def _end(errand: Errand, evidence: Evidence) -> tuple[str, list[str]]:
+    """How it ended, and what is wrong with that."""
+    runs, wanted = evidence.runs.get(errand.id, ()), errand.kind.end
+    is_dead = errand.id in evidence.dead
+    if errand.id not in evidence.stored:
+        if is_dead:
+            return "wrong", [f"a dead letter without a result: {evidence.dead[errand.id][0]}"]
+        return "lost", [f"lost: {_told(runs)}"]
+    state, value = evidence.stored[errand.id]
+    seen = state if state == "SUCCESS" else value
+    if seen != wanted:
+        return "wrong", [f"ended with {seen} in place of {wanted}: {_told(runs)}"]
+    if wanted == "PoisonedMessageError":
+        return "dead letter", [] if is_dead else ["poisoned, and not among the dead letters"]
+    problems = [f"a dead letter, too: {evidence.dead[errand.id][0]}"] if is_dead else []
+    if state == "SUCCESS" and not any(run.how == "returns" and run.value == value for run in runs):
+        problems.append(f"its result {value!r:.60} is not what it returned: {_told(runs)}")
+    return ("done" if state == "SUCCESS" else "own error"), problems
+
+
+def _told(runs: Sequence[Run]) -> str:
+    """The runs in words."""
+    told = [f"attempt {run.attempt} {run.how or 'began'} {run.value or ''}".rstrip() for run in runs]
+    return ", ".join(told) or "it never ran"
+
+
+def _again(errand: Errand, evidence: Evidence) -> Iterable[str]:
+    """The reason for each run after an attempt's first; with a question mark in front if there is none."""
+    by_attempt: dict[int, list[Run]] = defaultdict(list)
+    for run in evidence.runs.get(errand.id, ()):
+        by_attempt[run.attempt].append(run)
+    for attempt, runs in by_attempt.items():
+        for place, later in enumerate(runs[1:], 1):
+            yield _reason(errand, attempt, runs[:place], later, evidence)
+
+
+def _reason(errand: Errand, attempt: int, earlier: Sequence[Run], later: Run, evidence: Evidence) -> str:
+    for run in reversed(earlier):
+        reason = _came_back(run, later, evidence)
+        if reason:
+            return reason
+    if evidence.sent.get(errand.id, 0) > 1:
+        return "its message was sent again"
+    if _senders_ran_again(errand, attempt, evidence):
+        return "the task that sends it ran again"
+    last = earlier[-1]
+    return f"?{last.how or 'began'} at {last.end if last.how else last.begin:.2f}, again at {later.begin:.2f}"
+
+
+def _came_back(run: Run, later: Run, evidence: Evidence) -> str | None:
+    """Why the broker had this run's message again when the later run began."""
+    troubles = evidence.troubles_of[run.pid]
+    until = _acked_by(run, troubles)
+    death = evidence.deaths.get(run.pid)
+    if death and death.end >= run.begin and death.begin <= min(until, later.begin):
+        return f"its worker {death.how}"
+    for trouble in troubles:
+        if trouble.is_reason and trouble.end >= run.begin and trouble.begin <= min(until, later.begin):
+            return trouble.what
+    return None
+
+
+def _acked_by(run: Run, troubles: Sequence[Trouble]) -> float:
+    """When its message is acked at the latest. What is in the way meanwhile puts that off."""
+    until = run.end + ACK_SECONDS
+    for trouble in troubles:
+        if trouble.begin <= until and trouble.end >= run.begin:
+            until = max(until, trouble.end + RECOVERY_SECONDS)
+    return until
+
+
+def _senders_ran_again(errand: Errand, attempt: int, evidence: Evidence) -> bool:
+    """A task may have sent another, and die before it is acked."""
+    own = [run for run in evidence.runs.get(errand.id, ()) if run.attempt == attempt - 1]
+    parents = [evidence.runs.get(parent, ()) for parent in errand.parents]
+    sent = any(evidence.sent.get(parent, 0) > 1 for parent in errand.parents)
+    return sent or any(len(runs) > 1 for runs in (own, *parents))
+
+
+def _letters(errand: Errand, evidence: Evidence) -> list[str]:
+    """An app gets each end, perhaps twice, and no other one."""
+    letters, kind = evidence.letters.get(errand.id, ()), errand.kind
+    if kind.app is None or errand.id not in evidence.stored:
+        return [f"app {kind.app} got {len(letters)} envelopes of it"] if kind.app is None and letters else []
+    if not letters:
+        return [f"app {kind.app} got no envelope"]
+    state, value = evidence.stored[errand.id]
+    ends = {(letter.attempt, letter.status, repr(letter.value)) for letter in letters}
+    if ends != {(kind.last_attempt + 1, state, repr(value))}:
+        return [f"app {kind.app} got {sorted(ends)!r:.200}, and stored is {state} {value!r:.60}"]
+    return []
