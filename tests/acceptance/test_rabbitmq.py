@@ -61,7 +61,7 @@ def test_parked_tasks_run_once_through_three_lost_connections(
 def test_a_worker_outlives_rabbitmqs_own_timeout(
     start_worker: StartWorker, rabbit: RabbitServer, server: Server, tmp_path: Path
 ) -> None:
-    """RabbitMQ closes the channel of a consumer that acks too late (`consumer_timeout`), which is no end of a worker."""
+    """RabbitMQ closes the channel of a consumer that acks too late (`consumer_timeout`): no end of a worker."""
     rabbit.time_out_after(2)
     broker = Broker(url=rabbit.url, backend=server.url, queue="work")
     gate = tmp_path / "gate"
