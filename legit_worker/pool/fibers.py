@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from enum import Enum
 from math import inf
@@ -123,8 +123,11 @@ class Fiber(greenlet):
 
     # Waiting
 
-    def wait_for(self, done: Future[Any], what: str) -> None:
-        """Park until `done` is done. Called from inside it, if it may park."""
+    def wait_for(self, done: Future[Any], what: str, *, in_own_code: bool = True) -> None:
+        """Park until `done` is done. Called from inside it, if it may park.
+
+        `in_own_code` says that code of its own called what waits, and may have set something for itself.
+        """
         here = weakref.ref(self)  # a done future keeps its callbacks
 
         def wake(_: Future[Any]) -> None:
@@ -133,7 +136,7 @@ class Fiber(greenlet):
 
         done.add_done_callback(wake)
         while not done.done():
-            self.park(what)
+            self.park(what, None if in_own_code else nullcontext())
             if not done.done():  # whoever woke it, what is due is told
                 self.raise_due(what)
 
@@ -146,15 +149,18 @@ class Fiber(greenlet):
         finally:
             self.gives_way = False
 
-    def park(self, waits_for: str) -> None:
-        """Give control back to the loop until it resumes this fiber. Called from inside it."""
+    def park(self, waits_for: str, aside: AbstractContextManager[None] | None = None) -> None:
+        """Give control back to the loop until it resumes this fiber. Called from inside it.
+
+        `aside` lets others find the process as they expect it; if it is None, this fiber's own settings are put aside.
+        """
         before = self.phase
         try:
             if before in (Phase.BODY, Phase.SERVED):
                 self.phase = Phase.PARKED
             self.waits_for = waits_for
             self.holdings.review(self)
-            with away(), self.aside():
+            with away(), aside or self.aside():
                 self.parent.switch()
                 if self.phase is Phase.PARKED:
                     self.own.ring()

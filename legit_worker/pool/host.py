@@ -85,7 +85,7 @@ class FiberHost(parking.Host):
         if fiber.phase is Phase.ENDING and not counts:
             self._running.delivering.add(fiber)
         try:
-            fiber.wait_for(done, what)
+            fiber.wait_for(done, what, in_own_code=fiber.phase is not Phase.ENDING)
         finally:
             self._running.delivering.discard(fiber)
         return True
