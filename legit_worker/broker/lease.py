@@ -73,6 +73,8 @@ class Lease(threading.Thread):
         # Another app's workers may have a shorter visibility timeout: renew with each lease.
         self._renew_seconds = min(visibility_timeout / 3, self._lease)
         self._renewed_at = monotonic()
+        # The last two times that held messages got.
+        self._renewals: list[float] = []
         self._has_beaten = False
         self._is_away = False
         self._stopped = threading.Event()
@@ -94,8 +96,15 @@ class Lease(threading.Thread):
 
     def work(self) -> None:
         """Give a sign of life, renew what is held, and give back what dead workers held."""
-        self.renew_if_due()
-        for owner, process in self.beat().items():
+        is_due = monotonic() - self._renewed_at >= self._renew_seconds
+        if is_due:
+            self._renewed_at = monotonic()
+            # The others know the times first: if this process dies in between, they still know its messages by them.
+            self._renewals = [time(), *self._renewals[:1]]
+        dead = self.beat()
+        if is_due:
+            self._renew()
+        for owner, process in dead.items():
             self._recover(owner, process)
 
     def beat(self) -> dict[str, dict[str, Any]]:
@@ -115,14 +124,11 @@ class Lease(threading.Thread):
         return {owner: processes.get(owner, {}) for owner in dead - {name}}
 
     def _process(self) -> dict[str, Any]:
-        return this_process() | {"at": time(), "unacked": self._keys.unacked, "index": self._keys.index}
+        return this_process() | {"renewals": self._renewals, "unacked": self._keys.unacked, "index": self._keys.index}
 
-    def renew_if_due(self) -> None:
+    def _renew(self) -> None:
         """Keep what this worker holds from others, for which it would be visible after the visibility timeout."""
-        if monotonic() - self._renewed_at < self._renew_seconds:
-            return
-        self._renewed_at = monotonic()
-        tags, now = list(self._ledger.held), time()
+        tags, now = list(self._ledger.held), self._renewals[0]
         for start in range(0, len(tags), RENEWED):
             self._client.zadd(self._keys.index, dict.fromkeys(tags[start : start + RENEWED], now), xx=True)
 
@@ -135,7 +141,7 @@ class Lease(threading.Thread):
             index=process.get("index", self._keys.index),
             prefix=self._keys.prefix,
         )
-        moved = recover(self._client, keys, owner, until=process.get("at", time()) + self._lease)
+        moved = recover(self._client, keys, owner, renewals=process.get("renewals", ()))
         if self._forget(owner) and moved:
             logger.warning("worker %s has died: its %d messages are given back", owner.rpartition(":")[0], moved)
 

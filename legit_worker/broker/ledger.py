@@ -244,7 +244,7 @@ class Ledger:
         if not self.owner:
             return
         known = self.held.keys() | self._returned.keys() | self._buried.keys() | set(self._acked)
-        lost = {tag: key for tag, key in held_by(client, self.keys, self.owner).items() if tag not in known}
+        lost = {tag: taken.key for tag, taken in held_by(client, self.keys, self.owner).items() if tag not in known}
         if lost:
             logger.warning("%d messages were lost on their way with a connection, and are given back", len(lost))
             self._returned |= lost

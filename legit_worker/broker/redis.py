@@ -413,6 +413,8 @@ class ReservingChannel(stock.Channel):
 
     def close(self) -> None:
         """Give back what was not delivered, and what no task goes on with. What can't be sent now, the ledger keeps."""
+        if self.closed:
+            return
         self._closing = True
         for bell in list(self._bells.values()):
             self.drop(bell)

@@ -103,7 +103,7 @@ local function note(raw, message, list, queue)
     times[#times + 1] = now
     times[#times + 1] = tag
     owner[#owner + 1] = tag
-    owner[#owner + 1] = KEYS[list]
+    owner[#owner + 1] = now .. ' ' .. KEYS[list]
     return tag
 end
 

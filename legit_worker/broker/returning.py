@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 from kombu.utils.encoding import bytes_to_str
@@ -29,7 +28,7 @@ GROUP = 64
 
 #: Moves one message. KEYS: the unacked messages, their index, what the owner holds, the list, the owners.
 #: ARGV: tag, the SHA1 of what is noted, the bytes to push, the command that pushes, the owner if it must be dead, the
-#: latest time at which the owner may have taken the message. Returns 1 if it moved the message.
+#: times of which the message must have one then. Returns 1 if it moved the message.
 MOVE = Script("""
 if ARGV[5] ~= '' then
     local time, alive_until = redis.call('TIME'), redis.call('ZSCORE', KEYS[5], ARGV[5])
@@ -38,8 +37,11 @@ end
 redis.call('HDEL', KEYS[3], ARGV[1])
 local noted = redis.call('HGET', KEYS[1], ARGV[1])
 if not noted or redis.sha1hex(noted) ~= ARGV[2] then return 0 end
-local taken_at = redis.call('ZSCORE', KEYS[2], ARGV[1])
-if taken_at and tonumber(taken_at) > tonumber(ARGV[6]) then return 0 end
+local time, is_its_own = redis.call('ZSCORE', KEYS[2], ARGV[1]), ARGV[5] == ''
+for number = 6, #ARGV do
+    is_its_own = is_its_own or not time or tonumber(time) == tonumber(ARGV[number])
+end
+if not is_its_own then return 0 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call(ARGV[4], KEYS[4], ARGV[3])
@@ -91,23 +93,34 @@ def give_back(client: Redis, keys: Keys, owner: str, lists: Mapping[str, str], *
     return _move(client, _Move(keys, owner, "LPUSH" if to_back else "RPUSH"), {tag: lists[tag] for tag in in_order})
 
 
-def recover(client: Redis, keys: Keys, owner: str, *, until: float) -> int:
+def recover(client: Redis, keys: Keys, owner: str, *, renewals: Iterable[float]) -> int:
     """Give back what a dead owner held, behind all other messages, and count its death in each.
 
-    `until` is the latest time, by the owner's clock, at which it may have taken a message: what was taken later is
-    somebody else's. Returns how many messages moved.
+    `renewals` are the times that the owner last gave to all its messages. A message with another time than these, and
+    than the one at which the owner took it, is somebody else's by now. Returns how many messages moved.
     """
-    lists = held_by(client, keys, owner)
-    times = client.zmscore(keys.index, list(lists)) if lists else []
+    taken = held_by(client, keys, owner)
     # Those that were taken first stand in front again, since the right end is taken from.
-    in_order = [tag for _, tag in sorted(zip([time or 0.0 for time in times], lists, strict=True))]
-    move = _Move(keys, owner, "LPUSH", died=True, until=until)
-    return _move(client, move, {tag: lists[tag] for tag in in_order})
+    in_order = sorted(taken, key=lambda tag: taken[tag].at)
+    times = {tag: (taken[tag].at, *renewals) for tag in in_order}
+    return _move(client, _Move(keys, owner, "LPUSH", times), {tag: taken[tag].key for tag in in_order})
 
 
-def held_by(client: Redis, keys: Keys, owner: str) -> dict[str, str]:
-    """Return, by tag, the list from which an owner took each of its messages."""
-    return {bytes_to_str(tag): bytes_to_str(key) for tag, key in client.hgetall(keys.held(owner)).items()}
+@dataclass(frozen=True)
+class Taken:
+    """When, by `time.time` of the owner, and from which list an owner took a message."""
+
+    at: float
+    key: str
+
+
+def held_by(client: Redis, keys: Keys, owner: str) -> dict[str, Taken]:
+    """Return what an owner has taken and not acked, by tag."""
+    taken = {}
+    for tag, value in client.hgetall(keys.held(owner)).items():
+        at, _, key = bytes_to_str(value).partition(" ")
+        taken[bytes_to_str(tag)] = Taken(float(at), key)
+    return taken
 
 
 def put_aside(client: Redis, keys: Keys, tag: str) -> None:
@@ -123,21 +136,21 @@ class _Move:
     owner: str
     #: The command that pushes to the list.
     command: str
-    #: Whether the owner must be dead. Its death is counted then.
-    died: bool = False
-    until: float = inf
+    #: If the owner is dead, the times that each message may have. Its death is counted then.
+    times: Mapping[str, Collection[float]] | None = None
 
     def message(self, tag: str, noted: bytes, to: str) -> tuple[list[str], list[Any]]:
         """Return the keys and arguments of `MOVE` for one message."""
-        command = self.command
+        command, died = self.command, self.times is not None
         try:
-            raw = dumps(redelivered(loads(bytes_to_str(noted))[0], died=self.died))
+            raw = dumps(redelivered(loads(bytes_to_str(noted))[0], died=died))
         except Exception:  # kombu's JSON calls constructors, which may raise anything
             raw, to, command = _cut_out(noted), self.keys.unreadable, "RPUSH"
             logger.error("%d unacked bytes are no message, and were put into the list %s: %.100r", len(raw), to, raw)
         keys = [self.keys.unacked, self.keys.index, self.keys.held(self.owner), to, self.keys.owners]
         sha1 = hashlib.sha1(noted, usedforsecurity=False).hexdigest()
-        return keys, [tag, sha1, raw, command, self.owner if self.died else "", self.until]
+        times = [repr(time) for time in self.times[tag]] if self.times is not None else []
+        return keys, [tag, sha1, raw, command, self.owner if died else "", *times]
 
 
 def _move(client: Redis, move: _Move, lists: Mapping[str, str]) -> int:

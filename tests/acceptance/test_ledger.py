@@ -9,11 +9,14 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import kombu.pools
 import pytest
 import redis
-from harness import SIMULATED, Broker, Sides, StartWorker, Worker, poll
+from harness import LATE, SIMULATED, Broker, Sides, StartWorker, Worker, poll
+from ownserver import Server
 
 from legit_worker.errors import PoisonedMessageError
 
@@ -22,6 +25,8 @@ LEASE = 6
 
 #: A model that no test waits for: its tasks stay parked.
 ENDLESS = {"LEGIT_WORKER_MODELS__ENDLESS__KIND": "simulated", "LEGIT_WORKER_MODELS__ENDLESS__PATH": "0,0,0,600"}
+
+OnBroker = Callable[[Broker], redis.Redis]
 
 SETTINGS = {"LEGIT_WORKER_LEASE_SECONDS": str(LEASE), **ENDLESS}
 
@@ -33,12 +38,22 @@ def held(start_worker: StartWorker) -> Sides:
 
 
 @pytest.fixture
-def on_broker(broker: Broker) -> Iterator[redis.Redis]:
-    """A client that sees what is on the broker."""
-    if not broker.url.startswith(("redis", "valkey")):
-        pytest.skip("RabbitMQ knows which worker holds what")
-    with redis.Redis.from_url(broker.url, decode_responses=True) as client:
-        yield client
+def on_broker_of(servers: Any) -> Iterator[OnBroker]:
+    """Makes clients that see what is on a broker."""
+    with contextlib.ExitStack() as stack:
+
+        def see(broker: Broker) -> redis.Redis:
+            if not broker.url.startswith(("redis", "valkey")):
+                pytest.skip("RabbitMQ knows which worker holds what")
+            return stack.enter_context(redis.Redis.from_url(broker.url, decode_responses=True))
+
+        yield see
+
+
+@pytest.fixture
+def on_broker(broker: Broker, on_broker_of: OnBroker) -> redis.Redis:
+    """What is on this test's broker."""
+    return on_broker_of(broker)
 
 
 def runs(*workers: Worker) -> Counter[str]:
@@ -139,4 +154,116 @@ def test_a_task_that_kills_its_workers_is_buried_and_takes_nobody_with_it(
     }
     assert "delivered 5 times" in record["reason"]
     assert "legit_deliveries" not in json.dumps(record["message"])
+    nothing_left(on_broker)
+
+
+# Messages that are held for longer than the visibility timeout.
+
+
+def test_a_batch_longer_than_the_visibility_timeout_runs_once(
+    held: Sides, servers: Any, on_broker_of: OnBroker
+) -> None:
+    broker = servers.fresh(redelivery_seconds=1)
+    slow = SETTINGS | {"LEGIT_WORKER_MODELS__SIM__PATH": "4,0"}
+    busy = held.worker("modelpool", broker=broker, **slow)
+    sent = [busy.send("parks", item) for item in names(8)]
+    poll(lambda: len(runs(busy)) == 8, "the tasks to begin")
+    idle = held.worker("modelpool", broker=broker, **slow)
+    busy.settle(sent)
+    assert runs(busy, idle) == once(names(8))
+    nothing_left(on_broker_of(broker))
+
+
+def test_an_eta_beyond_the_visibility_timeout_runs_once(held: Sides, servers: Any, on_broker_of: OnBroker) -> None:
+    broker = servers.fresh(redelivery_seconds=2)
+    workers = [held.worker("modelpool", broker=broker, **SETTINGS) for _ in range(2)]
+    sent = [workers[0].client.send_task("parks", [item], countdown=6) for item in names(4)]
+    workers[0].settle(sent)
+    assert runs(*workers) == once(names(4))
+    nothing_left(on_broker_of(broker))
+
+
+# Connections that break.
+
+
+def test_lost_connections_leave_nothing_unacked(held: Sides, broker: Broker, on_broker: redis.Redis) -> None:
+    slow = SETTINGS | {"LEGIT_WORKER_MODELS__SIM__PATH": "0.05,0.001"}
+    worker = held.worker("modelpool", broker=broker, **slow)
+    sent = [worker.send("parks", item) for item in names(400)]
+    for number in range(10):
+        poll(lambda done=number * 30: worker.log.count(" succeeded in ") > done, "tasks to end")
+        on_broker.client_kill_filter(_type="normal", skipme=True)
+    worker.settle(sent)
+    assert worker.stop() == 0
+    nothing_left(on_broker)
+    assert on_broker.zcard("legit.owners") == 0
+    assert set(runs(worker).values()) == {1}, "none that had begun began again"
+
+
+def test_a_server_that_is_killed_while_tasks_are_parked_hears_of_their_ends(
+    held: Sides, server: Server, on_broker_of: OnBroker
+) -> None:
+    broker = Broker(url=server.url, backend=server.url, queue="work")
+    worker = held.worker("modelpool", broker=broker, PROJECT_RETRY_RESULTS="1", **SETTINGS, **LATE)
+    sent = [worker.send("parks", item, "late") for item in names(20)]
+    poll(lambda: len(runs(worker)) == 20, "the tasks to begin")
+    server.kill()
+    server.start()
+    kombu.pools.reset()
+    worker.client = broker.client()
+    worker.settle([worker.client.AsyncResult(result.id) for result in sent])
+    assert runs(worker) == once(names(20))
+    nothing_left(on_broker_of(broker))
+
+
+# Other workers on the same queues.
+
+
+def test_stock_workers_take_over_and_are_taken_over(held: Sides, servers: Any, on_broker_of: OnBroker) -> None:
+    """After the visibility timeout, as among themselves."""
+    broker = servers.fresh(redelivery_seconds=3)
+    on_broker = on_broker_of(broker)
+    ours = held.worker("modelpool", broker=broker, **SETTINGS)
+    parked(ours, names(10))
+    ours.kill()
+    stock = held.worker("stock", "--prefetch-multiplier=20", broker=broker, PROJECT_ACKS_LATE="1", **SETTINGS)
+    poll(lambda: runs(stock), "a stock worker to take a task over")
+    stock.kill()
+    heir = held.worker("modelpool", broker=broker, **SETTINGS)
+    poll(lambda: runs(heir) == once(names(10)), "ours to take them over")
+    assert on_broker.hlen("unacked") == 10
+
+
+# What is no message.
+
+
+@pytest.mark.parametrize("side", ["stock", "modelpool"])
+def test_garbage_and_a_kill_stop_no_worker_from_starting(
+    held: Sides, servers: Any, on_broker_of: OnBroker, side: str
+) -> None:
+    broker = servers.fresh(redelivery_seconds=1)
+    on_broker = on_broker_of(broker)
+    worker = held.worker("modelpool", broker=broker, **SETTINGS)
+    seen = []
+    with on_broker.monitor() as monitor:
+        on_broker.lpush(broker.queue, "garbage")
+        for command in monitor.listen():
+            seen.append(command["command"])
+            if "legit.unreadable" in seen[-1] and "RPUSH" in seen[-1]:
+                break
+    worker.kill()
+    assert not [command for command in seen if "unacked" in command and "garbage" in command]
+    assert on_broker.lrange("legit.unreadable", 0, -1) == ["garbage"]
+    heir = held.worker(side, broker=broker, **SETTINGS)
+    assert heir.ask("parks", "after") == "after"
+
+
+def test_what_an_older_release_noted_of_garbage_is_put_aside(held: Sides, servers: Any, on_broker_of: OnBroker) -> None:
+    broker = servers.fresh(redelivery_seconds=1)
+    on_broker = on_broker_of(broker)
+    on_broker.hset("unacked", "a tag", '[garbage, "", "celery"]')
+    on_broker.zadd("unacked_index", {"a tag": 1})
+    worker = held.worker("modelpool", broker=broker, **SETTINGS)
+    assert worker.ask("parks", "after") == "after"
+    poll(lambda: on_broker.lrange("legit.unreadable", 0, -1) == ["garbage"], "it to be put aside")
     nothing_left(on_broker)

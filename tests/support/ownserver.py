@@ -48,6 +48,12 @@ class Server:
         """Really."""
         self.server.stop()
 
+    def kill(self) -> None:
+        """Without a chance to say goodbye. What was written stays."""
+        self.server._process.kill()
+        self.server._process.wait()
+        self.server.stop()
+
     def freeze(self) -> None:
         """The kernel goes on accepting connections for it, and nobody answers."""
         self.server._process.send_signal(signal.SIGSTOP)

@@ -16,6 +16,8 @@ __all__ = ["app"]
 
 if "PROJECT_HOST" in os.environ:  # a worker on another machine, as far as other workers can tell
     socket.gethostname = lambda: os.environ["PROJECT_HOST"]
+if os.environ.get("PROJECT_RETRY_RESULTS") == "1":
+    app.conf.result_backend_always_retry = True
 
 
 @app.task(name="parks")
