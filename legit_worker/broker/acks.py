@@ -13,6 +13,7 @@ from typing import Any
 
 from kombu.transport import redis as stock
 from kombu.transport import virtual
+from redis.exceptions import ResponseError
 
 from legit_worker.broker.ledger import MOST_ACKS, Ledger
 from legit_worker.broker.returning import put_aside
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 #: The ledgers of open channels.
 ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+#: What servers have answered to messages that came back.
+_refused: set[str] = set()
 
 
 def flush_acks(*, may_wait: bool = False) -> None:
@@ -35,7 +39,18 @@ def settle() -> None:
     for ledger in list(ledgers):
         ledger.look_for_silent()
     for ledger, channel in _open(ledger for ledger in list(ledgers) if not ledger.is_settled):
+        _settle(ledger, channel)
+
+
+def _settle(ledger: Ledger, channel: Any) -> None:
+    try:
         ledger.flush(channel.plain_client)
+    except channel.connection_errors:
+        raise
+    except ResponseError as error:
+        if str(error) not in _refused:
+            _refused.add(str(error))
+            logger.error("the broker takes no messages back, which stay with this worker: %s", error)
 
 
 def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:

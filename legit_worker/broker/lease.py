@@ -37,17 +37,30 @@ RENEWED = 1000
 #: Seconds that the lease's own connection waits for an answer, and a worker's end for the lease's thread.
 PATIENCE = 5.0
 
-#: Gives a sign of life. KEYS: the owners, the processes. ARGV: the owner, seconds until it counts as dead, what is
-#: known of its process. Returns whether it counted as alive, the owners that count as dead, and the processes.
+#: Gives a sign of life. If nobody gave one for a while, the server was away, or all workers were. Then nobody counts as
+#: dead until all had the time to give another. A full server lets the script go on once it has begun to write.
+#:
+#: KEYS: the owners, the processes, the last beat. ARGV: the owner, seconds until it counts as dead, what is known of
+#: its process, seconds of silence after which the server counts as away. Returns whether the owner counted as alive,
+#: the owners that count as dead, and the processes.
 BEAT = Script("""
+redis.call('ZREM', KEYS[1], '')
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+local last, judges_from = string.match(redis.call('GET', KEYS[3]) or '', '(%S+) (%S+)')
+if not last or now - tonumber(last) > tonumber(ARGV[4]) then
+    judges_from = now + tonumber(ARGV[2])
+end
+redis.call('SET', KEYS[3], now .. ' ' .. judges_from)
 local alive_until = redis.call('ZSCORE', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
-return {alive_until and tonumber(alive_until) > now and 1 or 0,
-    redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now), redis.call('HGETALL', KEYS[2])}
+local dead = now > tonumber(judges_from) and redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now) or {}
+return {alive_until and tonumber(alive_until) > now and 1 or 0, dead, redis.call('HGETALL', KEYS[2])}
 """)
+
+#: Beats that the server may miss before it counts as away.
+MISSED = 2.5
 
 #: Forgets an owner that holds nothing any more. KEYS: the owners, the processes, what it holds. ARGV: the owner.
 LEAVE = Script("""
@@ -76,6 +89,8 @@ class Lease(threading.Thread):
         # The last two times that held messages got.
         self._renewals: list[float] = []
         self._has_beaten = False
+        # Whether others may look for this process.
+        self._is_known = True
         self._is_away = False
         self._stopped = threading.Event()
         self._finalize = Finalize(self, self.leave, exitpriority=0)  # after kombu's channels, which have 1
@@ -109,10 +124,13 @@ class Lease(threading.Thread):
 
     def beat(self) -> dict[str, dict[str, Any]]:
         """Give a sign of life. Returns the dead owners with what is known of their processes."""
-        keys, name = [self._keys.owners, self._keys.processes], self._ledger.owner
-        process = json.dumps(self._process())
-        was_alive, late, known = BEAT.run(self._client, keys, name, self._lease - self._beat_seconds, process)
+        keys, name = [self._keys.owners, self._keys.processes, self._keys.beat], self._ledger.owner
+        seconds, process = self._lease - self._beat_seconds, json.dumps(self._process())
+        silence = MISSED * self._beat_seconds
+        was_alive, late, known = BEAT.run(self._client, keys, name, seconds, process, silence)
         if self._has_beaten and not was_alive:
+            # If a copy of this machine took this process for a dead one of its own, it must not do so again.
+            self._is_known = False
             logger.warning(
                 "the broker heard no sign of life of this worker for %.0f seconds: others may run its %d tasks again",
                 self._lease - self._beat_seconds,
@@ -120,11 +138,15 @@ class Lease(threading.Thread):
             )
         self._has_beaten = True
         processes = {bytes_to_str(owner): _read(known[at + 1]) for at, owner in enumerate(known) if at % 2 == 0}
-        dead = {bytes_to_str(owner) for owner in late} | {name for name, told in processes.items() if is_gone(told)}
+        dead = {bytes_to_str(owner) for owner in late} | {owner for owner, told in processes.items() if is_gone(told)}
         return {owner: processes.get(owner, {}) for owner in dead - {name}}
 
     def _process(self) -> dict[str, Any]:
-        return this_process() | {"renewals": self._renewals, "unacked": self._keys.unacked, "index": self._keys.index}
+        return (this_process() if self._is_known else {}) | {
+            "renewals": self._renewals,
+            "unacked": self._keys.unacked,
+            "index": self._keys.index,
+        }
 
     def _renew(self) -> None:
         """Keep what this worker holds from others, for which it would be visible after the visibility timeout."""

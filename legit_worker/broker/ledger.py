@@ -21,6 +21,7 @@ from redis import Redis
 
 from legit_worker.broker.reserve import Source, company
 from legit_worker.broker.returning import Keys, give_back, held_by
+from legit_worker.broker.scripts import Script
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,15 @@ MOST_ACKS = 500
 #: Seconds between two looks for tasks that ended without an ack after they had lost their connection.
 LOOK = 1.0
 
+
+#: Acks a message, and keeps a record of it, unless it was given back. KEYS: the unacked messages, their index, what the
+#: owner holds, the dead messages. ARGV: tag, record.
+BURY = Script("""
+redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+return redis.call('RPUSH', KEYS[4], ARGV[2])
+""")
 
 #: What a ledger has of a message that it does not hold.
 missing = object()
@@ -206,26 +216,30 @@ class Ledger:
         """Send everything. If a connection fails, raise its error, and keep what may not have arrived."""
         if self.is_unsure:
             self._find_lost(client)
-        while (tags := self.take_acks()) or self._buried:
-            buried = dict(self._buried)
-            try:
-                self._send_acks(client, [*tags, *buried], list(buried.values()))
-            except BaseException:
-                self.ack_again(tags)
-                raise
-            for tag in buried:
-                del self._buried[tag]
+        while tags := self.take_acks():
+            self._send_acks(client, tags)
+        self._send_buried(client)
         self._send_returned(client)
 
-    def _send_acks(self, client: Redis, tags: list[str], records: list[str]) -> None:
+    def _send_buried(self, client: Redis) -> None:
+        buried = dict(self._buried)
+        if buried:
+            keys = [self.keys.unacked, self.keys.index, self.keys.held(self.owner), self.keys.dead]
+            BURY.run_each(client, [(keys, [tag, record]) for tag, record in buried.items()])
+        for tag in buried:
+            self._buried.pop(tag, None)
+
+    def _send_acks(self, client: Redis, tags: list[str]) -> None:
         pipe = client.pipeline()
-        if records:
-            pipe.rpush(self.keys.dead, *records)
         pipe.zrem(self.keys.index, *tags)
         pipe.hdel(self.keys.unacked, *tags)
         if self.owner:
             pipe.hdel(self.keys.held(self.owner), *tags)
-        pipe.execute()
+        try:
+            pipe.execute()
+        except BaseException:
+            self.ack_again(tags)
+            raise
 
     def _send_returned(self, client: Redis) -> None:
         for to_back in (False, True):
@@ -234,7 +248,7 @@ class Ledger:
                 give_back(client, self.keys, self.owner, lists, to_back=to_back)
             for tag in lists:
                 self._to_back.discard(tag)
-                del self._returned[tag]
+                self._returned.pop(tag, None)
 
     def _find_lost(self, client: Redis) -> None:
         """Have those messages given back that the server noted for this process, and that never arrived."""

@@ -12,7 +12,6 @@ from typing import Any
 import kombu
 from kombu.utils.encoding import str_to_bytes
 
-from legit_worker.broker.redis import ReservingChannel
 from legit_worker.broker.returning import DELIVERIES, count
 
 #: The list of records on Redis, and the queue of records on other brokers.
@@ -24,9 +23,8 @@ def deliveries_of(message: Any) -> int:
 
     On Redis, each time ended with the death of a worker. RabbitMQ counts for quorum queues: lost connections, too.
     """
-    if isinstance(message.channel, ReservingChannel):
-        return count((message.delivery_info or {}).get(DELIVERIES))
-    return count((message.headers or {}).get("x-delivery-count"))
+    on_redis = count((message.delivery_info or {}).get(DELIVERIES))
+    return on_redis or count((message.headers or {}).get("x-delivery-count"))
 
 
 def bury(message: Any, reason: str) -> None:
@@ -34,42 +32,47 @@ def bury(message: Any, reason: str) -> None:
 
     Raises what the broker's connection raises.
     """
-    channel = message.channel
-    if isinstance(channel, ReservingChannel):
-        channel.ledger.bury(message.delivery_tag, record(message, reason, channel.queue_of(message.delivery_tag)))
+    ledger = getattr(message.channel, "ledger", None)
+    if ledger is not None:
+        source = ledger.held.get(message.delivery_tag)
+        queue = source.queue if source is not None else message.delivery_info["routing_key"]
+        payload = message._raw
+        ledger.bury(message.delivery_tag, record_of(payload, queue, reason, deliveries_of(message)))
         return
-    with channel.connection.client.clone() as connection:
+    queue = (message.delivery_info or {}).get("routing_key", "")
+    with message.channel.connection.client.clone() as connection:
         connection.transport_options = {**connection.transport_options, "confirm_publish": True}
-        connection.SimpleQueue(kombu.Queue(DEAD, routing_key=DEAD), serializer="json").put(record(message, reason))
+        with connection.SimpleQueue(kombu.Queue(DEAD, routing_key=DEAD), serializer="json") as dead:
+            dead.put(record_of(_payload(message), queue, reason, deliveries_of(message)))
 
 
-def record(message: Any, reason: str, queue: str = "") -> dict[str, Any]:
-    """Return what `legit.dead` keeps of a message. `message` in it is as kombu puts messages into Redis."""
-    headers = {name: value for name, value in (message.headers or {}).items() if name != DELIVERIES}
-    to = message.delivery_info or {}
+def record_of(payload: dict[str, Any], queue: str, reason: str, deliveries: int) -> dict[str, Any]:
+    """Return what `legit.dead` keeps of a message, which comes as kombu puts messages into Redis."""
+    headers = {name: value for name, value in payload["headers"].items() if name != DELIVERIES}
+    to = dict(payload["properties"].get("delivery_info") or {})
+    to.pop(DELIVERIES, None)
     return {
         "v": 1,
         "id": headers.get("id"),
         "task": headers.get("task"),
-        "queue": queue or to.get("routing_key"),
+        "queue": queue,
         "exchange": to.get("exchange"),
         "routing_key": to.get("routing_key"),
         "reason": reason,
-        "deliveries": deliveries_of(message),
+        "deliveries": deliveries,
         "at": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "message": _payload(message, headers),
+        "message": {**payload, "headers": headers, "properties": {**payload["properties"], "delivery_info": to}},
     }
 
 
-def _payload(message: Any, headers: dict[str, Any]) -> dict[str, Any]:
-    raw = getattr(message, "_raw", None)
-    if raw is None:
-        return {
-            "body": base64.b64encode(str_to_bytes(message.body)).decode(),
-            "content-type": message.content_type,
-            "content-encoding": message.content_encoding,
-            "headers": headers,
-            "properties": {**(message.properties or {}), "body_encoding": "base64", "delivery_info": {}},
-        }
-    to = {name: value for name, value in raw["properties"]["delivery_info"].items() if name != DELIVERIES}
-    return {**raw, "headers": headers, "properties": {**raw["properties"], "delivery_info": to}}
+def _payload(message: Any) -> dict[str, Any]:
+    """Return an AMQP message as kombu would put it into Redis."""
+    to = {part: (message.delivery_info or {}).get(part) for part in ("exchange", "routing_key")}
+    properties = {**(message.properties or {}), "body_encoding": "base64", "delivery_info": to}
+    return {
+        "body": base64.b64encode(str_to_bytes(message.body)).decode(),
+        "content-type": message.content_type,
+        "content-encoding": message.content_encoding,
+        "headers": message.headers or {},
+        "properties": properties,
+    }

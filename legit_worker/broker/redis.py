@@ -28,7 +28,7 @@ from kombu.utils.json import dumps
 from redis import Redis
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
-from legit_worker.broker import owners
+from legit_worker.broker import owners, poison
 from legit_worker.broker.acks import ReservingQoS, send
 from legit_worker.broker.bells import Bell, BellPoller
 from legit_worker.broker.ledger import Ledger
@@ -217,12 +217,16 @@ class ReservingChannel(stock.Channel):
         queues = sources[: len(sources) // len(self.priority_steps)]
         named = [part for source in queues for part in (source.queue, int(source.acks))]
         turns = int(self.queue_order_strategy == "round_robin")
-        # Without an event loop, a caller gets one message a call, as from kombu.
-        room = 1 if self.connection.cycle.hub is None else self.qos.can_consume_max_estimate() or self._group
-        new_tag, verdict, self._verdict = f"{uuid4()}.", self._verdict, ""
         ledger, riding = self.ledger, self._riding
-        held = [int(bool(ledger.owner)), ledger.max_deliveries, ledger.awake, ledger.bound]
-        fixed = [min(self._group, room), MOST_BYTES, repr(time()), new_tag, turns, verdict, *held]
+        if self.connection.cycle.hub is None:
+            # A caller gets one message a call, as from kombu; and whatever the worker holds: its task waits for it.
+            room, company = 1, [0, 0, 0]
+        else:
+            room = self.qos.can_consume_max_estimate() or self._group
+            company = [ledger.max_deliveries, ledger.awake, ledger.bound]
+        new_tag, verdict, self._verdict = f"{uuid4()}.", self._verdict, ""
+        is_owned = int(bool(ledger.owner))
+        fixed = [min(self._group, room), MOST_BYTES, repr(time()), new_tag, turns, verdict, is_owned, *company]
         return [*fixed, len(riding), *riding, *named]
 
     def _brpop_read(self, **options: Any) -> bool:
@@ -317,6 +321,9 @@ class ReservingChannel(stock.Channel):
         deliveries = count(headers.pop(DELIVERIES, 0))
         if deliveries:
             payload["properties"]["delivery_info"][DELIVERIES] = deliveries
+        if self.ledger.max_deliveries and deliveries > self.ledger.max_deliveries + 1 and reserved.source.acks:
+            self._bury(payload, reserved, deliveries)
+            return
         if reserved.source.acks:
             self.ledger.describe(reserved.tag, deliveries, headers.get("eta"))
         self._queue_cycle.rotate(reserved.source.queue)
@@ -326,6 +333,13 @@ class ReservingChannel(stock.Channel):
             self.connection._deliver(payload, reserved.source.queue)
         finally:
             self.noted = None
+
+    def _bury(self, payload: dict[str, Any], reserved: Reserved, deliveries: int) -> None:
+        """Bury a message that killed workers even as they refused it."""
+        reason = f"killed {deliveries} workers, the last ones before they could tell its failure"
+        logger.error("a message in queue %s %s: it is moved to legit.dead", reserved.source.queue, reason)
+        self.ledger.bury(reserved.tag, poison.record_of(payload, reserved.source.queue, reason, deliveries))
+        self.ledger.ack(reserved.tag)
 
     def decode_body(self, body: Any, encoding: Any = None) -> Any:
         """Decode a message's body. Raises `NoMessageError` before any consumer sees the message."""
@@ -348,11 +362,6 @@ class ReservingChannel(stock.Channel):
             pipe.hdel(keys.held(self.ledger.owner), tag)
             pipe.execute()
         self.ledger.forget(tag)
-
-    def queue_of(self, tag: str) -> str:
-        """Return the queue that a held message came from, empty if nobody knows."""
-        source = self.ledger.held.get(tag)
-        return source.queue if source is not None else ""
 
     def _hang_bells(self) -> None:
         sources = self._sources()

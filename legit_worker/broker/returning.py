@@ -79,6 +79,11 @@ class Keys:
         """By owner, what is known of its process: a hash."""
         return f"{self.prefix}legit.processes"
 
+    @property
+    def beat(self) -> str:
+        """The server's time of the last sign of life, and the time from which owners count as dead."""
+        return f"{self.prefix}legit.beat"
+
     def held(self, owner: str) -> str:
         """By tag, the list from which the owner took the message: a hash."""
         return f"{self.prefix}legit.held.{owner}"
