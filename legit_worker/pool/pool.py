@@ -51,6 +51,7 @@ from legit_worker.pool.running import Running
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.telling import tell_own_time
+from legit_worker.pool.unrun import end_in_fibers
 from legit_worker.pool.waiter import Waiter
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
@@ -212,7 +213,7 @@ class ModelPool(SoloPool):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
-        self._undo = (tell_own_time(), ignore_late_revokes())
+        self._undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end))
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:
@@ -297,6 +298,15 @@ class ModelPool(SoloPool):
         else:
             self._loop.admit(fiber)
 
+    def _run_end(self, end: Callable[[], None], name: str) -> None:
+        """Run Celery's code for a task that ends without running."""
+        if self._inline or threading.get_ident() != self._thread or fibers.current() is not None:
+            end()
+            return
+        fiber = Fiber(end, app="", name=name, wake=self._loop.wake)
+        fiber.phase = Phase.ENDING
+        self._loop.start(fiber)
+
     def _run_inline(self, fiber: Fiber) -> None:
         """Run a task to its end. No hub comes round, so what it does otherwise is done between two tasks."""
         self._loop.start(fiber)
@@ -333,6 +343,8 @@ class ModelPool(SoloPool):
         return not self._loop.is_turning if fiber is None else fiber.phase is Phase.BODY
 
     def _note_end(self, fiber: Fiber) -> None:
+        if fiber.request is None:  # no task ran
+            return
         self._share.ended(fiber.ran_seconds)
         self._reports.ended(fiber.clock.waited(monotonic()))
 

@@ -12,11 +12,12 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 import redis
-from appqueues import Apps, app_queue, queue_name, routed
+from appqueues import AppQueue, Apps, app_queue, queue_name, routed
 from harness import INSPECT_SECONDS, SIMULATED, Broker, StartWorker, Worker, poll
 from ownserver import Server
 
@@ -231,3 +232,50 @@ def test_a_success_that_is_stored_stays(start_worker: StartWorker, broker: Broke
     apps.worker.wait_for_log("ran again")
     apps.told("alpha", again.id)
     assert (again.status, again.result) == ("SUCCESS", "task")
+
+
+# Tasks that end without running.
+
+
+def test_tasks_that_never_run_wait_for_their_apps_server_and_hold_up_nobody(
+    start_worker: StartWorker, broker: Broker, server: Server
+) -> None:
+    own = {"LEGIT_WORKER_APPS__ALPHA__URL": server.url, "PROJECT_CONF": json.dumps({"task_track_started": False})}
+    variables = SIMULATED | ENABLED | routed(broker, "alpha", "beta") | own
+    worker = start_worker("counted", broker=broker, environment=variables)
+    apps = Apps(worker, {"alpha": AppQueue(server.url, queue_name(broker, "alpha")), "beta": app_queue(broker, "beta")})
+    server.stop()
+    apps.client.control.revoke(["revoked"], reply=True)
+    sent = {
+        apps.send("counted", "expired", expires=datetime(2020, 1, 1, tzinfo=timezone.utc)).id: "REVOKED",
+        apps.send("counted", "revoked", task_id="revoked").id: "REVOKED",
+        apps.send("nobody_has_this").id: "FAILURE",
+    }
+    other = apps.send("counted", "other", app="beta")
+    apps.queues["beta"].wait_for([other.id], INSPECT_SECONDS / 4)
+    poll(lambda: apps.counts()["apps"]["alpha"]["waiting"] == len(sent), "the envelopes to wait")
+    with redis.Redis.from_url(broker.url) as client:
+        assert client.hlen("unacked") == len(sent), "what its app was not told is not acked"
+    server.start()
+    apps.queues["alpha"].wait_for(sent)
+    assert {one["id"]: one["status"] for one in apps.queues["alpha"].seen} == sent
+    with redis.Redis.from_url(broker.url) as client:
+        poll(lambda: client.hlen("unacked") == 0, "all to be acked")
+    assert "ran expired" not in worker.log
+    assert "ran revoked" not in worker.log
+
+
+def test_tasks_that_never_run_wait_for_the_result_backend(stored: Stored) -> None:
+    stored.client.control.revoke(["revoked"], reply=True)
+    stored.backend.stop()
+    ids = stored.send("counted", "expired", expires=datetime(2020, 1, 1, tzinfo=timezone.utc))
+    ids += stored.send("counted", "revoked", task_id="revoked")
+    unknown = stored.send("nobody_has_this", "unknown")
+    poll(lambda: stored.worker.pool()["parked"] == 3, "all to wait")
+    assert stored.answers()
+    assert stored.unacked() == 3
+    stored.backend.start()
+    stored.wait_for("REVOKED", ids)
+    stored.wait_for("FAILURE", unknown)
+    poll(lambda: stored.unacked() == 0, "all to be acked")
+    assert stored.runs == {}

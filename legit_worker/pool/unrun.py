@@ -1,0 +1,77 @@
+"""Tasks that end without running: they expired, were revoked, or nobody has them.
+
+In: Celery's calls that tell such an end. Out: the same calls in fibers of their own, which park until the end is stored
+and its app is told. Only then the message is acked, as with any other task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery.worker.consumer.consumer import Consumer
+from celery.worker.request import Request
+
+from legit_worker.broker.refusals import DATA_ERRORS, refuse
+
+#: Takes Celery's call and the task's name, and makes the call, in a fiber if one can park here.
+Run = Callable[[Callable[[], Any], str], None]
+
+
+def end_in_fibers(run: Run) -> Callable[[], None]:
+    """Have Celery's calls made by `run`. Returns what undoes this.
+
+    `Request._announce_revoked` and `Consumer.on_unknown_task` (celery.worker, 5.5 to 5.7) store the end, and ack before
+    or after that. Whoever calls them needs nothing of the end itself.
+    """
+    announce, on_unknown = Request._announce_revoked, Consumer.on_unknown_task
+
+    def announce_in_fiber(request: Request, *args: Any) -> None:
+        request._already_revoked = True  # from now on, nobody announces it again
+        run(_surviving(announce, request.message, request, *args), f"{request.name}[{request.id}]")
+
+    def on_unknown_in_fiber(consumer: Consumer, body: Any, message: Any, exc: Exception) -> None:
+        def end() -> None:
+            later = _RejectedLater(message)
+            on_unknown(consumer, body, later, exc)
+            later.reject()
+
+        run(_surviving(end, message), f"a task that nobody has: {exc}")
+
+    def undo() -> None:
+        Request._announce_revoked, Consumer.on_unknown_task = announce, on_unknown
+
+    Request._announce_revoked, Consumer.on_unknown_task = announce_in_fiber, on_unknown_in_fiber
+    return undo
+
+
+def _surviving(end: Callable[..., Any], message: Any, *args: Any) -> Callable[[], None]:
+    """The same call. A message that Celery can't deal with leaves its queue."""
+
+    def run() -> None:
+        try:
+            end(*args)
+        except DATA_ERRORS as error:
+            refuse(message, error)
+
+    return run
+
+
+class _RejectedLater:
+    """A message that Celery rejects before it tells the task's end."""
+
+    def __init__(self, message: Any) -> None:
+        self._message = message
+        self._arguments: tuple[Any, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._message, name)
+
+    def reject_log_error(self, *args: Any) -> None:
+        """Note that it is to be rejected."""
+        self._arguments = args
+
+    def reject(self) -> None:
+        """Reject it, if that was noted."""
+        if self._arguments is not None:
+            self._message.reject_log_error(*self._arguments)
