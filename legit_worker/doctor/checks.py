@@ -23,6 +23,7 @@ from legit_worker.device import cuda, vram
 from legit_worker.errors import LegitWorkerError, SettingsError
 from legit_worker.models import requirements
 from legit_worker.prep.texts import model_folder, tokenizer_of
+from legit_worker.routing.dead import DeadLetters
 from legit_worker.routing.wires import reach
 
 #: The oldest Celery that works, and the first that is too new, as (major, minor).
@@ -67,7 +68,7 @@ def examine(app: Celery) -> Iterator[str | Finding]:
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "settings": lambda: _settings(app, chosen),
         "versions": _versions,
-        "broker": lambda: _broker(app),
+        "broker": lambda: _broker(app, chosen),
         "results": lambda: _results(app),
         "models": lambda: _models(chosen),
         "gpu": lambda: _gpu(chosen),
@@ -122,7 +123,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _broker(app: Celery) -> Iterator[Finding]:
+def _broker(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
     with app.connection_for_read() as connection:
         name = connection.as_uri()
         try:
@@ -135,6 +136,16 @@ def _broker(app: Celery) -> Iterator[Finding]:
             seconds = connection.default_channel.visibility_timeout
             yield ok(f"a killed worker's messages come back after {seconds:.0f} s (visibility_timeout)")
             yield from _redis(connection.default_channel.client)
+    yield from _dead_letters(app, chosen)
+
+
+def _dead_letters(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
+    counts = DeadLetters(app, chosen).totals()
+    if counts:
+        seen = ", ".join(f"{count} {name}" for name, count in counts.items())
+        yield warning(f"dead letters: {seen}", "`celery legit dead list` shows them; replay or drop them")
+    else:
+        yield ok("no dead letters")
 
 
 def _redis(client: Any) -> Iterator[Finding]:

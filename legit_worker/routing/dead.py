@@ -1,29 +1,60 @@
-"""The dead letters of an app: envelopes that did not reach its queue.
+"""The dead letters of a broker: poisoned and unreadable messages, and results that did not reach their app.
 
-In: an app's name. Out: its envelopes, oldest first; sent again, or deleted.
+In: words that select letters: kinds, apps, ids. Out: the letters; sent again, or deleted.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from celery import Celery
 from kombu import Connection
-from kombu.exceptions import ChannelError
 
 from legit_worker.errors import RoutingError
-from legit_worker.routing.formats import queue_of
-from legit_worker.routing.lanes import dead_queue
-from legit_worker.routing.wires import AwayError, Delivery, connect, is_redis, open_wire, reach
+from legit_worker.routing.boxes import Box, apps_with_letters, box
+from legit_worker.routing.letters import POISONED, UNREADABLE, Kind, Letter, dead_queue, read
+from legit_worker.routing.replay import Replayer
+from legit_worker.routing.wires import connect, is_redis, reach
 from legit_worker.settings import NAME, Settings
+
+#: The words that select all letters of a kind.
+KINDS: dict[str, Kind] = {"poisoned": "poisoned", "unreadable": "unreadable", "results": "result"}
+
+#: The most reasons that an error names.
+MAX_REASONS = 3
+
+
+@dataclass
+class Outcome:
+    """What became of the selected letters."""
+
+    #: How many were sent again, or deleted.
+    done: int = 0
+    #: Why others were kept, and how many for each reason.
+    kept: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def why(self) -> str:
+        """The reasons in one sentence."""
+        reasons = [f"{count} kept: {reason}" for reason, count in self.kept.most_common(MAX_REASONS)]
+        return "; ".join(reasons).replace("\n", " ")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A box, and whose letters it has."""
+
+    kind: Kind
+    app: str | None
+    box: Box
 
 
 class DeadLetters:
-    """The dead letters that `celery legit results` shows and moves."""
+    """The dead letters that `celery legit dead` and `celery legit results` show and move."""
 
     def __init__(self, app: Celery, chosen: Settings) -> None:
         self._app = app
@@ -31,130 +62,99 @@ class DeadLetters:
 
     def counts(self) -> dict[str, int]:
         """Count the dead letters of each configured app."""
-        found = {}
-        for name in self._chosen.apps:
-            with self._box(name) as box:
-                found[name] = len(box)
-        return found
+        with self._connected() as connection:
+            return {name: len(box(connection, dead_queue(name))) for name in self._chosen.apps}
 
-    def envelopes(self, name: str) -> list[dict[str, Any]]:
-        """Return an app's dead letters, oldest first."""
-        with self._box(name) as box:
-            return [json.loads(envelope) for envelope in box]
+    def totals(self) -> dict[str, int]:
+        """Count all dead letters: by `poisoned`, `unreadable`, and `results of APP`, without those that have none."""
+        with self._connected() as connection:
+            places = self._places(connection)
+            counts = {f"results of {place.app}" if place.app else place.kind: len(place.box) for place in places}
+        return {name: count for name, count in counts.items() if count}
 
-    def drop(self, name: str) -> int:
-        """Delete an app's dead letters. Returns how many there were."""
-        with self._box(name) as box:
-            count = len(box)
-            box.clear()
-            return count
+    def letters(self, *words: str) -> Iterator[Letter]:
+        """Yield the selected letters, or all. Raises `RoutingError` if a word selects none."""
+        with self._connected() as connection:
+            for letter, _ in self._selected(connection, words):
+                yield letter
 
-    def replay(self, name: str) -> int:
-        """Send each dead letter to the queue that the settings name now. Returns how many it sent.
+    def drop(self, *words: str) -> Outcome:
+        """Delete the selected letters, or all."""
+        outcome = Outcome()
+        with self._connected() as connection:
+            for _, remove in self._selected(connection, words):
+                remove()
+                outcome.done += 1
+        return outcome
 
-        A letter is deleted only when the app's server has it. If that server does not answer, raises `RoutingError`
-        and keeps the rest.
+    def replay(self, *words: str, queue: str | None = None) -> Outcome:
+        """Send the selected letters again, or all. A letter is deleted only when its server has it.
+
+        A result goes to where its app's settings say now, or to the queue that its message asked for. A message goes to
+        `queue`, by default the one that it came from.
         """
-        chosen = self._chosen.apps.get(name)
-        if chosen is None:
-            raise self._unknown(name, "so nobody knows where its results go")
-        sent = 0
-        wire = open_wire(self._app, chosen.url)
-        try:
-            with self._box(name) as box:
-                for envelope in box.take():
-                    task_id = json.loads(envelope)["id"]
-                    queue = queue_of(name, chosen)
-                    delivery = Delivery(app=name, chosen=chosen, queue=queue, task_id=task_id, envelope=envelope)
-                    for _, error in wire.send([delivery]):
-                        if error is not None:
-                            raise RoutingError(f"{sent} sent again, then one was refused: {error}")
-                    sent += 1
-        except AwayError as error:
-            raise RoutingError(f"{sent} sent again, then the server went away: {error}") from None
-        finally:
-            wire.close()
-        return sent
+        outcome = Outcome()
+        with self._connected() as connection:
+            replayer = Replayer(self._app, self._chosen, connection, self._prefix(), queue)
+            try:
+                for letter, remove in self._selected(connection, words):
+                    reason = replayer.send(letter)
+                    if reason:
+                        outcome.kept[reason] += 1
+                    else:
+                        remove()
+                        outcome.done += 1
+            finally:
+                replayer.close()
+        return outcome
 
-    def _unknown(self, name: str, so: str) -> RoutingError:
-        return RoutingError(f"no app {name!r} is configured, {so}; there are: {', '.join(self._chosen.apps) or 'none'}")
-
-    @contextmanager
-    def _box(self, name: str) -> Iterator[_RedisBox | _BrokerBox]:
+    def known_app(self, name: str, *, configured: bool = False) -> str:
+        """Return an app's name if it is configured, or has letters. Raises `RoutingError` that names the others."""
         if not re.fullmatch(NAME, name):
             raise RoutingError(f"{name!r} is no app's name")
+        if name not in self._chosen.apps:
+            so = "so nobody knows where its results go" if configured else "and it has no dead letters"
+            with self._connected() as connection:
+                if configured or not len(box(connection, dead_queue(name))):
+                    known = ", ".join(self._chosen.apps) or "none"
+                    raise RoutingError(f"no app {name!r} is configured, {so}; there are: {known}")
+        return name
+
+    def _selected(self, connection: Connection, words: tuple[str, ...]) -> Iterator[tuple[Letter, Callable[[], None]]]:
+        places = self._places(connection, words)
+        missing = set(words) - KINDS.keys() - {place.app for place in places}
+        ids = frozenset(missing)
+        for place in places:
+            is_whole = not words or place.app in words or any(KINDS.get(word) == place.kind for word in words)
+            for raw, remove in place.box.items() if is_whole or ids else ():
+                letter = read(raw, place.kind)
+                if is_whole or letter.id in ids:
+                    missing.discard(letter.id)
+                    yield letter, remove
+        if missing:
+            raise RoutingError(
+                f"no dead letter has the id, and no app the name, {', '.join(map(repr, sorted(missing)))}; kinds are "
+                f"{', '.join(KINDS)}, and apps {', '.join(self._chosen.apps) or 'none'}"
+            )
+
+    def _places(self, connection: Connection, words: tuple[str, ...] = ()) -> list[Place]:
+        """Return all boxes. Letters outlive their app's settings, so an app may have some and not be configured."""
+        others = {word for word in words if re.fullmatch(NAME, word)} - KINDS.keys() - self._chosen.apps.keys()
+        unnamed = {app for app in others if len(box(connection, dead_queue(app)))}
+        apps = dict.fromkeys([*self._chosen.apps, *apps_with_letters(connection), *sorted(unnamed)])
+        places = [Place("poisoned", None, box(connection, POISONED, self._prefix()))]
+        if is_redis(connection):
+            places.append(Place("unreadable", None, box(connection, UNREADABLE, self._prefix())))
+        return places + [Place("result", app, box(connection, dead_queue(app))) for app in apps]
+
+    def _prefix(self) -> str:
+        return str(self._app.connection_for_write().transport_options.get("global_keyprefix") or "")
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
         with connect(self._app, None) as connection:
             try:
                 reach(connection)
             except (OSError, *connection.connection_errors) as error:
                 raise RoutingError(f"the broker {connection.as_uri()} does not answer: {error}") from None
-            box = (_RedisBox if is_redis(connection) else _BrokerBox)(connection, dead_queue(name))
-            if name not in self._chosen.apps and not len(box):  # letters outlive their app's settings
-                raise self._unknown(name, "and it has no dead letters")
-            yield box
-
-
-class _RedisBox:
-    """An app's dead letters as a Redis list. `take` deletes a letter when the caller asks for the next."""
-
-    def __init__(self, connection: Connection, key: str) -> None:
-        self._client = connection.channel().client
-        self._key = key
-
-    def __len__(self) -> int:
-        return int(self._client.llen(self._key))
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._client.lrange(self._key, 0, -1)
-
-    def take(self) -> Iterator[bytes]:
-        for _ in range(len(self)):
-            envelope = self._client.lindex(self._key, 0)
-            if envelope is None:
-                return
-            yield envelope
-            # By value: another process may take from the same list.
-            self._client.lrem(self._key, 1, envelope)
-
-    def clear(self) -> None:
-        self._client.delete(self._key)
-
-
-class _BrokerBox:
-    """The same as a queue of another broker."""
-
-    def __init__(self, connection: Connection, queue: str) -> None:
-        self._connection = connection
-        self._queue = queue
-
-    def __len__(self) -> int:
-        with suppress(ChannelError):
-            return int(self._connection.channel().queue_declare(self._queue, passive=True).message_count)
-        return 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        # When this channel closes, the broker gets its messages back.
-        with self._connection.channel() as channel:
-            for message in self._messages(channel):
-                yield _bytes(message.body)
-
-    def take(self) -> Iterator[bytes]:
-        with self._connection.channel() as channel:
-            for message in self._messages(channel):
-                yield _bytes(message.body)
-                message.ack()
-
-    def clear(self) -> None:
-        if len(self):
-            self._connection.channel().queue_purge(self._queue)
-
-    def _messages(self, channel: Any) -> Iterator[Any]:
-        for _ in range(len(self)):
-            message = channel.basic_get(self._queue)
-            if message is None:
-                return
-            yield message if hasattr(message, "ack") else channel.message_to_python(message)
-
-
-def _bytes(body: Any) -> bytes:
-    return body.encode() if isinstance(body, str) else bytes(body)
+            yield connection

@@ -33,11 +33,13 @@ class Push:
 
 @dataclass(frozen=True)
 class Message:
-    """One message to the queue through the default exchange."""
+    """One message for another broker."""
 
     body: bytes
     headers: dict[str, Any] = field(default_factory=dict)
     properties: dict[str, Any] = field(default_factory=dict)
+    content_type: str = "application/json"
+    content_encoding: str = "utf-8"
 
 
 def queue_of(app: str, chosen: AppSettings) -> str:

@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary, ref
 from celery import Celery
 
 from legit_worker import parking
+from legit_worker.routing.formats import queue_of
 from legit_worker.routing.lane import Lane
+from legit_worker.routing.letters import dead_queue, sealed
 from legit_worker.routing.wires import Delivery, open_wire
 from legit_worker.settings import AppSettings
 
@@ -108,7 +110,7 @@ class Lanes:
     def _bury(self, delivery: Delivery, reason: str) -> None:
         """Make a delivery a dead letter. The broker keeps it; until it can, the task stays unacked."""
         logger.error(
-            "the result of task %s for app %s goes to %s: %s. `celery legit results replay %s` sends it again",
+            "the result of task %s for app %s goes to %s: %s. `celery legit dead replay %s` sends it again",
             delivery.task_id,
             delivery.app,
             dead_queue(delivery.app),
@@ -118,7 +120,7 @@ class Lanes:
         with self._lock:
             if self._cemetery is None:
                 self._cemetery = Lane(open_wire(self._app, None), None)
-        self._cemetery.add(dead_letter(delivery))
+        self._cemetery.add(dead_letter(delivery, reason))
         self.count(delivery.app, "dead")
 
 
@@ -132,11 +134,13 @@ def lanes_of(app: Celery) -> Lanes:
         return _lanes.setdefault(app, Lanes(app))
 
 
-def dead_queue(app: str) -> str:
-    """Return the queue of an app's dead letters."""
-    return f"legit.dead.{app}"
-
-
-def dead_letter(delivery: Delivery) -> Delivery:
-    """Return a delivery of the bare envelope to the dead letters. It fulfils the same future."""
-    return replace(delivery, chosen=AppSettings(), queue=dead_queue(delivery.app), deadline=None)
+def dead_letter(delivery: Delivery, reason: str) -> Delivery:
+    """Return a delivery to the dead letters. It fulfils the same future."""
+    asked = None if delivery.queue == queue_of(delivery.app, delivery.chosen) else delivery.queue
+    return replace(
+        delivery,
+        chosen=AppSettings(),
+        queue=dead_queue(delivery.app),
+        envelope=sealed(delivery.envelope, queue=asked, reason=reason),
+        deadline=None,
+    )

@@ -260,12 +260,19 @@ class BrokerWire(Wire):
     def _send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
         """Publish each, and wait for the broker to confirm it."""
         for delivery in deliveries:
-            yield delivery, self._outcome(delivery)
+            yield delivery, self._outcome(delivery.queue, delivery.message())
 
-    def _outcome(self, delivery: Delivery) -> Exception | None:
+    def publish(self, key: str, parcel: Message, exchange: str) -> Exception | None:
+        """Publish one message. Returns why the broker refuses it. Raises `AwayError`."""
+        try:
+            return self._outcome(key, parcel, exchange)
+        except self._away as error:
+            raise AwayError(self._reason(error)) from error
+
+    def _outcome(self, key: str, parcel: Message, exchange: str = "") -> Exception | None:
         refusal: Exception | None = None
         try:
-            self._confirmed(delivery.queue, delivery.message())
+            self._confirmed(key, parcel, exchange)
         except MessageNacked:
             refusal = NotNowError("the broker does not take it (nack): the queue may be full")
         except ChannelError as error:  # the broker has closed the channel
@@ -298,26 +305,28 @@ class BrokerWire(Wire):
     def _unblock(self) -> None:
         self._is_blocked = False
 
-    def _confirmed(self, queue: str, parcel: Message) -> None:
+    def _confirmed(self, key: str, parcel: Message, exchange: str) -> None:
         try:
-            self._publish(queue, parcel)
+            self._publish(key, parcel, exchange)
         except ChannelError:
             # Somebody may have deleted a known queue. Declare it again.
             self.close()
-            self._publish(queue, parcel)
+            self._publish(key, parcel, exchange)
 
-    def _publish(self, queue: str, parcel: Message) -> None:
-        self._declare(queue)
+    def _publish(self, key: str, parcel: Message, exchange: str) -> None:
+        if not exchange:
+            self._declare(key)
+        channel = self.channel
         if self._is_blocked:
             raise AwayError(FULL)
         # Without `mandatory`, the broker confirms a message for a deleted queue, and drops it.
         amqp_only = {"mandatory": True, "timeout": PATIENCE, "confirm_timeout": PATIENCE} if self._is_amqp else {}
-        Producer(self.channel).publish(
+        Producer(channel).publish(
             parcel.body,
-            routing_key=queue,
-            exchange="",
-            content_type="application/json",
-            content_encoding="utf-8",
+            routing_key=key,
+            exchange=exchange,
+            content_type=parcel.content_type,
+            content_encoding=parcel.content_encoding,
             delivery_mode=2,
             headers=parcel.headers,
             **parcel.properties,

@@ -13,7 +13,7 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
 
-from legit_worker.routing.lanes import dead_queue
+from legit_worker.routing.letters import dead_queue
 from legit_worker.routing.wires import connect, is_redis, reach
 from legit_worker.validation.paths import ROUTES, Route
 from legit_worker.validation.reference import ValidationError

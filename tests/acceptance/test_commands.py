@@ -18,7 +18,11 @@ NOWHERE = {"CELERY_BROKER_URL": "redis://localhost:1/0", "CELERY_RESULT_BACKEND"
 
 APPS = {"LEGIT_WORKER_APPS__ALPHA__RESULT_ROUTING": "on", "LEGIT_WORKER_APPS__BETA__WEIGHT": "2"}
 
-COMMANDS = ["status", "results list", "results replay alpha", "results drop alpha"]
+COMMANDS = [
+    "status",
+    *("results list", "results replay alpha", "results drop alpha"),
+    *("dead list", "dead show alpha", "dead replay alpha", "dead drop alpha"),
+]
 
 
 def run(command: list[str], broker: Broker, **variables: str) -> subprocess.CompletedProcess[str]:
