@@ -68,9 +68,10 @@ class Stored:
         return bool(self.worker.client.control.ping([self.worker.name], timeout=INSPECT_SECONDS))
 
     def unacked(self) -> int:
-        """How many messages the worker holds."""
+        """How many messages of its queue the worker holds. Workers of other tests may have left theirs."""
+        queue = json.dumps(self.worker.broker.queue).encode()
         with redis.Redis.from_url(self.worker.broker.url) as server:
-            return int(server.hlen("unacked"))
+            return sum(queue in noted for noted in server.hvals("unacked"))
 
 
 def start(start_worker: StartWorker, broker: Broker, backend: Server, conf: Any = None, **more: str) -> Stored:
