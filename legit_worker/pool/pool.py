@@ -261,7 +261,7 @@ class ModelPool(SoloPool):
         """Its handlers of signals are installed by now."""
         if sender.pool is self:
             reports.started(self.app, self._settings, self.limit, self.taking())
-            reports.with_others(*held_by_workers(sender.task_consumer.channel))
+            reports.with_others(*held_by_workers(sender.task_consumer.channel), self._settings.lease_seconds)
             self._soft.meet(sender)
             if not self._inline:
                 reports.early_acks(self.app, min(self.limit, EARLY_WINDOW))

@@ -59,13 +59,14 @@ def started(app: Celery, chosen: settings.Settings, window: int, messages: str) 
     )
 
 
-def with_others(messages: int, seconds: float) -> None:
+def with_others(messages: int, seconds: float, lease: float) -> None:
     """Log at the start that workers hold messages of this broker: a killed worker's messages come back only later."""
     if messages:
         logger.info(
-            "workers hold %d messages of this broker; if one of them was killed, its messages come back %.0f s "
-            "after it took them (broker_transport_options: visibility_timeout)",
-            *(messages, seconds),
+            "workers hold %d messages of this broker; if one of them was killed, its messages come back within %.0f s "
+            "(LEGIT_WORKER_LEASE_SECONDS), and those of a stock worker %.0f s after it took them "
+            "(broker_transport_options: visibility_timeout)",
+            *(messages, lease, seconds),
         )
 
 
