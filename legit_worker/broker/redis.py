@@ -31,6 +31,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from legit_worker.broker import owners, poison
 from legit_worker.broker.acks import ReservingQoS, send
 from legit_worker.broker.bells import Bell, BellPoller
+from legit_worker.broker.failover import FailedOverError, enduring
 from legit_worker.broker.ledger import Ledger
 from legit_worker.broker.reserve import (
     MORE,
@@ -88,7 +89,7 @@ class ReservingConnection(kombu.Connection):
 
     def get_transport_cls(self) -> type:
         """Return kombu's transport for the URL; if it is the Redis transport or a subclass, one that reserves."""
-        chosen: type = super().get_transport_cls()
+        chosen = enduring(super().get_transport_cls())
         return reserving(chosen) if issubclass(chosen, stock.Transport) else chosen
 
 
@@ -135,6 +136,8 @@ class ReservingChannel(stock.Channel):
         #: Queues whose consumer doesn't ack.
         self._no_ack_queues: set[str] = set()
         self._looking = True
+        #: Until then a server without memory lets no bell wait, and the script looks now and then.
+        self._full_until = 0.0
         self._has_script = False
         self._group = 1
         #: Acks that the outstanding question has brought along.
@@ -188,7 +191,8 @@ class ReservingChannel(stock.Channel):
         elif self._suspect is not None and not self._has_room_for_suspect():
             return
         elif not self._looking and not self.ledger.unsent:
-            self._hang_bells()
+            if monotonic() >= self._full_until:
+                self._hang_bells()
         elif self._script_is_there():
             self._ask()
 
@@ -386,6 +390,11 @@ class ReservingChannel(stock.Channel):
             return
         try:
             bell.answer()
+        except FailedOverError as error:
+            self.drop(bell)
+            if not error.is_full:
+                raise
+            self._full_until = monotonic() + self.patience()
         except ResponseError as error:
             self._take_kombus_way(error)
         except self.connection_errors:

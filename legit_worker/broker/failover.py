@@ -1,0 +1,127 @@
+"""Servers that answer, and can't be used: another took their place, or they refuse to write.
+
+Celery connects anew after the errors that a transport names. Any other answer of a server ends the worker. Here those
+answers become errors of the connection, so the worker waits for the server, or finds the one that took its place.
+
+In: answers of Redis, channels that RabbitMQ closes. Out: errors after which Celery connects anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from amqp.exceptions import PreconditionFailed, RecoverableConnectionError
+from kombu.transport import pyamqp
+from kombu.transport import redis as stock
+from redis import exceptions
+
+#: Answers of a Redis server that another one replaces, or that does not write now: `UNBLOCKED` ends a wait when a
+#: server becomes a replica, `MASTERDOWN` comes from a replica without its master, `MISCONF` while the server can't
+#: save to its disk, `OOM` while its memory is full. redis-py has classes for some, and takes the word off their text.
+AWAY: dict[str, type[exceptions.ResponseError]] = {
+    "READONLY": exceptions.ReadOnlyError,
+    "MASTERDOWN": exceptions.MasterDownError,
+    "OOM": exceptions.OutOfMemoryError,
+}
+AWAY |= dict.fromkeys(("UNBLOCKED", "MISCONF", "NOREPLICAS"), exceptions.ResponseError)
+
+#: Part of RabbitMQ's answer if an ack is overdue (`consumer_timeout`), or comes for a delivery that it does not know.
+TIMED_OUT = ("delivery acknowledgement", "unknown delivery tag")
+
+
+class FailedOverError(exceptions.ResponseError):
+    """The server answers, and can't be used now.
+
+    It is no `redis.ConnectionError`: redis-py would try a transaction again for ever, since the server answers.
+    """
+
+    __repr__ = Exception.__repr__  # redis-py's lacks what the server said
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the server lacks memory, and is otherwise as it was."""
+        return str(self).startswith("OOM ")
+
+
+class DeliveryTimeoutError(RecoverableConnectionError):
+    """RabbitMQ has closed the channel, and delivers its messages again."""
+
+
+def away(error: exceptions.ResponseError) -> str:
+    """Return the word by which a server says that it can't be used now, `""` if it does not.
+
+    A script's error before Redis 7 has the word in its middle, after a minus sign.
+    """
+    for word, kind in AWAY.items():
+        is_own = kind is not exceptions.ResponseError and isinstance(error, kind)
+        if is_own or str(error).startswith(f"{word} ") or f"-{word} " in str(error):
+            return word
+    return ""
+
+
+@functools.cache
+def enduring(transport: Any) -> Any:
+    """Return a subclass of a transport for Redis or RabbitMQ, whose connections survive. Others stay as they are."""
+    if issubclass(transport, stock.Transport):
+        channel = type(transport.Channel.__name__, (EnduringChannel, transport.Channel), {})
+        errors = (*transport.connection_errors, FailedOverError)
+        return type(transport.__name__, (transport,), {"Channel": channel, "connection_errors": errors})
+    if issubclass(transport, pyamqp.Transport):
+        former = transport.Connection
+        channel = type(former.Channel.__name__, (_EnduringAmqpChannel, former.Channel), {})
+        connection = type(former.__name__, (former,), {"Channel": channel})
+        return type(transport.__name__, (transport,), {"Connection": connection})
+    return transport
+
+
+class EnduringChannel(stock.Channel):
+    """A Redis channel that refuses to open on a server which can't be written to."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        try:
+            with self.conn_or_acquire() as client:
+                # Changes nothing, and a server that can't write or has no memory refuses it.
+                client.zadd(self.unacked_index_key, {"": 0}, xx=True)
+        except FailedOverError:
+            self.connection.cycle.discard(self)
+            self._disconnect_pools()
+            raise
+        except exceptions.ResponseError:
+            pass  # this user may not, or it is no Redis: what needs the command tells
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        params: dict[str, Any] = super()._connparams(asynchronous)
+        params["connection_class"] = _enduring_connection(params["connection_class"])
+        return params
+
+
+def _enduring_connection(connection: type) -> type:
+    """Return a subclass of a redis-py connection class, or of kombu's subclass for one channel."""
+    return type(connection.__name__, (_EnduringConnection, connection), {})
+
+
+class _EnduringConnection:
+    """Mixed into a redis-py connection class."""
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Read an answer. Raises `FailedOverError` if the server can't be used now."""
+        try:
+            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except exceptions.ResponseError as error:
+            if word := away(error):
+                raise FailedOverError(f"{word} {str(error).removeprefix(f'{word} ')}") from error
+            raise
+
+
+class _EnduringAmqpChannel:
+    """Mixed into a py-amqp channel class. If RabbitMQ has taken its messages back, the connection is given up."""
+
+    def _on_close(self, *args: Any) -> None:
+        try:
+            super()._on_close(*args)  # type: ignore[misc]
+        except PreconditionFailed as error:
+            if any(part in str(error) for part in TIMED_OUT):
+                raise DeliveryTimeoutError(str(error)) from error
+            raise
