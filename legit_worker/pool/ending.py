@@ -36,6 +36,9 @@ FLIGHT_SECONDS = 5.0
 #: Seconds between two looks while all that still runs waits for something.
 LOOK = 0.25
 
+#: Seconds that a cold shutdown waits for results to be stored, while the result backend takes results.
+STORE_SECONDS = 5.0
+
 #: Seconds that a warm shutdown waits, after the last task's code is over, for a result backend that takes no results.
 #: Most of what kills a worker that does not end waits for 30 seconds or longer.
 BACKEND_SECONDS = 20.0
@@ -93,9 +96,12 @@ class Ending:
         # Celery tells the rest that they are cancelled, before their ends, which would be wrong afterwards.
         self._soft.cancel_rest()
         # Whoever is left unwinds where it stands. Its message, acked late, goes back to the broker.
-        for fiber in self._running:
-            self._unwind(fiber)
-            self._loop.forget(fiber)
+        self._unwind_all(keep=self._running.is_over)
+        # A task whose own code is over must not run again, if its result can be stored at once.
+        until = monotonic() + STORE_SECONDS
+        while any(map(self._running.is_over, self._running)) and away_since() is None and monotonic() < until:
+            self._drain()
+        self._unwind_all(keep=lambda _: False)
         # A thread that waits for the device must not come back to an interpreter that is gone.
         self._engine.wait(FLIGHT_SECONDS)
         # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
@@ -141,6 +147,12 @@ class Ending:
             flush_acks()
         except Exception:
             logger.warning("an ack or a heartbeat failed while the worker was stopping", exc_info=True)
+
+    def _unwind_all(self, keep: Callable[[Fiber], bool]) -> None:
+        for fiber in self._running:
+            if not keep(fiber):
+                self._unwind(fiber)
+                self._loop.forget(fiber)
 
     @staticmethod
     def _unwind(fiber: Fiber, error: BaseException | None = None) -> None:

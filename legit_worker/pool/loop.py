@@ -19,7 +19,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import Backlog
 from legit_worker.pool.engine import Engine
-from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.fibers import Fiber, Phase
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running
@@ -146,12 +146,15 @@ class Loop:
     def resume_ready(self) -> None:
         """Let those go on whose waiting is over, then begin others in the place of those that ended.
 
-        None, once a soft or a cold shutdown lets no task go on.
+        Once a soft or a cold shutdown lets no task go on, only those go on whose own code is over.
         """
-        if monotonic() >= self._ends_at():
+        now = monotonic()
+        is_over = now >= self._ends_at()
+        if is_over:
             self._cancel()
+        self._resume_all(self._ready, until=now + FULL_TURN)
+        if is_over:
             return
-        self._resume_all(self._ready, until=monotonic() + FULL_TURN)
         early = self._intake.may_start_early
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
             self.start(first)
@@ -161,10 +164,9 @@ class Loop:
         later: list[Fiber] = []
         try:
             for _ in range(len(ready)):
-                if monotonic() >= self._ends_at():
-                    break
                 fiber = ready.popleft()
-                if fiber.gives_way and monotonic() > until:
+                now = monotonic()
+                if (fiber.gives_way and now > until) or (now >= self._ends_at() and fiber.phase is not Phase.ENDING):
                     later.append(fiber)
                 elif not fiber.dead:
                     self._switch_to(fiber)

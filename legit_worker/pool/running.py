@@ -73,6 +73,10 @@ class Running:
         is_around = fiber.waits_for is not None and fiber.phase in (Phase.NEW, Phase.ENDING)
         return is_around and fiber not in self.delivering
 
+    def is_over(self, fiber: Fiber) -> bool:
+        """Whether a task's own code is over, and only its result must be stored."""
+        return fiber.phase is Phase.ENDING and self.is_storing(fiber)
+
     @property
     def early(self) -> int:
         """How many run whose messages were acked when they began. Those that wait for a delivery don't count."""
