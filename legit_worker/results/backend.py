@@ -126,6 +126,14 @@ class Groups:
             return {"status": states.PENDING, "result": None}
         return super()._get_task_meta_for(task_id)  # type: ignore[misc]
 
+    def get(self, key: bytes) -> Any:
+        """Return the value of a key."""
+        if not parking.is_around_task():
+            return super().get(key)  # type: ignore[misc]
+        read = Write(key=key, is_read=True)
+        self._writer.store(read)
+        return read.value
+
     def _set(self, key: bytes, value: bytes | str, expires: int | None = None) -> None:
         """Store a result, in the next group if the caller can park."""
         state = _storing.get()

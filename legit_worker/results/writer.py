@@ -166,9 +166,9 @@ def _parts(writes: list[Write]) -> list[list[Write]]:
     parts: list[list[Write]] = []
     size = 0
     for write in writes:
-        if not parts or len(parts[-1]) >= MOST_WRITES or size + len(write.value) > MOST_BYTES:
+        if not parts or len(parts[-1]) >= MOST_WRITES or size + len(write.value or b"") > MOST_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(write)
-        size += len(write.value)
+        size += len(write.value or b"")
     return parts

@@ -67,11 +67,13 @@ class Write:
     """One task's state on its way to the server."""
 
     key: bytes
-    value: bytes | str
-    is_success: bool
+    value: bytes | str | None = None
+    is_success: bool = False
     #: Seconds until the server forgets the key. None or 0: it keeps the key.
     expires: int | None = None
     riders: Sequence[Rider] = ()
+    #: Whether the server is only asked for the value of the key.
+    is_read: bool = False
     #: Why the server refuses it.
     error: Exception | None = None
     #: Whether the key has this value, or keeps the SUCCESS that it had.
@@ -135,6 +137,9 @@ def check(client: Any, writes: Sequence[Write], is_success: IsSuccess) -> None:
         try:
             if isinstance(value, Exception):
                 raise value
+            if write.is_read:
+                write.value, write.is_stored = value, True
+                continue
             is_another = bool(value) and value != write.value  # the last try may have stored this one
             write.is_stored = write.key in succeeded or (is_another and is_success(value))
         except Exception as error:  # as for Celery, what can't be read must not be overwritten

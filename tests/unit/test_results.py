@@ -1,0 +1,256 @@
+"""Results in groups: whatever the server answers, each write ends stored or refused, and none for another's sake."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
+
+from legit_worker.results import writer
+from legit_worker.results.writer import Group, Writer
+from legit_worker.results.writes import Rider, Write, is_away
+
+#: Seconds for what takes milliseconds.
+SOON = 20
+
+
+class Server:
+    """A Redis server, and a client of it."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, Any] = {}
+        self.lists: dict[str, list[bytes]] = {}
+        self.published: list[bytes] = []
+        self.is_there = True
+        #: By command and key, what it answers instead.
+        self.errors: dict[tuple[str, Any], Exception] = {}
+        #: Keys over which it breaks the connection.
+        self.breaks_over: set[Any] = set()
+        self.round_trips = 0
+        self.connection_pool = self
+
+    def disconnect(self) -> None:
+        """Nothing to close."""
+
+    def ping(self) -> bool:
+        self._answer()
+        return True
+
+    def mget(self, keys: Iterable[bytes]) -> list[Any]:
+        self._answer()
+        if ("MGET", None) in self.errors:
+            raise self.errors["MGET", None]
+        return [self.values.get(key) for key in keys]
+
+    def pipeline(self, transaction: bool) -> Pipeline:
+        assert not transaction
+        return Pipeline(self)
+
+    def _answer(self) -> None:
+        if not self.is_there:
+            raise RedisConnectionError("nobody there")
+        self.round_trips += 1
+
+    def run(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        self._answer()
+        if self.breaks_over.intersection(command[1] for command in commands):
+            raise RedisConnectionError("Connection closed by server.")
+        return [self._run(*command) for command in commands]
+
+    def _run(self, name: str, key: Any, *rest: Any) -> Any:
+        if (name, key) in self.errors:
+            return self.errors[name, key]
+        match name:
+            case "GET":
+                return self.values.get(key)
+            case "SET" | "SETEX":
+                self.values[key] = rest[-1]
+            case "PUBLISH":
+                self.published.append(key)
+            case "RPUSH":
+                self.lists.setdefault(key, []).append(rest[-1])
+        return True
+
+
+class Pipeline:
+    """A pipeline of it."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._commands: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing to give back."""
+
+    def execute_command(self, *command: Any) -> None:
+        self._commands.append(command)
+
+    def get(self, key: bytes) -> None:
+        self._commands.append(("GET", key))
+
+    def execute(self, raise_on_error: bool) -> list[Any]:
+        assert not raise_on_error
+        return self._server.run(self._commands) if self._commands else []
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "FIRST_RETRY", 0.001)
+    monkeypatch.setattr(writer, "LAST_RETRY", 0.005)
+
+
+def start(server: Server) -> Writer:
+    return Writer("server", lambda: server, lambda value: json.loads(value)["status"] == "SUCCESS")
+
+
+def write(key: str, status: str = "SUCCESS", riders: Iterable[Rider] = (), note: str = "") -> Write:
+    value = json.dumps({"status": status, "note": note}).encode()
+    return Write(key=key.encode(), value=value, is_success=status == "SUCCESS", riders=list(riders))
+
+
+def join(to: Writer, *writes: Write) -> list[Group]:
+    """Have them in groups, all in one if the thread has nothing else to do."""
+    with to._lock:
+        group = Group()
+        group.writes.extend(writes)
+        to._groups.put(group)
+    return [group]
+
+
+def store(to: Writer, *writes: Write) -> None:
+    for group in join(to, *writes):
+        group.done.result(SOON)
+
+
+def test_a_group_takes_two_round_trips() -> None:
+    server = Server()
+    writes = [write(str(number)) for number in range(100)]
+    store(start(server), *writes)
+    assert server.values == {one.key: one.value for one in writes}
+    assert server.published == [one.key for one in writes]
+    assert server.round_trips == 2
+
+
+def test_a_success_that_is_stored_stays() -> None:
+    server = Server()
+    good, bad = write("a"), write("a", "FAILURE")
+    store(start(server), good)
+    store(start(server), bad)
+    assert server.values == {b"a": good.value}
+    assert bad.is_stored
+    assert bad.error is None
+
+
+def test_a_success_in_the_same_group_stays() -> None:
+    server = Server()
+    good, bad = write("a"), write("a", "FAILURE")
+    store(start(server), write("a", "STARTED"), good, bad)
+    assert server.values == {b"a": good.value}
+
+
+def test_what_is_not_readable_is_not_overwritten() -> None:
+    server = Server()
+    server.values[b"a"] = b"{"
+    one, other = write("a"), write("b")
+    store(start(server), one, other)
+    assert isinstance(one.error, ValueError)
+    assert server.values == {b"a": b"{", b"b": other.value}
+
+
+@pytest.mark.parametrize("command", ["SET", "PUBLISH"])
+def test_a_refused_write_does_not_harm_the_others(command: str) -> None:
+    server = Server()
+    server.errors[command, b"1"] = NoPermissionError("this user has no permissions")
+    writes = [write(str(number)) for number in range(3)]
+    store(start(server), *writes)
+    assert [one.error is None for one in writes] == [True, False, True]
+
+
+def test_a_refused_rider_leaves_the_result_and_the_other_riders_alone() -> None:
+    server = Server()
+    server.errors["RPUSH", "bad"] = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+    good, bad = Rider([("RPUSH", "good", b"x")]), Rider([("RPUSH", "bad", b"x")])
+    one = write("a", riders=[bad, good])
+    store(start(server), one)
+    assert one.is_stored
+    assert (good.is_done, bad.is_done) == (True, False)
+    assert server.lists == {"good": [b"x"]}
+
+
+def test_what_the_server_can_not_take_now_it_is_given_again_and_nothing_else() -> None:
+    server = Server()
+    server.errors["RPUSH", "full"] = OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+    late = Rider([("RPUSH", "queue", b"x"), ("RPUSH", "full", b"y")])
+    to = start(server)
+    (group,) = join(to, write("a", riders=[late]), write("b"))
+    while to.away_since is None:
+        threading.Event().wait(0.001)
+    assert not group.done.done()
+    del server.errors["RPUSH", "full"]
+    group.done.result(SOON)
+    assert server.lists == {"queue": [b"x"], "full": [b"y"]}
+    assert server.published == [b"a", b"b"]
+    assert to.away_since is None
+
+
+def test_all_wait_for_a_server_that_comes_back() -> None:
+    server = Server()
+    server.is_there = False
+    to = start(server)
+    (group,) = join(to, write("a"), write("b"))
+    while to.away_since is None:
+        threading.Event().wait(0.001)
+    server.is_there = True
+    group.done.result(SOON)
+    assert set(server.values) == {b"a", b"b"}
+
+
+def test_a_write_over_which_the_server_breaks_the_connection_fails_alone() -> None:
+    server = Server()
+    server.breaks_over = {b"huge"}
+    writes = [write("a"), write("huge"), write("b")]
+    store(start(server), *writes)
+    assert set(server.values) == {b"a", b"b"}
+    assert [one.error is None for one in writes] == [True, False, True]
+
+
+def test_a_user_who_may_not_read_many_keys_at_once_reads_them_one_by_one() -> None:
+    server = Server()
+    server.errors["MGET", None] = NoPermissionError("this user has no permissions to run the 'mget' command")
+    server.values[b"a"] = write("a").value
+    one, other = write("a", "FAILURE"), write("b")
+    store(start(server), one, other)
+    assert server.values == {b"a": write("a").value, b"b": other.value}
+
+
+def test_a_read_gives_the_value() -> None:
+    server = Server()
+    server.values[b"a"] = b"value"
+    found, missing = Write(key=b"a", is_read=True), Write(key=b"b", is_read=True)
+    store(start(server), found, missing)
+    assert (found.value, missing.value) == (b"value", None)
+    assert server.published == []
+
+
+@pytest.mark.parametrize(
+    ("error", "later"),
+    [
+        (OSError("no route"), True),
+        (ResponseError("MISCONF Redis is configured to save RDB snapshots"), True),
+        (ResponseError("CLUSTERDOWN The cluster is down"), True),
+        (ResponseError("UNBLOCKED force unblock from blocking operation"), True),
+        (ResponseError("WRONGTYPE Operation against a key"), False),
+        (NoPermissionError("this user has no permissions"), False),
+        (True, False),
+    ],
+)
+def test_some_errors_mean_that_the_server_may_take_it_later(error: object, later: bool) -> None:
+    assert is_away(error) is later
