@@ -31,10 +31,11 @@ from legit_worker.apps import carrier, header
 from legit_worker.models import handle
 from legit_worker.results.backend import RidersOnRedis, riders
 from legit_worker.results.writes import Rider
+from legit_worker.routing.delivery import Delivery
 from legit_worker.routing.endings import GOES_ON, STARTED_AT, Request, app_of, destination, endings, never_run
 from legit_worker.routing.envelope import Ending, seal
 from legit_worker.routing.lanes import lanes_of
-from legit_worker.routing.wires import Delivery, commands, connect, is_redis
+from legit_worker.routing.wires import commands, connect, is_redis
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Routing:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._chosen = settings.load(enabled_by_default=True)
+        self._chosen = settings.with_bounds(settings.load(enabled_by_default=True))
         # Celery makes one backend for each thread.
         self.lanes = lanes_of(self.app)
         self._timed_out: dict[str, float] = {}
@@ -265,7 +266,11 @@ class Routing:
     @contextmanager
     def _joining(self, deliveries: Sequence[Delivery], left: list[Delivery]) -> Iterator[None]:
         """Let deliveries ride with the result if both are for one server. Those that arrive are taken out of `left`."""
-        riding = [(one, Rider(commands(one.pushes()))) for one in deliveries if self._is_same_server(one.chosen.url)]
+        riding = [
+            (one, Rider(commands(one.pushes())))
+            for one in deliveries
+            if not one.bound and self._is_same_server(one.chosen.url)
+        ]
         token = riders.set([rider for _, rider in riding])
         try:
             yield

@@ -19,7 +19,7 @@ from legit_worker.routing.boxes import Box, apps_with_letters, box
 from legit_worker.routing.letters import POISONED, UNREADABLE, Kind, Letter, dead_queue, read
 from legit_worker.routing.replay import Replayer
 from legit_worker.routing.wires import connect, is_redis, reach
-from legit_worker.settings import NAME, Settings
+from legit_worker.settings import NAME, Settings, with_bounds
 
 #: The words that select all letters of a kind.
 KINDS: dict[str, Kind] = {"poisoned": "poisoned", "unreadable": "unreadable", "results": "result"}
@@ -58,7 +58,7 @@ class DeadLetters:
 
     def __init__(self, app: Celery, chosen: Settings) -> None:
         self._app = app
-        self._chosen = chosen
+        self._chosen = with_bounds(chosen)
 
     def counts(self) -> dict[str, int]:
         """Count the dead letters of each configured app."""

@@ -47,13 +47,18 @@ def queue_of(app: str, chosen: AppSettings) -> str:
     return chosen.queue or f"{app}.results"
 
 
+def key_of(chosen: AppSettings, queue: str) -> str:
+    """Return the list in Redis."""
+    return f"{chosen.prefix}queues:{queue}" if chosen.format == "laravel" else chosen.prefix + queue
+
+
 def pushes(chosen: AppSettings, queue: str, task_id: str, envelope: bytes) -> list[Push]:
     """Return the values for Redis, which belong into one transaction."""
     if chosen.format == "json":
-        return [Push(chosen.prefix + queue, envelope)]
+        return [Push(key_of(chosen, queue), envelope)]
     if chosen.format == "celery":
-        return [Push(chosen.prefix + queue, _in_kombus_form(_celery(chosen, task_id, envelope), queue), left=True)]
-    key = f"{chosen.prefix}queues:{queue}"
+        return [Push(key_of(chosen, queue), _in_kombus_form(_celery(chosen, task_id, envelope), queue), left=True)]
+    key = key_of(chosen, queue)
     return [Push(key, _laravel(chosen, task_id, envelope)), Push(f"{key}:notify", b"1")]
 
 

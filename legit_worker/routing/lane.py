@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from time import monotonic
 
-from legit_worker.routing.wires import AwayError, Delivery, NotNowError, Wire
+from cachetools import TTLCache
+
+from legit_worker.routing.delivery import AwayError, Delivery, NotNowError
+from legit_worker.routing.wires import KNOWN_QUEUES, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ MAX_WAITING_BYTES = 64 * 2**20
 
 #: The most envelopes that wait for one server. Each keeps its task unacked, and its fiber in memory.
 MAX_WAITING = 5000
+
+#: Seconds before the log says again that a queue takes nothing.
+SAID_SECONDS = 60.0
 
 
 @dataclass(eq=False)
@@ -60,6 +66,7 @@ class Lane:
         self._ready: dict[Delivery, None] = {}
         #: By queue: those that wait until their queue takes more.
         self._holds: dict[str, Hold] = {}
+        self._said: TTLCache[str, bool] = TTLCache(KNOWN_QUEUES, SAID_SECONDS)
         self._count = self._bytes = 0
         self._changed = threading.Condition()
         self._pause = 0.0
@@ -169,8 +176,6 @@ class Lane:
                 self._remove(delivery)
                 held = self._holds.pop(delivery.queue, None)
                 self._ready |= held.deliveries if held else {}
-            if held:
-                logger.warning("queue %s at %s takes results again", delivery.queue, self.name)
             tell(delivery.done)
 
     def _refused(self, delivery: Delivery, error: Exception) -> None:
@@ -188,7 +193,7 @@ class Lane:
             hold = self._holds.get(queue)
             if hold is None:
                 hold = self._holds[queue] = Hold(pause=FIRST_RETRY / 2, until=None)
-                logger.warning("queue %s at %s takes nothing now, its results wait: %s", queue, self.name, error)
+                self._say(queue, error)
             if hold.until is None:
                 hold.pause = min(hold.pause * 2, LAST_RETRY)
                 hold.until = monotonic() + hold.pause
@@ -196,6 +201,12 @@ class Lane:
             for delivery in hold.deliveries:
                 self._ready.pop(delivery, None)
         self._bury_overdue(hold.deliveries, f"its queue did not take it in time: {error}")
+
+    def _say(self, queue: str, error: Exception) -> None:
+        """Log that a queue takes nothing. A full one with a slow consumer would fill the log."""
+        if queue not in self._said:
+            self._said[queue] = True
+            logger.warning("queue %s at %s takes nothing now, and its results wait: %s", queue, self.name, error)
 
     def _server_is_away(self, error: BaseException) -> None:
         """Wait a little."""

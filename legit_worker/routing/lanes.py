@@ -18,10 +18,11 @@ from weakref import WeakKeyDictionary, ref
 from celery import Celery
 
 from legit_worker import parking
+from legit_worker.routing.delivery import Delivery
 from legit_worker.routing.formats import queue_of
 from legit_worker.routing.lane import Lane
 from legit_worker.routing.letters import dead_queue, sealed
-from legit_worker.routing.wires import Delivery, open_wire
+from legit_worker.routing.wires import open_wire
 from legit_worker.settings import AppSettings
 
 logger = logging.getLogger(__name__)
@@ -136,10 +137,12 @@ def lanes_of(app: Celery) -> Lanes:
 
 def dead_letter(delivery: Delivery, reason: str) -> Delivery:
     """Return a delivery to the dead letters. It fulfils the same future."""
-    asked = None if delivery.queue == queue_of(delivery.app, delivery.chosen) else delivery.queue
+    chosen = delivery.chosen
+    asked = None if delivery.queue == queue_of(delivery.app, chosen) else delivery.queue
     return replace(
         delivery,
-        chosen=AppSettings(),
+        chosen=AppSettings(dead_max_length=chosen.dead_max_length, dead_max_seconds=chosen.dead_max_seconds),
+        is_dead_letter=True,
         queue=dead_queue(delivery.app),
         envelope=sealed(delivery.envelope, queue=asked, reason=reason),
         deadline=None,

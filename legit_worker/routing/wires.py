@@ -6,12 +6,9 @@ thread uses it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from amqp.exceptions import MessageNacked
@@ -19,20 +16,12 @@ from cachetools import LRUCache
 from celery import Celery
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import ChannelError
-from redis.exceptions import (
-    AskError,
-    BusyLoadingError,
-    ClusterDownError,
-    MasterDownError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-    TryAgainError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
-from legit_worker.routing.formats import Message, Push, message, pushes
-from legit_worker.settings import AppSettings
+from legit_worker.routing.answers import judged
+from legit_worker.routing.bounds import Ages, Room, cuts
+from legit_worker.routing.delivery import UNBOUND, AwayError, Bound, Delivery, NotNowError, Outcome
+from legit_worker.routing.formats import Message, Push
 
 #: Seconds that a server has to answer, before the lane tries it again.
 PATIENCE = 5
@@ -45,29 +34,6 @@ NOWHERE = "legit.nowhere"
 
 #: The most queues that a wire remembers: more than there are apps. Tasks may name any number of queues.
 KNOWN_QUEUES = 1000
-
-
-@dataclass(eq=False, kw_only=True)
-class Delivery:
-    """One envelope on its way."""
-
-    app: str
-    chosen: AppSettings
-    queue: str
-    task_id: str
-    envelope: bytes
-    #: Done as soon as the app's server has it, or the server of the dead letters.
-    done: Future[None] = field(default_factory=Future)
-    #: The time on the monotonic clock at which it becomes a dead letter; None keeps trying for ever.
-    deadline: float | None = None
-
-    def pushes(self) -> list[Push]:
-        """Return the values for Redis."""
-        return pushes(self.chosen, self.queue, self.task_id, self.envelope)
-
-    def message(self) -> Message:
-        """Return the message for any other broker."""
-        return message(self.chosen, self.task_id, self.envelope)
 
 
 def connect(app: Celery, url: str | None) -> Connection:
@@ -104,18 +70,6 @@ def open_wire(app: Celery, url: str | None) -> Wire:
     """Return the wire for the server at `url`, or for the app's broker."""
     connection = connect(app, url)
     return RedisWire(connection) if is_redis(connection) else BrokerWire(connection)
-
-
-class AwayError(Exception):
-    """The server does not answer, or can take nothing now. No delivery is at fault."""
-
-
-class NotNowError(Exception):
-    """The server takes other deliveries, and may take this one later."""
-
-
-#: What became of a delivery: None if the server has it; a `NotNowError`; or why the server refuses it.
-Outcome = tuple[Delivery, Exception | None]
 
 
 class Wire:
@@ -176,25 +130,39 @@ class RedisWire(Wire):
 
     group_size = 128
 
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._ages = Ages()
+
     def _send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
-        """Push all in one transaction."""
+        """Push all in one transaction that their queues have room for."""
+        self._ages.trim(self.channel.client, deliveries)
+        room = Room(self.channel.client, deliveries)
+        refusals = {delivery: room.refuses(delivery) for delivery in deliveries}
+        fitting = [delivery for delivery in deliveries if not refusals[delivery]]
+        if fitting:
+            yield from self._push(fitting)
+        yield from ((delivery, NotNowError(reason)) for delivery, reason in refusals.items() if reason)
+
+    def _push(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
+        pushes = [delivery.pushes() for delivery in deliveries]
         try:
-            replies = iter(self._pushed(deliveries))
+            replies = iter(self._transaction([*commands(chain(*pushes)), *cuts(deliveries)]))
         except ResponseError as error:  # one command was refused, so the server did nothing
+            refusal = judged(error)
             if len(deliveries) == 1:
-                yield deliveries[0], judged(error)
-                return
-            judged(error)
-            for delivery in deliveries:
-                yield from self._send([delivery])
+                yield deliveries[0], refusal
+            else:
+                for delivery in deliveries:
+                    yield from self._push([delivery])
             return
-        for delivery in deliveries:
-            errors = [reply for reply in islice(replies, len(delivery.pushes())) if isinstance(reply, Exception)]
+        for delivery, own in zip(deliveries, pushes, strict=True):
+            errors = [reply for reply in islice(replies, len(own)) if isinstance(reply, Exception)]
             yield delivery, judged(errors[0]) if errors else None
 
-    def _pushed(self, deliveries: list[Delivery]) -> list[Any]:
+    def _transaction(self, wanted: Iterable[tuple[Any, ...]]) -> list[Any]:
         with self.channel.client.pipeline() as pipeline:
-            for command in commands(push for delivery in deliveries for push in delivery.pushes()):
+            for command in wanted:
                 pipeline.execute_command(*command)
             replies: list[Any] = pipeline.execute(raise_on_error=False)
             return replies
@@ -203,43 +171,6 @@ class RedisWire(Wire):
 def commands(values: Iterable[Push]) -> list[tuple[str, str, bytes]]:
     """Return the Redis commands that push these values."""
     return [("LPUSH" if value.left else "RPUSH", value.key, value.value) for value in values]
-
-
-#: Redis refuses every write with these codes while it is full, is a replica, can't save, loads its data, runs a long
-#: script, or its cluster or a promotion is under way.
-TAKES_NOTHING = frozenset(
-    ("OOM", "READONLY", "MISCONF", "LOADING", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN", "UNBLOCKED")
-)
-
-#: Redis refuses a write to one key with these codes while a cluster moves it.
-NOT_THIS_KEY = frozenset(("MOVED", "ASK", "TRYAGAIN"))
-
-#: What redis-py and Redis put before the code of the error that they report.
-_BEFORE_CODE = re.compile(r".*(?:caused error|because of): ", re.DOTALL)
-
-#: The codes of errors that redis-py takes away from their text.
-_CODES = {
-    OutOfMemoryError: "OOM",
-    ReadOnlyError: "READONLY",
-    BusyLoadingError: "LOADING",
-    MasterDownError: "MASTERDOWN",
-    ClusterDownError: "CLUSTERDOWN",
-    AskError: "MOVED",
-    TryAgainError: "TRYAGAIN",
-}
-
-
-def judged(error: Exception) -> Exception:
-    """Return what a Redis error says of its delivery: `NotNowError`, or the error. Raises `AwayError`."""
-    code = _code(error)
-    if code in TAKES_NOTHING or isinstance(error, RedisConnectionError):
-        raise AwayError(f"{type(error).__name__}: {error}") from error
-    return NotNowError(f"{type(error).__name__}: {error}") if code in NOT_THIS_KEY else error
-
-
-def _code(error: Exception) -> str:
-    known = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
-    return known or _BEFORE_CODE.sub("", str(error)).partition(" ")[0].rstrip(":")
 
 
 class BrokerWire(Wire):
@@ -260,19 +191,19 @@ class BrokerWire(Wire):
     def _send(self, deliveries: list[Delivery]) -> Iterator[Outcome]:
         """Publish each, and wait for the broker to confirm it."""
         for delivery in deliveries:
-            yield delivery, self._outcome(delivery.queue, delivery.message())
+            yield delivery, self._outcome(delivery.queue, delivery.message(), "", delivery.bound)
 
     def publish(self, key: str, parcel: Message, exchange: str) -> Exception | None:
         """Publish one message. Returns why the broker refuses it. Raises `AwayError`."""
         try:
-            return self._outcome(key, parcel, exchange)
+            return self._outcome(key, parcel, exchange, UNBOUND)
         except self._away as error:
             raise AwayError(self._reason(error)) from error
 
-    def _outcome(self, key: str, parcel: Message, exchange: str = "") -> Exception | None:
+    def _outcome(self, key: str, parcel: Message, exchange: str, bound: Bound) -> Exception | None:
         refusal: Exception | None = None
         try:
-            self._confirmed(key, parcel, exchange)
+            self._confirmed(key, parcel, exchange, bound)
         except MessageNacked:
             refusal = NotNowError("the broker does not take it (nack): the queue may be full")
         except ChannelError as error:  # the broker has closed the channel
@@ -305,17 +236,17 @@ class BrokerWire(Wire):
     def _unblock(self) -> None:
         self._is_blocked = False
 
-    def _confirmed(self, key: str, parcel: Message, exchange: str) -> None:
+    def _confirmed(self, key: str, parcel: Message, exchange: str, bound: Bound) -> None:
         try:
-            self._publish(key, parcel, exchange)
+            self._publish(key, parcel, exchange, bound)
         except ChannelError:
             # Somebody may have deleted a known queue. Declare it again.
             self.close()
-            self._publish(key, parcel, exchange)
+            self._publish(key, parcel, exchange, bound)
 
-    def _publish(self, key: str, parcel: Message, exchange: str) -> None:
+    def _publish(self, key: str, parcel: Message, exchange: str, bound: Bound) -> None:
         if not exchange:
-            self._declare(key)
+            self._declare(key, bound)
         channel = self.channel
         if self._is_blocked:
             raise AwayError(FULL)
@@ -333,7 +264,7 @@ class BrokerWire(Wire):
             **amqp_only,
         )
 
-    def _declare(self, queue: str) -> None:
+    def _declare(self, queue: str, bound: Bound) -> None:
         """Declare a queue, once per connection. A queue that its owner made with other arguments stays as it is."""
         if self._known.get(queue):
             return
@@ -341,5 +272,6 @@ class BrokerWire(Wire):
             Queue(queue, channel=self.channel).queue_declare(passive=True)
         except ChannelError:  # the queue is missing, and the broker has closed the channel
             self.close()
-            Queue(queue, channel=self.channel, durable=True).queue_declare()
+            arguments = bound.arguments() if self._is_amqp else {}
+            Queue(queue, channel=self.channel, durable=True, queue_arguments=arguments).queue_declare()
         self._known[queue] = True

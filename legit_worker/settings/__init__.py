@@ -29,6 +29,7 @@ from legit_worker.settings.schema import (
     Settings,
     fold,
     path_variable,
+    with_bounds,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "not_yet_in_effect",
     "path_variable",
     "unknown",
+    "with_bounds",
 ]

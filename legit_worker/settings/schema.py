@@ -206,6 +206,7 @@ TaskAliases = Annotated[
 ]
 Seconds = Annotated[float, Field(ge=0)]
 SomeSeconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 #: The parts of a setting's name, in lower case: `("models", "minilm", "path")`.
@@ -220,6 +221,10 @@ def spelled(name: Name) -> str:
 def path_variable(alias: str) -> str:
     """Return the variable that configures a model of this alias, as a shell takes it."""
     return spelled(("models", fold(alias), "path"))
+
+
+#: The settings that an app may have of its own, or takes from those of all apps.
+BOUNDS = ("queue_max_length", "queue_max_seconds", "dead_max_length", "dead_max_seconds")
 
 
 class _Group(BaseModel):
@@ -272,6 +277,14 @@ class AppSettings(_Group):
     encoding: Literal["json", "base64"] = "json"
     #: A message's `reply_to` names the queue if it begins like this; None lets no message name a queue.
     reply_to_prefix: SafeName | None = None
+    #: The most entries of its queue, after which its results wait; 0 sets no bound, None takes the one of all apps.
+    queue_max_length: Count | None = None
+    #: Seconds after which a result leaves its queue unread; 0 and None likewise.
+    queue_max_seconds: Seconds | None = None
+    #: The most dead letters of this app, after which the oldest go; 0 and None likewise.
+    dead_max_length: Count | None = None
+    #: Seconds after which a dead letter of this app goes; 0 and None likewise.
+    dead_max_seconds: Seconds | None = None
     #: Whether its tasks share batches; otherwise each task runs alone and to its end, as under Celery's solo pool.
     batching: bool = True
     #: Its share of a busy device, relative to the other apps'.
@@ -357,6 +370,11 @@ class Settings(BaseSettings):
     prep_private: Names = ()
     #: By built-in task and then alias: the built-in's name for each of the caller's arguments, None to drop it.
     tasks: Annotated[dict[BuiltInTask, TaskAliases], AfterValidator(_aliased_once)] = Field(default_factory=dict)
+    #: The bounds of each app's queue and dead letters, unless the app has its own; 0 sets no bound.
+    queue_max_length: Count = 0
+    queue_max_seconds: Seconds = 0.0
+    dead_max_length: Count = 0
+    dead_max_seconds: Seconds = 0.0
     #: By app, in lower case.
     apps: dict[AppName, AppSettings] = Field(default_factory=dict)
     #: Where a task says which app it is for; the first that names one counts.
@@ -376,6 +394,16 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take only the given values: `load` reads environment and file, so that an error can name the place."""
         return (init_settings,)
+
+
+def with_bounds(chosen: Settings) -> Settings:
+    """Give each app the bounds of all apps, if it has none of its own."""
+
+    def filled(app: AppSettings) -> AppSettings:
+        missing = [name for name in BOUNDS if getattr(app, name) is None]
+        return app.model_copy(update={name: getattr(chosen, name) for name in missing})
+
+    return chosen.model_copy(update={"apps": {name: filled(app) for name, app in chosen.apps.items()}})
 
 
 #: The groups of which each alias or app has one.

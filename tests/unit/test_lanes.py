@@ -11,8 +11,8 @@ import pytest
 from harness import poll
 
 from legit_worker.routing import lane as lanes
+from legit_worker.routing.delivery import AwayError, Delivery, NotNowError, Outcome
 from legit_worker.routing.lane import Lane, tell
-from legit_worker.routing.wires import AwayError, Delivery, NotNowError, Outcome
 from legit_worker.settings import AppSettings
 
 #: Seconds for what takes milliseconds.

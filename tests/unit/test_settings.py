@@ -32,6 +32,7 @@ from legit_worker.settings import (
     not_yet_in_effect,
     path_variable,
     unknown,
+    with_bounds,
 )
 
 PASSWORD = "hunter2"
@@ -813,6 +814,9 @@ WITH_EFFECT = {
     "APPS__VOD__PREFIX": "p",
     "APPS__VOD__ENCODING": "base64",
     "APPS__VOD__REPLY_TO_PREFIX": "vod.",
+    **dict.fromkeys(("QUEUE_MAX_LENGTH", "QUEUE_MAX_SECONDS", "DEAD_MAX_LENGTH", "DEAD_MAX_SECONDS"), "10"),
+    **dict.fromkeys(("APPS__VOD__QUEUE_MAX_LENGTH", "APPS__VOD__QUEUE_MAX_SECONDS"), "0"),
+    **dict.fromkeys(("APPS__VOD__DEAD_MAX_LENGTH", "APPS__VOD__DEAD_MAX_SECONDS"), "20"),
     "APPS__VOD__BATCHING": "off",
     "APPS__VOD__WEIGHT": "2",
     "APPS__VOD__MODELS": "m",
@@ -911,3 +915,10 @@ def test_no_url_among_them_shows_a_password(url: str, password: str) -> None:
 def test_a_url_among_them_shows_its_server() -> None:
     (line,) = changed(loaded(APPS__VOD__URL=URL))
     assert line == "LEGIT_WORKER_APPS__VOD__URL=redis://results:6379/3"
+
+
+def test_an_apps_own_bound_beats_the_one_of_all_apps() -> None:
+    bounded = with_bounds(loaded(QUEUE_MAX_LENGTH="10", APPS__VOD__QUEUE_MAX_LENGTH="0", APPS__OTHER__WEIGHT="2"))
+    lengths = {name: app.queue_max_length for name, app in bounded.apps.items()}
+    assert lengths == {"vod": 0, "other": 10}
+    assert bounded.apps["vod"].dead_max_seconds == 0

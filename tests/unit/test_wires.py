@@ -6,7 +6,8 @@ import pytest
 from kombu import Connection
 
 from legit_worker.routing import wires
-from legit_worker.routing.wires import BrokerWire, Delivery
+from legit_worker.routing.delivery import Delivery
+from legit_worker.routing.wires import BrokerWire
 from legit_worker.settings import AppSettings
 
 
