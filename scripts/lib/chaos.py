@@ -21,14 +21,15 @@ from typing import Any
 import kombu.pools
 import redis
 from celery import Celery, chord
+from celery.result import AsyncResult
 from chaos_account import FINAL, Evidence, Letter, Verdict, judge, runs_of
 from chaos_plan import BODY, PART, Errand, plan
 from chaos_scene import Act, Scene, begin
 from processes import Processes
 from rich.console import Console
 
-#: Tasks that may be sent before the next fault comes, beside those that are done: the queue that it meets.
-AHEAD_SHARE, LEAST_AHEAD, MOST_AHEAD = 0.1, 50, 400
+#: Tasks that are sent and not done when a fault comes: this share of the tasks between two faults.
+AHEAD = 0.75
 #: Seconds without any progress after which no task comes any more: more than any timeout and backoff here.
 PATIENCE = 90
 #: Seconds between two faults, so that one is seen to be over.
@@ -37,8 +38,8 @@ GAP = 1.0
 SHOWN = 30
 #: Where RabbitMQ is, unless `LEGIT_TEST_AMQP_URL` says otherwise.
 AMQP_URL = "amqp://guest:guest@localhost:5672//"
-#: Keys of the broker that may be left: bindings, results, and what apps and operators have to read.
-KEPT = (b"_kombu.binding", b"celery-task", b"legit.dead", b"legit.unreadable", b"unacked_mutex")
+#: Keys of the broker that may be left, beside those that expire: bindings, and what operators have to read.
+KEPT = (b"_kombu.binding", b"legit.dead", b"legit.unreadable")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -49,7 +50,7 @@ def main(processes: Processes, arguments: Sequence[str]) -> int:
     run = ChaosRun(Scene(processes, plan(options.tasks, options.seed, options.broker), amqp_url))
     started = time.monotonic()
     try:
-        verdicts = run.judged()
+        run.go()
     finally:
         if options.logs:
             shutil.copytree(
@@ -59,7 +60,7 @@ def main(processes: Processes, arguments: Sequence[str]) -> int:
         f"\n`scripts/chaos --tasks {options.tasks} --seed {options.seed} --broker {options.broker}`", end=", "
     )
     console.print(f"{len(run.scene.workers)} workers, {time.monotonic() - started:.0f} s:\n")
-    return _report(run, verdicts)
+    return _report(run)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -71,6 +72,13 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--broker", choices=("redis", "rabbitmq"), default="redis", help="(default: redis)")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep all logs here")
     return parser.parse_args(arguments)
+
+
+class Forgotten(AsyncResult):
+    """A result that nobody waits for. Celery's own tells the server when it goes, which may be away by then."""
+
+    def __del__(self) -> None:
+        """Nothing."""
 
 
 class Sender(threading.Thread):
@@ -126,6 +134,7 @@ class Sender(threading.Thread):
             client.conf.task_default_queue = scene.queue
             client.conf.task_default_queue_type = "quorum" if scene.plan.quorum and scene.amqp_url else "classic"
             client.conf.task_publish_retry = False
+            client.AsyncResult = client.subclass_with_self(Forgotten)
         return clients[0], clients[1]
 
 
@@ -138,15 +147,16 @@ class ChaosRun:
         self.notes: list[Any] = []
         self.ended: set[str] = set()
         self.stored: dict[str, tuple[str, Any]] = {}
+        self.verdicts: list[Verdict] = []
         self.faults = list(self.plan.faults)
         self.done_faults: Counter[str] = Counter()
         self._act: Act | None = None
         self._act_until = self._moved = time.monotonic()
-        self._ahead = min(MOST_AHEAD, max(LEAST_AHEAD, round(AHEAD_SHARE * len(self.plan.errands))))
+        self._ahead = round(AHEAD * len(self.plan.errands) / max(1, len(self.faults)))
         self._file: Any = None
 
-    def judged(self) -> list[Verdict]:
-        """Run it all. Returns a verdict for each task that was sent."""
+    def go(self) -> None:
+        """Run it all. Gives a verdict for each task that was sent."""
         self.scene.start()
         self.sender.start()
         while not self._is_over():
@@ -154,15 +164,13 @@ class ChaosRun:
             self._read()
             self._hurt()
             self._look_up()
-            due = self.faults[0].at if self.faults else len(self.plan.errands)
-            self.sender.limit = max(self.sender.limit, min(len(self.ended), due) + self._ahead)
             time.sleep(0.05)
         self.sender.is_stopped = True
         self.scene.close()
         self._read()
         self._look_up(everything=True)
         self.scene.problems += self._left_over()
-        return judge([one for one in self.plan.errands if self.sender.sent[one.id]], self._evidence())
+        self.verdicts = judge([one for one in self.plan.errands if self.sender.sent[one.id]], self._evidence())
 
     def _is_over(self) -> bool:
         if time.monotonic() > self._moved + PATIENCE:
@@ -191,10 +199,13 @@ class ChaosRun:
         now = time.monotonic()
         if now < self._act_until + GAP * (self._act is None):
             return
+        due = self.faults[0].at if self.faults else len(self.plan.errands)
         if self._act is not None:
             next(self._act, None)
             self._act, self._act_until, self._moved = None, now, now
-        elif self.faults and len(self.ended) >= self.faults[0].at:
+            return
+        self.sender.limit = due + self._ahead  # sent by and by: there is work when the fault comes
+        if self.faults and len(self.ended) >= due:
             fault = self.faults.pop(0)
             console.print(f"[dim]{len(self.ended)} of {len(self.plan.errands)} tasks: {fault.what}[/]")
             self.done_faults[fault.what] += 1
@@ -257,7 +268,8 @@ class ChaosRun:
             return [f"{left} messages are left"] if left else []
         client = self.scene.servers["broker"].client()
         kept = (*KEPT, self.scene.queue.encode() + b".")
-        found = [f"left over: {_size(client, key)}" for key in client.scan_iter(count=1000) if not key.startswith(kept)]
+        keys = [key for key in client.scan_iter(count=1000) if not key.startswith(kept) and client.ttl(key) == -1]
+        found = [f"left over: {_size(client, key)}" for key in keys]
         unreadable = client.llen("legit.unreadable")
         if unreadable < self.scene.garbage:
             found.append(f"{unreadable} of {self.scene.garbage} pieces of garbage are in legit.unreadable")
@@ -275,19 +287,19 @@ def _size(client: Any, key: bytes) -> str:
     return f"{key.decode()}, {kind.decode()} of {getattr(client, sizes[kind])(key) if kind in sizes else 1}"
 
 
-def _report(run: ChaosRun, verdicts: Sequence[Verdict]) -> int:
+def _report(run: ChaosRun) -> int:
     """Print tables in Markdown. Returns the exit code."""
     rows: dict[str, Counter[str]] = defaultdict(Counter)
-    for one in verdicts:
+    for one in run.verdicts:
         for name in (one.errand.kind.name, "**all**"):
             rows[name].update({"tasks": 1, one.end: 1, "ran again": int(bool(one.again))})
     columns = ("tasks", "done", "own error", "dead letter", "lost", "wrong", "ran again")
     _table(("kind of task", *columns), [(name, *(rows[name][column] for column in columns)) for name in sorted(rows)])
-    again = Counter(reason for one in verdicts for reason in one.again)
+    again = Counter(reason for one in run.verdicts for reason in one.again)
     _table(("why tasks ran again", "runs"), again.most_common())
     _table(("what was done", "times"), run.done_faults.most_common())
     problems = [*run.scene.problems]
-    problems += [f"{one.errand.kind.name} {one.errand.id}: {what}" for one in verdicts for what in one.problems]
+    problems += [f"{one.errand.kind.name} {one.errand.id}: {what}" for one in run.verdicts for what in one.problems]
     for problem in problems[:SHOWN]:
         print(f"- {problem}")
     lost = rows["**all**"]["lost"]

@@ -21,6 +21,8 @@ from chaos_plan import Errand
 ACK_SECONDS = 3.0
 #: Seconds in which it does so once a server or a connection that was away is back: clients try again after a while.
 RECOVERY_SECONDS = 15.0
+#: Seconds for which a worker may hold a message before its task begins; the message may be given to another meanwhile.
+HELD_SECONDS = 10.0
 #: Celery's final states.
 FINAL = ("SUCCESS", "FAILURE", "REVOKED")
 
@@ -193,7 +195,7 @@ def _came_back(run: Run, later: Run, evidence: Evidence) -> str | None:
     if death and death.end >= run.begin and death.begin <= min(until, later.begin):
         return f"its worker {death.how}"
     for trouble in troubles:
-        if trouble.is_reason and trouble.end >= run.begin and trouble.begin <= min(until, later.begin):
+        if trouble.is_reason and trouble.end + HELD_SECONDS >= run.begin and trouble.begin <= min(until, later.begin):
             return trouble.what
     return None
 

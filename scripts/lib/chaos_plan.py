@@ -17,8 +17,8 @@ PARTS = 3
 REAL_FROM = 2000
 #: One task in so many kills each worker that runs it: it takes down every neighbour a few times.
 POISON_SHARE = 4000
-#: Tasks between two faults, unless that were more faults than `MOST_FAULTS` and one for each hundred tasks.
-SPACING, MOST_FAULTS = 20, 12
+#: A fault for so many tasks; in a long run fewer: so many, and one for each hundred tasks.
+SPACING, MOST_FAULTS = 25, 12
 #: The share of tasks after which the first fault comes, and the share after which none comes.
 FIRST, LAST = 0.05, 0.9
 

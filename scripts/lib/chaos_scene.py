@@ -43,8 +43,8 @@ END_SECONDS = 60
 NOTICED_SECONDS = 0.5
 #: The exit code of a worker whose task ends it.
 KILLED_BY_TASK = 9
-#: A simulated model of 20 ms a batch and 1 ms a word.
-SIMULATED = "0.02,0.001"
+#: A simulated model of 0.1 s a batch and 2 ms a word: there is always something in the middle.
+SIMULATED = "0.1,0.002"
 
 
 class Worker:
@@ -128,7 +128,7 @@ class Scene:
         else:
             how, is_wrong = f"got {signal.Signals(told[0]).name}", told[0] == signal.SIGTERM and code > 0
         if is_wrong:
-            self.problems.append(f"{process.name} {how}, exit code {code}: {_last_words(process)}")
+            self.problems.append(f"{process.name} {how} (exit code {code}): {_last_words(process)}")
         if told is None or told[0] != signal.SIGTERM or code != 0:
             now = time.monotonic()
             self.deaths[process.pid] = Death(begin=told[1] if told else now - NOTICED_SECONDS, end=now, how=how)

@@ -115,6 +115,11 @@ def test_a_connection_that_breaks_before_the_ack_is_a_reason() -> None:
     assert verdict(run(1, 2), run(9, 10, OTHER), troubles=trouble(2.5, 3, pid=OTHER)).problems
 
 
+def test_a_message_may_be_given_to_another_worker_before_its_task_begins() -> None:
+    assert verdict(run(3, 4), run(5, 6, OTHER), troubles=trouble(1, 2)).again == ("its connection was cut",)
+    assert verdict(run(30, 31), run(32, 33, OTHER), troubles=trouble(1, 2)).problems
+
+
 def test_a_server_that_is_away_puts_the_ack_off_and_is_itself_no_reason() -> None:
     away = trouble(1.5, 20, is_reason=False)
     assert verdict(run(1, 2), run(30, 31, OTHER), troubles=away).problems
