@@ -23,6 +23,8 @@ ACK_SECONDS = 3.0
 RECOVERY_SECONDS = 15.0
 #: Seconds for which a worker may hold a message before its task begins; the message may be given to another meanwhile.
 HELD_SECONDS = 10.0
+#: Deliveries after which a message is dead: `LEGIT_WORKER_MAX_DELIVERIES`.
+MAX_DELIVERIES = 5
 #: Celery's final states.
 FINAL = ("SUCCESS", "FAILURE", "REVOKED")
 
@@ -61,6 +63,8 @@ class Death:
     begin: float
     end: float
     how: str
+    #: Whether it got a signal, and did not end by what it ran.
+    is_told: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,8 @@ def _end(errand: Errand, evidence: Evidence) -> tuple[str, list[str]]:
         return "lost", [f"lost: {_told(runs)}"]
     state, value = evidence.stored[errand.id]
     seen = state if state == "SUCCESS" else value
+    if is_dead and seen == "PoisonedMessageError" and _was_killed_enough(runs, evidence):
+        return "dead letter", []
     if seen != wanted:
         return "wrong", [f"ended with {seen} in place of {wanted}: {_told(runs)}"]
     if wanted == "PoisonedMessageError":
@@ -156,6 +162,15 @@ def _end(errand: Errand, evidence: Evidence) -> tuple[str, list[str]]:
     if state == "SUCCESS" and not any(run.how == "returns" and run.value == value for run in runs):
         problems.append(f"its result {value!r:.60} is not what it returned: {_told(runs)}")
     return ("done" if state == "SUCCESS" else "own error"), problems
+
+
+def _was_killed_enough(runs: Sequence[Run], evidence: Evidence) -> bool:
+    """Whether it was delivered so often to workers that were killed that it may be taken for the one that kills.
+
+    The last delivery is alone: a neighbour that kills its worker is no reason.
+    """
+    deaths = [evidence.deaths[run.pid] for run in runs if run.how is None and run.pid in evidence.deaths]
+    return len(deaths) >= MAX_DELIVERIES and deaths[-1].is_told
 
 
 def _told(runs: Sequence[Run]) -> str:

