@@ -5,19 +5,26 @@ In: the arguments of `apply_async`. Out: Celery's callbacks, when the task is ac
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from billiard.einfo import ExceptionInfo
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.app.task import Task
 from celery.concurrency.base import apply_target
 from celery.exceptions import Reject, WorkerLostError, WorkerShutdown, WorkerTerminate
 from greenlet import GreenletExit
+from kombu.exceptions import OperationalError
 
 from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.limits import TimeLimitPassed
+from legit_worker.results.writes import is_away
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +120,7 @@ class Job:
     def _tell(self, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):
             return self.error_callback(result)
-        return self.callback(_without_memory_error(result))
+        return self.callback(_seen_to(result))
 
 
 def _here() -> Fiber:
@@ -122,12 +129,27 @@ def _here() -> Fiber:
     return fiber
 
 
-def _without_memory_error(result: Any) -> Any:
-    """What Celery's trace returns, whose failure is stored. `Request.on_failure` would raise a `MemoryError` again."""
+def _seen_to(result: Any) -> Any:
+    """What Celery's trace returns, in the form in which `Request.on_failure` does what is right.
+
+    It would raise a `MemoryError` again, whose failure is stored. And it would drop a task that could not be sent again
+    since the broker is away: Celery rejects that, and it goes back to its queue instead.
+    """
     match result:
         case (1, ExceptionInfo(exception=MemoryError() as error) as failure, _):
             failure.exception = RuntimeError(repr(error))
+        case (1, ExceptionInfo(exception=ExceptionWithTraceback(exc=Reject() as reject)), _):
+            if _is_unsent_retry(reject):
+                logger.warning("a task could not be sent again, and goes back to its queue: %r", reject.reason)
+                reject.requeue = True
     return result
+
+
+def _is_unsent_retry(reject: Reject) -> bool:
+    """Whether `Task.retry` raised it (celery.app.task, 5.5 to 5.7), and not the task."""
+    frames = (frame for frame, _ in traceback.walk_tb(reject.__traceback__))
+    is_away_now = isinstance(reject.reason, OperationalError | OSError) or is_away(reject.reason)
+    return is_away_now and any(frame.f_code is Task.retry.__code__ for frame in frames)
 
 
 def _as_lost(error: BaseException) -> ExceptionInfo:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Broker, Client, Sides, Worker, poll
+import redis
+from harness import SIMULATED, Broker, Client, Sides, StartWorker, Worker, poll
+from ownserver import Server
 
 #: A model that takes a fifth of a second for each item, however many there are.
 FIFTH = {"LEGIT_WORKER_MODELS__FIFTH__KIND": "simulated", "LEGIT_WORKER_MODELS__FIFTH__PATH": "0,0.2"}
@@ -56,3 +60,20 @@ def test_two_idle_workers_share_what_comes(sides: Sides, broker: Broker, come: C
     poll(lambda: sum(map(done, workers)) == 20 + TASKS, "the last lines of the logs")
     shares = [done(worker) - had for worker, had in zip(workers, before, strict=True)]
     assert min(shares) >= PART * TASKS, shares
+
+
+def test_a_task_that_can_not_be_sent_again_stays_in_its_queue(
+    start_worker: StartWorker, server: Server, broker: Broker, tmp_path: Path
+) -> None:
+    """Celery rejects it, and it is gone."""
+    gate = tmp_path / "gate"
+    environment = SIMULATED | {"LEGIT_WORKER_ENABLED": "1"}
+    worker = start_worker("counted", broker=replace(broker, url=server.url), environment=environment)
+    result = worker.send("again", "task", str(gate))
+    poll(lambda: worker.log.count("ran task") > 2, "it to be sent again")
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("maxmemory", 1)
+        worker.wait_for_log("a task could not be sent again, and goes back to its queue")
+        gate.touch()
+        client.config_set("maxmemory", 0)
+    assert worker.answers([result]) == ["task"]

@@ -39,6 +39,15 @@ def failing(name: str) -> None:
     raise ValueError(name)
 
 
+@app.task(name="again", bind=True, max_retries=None)
+def again(self: Any, name: str, gate: str) -> str:
+    """Is sent again until a file is there."""
+    print(f"ran {name}", flush=True)
+    if not os.path.exists(gate):
+        raise self.retry(countdown=0.1, retry_policy={"max_retries": 0})
+    return name
+
+
 @app.task(name="quiet", ignore_result=True)
 def quiet(name: str) -> None:
     """Has no result."""
