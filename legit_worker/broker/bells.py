@@ -74,8 +74,9 @@ class BellPoller(stock.MultiChannelPoller):
     def on_poll_start(self) -> None:
         """Ask for messages and send the acks: the hub is about to wait."""
         settle()
+        is_paused = bool(getattr(self, "_paused_brpop", False))  # kombu 5.7 pauses while the prefetch count is used up
         super().on_poll_start()
-        flush_acks(may_wait=True)
+        flush_acks(may_wait=not is_paused)
 
     def watch(self, channel: Hearer, bell: Bell) -> None:
         """Poll a bell that is connected."""
