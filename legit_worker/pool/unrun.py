@@ -6,7 +6,8 @@ and its app is told. Only then the message is acked, as with any other task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery.worker.consumer.consumer import Consumer
@@ -32,9 +33,8 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
 
     def on_unknown_in_fiber(consumer: Consumer, body: Any, message: Any, exc: Exception) -> None:
         def end() -> None:
-            later = _RejectedLater(message)
-            on_unknown(consumer, body, later, exc)
-            later.reject()
+            with _rejected_later(message):
+                on_unknown(consumer, body, message, exc)
 
         run(_surviving(end, message), f"a task that nobody has: {exc}")
 
@@ -57,21 +57,14 @@ def _surviving(end: Callable[..., Any], message: Any, *args: Any) -> Callable[[]
     return run
 
 
-class _RejectedLater:
-    """A message that Celery rejects before it tells the task's end."""
-
-    def __init__(self, message: Any) -> None:
-        self._message = message
-        self._arguments: tuple[Any, ...] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._message, name)
-
-    def reject_log_error(self, *args: Any) -> None:
-        """Note that it is to be rejected."""
-        self._arguments = args
-
-    def reject(self) -> None:
-        """Reject it, if that was noted."""
-        if self._arguments is not None:
-            self._message.reject_log_error(*self._arguments)
+@contextmanager
+def _rejected_later(message: Any) -> Iterator[None]:
+    """Put off a message's rejection, which Celery asks for before it tells the task's end."""
+    rejections: list[tuple[Any, ...]] = []
+    message.reject_log_error = lambda *args: rejections.append(args)
+    try:
+        yield
+    finally:
+        del message.reject_log_error
+        for args in rejections:
+            message.reject_log_error(*args)

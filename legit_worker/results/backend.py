@@ -117,6 +117,10 @@ class Groups:
         token = _storing.set(state)
         try:
             return super()._store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
+        except BaseException as error:
+            if error.__traceback__ is not None:  # a task's failure shows Celery's frames alone
+                error.__traceback__ = error.__traceback__.tb_next
+            raise
         finally:
             _storing.reset(token)
 
@@ -139,8 +143,10 @@ class Groups:
         state = _storing.get()
         if state is None:
             super()._set(key, value, expires)  # type: ignore[misc]
-        else:
-            self._writer.store(_write(self, key, value, expires, is_success=state == states.SUCCESS))
+            return
+        write = _write(self, key, value, expires, is_success=state == states.SUCCESS)
+        # The next attempt of a retried task must not begin before Celery has told of this one.
+        self._writer.store(write, waits=state != states.RETRY)
 
     @functools.cached_property
     def _writer(self) -> Writer:

@@ -60,9 +60,14 @@ class Writer:
     def __repr__(self) -> str:
         return f"<Writer {self.name}: {'server away' if self.away_since else 'server there'}>"
 
-    def store(self, write: Write) -> None:
-        """Park until the write is stored. Raises the server's error if it refuses the write."""
+    def store(self, write: Write, *, waits: bool = True) -> None:
+        """Park until the write is stored. Raises the server's error if it refuses the write.
+
+        If not `waits`, return at once, unless the server is away. Writes are stored in their order.
+        """
         group = self._join(write)
+        if not waits and self.away_since is None:
+            return
         if not parking.park(group.done, WAIT, counts=True):
             group.done.result()
         if write.error is not None:
