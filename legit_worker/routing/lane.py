@@ -13,19 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import chain, islice
 from time import monotonic
 
 from cachetools import TTLCache
 
 from legit_worker.routing.delivery import AwayError, Delivery, NotNowError
+from legit_worker.routing.waiting import FIRST_RETRY, LAST_RETRY, Waiting
 from legit_worker.routing.wires import KNOWN_QUEUES, Wire
 
 logger = logging.getLogger(__name__)
-
-#: Seconds before a lane tries a server, or a queue, again: the first pause, and the longest.
-FIRST_RETRY, LAST_RETRY = 0.1, 3.0
 
 #: The most bytes of envelopes that wait for one server. Further envelopes go to the dead letters at once.
 MAX_WAITING_BYTES = 64 * 2**20
@@ -35,17 +31,6 @@ MAX_WAITING = 5000
 
 #: Seconds before the log says again that a queue takes nothing.
 SAID_SECONDS = 60.0
-
-
-@dataclass(eq=False)
-class Hold:
-    """A queue that takes nothing for a while, though its server answers."""
-
-    #: Seconds of the present pause.
-    pause: float
-    #: The time on the monotonic clock at which the lane tries again; None while it tries.
-    until: float | None
-    deliveries: dict[Delivery, None] = field(default_factory=dict)
 
 
 class Lane:
@@ -62,12 +47,8 @@ class Lane:
         self._wire = wire
         self._undeliverable = undeliverable
         self._is_brokers = is_brokers
-        #: The deliveries to be sent, oldest first.
-        self._ready: dict[Delivery, None] = {}
-        #: By queue: those that wait until their queue takes more.
-        self._holds: dict[str, Hold] = {}
+        self._waiting = Waiting()
         self._said: TTLCache[str, bool] = TTLCache(KNOWN_QUEUES, SAID_SECONDS)
-        self._count = self._bytes = 0
         self._changed = threading.Condition()
         self._pause = 0.0
         #: Whether the server did not answer the last try, or could take nothing.
@@ -75,14 +56,15 @@ class Lane:
         self._thread = self._started()
 
     def __repr__(self) -> str:
-        return f"<Lane {self.name}: {self._count} waiting{', server away' if self.is_down else ''}>"
+        return f"<Lane {self.name}: {self._waiting.count} waiting{', server away' if self.is_down else ''}>"
 
     def add(self, delivery: Delivery) -> None:
         """Queue a delivery. If too much waits already, it is a dead letter."""
         with self._changed:
             reason = self._full(delivery)
             if not reason:
-                self._put(delivery)
+                self._waiting.put(delivery)
+                self._changed.notify()
             if not self._thread.is_alive():
                 self._thread = self._started()
         if reason:
@@ -93,14 +75,14 @@ class Lane:
         if self._undeliverable is None or (self._is_brokers and self.is_down):
             return
         with self._changed:
-            is_here = self._remove(delivery)
+            is_here = self._waiting.remove(delivery)
         if is_here:
             self._bury(delivery, "its server does not answer")
 
     def waiting(self) -> Counter[str]:
         """Count the waiting deliveries, by app."""
         with self._changed:
-            return Counter(delivery.app for delivery in self._all())
+            return Counter(delivery.app for delivery in self._waiting)
 
     def _started(self) -> threading.Thread:
         thread = threading.Thread(target=self._run, name=f"legit_worker lane {self.name}", daemon=True)
@@ -135,19 +117,10 @@ class Lane:
     def _next_group(self) -> list[Delivery]:
         with self._changed:
             while True:
-                self._release()
-                if self._ready:
-                    return list(islice(self._ready, self._wire.group_size))
-                pauses = [hold.until - monotonic() for hold in self._holds.values() if hold.until is not None]
-                self._changed.wait(max(0.0, min(pauses)) if pauses else None)
-
-    def _release(self) -> None:
-        """Let deliveries go on whose queue is to be tried again, under the lock."""
-        for hold in self._holds.values():
-            if hold.until is not None and hold.until <= monotonic():
-                hold.until = None
-                self._ready |= hold.deliveries
-                hold.deliveries = {}
+                pause = self._waiting.release(monotonic())
+                if group := self._waiting.group(self._wire.group_size):
+                    return group
+                self._changed.wait(pause)
 
     def _send(self, group: list[Delivery]) -> None:
         left = dict.fromkeys(group)
@@ -173,34 +146,26 @@ class Lane:
             self._refused(delivery, error)
         else:
             with self._changed:
-                self._remove(delivery)
-                held = self._holds.pop(delivery.queue, None)
-                self._ready |= held.deliveries if held else {}
+                self._waiting.remove(delivery)
+                self._waiting.go_on(delivery.queue)
             tell(delivery.done)
 
     def _refused(self, delivery: Delivery, error: Exception) -> None:
         """Make a delivery a dead letter: its server answers, and refuses it. A dead letter waits for better times."""
         if self._undeliverable is None:
-            self._hold(delivery.queue, error)
+            self._hold(delivery.queue, error, delivery)
             return
         with self._changed:
-            self._remove(delivery)
-        self._bury(delivery, f"its server refuses it: {type(error).__name__}: {error}")
+            is_here = self._waiting.remove(delivery)
+        if is_here:
+            self._bury(delivery, f"its server refuses it: {type(error).__name__}: {error}")
 
-    def _hold(self, queue: str, error: Exception) -> None:
+    def _hold(self, queue: str, error: Exception, last: Delivery | None = None) -> None:
         """Try a queue's deliveries later. Other queues of the same server go on."""
+        self._say(queue, error)
         with self._changed:
-            hold = self._holds.get(queue)
-            if hold is None:
-                hold = self._holds[queue] = Hold(pause=FIRST_RETRY / 2, until=None)
-                self._say(queue, error)
-            if hold.until is None:
-                hold.pause = min(hold.pause * 2, LAST_RETRY)
-                hold.until = monotonic() + hold.pause
-            hold.deliveries |= {delivery: None for delivery in self._ready if delivery.queue == queue}
-            for delivery in hold.deliveries:
-                self._ready.pop(delivery, None)
-        self._bury_overdue(hold.deliveries, f"its queue did not take it in time: {error}")
+            held = self._waiting.hold(queue, monotonic(), last)
+        self._bury_overdue(held, f"its queue did not take it in time: {error}")
 
     def _say(self, queue: str, error: Exception) -> None:
         """Log that a queue takes nothing. A full one with a slow consumer would fill the log."""
@@ -218,7 +183,7 @@ class Lane:
             self.is_down = True
             logger.warning("%s can't be reached, or takes nothing now, and its results wait: %s", self.name, error)
         if not self._is_brokers:
-            self._bury_overdue(self._all(), f"its server did not take it in time: {error}")
+            self._bury_overdue(self._waiting, f"its server did not take it in time: {error}")
         self._pause = min(self._pause * 2, LAST_RETRY)
         threading.Event().wait(self._pause)
 
@@ -229,7 +194,7 @@ class Lane:
             now = monotonic()
             overdue = [item for item in deliveries if item.deadline is not None and item.deadline <= now]
             for delivery in overdue:
-                self._remove(delivery)
+                self._waiting.remove(delivery)
         for delivery in overdue:
             self._bury(delivery, reason)
 
@@ -241,40 +206,18 @@ class Lane:
         except Exception:
             logger.exception("the result of task %s can't become a dead letter, and waits", delivery.task_id)
             with self._changed:
-                self._put(delivery)
+                self._waiting.put(delivery)
 
     def _full(self, delivery: Delivery) -> str:
         """Say why a delivery may not wait here, under the lock; empty if it may."""
         if self._undeliverable is None or (self._is_brokers and self.is_down):
             return ""
-        if self._bytes + len(delivery.envelope) > MAX_WAITING_BYTES:
+        if self._waiting.bytes + len(delivery.envelope) > MAX_WAITING_BYTES:
             return f"over {MAX_WAITING_BYTES} bytes wait for the same server"
-        return f"{MAX_WAITING} results wait for the same server" if self._count >= MAX_WAITING else ""
-
-    def _all(self) -> Iterable[Delivery]:
-        return chain(self._ready, *(hold.deliveries for hold in self._holds.values()))
-
-    def _put(self, delivery: Delivery) -> None:
-        """Let a delivery wait, under the lock."""
-        hold = self._holds.get(delivery.queue)
-        (self._ready if hold is None or hold.until is None else hold.deliveries)[delivery] = None
-        self._count += 1
-        self._bytes += len(delivery.envelope)
-        self._changed.notify()
-
-    def _remove(self, delivery: Delivery) -> bool:
-        """Remove a delivery, under the lock. Returns whether it was here: it may have been given up meanwhile."""
-        hold = self._holds.get(delivery.queue)
-        for place in (self._ready, hold.deliveries if hold else {}):
-            if delivery in place:
-                del place[delivery]
-                self._count -= 1
-                self._bytes -= len(delivery.envelope)
-                return True
-        return False
+        return f"{MAX_WAITING} results wait for the same server" if self._waiting.count >= MAX_WAITING else ""
 
 
 def tell(done: Future[None]) -> None:
-    """Fulfil a future. Two lanes may have the same one: that of a delivery and of its dead letter."""
+    """Fulfil a future. Two lanes may have the same one: a delivery and its dead letter share it."""
     with suppress(InvalidStateError):
         done.set_result(None)

@@ -11,6 +11,7 @@ import pytest
 from harness import poll
 
 from legit_worker.routing import lane as lanes
+from legit_worker.routing import waiting
 from legit_worker.routing.delivery import AwayError, Delivery, NotNowError, Outcome
 from legit_worker.routing.lane import Lane, tell
 from legit_worker.settings import AppSettings
@@ -69,8 +70,9 @@ class Dead:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "FIRST_RETRY", 0.001)
-    monkeypatch.setattr(lanes, "LAST_RETRY", 0.01)
+    for module in (lanes, waiting):
+        monkeypatch.setattr(module, "FIRST_RETRY", 0.001)
+        monkeypatch.setattr(module, "LAST_RETRY", 0.01)
 
 
 def delivery(name: str, size: int = 10, deadline: float | None = None, queue: str = "q") -> Delivery:
@@ -245,6 +247,24 @@ def test_a_dead_letter_that_is_refused_waits_and_holds_up_no_other_apps() -> Non
     server.refuses.clear()
     refused.done.result(SOON)
     assert server.got == ["other", "refused"]
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_a_dead_letter_that_is_refused_holds_up_no_other_of_its_app(group_size: int) -> None:
+    server = Server()
+    server.refuses, server.group_size = {"refused"}, group_size
+    lane = Lane(server, None)
+    sent = [delivery(name) for name in ("refused", "second", "third")]
+    for one in sent:
+        lane.add(one)
+    for one in sent[1:]:
+        one.done.result(SOON)
+    later = delivery("later")
+    lane.add(later)
+    later.done.result(SOON)
+    assert not sent[0].done.done()
+    server.refuses.clear()
+    sent[0].done.result(SOON)
 
 
 def test_if_the_dead_letters_are_on_the_same_server_an_overdue_one_waits_for_it() -> None:
