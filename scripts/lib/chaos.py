@@ -53,14 +53,17 @@ def main(processes: Processes, arguments: Sequence[str]) -> int:
         run.go()
     finally:
         if options.logs:
-            shutil.copytree(
-                processes.folder, options.logs, dirs_exist_ok=True, ignore=shutil.ignore_patterns("append*")
-            )
-    console.print(
-        f"\n`scripts/chaos --tasks {options.tasks} --seed {options.seed} --broker {options.broker}`", end=", "
-    )
-    console.print(f"{len(run.scene.workers)} workers, {time.monotonic() - started:.0f} s:\n")
+            _keep(run, options.logs)
+    command = f"scripts/chaos --tasks {options.tasks} --seed {options.seed} --broker {options.broker}"
+    print(f"\n`{command}`, {len(run.scene.workers)} workers, {time.monotonic() - started:.0f} s:\n")
     return _report(run)
+
+
+def _keep(run: ChaosRun, folder: Path) -> None:
+    """All logs, and what they led to."""
+    shutil.copytree(run.scene.folder, folder, dirs_exist_ok=True)
+    told = [*run.verdicts, *run.scene.deaths.items(), *run.scene.troubles]
+    (folder / "account").write_text("".join(f"{one}\n" for one in told))
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

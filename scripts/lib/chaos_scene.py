@@ -173,11 +173,16 @@ class Scene:
         return self.workers[fault.target % len(self.workers)]
 
     @contextmanager
-    def trouble(self, what: str, *, pid: int | None = None, is_reason: bool = True) -> Iterator[None]:
-        """Note what lasts as long as the block."""
+    def trouble(self, what: str, *, pid: int | None = None, breaks: bool = False) -> Iterator[None]:
+        """Note what lasts as long as the block, and whether tasks may run again for it.
+
+        RabbitMQ gives a message to another worker as soon as a connection breaks. On Redis that takes a part of a lease.
+        """
         begin = time.monotonic()
         yield
-        self.troubles.append(Trouble(what=what, begin=begin, end=time.monotonic(), pid=pid, is_reason=is_reason))
+        end = time.monotonic()
+        is_reason = breaks and (self.amqp_url is not None or end - begin > LEASE_SECONDS / 2)
+        self.troubles.append(Trouble(what=what, begin=begin, end=end, pid=pid, is_reason=is_reason))
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -233,12 +238,12 @@ def _signals(number: int) -> Callable[[Scene, Fault], Act]:
     return act
 
 
-def _stops(seconds: float, *, is_reason: bool) -> Callable[[Scene, Fault], Act]:
+def _stops(seconds: float) -> Callable[[Scene, Fault], Act]:
     def act(scene: Scene, fault: Fault) -> Act:
         process = scene.worker(fault).process
         if process is None:
             return
-        with scene.trouble("its worker was stopped beyond its lease", pid=process.pid, is_reason=is_reason):
+        with scene.trouble("its worker was stopped beyond its lease", pid=process.pid, breaks=not scene.amqp_url):
             process.send(signal.SIGSTOP)
             yield seconds
             process.send(signal.SIGCONT)
@@ -256,7 +261,7 @@ def _short_of_memory(scene: Scene, fault: Fault) -> Act:
 def _restarts(number: int, what: str) -> Callable[[Scene, Fault], Act]:
     def act(scene: Scene, fault: Fault) -> Act:
         server = scene.server(fault)
-        with scene.trouble(f"a server was {what}"):
+        with scene.trouble(f"the broker was {what}", breaks=server.name == "broker"):
             server.end(number)
             yield 4 * fault.share
             server.start()
@@ -266,7 +271,7 @@ def _restarts(number: int, what: str) -> Callable[[Scene, Fault], Act]:
 
 def _freeze(scene: Scene, fault: Fault) -> Act:
     server = scene.server(fault)
-    with scene.trouble("a server was frozen", is_reason=False):
+    with scene.trouble("a server was frozen"):
         server.freeze()
         yield 1 + 4 * fault.share
         server.thaw()
@@ -274,14 +279,14 @@ def _freeze(scene: Scene, fault: Fault) -> Act:
 
 def _fill(scene: Scene, fault: Fault) -> Act:
     client = scene.server(fault).client()
-    with scene.trouble("a server was full", is_reason=False):
+    with scene.trouble("a server was full"):
         client.config_set("maxmemory", "1mb")
         yield 1 + 4 * fault.share
         client.config_set("maxmemory", "0")
 
 
 def _client_kill(scene: Scene, fault: Fault) -> Act:
-    with scene.trouble("its connection was cut"):
+    with scene.trouble("its connection was cut", breaks=True):
         for kind in ("normal", "pubsub"):
             scene.server(fault).client().execute_command("CLIENT", "KILL", "TYPE", kind)
         yield 0.5
@@ -289,20 +294,20 @@ def _client_kill(scene: Scene, fault: Fault) -> Act:
 
 def _client_pause(scene: Scene, fault: Fault) -> Act:
     seconds = 0.5 + 3 * fault.share
-    with scene.trouble("a server paused its clients", is_reason=False):
+    with scene.trouble("a server paused its clients"):
         scene.server(fault).client().execute_command("CLIENT", "PAUSE", int(seconds * 1000))
         yield seconds
 
 
 def _cut(scene: Scene, fault: Fault) -> Act:
-    with scene.trouble("its connection was cut"):
+    with scene.trouble("its connection was cut", breaks=True):
         for proxy in scene.proxies:
             proxy.cut()
         yield 0.5
 
 
 def _refuse(scene: Scene, fault: Fault) -> Act:
-    with scene.trouble("its connection was cut"):
+    with scene.trouble("its connection was cut", breaks=True):
         for proxy in scene.proxies:
             proxy.refuses = True
             proxy.cut()
@@ -327,8 +332,8 @@ ACTS: dict[str, Callable[[Scene, Fault], Act]] = {
     "kill -9 a worker": _signals(signal.SIGKILL),
     "QUIT a worker": _signals(signal.SIGQUIT),
     "TERM a worker": _signals(signal.SIGTERM),
-    "stop a worker for a moment": _stops(2, is_reason=False),
-    "stop a worker beyond its lease": _stops(LEASE_SECONDS * 1.6, is_reason=True),
+    "stop a worker for a moment": _stops(2),
+    "stop a worker beyond its lease": _stops(LEASE_SECONDS * 1.6),
     "short of memory": _short_of_memory,
     "kill -9 a server": _restarts(signal.SIGKILL, "killed"),
     "restart a server": _restarts(signal.SIGTERM, "restarted"),
