@@ -176,7 +176,7 @@ class Scene:
     def trouble(self, what: str, *, pid: int | None = None, breaks: bool = False) -> Iterator[None]:
         """Note what lasts as long as the block, and whether tasks may run again for it.
 
-        RabbitMQ gives a message to another worker as soon as a connection breaks. On Redis that takes a part of a lease.
+        RabbitMQ gives a message to another worker once a connection breaks. On Redis that takes a part of a lease.
         """
         begin = time.monotonic()
         yield
