@@ -15,7 +15,7 @@ import pytest
 from celery import chain
 from celery.result import AsyncResult
 from celery.utils import uuid
-from harness import SIDES, Broker, Client, StartWorker
+from harness import SIDES, Broker, Client, StartWorker, poll
 from journal import Life, begin_both, begin_life, names
 
 #: How often a task parks before its end.
@@ -73,6 +73,8 @@ def test_a_task_ends_as_it_does_under_stock_solo(lives: dict[str, Life], end: st
     def ask(life: Life) -> Any:
         result = life.send("ends", end, parks)
         notes = life.end(result, messages)
+        if state is not None:  # that of a retry comes a moment later
+            poll(lambda: result.state == state, f"the state {state}")
         return life.anonymous([result.state, type(result.result).__name__, str(result.result), notes], result)
 
     stock_state, _, _, notes = on_both(lives, ask)
