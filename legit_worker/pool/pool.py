@@ -7,8 +7,6 @@ is done, as the solo pool would have called them.
 from __future__ import annotations
 
 import functools
-import gc
-import os
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -24,8 +22,6 @@ from legit_worker.broker.ledger import Worker
 from legit_worker.broker.owners import join
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import refuse_unreadable
-from legit_worker.device.cpu import bound_kernels, keep_freed_memory
-from legit_worker.device.cuda import prepare_environment
 from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
@@ -45,6 +41,7 @@ from legit_worker.pool.late import ignore_late_revokes
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.pinned import load_pinned
+from legit_worker.pool.process import prepare_process
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running
@@ -68,10 +65,6 @@ SHARE_LOOK = 1.0
 #: room has waited for long enough.
 IDLE_LOOK = 1.0
 WAITING_LOOK = 0.25
-
-#: Objects that are made before Python's collector looks for cycles among them, if the project has not set more. Parked
-#: tasks have many, and hardly any is in a cycle: with Python's 700, the collector took 7 % of a short text's time.
-COLLECT_AFTER = 10_000
 
 #: Seconds between two looks at what other processes have of the device's memory.
 MEMORY_LOOK = 5.0
@@ -203,14 +196,7 @@ class ModelPool(SoloPool):
         """Have handles of this process park from now on, and load the pinned models."""
         self._thread = threading.get_ident()
         self._watcher.start()
-        made, *others = gc.get_threshold()
-        if 0 < made < COLLECT_AFTER:
-            gc.set_threshold(COLLECT_AFTER, *others)
-        keep_freed_memory()
-        bound_kernels()  # under `-P custom` without `install()`, nobody did before
-        prepare_environment()
-        # Texts are tokenized one at a time, and waking a thread pool for each takes four times the work itself.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        prepare_process()
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
         self._undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end))
