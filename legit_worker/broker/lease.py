@@ -51,7 +51,7 @@ local last, judges_from = string.match(redis.call('GET', KEYS[3]) or '', '(%S+) 
 if not last or now - tonumber(last) > tonumber(ARGV[4]) then
     judges_from = now + tonumber(ARGV[2])
 end
-redis.call('SET', KEYS[3], now .. ' ' .. judges_from)
+redis.call('SET', KEYS[3], now .. ' ' .. judges_from, 'EX', math.ceil(4 * tonumber(ARGV[2])))
 local alive_until = redis.call('ZSCORE', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
@@ -61,6 +61,13 @@ return {alive_until and tonumber(alive_until) > now and 1 or 0, dead, redis.call
 
 #: Beats that the server may miss before it counts as away.
 MISSED = 2.5
+
+#: Gives held messages a new time. KEYS: the index of the unacked messages. ARGV: the time, tags. A full server lets the
+#: script go on once it has begun to write.
+RENEW = Script("""
+redis.call('ZREM', KEYS[1], '')
+for number = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', ARGV[1], ARGV[number]) end
+""")
 
 #: Forgets an owner that holds nothing any more. KEYS: the owners, the processes, what it holds. ARGV: the owner.
 LEAVE = Script("""
@@ -152,7 +159,7 @@ class Lease(threading.Thread):
         """Keep what this worker holds from others, for which it would be visible after the visibility timeout."""
         tags, now = list(self._ledger.held), self._renewals[0]
         for start in range(0, len(tags), RENEWED):
-            self._client.zadd(self._keys.index, dict.fromkeys(tags[start : start + RENEWED], now), xx=True)
+            RENEW.run(self._client, [self._keys.index], repr(now), *tags[start : start + RENEWED])
 
     def _recover(self, owner: str, process: dict[str, Any]) -> None:
         """Give back what a dead owner held."""

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from time import monotonic, time
 from typing import Any
 from uuid import uuid4
@@ -20,7 +19,7 @@ from kombu.utils.json import dumps
 from redis import Redis
 
 from legit_worker.broker.reserve import Source, company
-from legit_worker.broker.returning import Keys, give_back, held_by
+from legit_worker.broker.returning import Keys, eta_seconds, give_back, held_by
 from legit_worker.broker.scripts import Script
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ LOOK = 1.0
 
 
 #: Acks a message, and keeps a record of it, unless it was given back. KEYS: the unacked messages, their index, what the
-#: owner holds, the dead messages. ARGV: tag, record.
+#: owner holds, the list of records. ARGV: tag, record.
 BURY = Script("""
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
@@ -113,7 +112,7 @@ class Ledger:
 
     def describe(self, tag: str, deliveries: int, eta: Any) -> None:
         """Note what a message says of itself: the deaths of its former workers, and when it starts."""
-        starts_at = _seconds(eta)
+        starts_at = eta_seconds(eta)
         if deliveries or starts_at:
             self._special[tag] = Special(deliveries, starts_at)
 
@@ -171,6 +170,14 @@ class Ledger:
                 self._buried[tag] = self._records.pop(tag)
             else:
                 self._acked.append(tag)
+
+    def put_aside(self, client: Redis, tag: str, raw: bytes | str) -> None:
+        """Move a message that is none to the unreadable ones, now."""
+        if self.forget(tag) is missing:  # its consumer does not ack
+            client.rpush(self.keys.unreadable, raw)
+        else:
+            keys = self.keys
+            BURY.run(client, [keys.unacked, keys.index, keys.held(self.owner), keys.unreadable], tag, raw)
 
     def give_back(self, tag: str, *, to_back: bool = False) -> None:
         """Have a message given back to its list. Messages that kombu fetched it restores itself."""
@@ -230,9 +237,9 @@ class Ledger:
             self._buried.pop(tag, None)
 
     def _send_acks(self, client: Redis, tags: list[str]) -> None:
-        pipe = client.pipeline()
-        pipe.zrem(self.keys.index, *tags)
+        pipe = client.pipeline(transaction=False)  # a full server takes acks, and no transactions
         pipe.hdel(self.keys.unacked, *tags)
+        pipe.zrem(self.keys.index, *tags)
         if self.owner:
             pipe.hdel(self.keys.held(self.owner), *tags)
         try:
@@ -262,13 +269,3 @@ class Ledger:
         if lost:
             logger.warning("%d messages were lost on their way with a connection, and are given back", len(lost))
             self._returned |= lost
-
-
-def _seconds(eta: Any) -> float:
-    """Read a message's ETA: a time of `time.time`, 0 if there is none."""
-    if not isinstance(eta, str):
-        return 0.0
-    try:
-        return datetime.fromisoformat(eta.replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return 0.0

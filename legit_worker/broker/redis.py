@@ -358,14 +358,7 @@ class ReservingChannel(stock.Channel):
         message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
-        keys = self.ledger.keys
-        with self.plain_client.pipeline() as pipe:
-            pipe.rpush(keys.unreadable, raw)
-            pipe.zrem(keys.index, tag)
-            pipe.hdel(keys.unacked, tag)
-            pipe.hdel(keys.held(self.ledger.owner), tag)
-            pipe.execute()
-        self.ledger.forget(tag)
+        self.ledger.put_aside(self.plain_client, tag, raw)
 
     def _hang_bells(self) -> None:
         sources = self._sources()

@@ -10,6 +10,8 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from time import time
 from typing import Any
 
 from kombu.utils.encoding import bytes_to_str
@@ -176,13 +178,17 @@ def _move(client: Redis, move: _Move, lists: Mapping[str, str]) -> int:
 
 
 def redelivered(payload: Any, *, died: bool) -> dict[str, Any]:
-    """Mark a message as kombu does when it restores one, and count a death. Raises `TypeError` if it is no message."""
+    """Mark a message as kombu does when it restores one, and count a death, unless its task waited for its ETA.
+
+    Raises `TypeError` if it is no message.
+    """
     if not isinstance(payload, dict):
         raise TypeError(f"{type(payload).__name__} is no message")
     headers = payload["headers"] = dict(_mapping(payload.get("headers")))
     properties = payload["properties"] = dict(_mapping(payload.get("properties")))
     to = properties["delivery_info"] = dict(_mapping(properties.get("delivery_info")))
-    deliveries = max(count(headers.get(DELIVERIES)), count(to.pop(DELIVERIES, 0))) + died
+    has_run = died and eta_seconds(headers.get("eta")) <= time()
+    deliveries = max(count(headers.get(DELIVERIES)), count(to.pop(DELIVERIES, 0))) + has_run
     headers["redelivered"] = to["redelivered"] = True
     if deliveries:
         headers[DELIVERIES] = deliveries
@@ -192,6 +198,16 @@ def redelivered(payload: Any, *, died: bool) -> dict[str, Any]:
 def count(value: Any) -> int:
     """Read a number that strangers may have written; 0 if it is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def eta_seconds(eta: Any) -> float:
+    """Read a message's ETA: a time of `time.time`, 0 if there is none."""
+    if not isinstance(eta, str):
+        return 0.0
+    try:
+        return datetime.fromisoformat(eta.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,7 @@ import redis
 from harness import LATE, SIMULATED, Broker, Sides, StartWorker, Worker, poll
 from ownserver import Server
 
+from legit_worker.broker.lease import BEATS
 from legit_worker.errors import PoisonedMessageError
 
 #: Seconds within which a dead worker's messages are given to others.
@@ -69,11 +72,11 @@ def names(count: int, kind: str = "item") -> list[str]:
     return [f"{kind}-{number}" for number in range(count)]
 
 
-def parked(worker: Worker, items: list[str], alias: str = "endless") -> None:
-    """Have a worker take these tasks, and no end of them."""
+def parked(worker: Worker, items: list[str], *others: Worker) -> None:
+    """Have workers take these tasks, and no end of them."""
     for item in items:
-        worker.send("parks", item, alias)
-    poll(lambda: runs(worker).keys() >= set(items), "the tasks to begin")
+        worker.send("parks", item, "endless")
+    poll(lambda: runs(worker, *others).keys() >= set(items), "the tasks to begin")
 
 
 def nothing_left(on_broker: redis.Redis) -> None:
@@ -267,3 +270,39 @@ def test_what_an_older_release_noted_of_garbage_is_put_aside(held: Sides, server
     assert worker.ask("parks", "after") == "after"
     poll(lambda: on_broker.lrange("legit.unreadable", 0, -1) == ["garbage"], "it to be put aside")
     nothing_left(on_broker)
+
+
+# Workers that are slow, and servers that are away, for longer than a lease.
+
+
+def test_a_worker_that_sleeps_for_longer_than_its_lease_is_taken_for_dead_and_goes_on(
+    held: Sides, broker: Broker, on_broker: redis.Redis
+) -> None:
+    sleeper = held.worker("modelpool", broker=broker, PROJECT_HOST="elsewhere", **SETTINGS)
+    parked(sleeper, names(5))
+    heir = held.worker("modelpool", broker=broker, **SETTINGS)
+    sleeper.signal(signal.SIGSTOP)
+    poll(lambda: runs(heir) == once(names(5)), "the other to take over")
+    sleeper.signal(signal.SIGCONT)
+    sleeper.wait_for_log("the broker heard no sign of life of this worker")
+    heir.kill()
+    poll(lambda: sum(runs(sleeper).values()) > 5 or on_broker.zcard("legit.owners") == 1, "the dead one to be found")
+    sleeper.ask("no_model", 1)
+
+
+def test_a_server_that_is_away_for_longer_than_a_lease_kills_nobody(
+    held: Sides, server: Server, on_broker_of: OnBroker
+) -> None:
+    broker = Broker(url=server.url, backend=server.url, queue="work")
+    workers = [held.worker("modelpool", broker=broker, **SETTINGS) for _ in range(2)]
+    parked(workers[0], names(40), workers[1])
+    held_before = {worker.name: runs(worker) for worker in workers}
+    server.freeze()
+    time.sleep(LEASE + 1)
+    server.thaw()
+    on_broker = on_broker_of(broker)
+    for _ in range(2 * BEATS):
+        beat = on_broker.get("legit.beat")
+        poll(lambda before=beat: on_broker.get("legit.beat") != before, "a beat")
+    assert {worker.name: runs(worker) for worker in workers} == held_before
+    assert all("has died" not in worker.log for worker in workers)

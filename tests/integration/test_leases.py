@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import redis
 from legit_worker.broker.lease import BEATS, Lease, is_gone, this_process
 from legit_worker.broker.ledger import Ledger, Worker
 from legit_worker.broker.reserve import COMPANY, LITTLE_COMPANY, MORE, NO_ROOM, RESERVE, Source, company
-from legit_worker.broker.returning import DELIVERIES, Keys
+from legit_worker.broker.returning import DELIVERIES, Keys, redelivered
 from legit_worker.broker.scripts import Script
 
 KEYS = Keys(unacked="unacked", index="unacked_index")
@@ -156,6 +157,14 @@ def test_what_a_dead_worker_held_goes_behind_the_others_and_counts_its_death(ser
     assert server.hlen("unacked") == server.zcard("unacked_index") == 0
     assert server.zrange(KEYS.owners, 0, -1) == [heir.ledger.owner.encode()]
     assert server.hkeys(KEYS.processes) == [heir.ledger.owner.encode()]
+
+
+def test_a_task_that_waited_for_its_time_saw_no_death() -> None:
+    """It can't have been the one that killed the worker."""
+    soon = (datetime.now(timezone.utc) + timedelta(hours=1)).isoformat()
+    assert DELIVERIES not in redelivered({"headers": {"eta": soon}}, died=True)["headers"]
+    past = {"headers": {"eta": "2001-01-01T00:00:00Z", DELIVERIES: 1}}
+    assert redelivered(past, died=True)["headers"][DELIVERIES] == 2
 
 
 def test_what_somebody_else_took_over_meanwhile_stays_his(server: redis.Redis) -> None:
