@@ -23,8 +23,8 @@ def deliveries_of(message: Any) -> int:
 
     On Redis, each time ended with the death of a worker. RabbitMQ counts for quorum queues: lost connections, too.
     """
-    on_redis = count((message.delivery_info or {}).get(DELIVERIES))
-    return on_redis or count((message.headers or {}).get("x-delivery-count"))
+    known = (message.delivery_info or {}).get(DELIVERIES)
+    return count((message.headers or {}).get("x-delivery-count") if known is None else known)
 
 
 def bury(message: Any, reason: str) -> None:

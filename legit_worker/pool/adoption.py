@@ -19,7 +19,9 @@ from typing import Any
 import kombu
 from celery.worker import state
 
-from legit_worker.pool.running import Key, Running, key_from
+from legit_worker.pool.messages import came_again, is_copy, is_gone, is_numbered, key_of
+from legit_worker.pool.running import Key, Running
+from legit_worker.pool.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,9 @@ ENDS = {"ack_log_error": "ack", "reject_log_error": "reject"}
 class Adoption:
     """One worker's. Lives on the main thread. Owns the ends of tasks that their broker has not heard of."""
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Running, suspects: Suspects) -> None:
         self._running = running
+        self._suspects = suspects
         self._thread = 0
         self._errors: tuple[type[BaseException], ...] = (OSError,)
         self._call_soon: Callable[..., Any] = lambda call, *args: None
@@ -49,6 +52,7 @@ class Adoption:
 
     def meet(self, consumer: Any) -> None:
         """See a worker's messages and acks first. `consumer` has not connected yet (celery.worker, 5.5 to 5.7)."""
+        self._suspects.meet(consumer)
         self._thread, self._errors = threading.get_ident(), consumer.connection_errors
         create = consumer.create_task_handler
         consumer.create_task_handler = lambda *args, **options: self._handler(create(*args, **options))
@@ -61,11 +65,16 @@ class Adoption:
         for fiber in self._running:
             if getattr(fiber.request, "_already_cancelled", False):
                 fiber.request._on_ack = fiber.request._on_reject = lambda *_: None
+        self._suspects.lost(self._running)
 
     # Messages
 
     def _handler(self, handle: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda message: None if self._adopt(message) else handle(message)
+        def receive(message: kombu.Message) -> Any:
+            is_done = self._adopt(message) or self._suspects.receive(message)
+            return None if is_done else handle(message)
+
+        return receive
 
     def _adopt(self, message: kombu.Message) -> bool:
         """Give a message that came again to the task that this worker has. False if it must run."""
@@ -123,6 +132,7 @@ class Adoption:
             return
         try:
             getattr(message, how)()
+            self._suspects.settled(message, comes_again=how == "requeue")
         except self._errors as error:
             logger.warning("could not %s message %s: %r", how, message.delivery_tag, error)
             self._owe(message, how)
@@ -134,34 +144,3 @@ class Adoption:
             self._owed[key] = monotonic(), how
             if len(self._owed) > MOST_OWED:
                 self._owed.popitem(last=False)
-
-
-def key_of(message: kombu.Message) -> Key | None:
-    """A message's task id and its retries; None if it has none that tell it apart."""
-    try:
-        headers = message.headers if "task" in message.headers else message.payload  # protocol 2, and 1
-        return key_from(headers["id"], headers.get("retries"))
-    except Exception:  # whatever stands in a message: Celery says what is wrong with it
-        return None
-
-
-def came_again(message: kombu.Message) -> bool:
-    """Whether the broker says that it has delivered this message before."""
-    return bool((message.delivery_info or {}).get("redelivered"))
-
-
-def is_numbered(message: kombu.Message) -> bool:
-    """Whether its broker numbers deliveries anew on each channel (AMQP). kombu's transports give a message one tag."""
-    return isinstance(message.delivery_tag, int)
-
-
-def is_copy(message: kombu.Message, former: kombu.Message) -> bool:
-    """Whether a message that came again is the one that came before, and not another that a client sent."""
-    if is_numbered(message):
-        return message.channel is not former.channel
-    return bool(message.delivery_tag == former.delivery_tag)
-
-
-def is_gone(message: kombu.Message) -> bool:
-    """Whether an ack can't reach the broker any more. kombu's transports have their own accounts of acks."""
-    return is_numbered(message) and getattr(message.channel, "connection", None) is None

@@ -7,6 +7,7 @@ the prefetch count.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from legit_worker import settings
@@ -42,10 +43,11 @@ class Intake:
         waiting: Callable[[], int],
         aside: Callable[[], int],
         is_ending: Callable[[], bool],
+        bound: Callable[[], float] = lambda: inf,
     ) -> None:
         """`waiting` counts the tasks that came and have not begun, `aside` those that wait for a model's load.
 
-        `is_ending` says that no task may begin any more.
+        `is_ending` says that no task may begin any more, `bound` how many may run beside one that may be deadly.
         """
         #: The window.
         self.limit = limit
@@ -54,6 +56,7 @@ class Intake:
         self._waiting = waiting
         self._aside = aside
         self._is_ending = is_ending
+        self._bound = bound
         #: The tasks that this worker may hold now.
         self.most = share.cold(limit)
         self._prefetch: Prefetch | None = None
@@ -90,7 +93,14 @@ class Intake:
 
     def may_start(self) -> bool:
         """Whether one more task may begin. One that would only be ended stays the broker's."""
-        return not self.is_full and not self._is_ending()
+        return not self.is_full and not self._is_ending() and self._is_within_bound()
+
+    def _is_within_bound(self) -> bool:
+        """Whether one more may run beside those that may be deadly, and no further message is on its way."""
+        bound, delivering = self._bound(), len(self._running.delivering)
+        if bound == inf or self._prefetch is None:
+            return True
+        return len(self._running) - delivering < bound and self._prefetch.has_told(int(bound) + delivering)
 
     def may_start_early(self) -> bool:
         """Whether one more may begin that a kill would lose. Until then it is not acked."""
@@ -119,7 +129,8 @@ class Intake:
     def _tell(self) -> None:
         self._told_aside = self._set_aside
         if self._prefetch is not None:
-            self._prefetch.want(max(1, self.most - self._running.early) + self._replaced + self._told_aside)
+            count = max(1, self.most - self._running.early) + self._replaced + self._told_aside
+            self._prefetch.want(int(min(count, self._bound() + len(self._running.delivering))))
 
     def replace_delivering(self) -> None:
         """Fetch one more task for each whose delivery takes long: other apps don't wait for a server that is away.

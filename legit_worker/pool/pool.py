@@ -47,6 +47,7 @@ from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
+from legit_worker.pool.suspects import Suspects
 from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.unrun import end_in_fibers
 from legit_worker.pool.waiter import Waiter
@@ -93,7 +94,8 @@ class ModelPool(SoloPool):
         self._consumer: Any = None
         self._leave: Callable[[], None] = lambda: None
         self._running = Running()
-        self._adoption = Adoption(self._running)
+        self._suspects = Suspects(self._settings.max_deliveries)
+        self._adoption = Adoption(self._running, self._suspects)
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay)
         self._soft = SoftShutdown(self.app)
@@ -139,6 +141,7 @@ class ModelPool(SoloPool):
             waiting=lambda: len(self._loop.backlog),
             aside=lambda: self.engine.set_aside,
             is_ending=lambda: self._ending.is_near,
+            bound=lambda: self._suspects.bound,
         )
         self._loop = Loop(
             engine=self.engine,
@@ -216,6 +219,7 @@ class ModelPool(SoloPool):
             (IDLE_LOOK, residency.evict_idle),
             (WAITING_LOOK, residency.review),
             (WAITING_LOOK, turns.look),
+            (WAITING_LOOK, self._wake_suspects),
             (MEMORY_LOOK, residency.watch),
             (reports.BUSY_SECONDS, lambda: self._reports.busy(len(self._running), len(self._loop.backlog))),
             (SHARE_LOOK, self._intake.decide),
@@ -229,6 +233,7 @@ class ModelPool(SoloPool):
         """Before it connects: the broker must hand over no more than a worker holds that knows nothing yet."""
         if instance.pool is self:
             self._consumer = self._ending.consumer = instance.consumer
+            self._adoption.meet(instance.consumer)
             self._intake.meet(instance.consumer)
             self._leave = join(
                 Worker(
@@ -241,7 +246,6 @@ class ModelPool(SoloPool):
                     harmless=lambda: len(self._running.delivering),
                 )
             )
-            self._adoption.meet(instance.consumer)
 
     def _meet_consumer(self, sender: Any = None, **_: Any) -> None:
         """Its handlers of signals are installed by now."""
@@ -282,7 +286,9 @@ class ModelPool(SoloPool):
         if self._inline:
             self._run_inline(fiber)
         else:
+            self._suspects.add(fiber)
             self._loop.admit(fiber)
+            self._wake_suspects()
 
     def _run_end(self, end: Callable[[], None], name: str) -> None:
         """Run Celery's code for a task that ends without running."""
@@ -292,6 +298,11 @@ class ModelPool(SoloPool):
         fiber = Fiber(end, app="", name=name, wake=self._loop.wake)
         fiber.phase = Phase.ENDING
         self._loop.start(fiber)
+
+    def _wake_suspects(self) -> None:
+        """Look again whether a suspect may start: nothing that happens in a turn tells when the broker has heard."""
+        if self._suspects and self._loop.backlog:
+            self._wakeup.set()
 
     def _run_inline(self, fiber: Fiber) -> None:
         """Run a task to its end. No hub comes round, so what it does otherwise is done between two tasks."""
@@ -331,6 +342,7 @@ class ModelPool(SoloPool):
     def _note_end(self, fiber: Fiber) -> None:
         if fiber.request is None:  # no task ran
             return
+        self._suspects.discard(fiber)
         self._share.ended(fiber.ran_seconds)
         self._reports.ended(fiber.clock.waited(monotonic()))
 

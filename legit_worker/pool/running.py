@@ -30,6 +30,9 @@ class Running:
     def __len__(self) -> int:
         return len(self._all)
 
+    def __contains__(self, fiber: object) -> bool:
+        return fiber in self._all
+
     def __iter__(self) -> Iterator[Fiber]:
         return iter(self._all.copy())  # in one step, unlike tuple(): the main thread may change it meanwhile
 

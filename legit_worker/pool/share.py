@@ -122,6 +122,11 @@ class Prefetch:
         """Tell whether it is time to decide again."""
         return monotonic() - self._decided_at >= DECIDE_SECONDS
 
+    def has_told(self, count: int) -> bool:
+        """Tell whether the broker knows that it may hand over no more than this many tasks."""
+        qos = self._consumer.qos
+        return qos is self._qos and self._told <= count and qos.prev == qos.value
+
     def want(self, count: int) -> None:
         """Let the broker hand over this many tasks."""
         self._decided_at = monotonic()

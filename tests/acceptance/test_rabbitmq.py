@@ -5,14 +5,19 @@ Tasks that have begun go on when their connection breaks, and their messages com
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import kombu.pools
 import pytest
+from celery.result import AsyncResult
 from harness import GREEDY, Broker, Sides, StartWorker, Worker, poll
 from ownserver import RabbitServer, Server
+
+from legit_worker.errors import PoisonedMessageError
 
 TASKS = 300
 
@@ -74,3 +79,70 @@ def test_a_worker_outlives_rabbitmqs_own_timeout(
     assert runs(worker) == Counter(f"text {number}" for number in range(20))
     assert worker.log.count(f"{worker.name} ready.") == 1
     assert worker.stop() == 0
+
+
+# Messages of which workers die.
+
+GOOD = 40
+
+
+def outlive(
+    start_worker: StartWorker, broker: Broker, results: list[AsyncResult[Any]], **settings: str
+) -> tuple[Worker, list[str]]:
+    """Start a worker, and another one whenever it dies, until all is done. Returns the last one, and all logs."""
+    logs: list[str] = []
+    while True:
+        worker = Sides(start_worker, "held").worker("modelpool", broker=broker, **settings)
+        poll(lambda: has_died(worker) or all_ready(results), "the worker to die, or to have done all")  # noqa: B023
+        logs.append(worker.log)
+        if not has_died(worker):
+            return worker, logs
+
+
+def all_ready(results: list[AsyncResult[Any]]) -> bool:
+    """Whether all are answered."""
+    return all(result.ready() for result in results)
+
+
+def has_died(worker: Worker) -> bool:
+    """Whether its task has ended it."""
+    try:
+        os.kill(worker.pid, 0)
+        return Path(f"/proc/{worker.pid}/stat").read_text().split()[2] == "Z"
+    except ProcessLookupError:
+        return True
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_a_task_that_kills_its_workers_is_dead_in_the_end_and_no_other_is(
+    start_worker: StartWorker, rabbit: RabbitServer, server: Server, queue_type: str
+) -> None:
+    broker = Broker(url=rabbit.url, backend=server.url, queue="work", queue_type=queue_type)
+    client = broker.client()
+    good = [client.send_task("parks", [f"good {number}"]) for number in range(GOOD // 2)]
+    deadly = client.send_task("dies", ["deadly"])
+    good += [client.send_task("parks", [f"good {number}"]) for number in range(GOOD // 2, GOOD)]
+    worker, logs = outlive(start_worker, broker, [*good, deadly], LEGIT_WORKER_MAX_DELIVERIES="3")
+    assert worker.answers(good) == [f"good {number}" for number in range(GOOD)]
+    assert [log.count("deadly begins") for log in logs] == [1] * (len(logs) - 1) + [0]
+    assert len(logs) == 4
+    with pytest.raises(PoisonedMessageError, match="3 times"):
+        worker.answer(deadly)
+    with kombu.Connection(rabbit.url) as connection:
+        record = connection.SimpleQueue("legit.dead").get(timeout=5)
+        assert (record.payload["id"], record.payload["deliveries"]) == (deadly.id, 3)
+        assert connection.default_channel.queue_declare("work", passive=True).message_count == 0
+
+
+def test_a_queues_own_delivery_limit_drops_the_deadly_message_and_no_other(
+    start_worker: StartWorker, rabbit: RabbitServer, server: Server
+) -> None:
+    """A quorum queue with a limit of 3 counts all that a dead worker had; 14 of 60 were dropped with it."""
+    arguments = {"x-delivery-limit": 3}
+    broker = Broker(url=rabbit.url, backend=server.url, queue="work", queue_type="quorum", queue_arguments=arguments)
+    client = broker.client()
+    good = [client.send_task("parks", [f"good {number}"]) for number in range(GOOD // 2)]
+    client.send_task("dies", ["deadly"])
+    good += [client.send_task("parks", [f"good {number}"]) for number in range(GOOD // 2, GOOD)]
+    worker, _ = outlive(start_worker, broker, good)
+    assert worker.answers(good) == [f"good {number}" for number in range(GOOD)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import os
 import re
@@ -149,6 +150,8 @@ class Broker:
     transport_options: Mapping[str, Any] = field(default_factory=dict)
     #: RabbitMQ's `x-queue-type`; None is its default.
     queue_type: str | None = None
+    #: More of RabbitMQ's arguments of a queue.
+    queue_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stores_results(self) -> bool:
@@ -176,7 +179,7 @@ class Broker:
 
     def declared(self) -> kombu.Queue:
         """The queue as the project declares it."""
-        arguments = {"x-queue-type": self.queue_type} if self.queue_type else None
+        arguments = {"x-queue-type": self.queue_type, **self.queue_arguments} if self.queue_type else None
         return kombu.Queue(self.queue, kombu.Exchange(self.queue), self.queue, queue_arguments=arguments)
 
 
@@ -420,6 +423,7 @@ def project_environment(broker: Broker, settings: Mapping[str, str] | None = Non
     ours = {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend, "PROJECT_QUEUE": broker.queue}
     if broker.queue_type is not None:
         ours["PROJECT_QUEUE_TYPE"] = broker.queue_type
+        ours["PROJECT_QUEUE_ARGUMENTS"] = json.dumps(dict(broker.queue_arguments))
     return kept | ENVIRONMENT | ours | {"PYTHONPATH": path} | dict(broker.environment) | dict(settings or {})
 
 

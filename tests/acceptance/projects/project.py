@@ -38,6 +38,7 @@ app.conf.update(
 )
 if "PROJECT_QUEUE_TYPE" in os.environ:
     arguments = {"x-queue-type": os.environ["PROJECT_QUEUE_TYPE"]}
+    arguments |= json.loads(os.environ.get("PROJECT_QUEUE_ARGUMENTS", "{}"))
     name = os.environ["PROJECT_QUEUE"]
     app.conf.task_queues = [kombu.Queue(name, kombu.Exchange(name), name, queue_arguments=arguments)]
 if "PROJECT_POOL" in os.environ:

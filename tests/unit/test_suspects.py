@@ -1,0 +1,211 @@
+"""Which messages are suspects, how many tasks run beside them, and which messages go to tasks that run already."""
+
+from __future__ import annotations
+
+from math import inf
+from types import SimpleNamespace
+from typing import Any
+
+import kombu
+import pytest
+
+from legit_worker.broker.behind import ADDRESS, COUNT
+from legit_worker.broker.returning import DELIVERIES
+from legit_worker.pool.adoption import Adoption
+from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.running import Running
+from legit_worker.pool.suspects import Suspects
+
+MOST = 3
+
+
+class Channel:
+    """An AMQP channel, as far as messages use it."""
+
+    def __init__(self) -> None:
+        self.connection: Any = object()
+        self.no_ack_consumers: set[str] = set()
+        self.acked: list[int] = []
+
+    def basic_ack(self, tag: int, multiple: bool = False) -> None:
+        """Note it, or say that the connection is gone."""
+        if self.connection is None:
+            raise ConnectionError("gone")
+        self.acked.append(tag)
+
+
+class Request(SimpleNamespace):
+    """Celery's request, of which Celery keeps weak references."""
+
+    __hash__ = object.__hash__
+
+    @property
+    def message(self) -> Any:
+        """As Celery's."""
+        return self._message
+
+
+class Behind:
+    """Notes the copies."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[str, str, int]] = []
+
+    def put(self, message: kombu.Message, queue: str, deliveries: int) -> bool:
+        """RabbitMQ takes each."""
+        self.copies.append((message.headers["id"], queue, deliveries))
+        return True
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def message(identity: str, channel: Channel, *, tag: int = 1, again: bool = False, **headers: Any) -> kombu.Message:
+    """A task's message as RabbitMQ delivers it."""
+    return kombu.Message(
+        b"",
+        channel=channel,
+        delivery_tag=tag,
+        headers={"id": identity, "task": "one", **headers},
+        delivery_info={"redelivered": again, "consumer_tag": "tag", "exchange": "", "routing_key": "work"},
+    )
+
+
+class Worker:
+    """The parts that look at messages, and a consumer whose handler keeps those that must run."""
+
+    def __init__(self) -> None:
+        self.running = Running()
+        self.suspects = Suspects(MOST)
+        self.behind = self.suspects._behind = Behind()  # type: ignore[assignment]
+        self.adoption = Adoption(self.running, self.suspects)
+        self.to_run: list[kombu.Message] = []
+        self.consumer = SimpleNamespace(
+            connection_errors=(ConnectionError,),
+            create_task_handler=lambda: self.to_run.append,
+            call_soon_ack=lambda call, *args: call(*args),
+            task_consumer=SimpleNamespace(_active_tags={"work": "tag"}),
+        )
+        self.adoption.meet(self.consumer)
+        self.receive = self.consumer.create_task_handler()
+
+    def begin(self, received: kombu.Message) -> Fiber:
+        """Start the task of a message that must run."""
+        request = Request(
+            id=received.headers["id"],
+            request_dict=received.headers,
+            _message=received,
+            acknowledged=False,
+            _already_cancelled=False,
+        )
+        fiber = Fiber(lambda: None, app="", name=request.id, request=request)
+        self.suspects.add(fiber)
+        self.running.add(fiber)
+        return fiber
+
+    def end(self, received: kombu.Message) -> None:
+        """Ack a message as a task's end does."""
+        self.consumer.call_soon_ack(received.ack_log_error, None, (ConnectionError,))
+
+
+@pytest.fixture
+def worker() -> Worker:
+    """One that has nothing."""
+    return Worker()
+
+
+def test_a_message_of_a_classic_queue_that_came_before_goes_behind_with_its_count(worker: Worker) -> None:
+    worker.receive(message("a", Channel(), again=True))
+    assert (worker.behind.copies, worker.to_run) == ([("a", "work", 1)], [])
+
+
+def test_a_copy_runs_alone_and_looks_as_it_first_came(worker: Worker) -> None:
+    copy = message("a", Channel(), **{DELIVERIES: 1, ADDRESS: ["tasks", "key"]})
+    worker.receive(copy)
+    assert worker.to_run == [copy]
+    assert copy.headers == {"id": "a", "task": "one"}
+    assert copy.delivery_info["exchange"], copy.delivery_info["routing_key"] == ("tasks", "key")
+    assert copy.delivery_info["redelivered"]
+    fiber = worker.begin(copy)
+    assert worker.suspects.bound == 1
+    worker.receive(message("b", Channel(), **{DELIVERIES: 1}))
+    assert worker.behind.copies == [("b", "work", 1)], "one suspect at a time, and the others keep their counts"
+    worker.suspects.discard(fiber)
+    worker.receive(message("c", Channel()))
+    assert worker.suspects.bound == inf
+
+
+def test_counts_of_a_quorum_queue_add_to_those_of_copies(worker: Worker) -> None:
+    once = message("a", Channel(), again=True, **{COUNT: 1})
+    twice = message("b", Channel(), again=True, **{COUNT: 1, DELIVERIES: 1})
+    worker.receive(once)
+    worker.receive(twice)
+    assert [each.delivery_info[DELIVERIES] for each in worker.to_run] == [1, 2]
+
+
+def test_a_message_that_came_too_often_goes_on_to_its_end_and_holds_up_nobody(worker: Worker) -> None:
+    last = message("a", Channel(), again=True, **{DELIVERIES: MOST - 1})
+    worker.receive(last)
+    worker.begin(last)
+    assert (worker.to_run, worker.behind.copies, worker.suspects.bound) == ([last], [], inf)
+
+
+@pytest.mark.parametrize("headers", [{}, {COUNT: 1}], ids=["classic", "quorum"])
+def test_what_a_worker_gives_back_and_lives_is_no_suspect(worker: Worker, headers: dict[str, Any]) -> None:
+    worker.receive(message("a", Channel()))
+    worker.adoption.lost()
+    again = message("a", Channel(), again=True, **headers)
+    worker.receive(again)
+    assert (worker.to_run[1:], worker.behind.copies, worker.suspects.bound) == ([again], [], inf)
+
+
+def test_a_task_that_goes_on_acks_by_the_new_delivery(worker: Worker) -> None:
+    first, second = Channel(), Channel()
+    former = message("a", first)
+    worker.receive(former)
+    request = worker.begin(former).request
+    first.connection = None
+    worker.adoption.lost()
+    worker.receive(message("a", second, tag=7, again=True))
+    worker.receive(message("a", second, tag=8, again=True))
+    assert [each.delivery_tag for each in worker.to_run] == [1, 8], "a client sent one id twice"
+    request._on_ack(None, (ConnectionError,))
+    assert (first.acked, second.acked) == ([], [7])
+
+
+def test_a_task_that_ended_without_a_connection_acks_when_its_message_comes_again(worker: Worker) -> None:
+    first, second = Channel(), Channel()
+    former = message("a", first)
+    worker.receive(former)
+    first.connection = None
+    worker.end(former)
+    worker.receive(message("a", second, tag=7, again=True))
+    assert (len(worker.to_run), second.acked) == (1, [7])
+
+
+@pytest.mark.parametrize("other", [{"retries": 1}, {"id": "b"}, {"id": 5}, {"id": None}])
+def test_another_message_is_no_copy(worker: Worker, other: dict[str, Any]) -> None:
+    former = message("a", Channel())
+    worker.receive(former)
+    worker.begin(former)
+    worker.adoption.lost()
+    worker.receive(message("a", Channel(), again=True, **{COUNT: 1, **other}) if "id" not in other else _renamed(other))
+    assert len(worker.to_run) == 2
+
+
+def _renamed(other: dict[str, Any]) -> kombu.Message:
+    renamed = message("a", Channel(), again=True, **{COUNT: 1})
+    renamed.headers |= other
+    return renamed
+
+
+def test_a_cancelled_task_runs_again_whatever_becomes_of_it(worker: Worker) -> None:
+    former = message("a", Channel())
+    worker.receive(former)
+    request = worker.begin(former).request
+    request._already_cancelled = True
+    former.channel.connection = None
+    worker.adoption.lost()
+    request._on_ack(None, ())
+    worker.receive(message("a", Channel(), again=True))
+    assert len(worker.to_run) == 2
