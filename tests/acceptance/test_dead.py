@@ -12,7 +12,17 @@ import kombu
 import pytest
 import redis
 from appqueues import AppQueue, queue_name, routed
-from harness import ANSWER_SECONDS, SIMULATED, Broker, StartWorker, celery_command, poll, project_environment
+from harness import (
+    ANSWER_SECONDS,
+    SIMULATED,
+    Broker,
+    StartWorker,
+    Worker,
+    WorkerDiedError,
+    celery_command,
+    poll,
+    project_environment,
+)
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
 
@@ -115,6 +125,32 @@ def test_the_doctor_counts_them(broker: Broker, server: redis.Redis) -> None:
     (finding,) = seen()
     assert (finding["level"], finding["seen"]) == ("warning", "dead letters: 2 unreadable")
     assert "celery legit dead list" in finding["fix"]
+
+
+def test_a_task_that_killed_its_worker_is_found_and_given_another_chance(
+    start_worker: StartWorker, broker: Broker, server: redis.Redis
+) -> None:
+    """Replayed, its message counts from zero: it kills one more worker before it is a dead letter again."""
+    limits = {"LEGIT_WORKER_MAX_DELIVERIES": "1", "LEGIT_WORKER_LEASE_SECONDS": "2"}
+    environment = SIMULATED | ENABLED | limits
+    killer = broker.client().send_task("dies", ["killer"])
+    first = start_worker("held", broker=broker, environment=environment, wait=False)
+    wait_for_death(first)
+    second = start_worker("held", broker=broker, environment=environment)
+    poll(lambda: server.llen("legit.dead") == 1, "the dead letter")
+    (letter,) = listed(broker)
+    assert (letter["id"], letter["task"], letter["queue"], letter["deliveries"]) == (
+        killer.id, "dies", broker.queue, 1,
+    )  # fmt: skip
+    good(broker, "replay", killer.id)
+    wait_for_death(second)
+    start_worker("held", broker=broker, environment=environment)
+    poll(lambda: [one["id"] for one in listed(broker)] == [killer.id], "the dead letter again")
+
+
+def wait_for_death(worker: Worker) -> None:
+    with pytest.raises(WorkerDiedError, match="exit code 9"):
+        worker.wait_for_log("what it never says")
 
 
 @pytest.mark.parametrize("priority", [None, 6])
