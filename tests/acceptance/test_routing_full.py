@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import kombu
 import pytest
+import redis
 from appqueues import AppQueue, app_queue, queue_name, routed
 from harness import SIMULATED, Broker, StartWorker, Worker, poll
 from needs import missing
@@ -46,6 +49,16 @@ def check_arrived(queue: AppQueue, ids: list[str], twice: int = 0) -> None:
     """Each arrives. `twice` says how many may come twice."""
     queue.wait_for(ids)
     assert queue.duplicates() <= twice
+
+
+def unacked(url: str) -> int:
+    with redis.Redis.from_url(url) as server:
+        return int(server.hlen("unacked"))
+
+
+def letters(url: str, app: str) -> list[dict[str, Any]]:
+    with redis.Redis.from_url(url) as server:
+        return [json.loads(letter) for letter in server.lrange(f"legit.dead.{app}", 0, -1)]
 
 
 # The app's own Redis.
@@ -99,6 +112,74 @@ def test_a_redis_that_takes_no_writes_is_away(
     check_arrived(alpha, late)
     assert worker.pool()["routing"]["apps"]["alpha"]["dead"] == 0
     assert not AppQueue(broker.url, "legit.dead.alpha").exists()
+
+
+# The broker's.
+
+
+def test_a_full_broker_keeps_its_tasks_until_it_takes_their_results(
+    start_worker: StartWorker, broker: Broker, own: RedisServer
+) -> None:
+    """Longer than an envelope waits for a server: its dead letter would go to the same one."""
+    on_it = replace(broker, url=own.url)
+    retry = {"LEGIT_WORKER_RESULT_RETRY_SECONDS": "1"}
+    worker = start_worker("routed", broker=on_it, environment=SIMULATED | ENABLED | routed(on_it, "alpha") | retry)
+    ids = send_for_later(worker, own)
+    own.ask("CONFIG", "SET", "maxmemory", "1mb")
+    worker.wait_for_log(WAITS)
+    poll_backend(broker, ids)
+    assert unacked(own.url) == TASKS
+    own.ask("CONFIG", "SET", "maxmemory", "0")
+    check_arrived(app_queue(on_it, "alpha"), ids)
+    poll(lambda: unacked(own.url) == 0, "all tasks to be acked")
+    assert letters(own.url, "alpha") == []
+
+
+def test_a_full_broker_keeps_tasks_whose_results_it_can_not_take_as_dead_letters(
+    start_worker: StartWorker, broker: Broker, own: RedisServer
+) -> None:
+    on_it = replace(broker, url=own.url)
+    away = url_of("alpha", "redis://127.0.0.1:1/0") | {"LEGIT_WORKER_RESULT_RETRY_SECONDS": "0"}
+    worker = start_worker("routed", broker=on_it, environment=SIMULATED | ENABLED | routed(on_it, "alpha") | away)
+    ids = send_for_later(worker, own)
+    own.ask("CONFIG", "SET", "maxmemory", "1mb")
+    worker.wait_for_log(WAITS)
+    poll_backend(broker, ids)
+    assert unacked(own.url) == TASKS
+    own.ask("CONFIG", "SET", "maxmemory", "0")
+    poll(lambda: {letter["id"] for letter in letters(own.url, "alpha")} == set(ids), "all dead letters")
+    poll(lambda: unacked(own.url) == 0, "all tasks to be acked")
+
+
+def test_one_full_server_for_all_loses_nothing(
+    start_worker: StartWorker, broker: Broker, own: RedisServer, tmp_path: Path
+) -> None:
+    """Broker, results and the app's queue, with more tasks than the worker holds. Their producer is done by then."""
+    on_it = replace(broker, url=own.url, backend=own.url)
+    worker = start_worker("routed", broker=on_it, environment=SIMULATED | ENABLED | routed(on_it, "alpha"))
+    alpha = app_queue(on_it, "alpha")
+    check_arrived(alpha, send(worker, "alpha"))
+    ids = send(worker, "alpha", 10 * TASKS)
+    own.ask("CONFIG", "SET", "maxmemory", "1mb")
+    worker.wait_for_log("takes no")
+    alpha.take()
+    own.ask("CONFIG", "SET", "maxmemory", "0")
+    check_arrived(alpha, ids)
+    poll(lambda: unacked(own.url) == 0, "all tasks to be acked")
+    assert letters(own.url, "alpha") == []
+
+
+def send_for_later(worker: Worker, own: RedisServer) -> list[str]:
+    """Tasks that begin a little later. They are all in the worker when this returns."""
+    sent = [worker.client.send_task("double", [1], headers={"app": "alpha"}, countdown=5) for _ in range(TASKS)]
+    poll(lambda: unacked(own.url) == TASKS, "all tasks to be in the worker")
+    return [result.id for result in sent]
+
+
+def poll_backend(broker: Broker, ids: list[str]) -> None:
+    """All have their stock results, on another server."""
+    with redis.Redis.from_url(broker.backend) as backend:
+        poll(lambda: all(backend.mget([f"celery-task-meta-{one}" for one in ids])), "all stock results")
 
 
 # RabbitMQ.
