@@ -166,7 +166,7 @@ def list_dead(ctx: click.Context, what: tuple[str, ...], limit: int | None, as_j
         return
     table = _table(Column("id", no_wrap=True), "kind", "task", "since")
     for letter in islice(letters.letters(*_named(what)), limit or SHOWN):
-        table.add_row(letter.id, letter.kind, letter.task or "", _minute(letter.at))
+        table.add_row(*map(_safe, (letter.id, letter.kind, letter.task or "", _minute(letter.at))))
     if table.rows:
         Console().print(table)
     counts = ", ".join(f"{count} {name}" for name, count in letters.totals().items())
@@ -188,9 +188,9 @@ def show(ctx: click.Context, what: tuple[str, ...], as_json: bool) -> None:
         content = details.pop("content")
         for name, value in details.items():
             if value is not None:
-                click.echo(f"{name}: {value}")
+                click.echo(_safe(f"{name}: {value}"))
         if content is not None:
-            click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+            click.echo(_safe(json.dumps(content, indent=2, ensure_ascii=False)))
         click.echo()
 
 
@@ -246,6 +246,11 @@ def _report(done: str, outcome: Any) -> None:
     click.echo(done)
 
 
+def _safe(text: Any) -> Text:
+    """Return what a stranger may have written as text that moves no cursor, and is no markup."""
+    return Text("".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in str(text)))
+
+
 def _minute(at: str | None) -> str:
     return str(at or "")[:16].replace("T", " ")
 
@@ -273,7 +278,7 @@ def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:
     ids = Column("task id", no_wrap=True)
     table = _table(ids, "task", "status", "finished at") if app else _table("app", "dead letters")
     for row in found if app else found.items():
-        table.add_row(*(_letter(row) if app else map(str, row)))
+        table.add_row(*map(_safe, _letter(row) if app else row))
     if not app and not found:
         click.echo("no app is configured: set LEGIT_WORKER_APPS__<APP>__RESULT_ROUTING=on", err=True)
     else:
