@@ -172,8 +172,8 @@ class ChaosRun:
         self.scene.close()
         self._read()
         self._look_up(everything=True)
-        self.scene.problems += self._left_over()
         self.verdicts = judge([one for one in self.plan.errands if self.sender.sent[one.id]], self._evidence())
+        self.scene.problems += self._left_over()
 
     def _is_over(self) -> bool:
         if time.monotonic() > self._moved + PATIENCE:
@@ -267,7 +267,8 @@ class ChaosRun:
         if self.scene.amqp_url is not None:
             with kombu.Connection(self.scene.amqp_url) as connection:
                 left = connection.default_channel.queue_declare(self.scene.queue, passive=True).message_count
-                connection.default_channel.queue_delete(self.scene.queue)
+                for queue in (self.scene.queue, f"{self.scene.queue}.here"):
+                    connection.default_channel.queue_delete(queue)
             return [f"{left} messages are left"] if left else []
         client = self.scene.servers["broker"].client()
         kept = (*KEPT, self.scene.queue.encode() + b".")

@@ -261,7 +261,7 @@ def _short_of_memory(scene: Scene, fault: Fault) -> Act:
 def _restarts(number: int, what: str) -> Callable[[Scene, Fault], Act]:
     def act(scene: Scene, fault: Fault) -> Act:
         server = scene.server(fault)
-        with scene.trouble(f"the broker was {what}", breaks=server.name == "broker"):
+        with scene.trouble(f"server {server.name} was {what}", breaks=server.name == "broker"):
             server.end(number)
             yield 4 * fault.share
             server.start()
