@@ -44,6 +44,18 @@ class FailedOverError(exceptions.ResponseError):
         return str(self).startswith("OOM ")
 
 
+class ClusterNodeError(exceptions.ResponseError):
+    """The server is a node of a Redis Cluster, of which kombu knows nothing."""
+
+    __repr__ = Exception.__repr__
+
+    def __init__(self, error: exceptions.ResponseError) -> None:
+        super().__init__(
+            f"the broker's Redis is a node of a cluster ({error}), and kombu has no transport for clusters: take a "
+            "Redis that is no cluster; Sentinel and several URLs give it another server if it fails"
+        )
+
+
 class DeliveryTimeoutError(RecoverableConnectionError):
     """RabbitMQ has closed the channel, and delivers its messages again."""
 
@@ -106,9 +118,11 @@ class _EnduringConnection:
     """Mixed into a redis-py connection class."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        """Read an answer. Raises `FailedOverError` if the server can't be used now."""
+        """Read an answer. Raises `FailedOverError` if the server can't be used now, `ClusterNodeError` if ever."""
         try:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except (exceptions.AskError, exceptions.ClusterCrossSlotError) as error:
+            raise ClusterNodeError(error) from error
         except exceptions.ResponseError as error:
             if word := away(error):
                 raise FailedOverError(f"{word} {str(error).removeprefix(f'{word} ')}") from error

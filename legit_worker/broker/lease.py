@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Iterable
 from functools import cache
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -90,7 +91,8 @@ class Lease(threading.Thread):
         self._keys = ledger.keys
         self._lease = ledger.worker.lease_seconds
         self._beat_seconds = self._lease / BEATS
-        # Another app's workers may have a shorter visibility timeout: renew with each lease.
+        self._visibility_timeout = visibility_timeout
+        # Another app's workers may have a shorter visibility timeout. Stock workers don't tell: renew with each lease.
         self._renew_seconds = min(visibility_timeout / 3, self._lease)
         self._renewed_at = monotonic()
         # The last two times that held messages got.
@@ -145,6 +147,7 @@ class Lease(threading.Thread):
             )
         self._has_beaten = True
         processes = {bytes_to_str(owner): _read(known[at + 1]) for at, owner in enumerate(known) if at % 2 == 0}
+        self._renew_for(processes.values())
         dead = {bytes_to_str(owner) for owner in late} | {owner for owner, told in processes.items() if is_gone(told)}
         return {owner: processes.get(owner, {}) for owner in dead - {name}}
 
@@ -153,7 +156,14 @@ class Lease(threading.Thread):
             "renewals": self._renewals,
             "unacked": self._keys.unacked,
             "index": self._keys.index,
+            "visibility_timeout": self._visibility_timeout,
         }
+
+    def _renew_for(self, processes: Iterable[dict[str, Any]]) -> None:
+        """Renew soon enough for all workers that share these messages: each gives back what is too old for itself."""
+        ours = [process for process in processes if process.get("index") == self._keys.index]
+        timeouts = [seconds for process in ours if isinstance(seconds := process.get("visibility_timeout"), float)]
+        self._renew_seconds = min([self._visibility_timeout / 3, self._lease, *(seconds / 3 for seconds in timeouts)])
 
     def _renew(self) -> None:
         """Keep what this worker holds from others, for which it would be visible after the visibility timeout."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,36 @@ def test_connections_are_disturbed_in_the_middle_of_batches(
     assert worker.log.count(f"{worker.name} ready.") == 1
     assert worker.stop() == 0
     assert not redis_server.client.llen("work")
+
+
+def test_at_a_node_of_a_cluster(
+    start_worker: StartWorker, start_redis: Callable[..., RedisServer], server: Server
+) -> None:
+    """kombu has no transport for clusters, and the worker says so as it ends."""
+    redis_server = start_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    redis_server.client.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+    poll(lambda: redis_server.client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster")
+    settings = {"LEGIT_WORKER_ENABLED": "1"}
+    worker = start_worker(broker=broker_at(redis_server.url, server), environment=settings, wait=False)
+    assert worker.wait() != 0
+    assert "kombu has no transport for clusters" in worker.log
+
+
+def test_another_apps_shorter_visibility_timeout_makes_no_task_run_twice(
+    start_worker: StartWorker, start_redis: Callable[..., RedisServer], server: Server, tmp_path: Path
+) -> None:
+    """Both apps keep their unacked messages under one key, and each worker gives back what is too old for itself."""
+    url, looks = start_redis().url, {"unacked_restore_throttle": 1, "unacked_restore_interval": 1}
+    broker = broker_at(url, server)
+    gate = {"PROJECT_GATE": str(tmp_path / "gate")}
+    worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, **gate)
+    other_broker = replace(broker_at(url, server, visibility_timeout=3, **looks), queue="other")
+    other = Sides(start_worker, "controlled").worker("modelpool", broker=other_broker, **gate)
+    results = [worker.send("tidies", f"text {number}", "gated") for number in range(20)]
+    poll(lambda: worker.pool()["parked"] == 20, "all of them to park")
+    begin = time.monotonic()
+    poll(lambda: time.monotonic() - begin > 10 and other.ask("no_model", 1) == 2, "three times the shorter timeout")
+    (tmp_path / "gate").touch()
+    worker.answers(results)
+    assert runs(worker) == Counter(f"text {number}" for number in range(20))
+    assert len(worker.received) == len(re.findall(r"Task tidies\S+ received", worker.log)) == 20
