@@ -46,6 +46,7 @@ from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running
 from legit_worker.pool.share import Share
+from legit_worker.pool.shown import show_floats_quickly
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.suspects import Suspects
 from legit_worker.pool.telling import tell_own_time
@@ -202,7 +203,7 @@ class ModelPool(SoloPool):
         prepare_process()
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
-        self._undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end))
+        self._undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end), show_floats_quickly())
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:
