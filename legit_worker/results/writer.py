@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
+from celery.exceptions import BackendStoreError
+
 from legit_worker import parking
 from legit_worker.results.writes import AWAY, IsSuccess, Write, check, is_away, send
 
@@ -94,7 +96,7 @@ class Writer:
                 logger.exception("results can't be stored on %s", self.name)
                 for write in group.writes:
                     if write.is_open:
-                        write.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                        write.error = BackendStoreError(f"results can't be stored on {self.name}: {error!r}")
             group.done.set_result(None)
 
     def _store(self, writes: list[Write]) -> None:
@@ -141,7 +143,8 @@ class Writer:
     def _split(self, writes: list[Write], error: Exception) -> None:
         """Find the write that breaks the connection, as one does that is larger than `proto-max-bulk-len`."""
         if len(writes) == 1:
-            writes[0].error = error
+            size = len(writes[0].value or b"")
+            writes[0].error = BackendStoreError(f"{self.name} breaks the connection over {size} bytes: {error}")
         else:
             for write in writes:
                 self._store([write])

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import redis
 from appqueues import AppQueue, Apps, app_queue, queue_name, routed
+from celery import chord
 from harness import INSPECT_SECONDS, SIMULATED, Broker, StartWorker, Worker, poll
 from ownserver import Server
 
@@ -140,6 +141,33 @@ def test_tasks_whose_start_is_stored_begin_once_the_backend_is_back(
     server.start()
     stored.wait_for("SUCCESS", ids)
     assert stored.runs == Counter(names)
+
+
+def test_a_result_that_is_too_large_for_the_server_fails_alone(stored: Stored) -> None:
+    command("CONFIG", "SET", "proto-max-bulk-len", "1mb")(stored.backend)
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names[::2])
+    large = stored.send("large", "large")
+    ids += stored.send("counted", *names[1::2])
+    stored.wait_for("SUCCESS", ids)
+    stored.wait_for("FAILURE", large)
+    assert stored.metas(large)[0]["result"]["exc_type"] == "BackendStoreError"
+    assert stored.runs == Counter([*names, "large"])
+    poll(lambda: stored.unacked() == 0, "all to be acked")
+
+
+# Chords, and tasks without results.
+
+
+def test_chords_and_ignored_results_are_as_under_stock(stored: Stored) -> None:
+    ignored = stored.send("quiet", "quiet")
+    failed = stored.send("quietly_failing", "failing")
+    client = stored.worker.client
+    result = chord([client.signature("counted", [name]) for name in "abc"], client.signature("total")).apply_async()
+    assert stored.worker.answer(result) == "a+b+c"
+    stored.wait_for("FAILURE", failed)
+    stored.wait_for_runs("quiet")
+    assert stored.metas(ignored) == [None]
 
 
 # A worker that ends meanwhile.

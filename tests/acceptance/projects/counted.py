@@ -74,6 +74,13 @@ def limited(name: str) -> str:
     return name
 
 
+@app.task(name="large")
+def large(name: str) -> str:
+    """Gives two million characters."""
+    print(f"ran {name}", flush=True)
+    return "x" * 2 * 10**6
+
+
 @app.task(name="odd")
 def odd(name: str) -> Any:
     """Gives what Celery's JSON does not take, and an envelope's does."""
