@@ -1,4 +1,4 @@
-"""Tasks that end without running: they expired, were revoked, or nobody has them.
+"""Ends of tasks that their own fibers don't tell: they expired, were revoked or cancelled, or nobody has them.
 
 In: Celery's calls that tell such an end. Out: the same calls in fibers of their own, which park until the end is stored
 and its app is told. Only then the message is acked, as with any other task.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from celery.worker.consumer.consumer import Consumer
@@ -22,14 +23,17 @@ Run = Callable[[Callable[[], Any], str], None]
 def end_in_fibers(run: Run) -> Callable[[], None]:
     """Have Celery's calls made by `run`. Returns what undoes this.
 
-    `Request._announce_revoked` and `Consumer.on_unknown_task` (celery.worker, 5.5 to 5.7) store the end, and ack before
-    or after that. Whoever calls them needs nothing of the end itself.
+    `Request._announce_revoked`, `_announce_cancelled` and `Consumer.on_unknown_task` (celery.worker, 5.5 to 5.7)
+    store the end, and ack before or after that. Whoever calls them needs nothing of the end itself.
     """
-    announce, on_unknown = Request._announce_revoked, Consumer.on_unknown_task
+    announce, cancel, on_unknown = Request._announce_revoked, Request._announce_cancelled, Consumer.on_unknown_task
 
     def announce_in_fiber(request: Request, *args: Any) -> None:
         request._already_revoked = True  # from now on, nobody announces it again
         run(_surviving(announce, request.message, request, *args), f"{request.name}[{request.id}]")
+
+    def cancel_in_fiber(request: Request, *args: Any, **options: Any) -> None:
+        run(partial(cancel, request, *args, **options), f"{request.name}[{request.id}]")
 
     def on_unknown_in_fiber(consumer: Consumer, body: Any, message: Any, exc: Exception) -> None:
         def end() -> None:
@@ -39,9 +43,11 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
         run(_surviving(end, message), f"a task that nobody has: {exc}")
 
     def undo() -> None:
-        Request._announce_revoked, Consumer.on_unknown_task = announce, on_unknown
+        Request._announce_revoked, Request._announce_cancelled = announce, cancel
+        Consumer.on_unknown_task = on_unknown
 
-    Request._announce_revoked, Consumer.on_unknown_task = announce_in_fiber, on_unknown_in_fiber
+    Request._announce_revoked, Request._announce_cancelled = announce_in_fiber, cancel_in_fiber
+    Consumer.on_unknown_task = on_unknown_in_fiber
     return undo
 
 

@@ -19,7 +19,7 @@ import pytest
 import redis
 from appqueues import AppQueue, Apps, app_queue, queue_name, routed
 from celery import chord
-from harness import INSPECT_SECONDS, SIMULATED, Broker, StartWorker, Worker, poll
+from harness import ANSWER_SECONDS, INSPECT_SECONDS, LATE, SIMULATED, Broker, StartWorker, Worker, poll
 from ownserver import Server
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
@@ -186,6 +186,29 @@ def test_a_cold_shutdown_gives_back_what_could_not_be_stored(
     again = start(start_worker, broker, stored.backend)
     again.wait_for("SUCCESS", ids)
     assert again.runs == Counter(names)
+
+
+def test_a_cold_shutdown_does_not_wait_for_the_backend(
+    start_worker: StartWorker, broker: Broker, server: Server
+) -> None:
+    """Celery stores that tasks which are acked early are retried."""
+    never = LATE | {"LEGIT_WORKER_MODELS__LATE__PATH": "0,0,0,600"}
+    stored = start(start_worker, broker, server, {"task_acks_late": False}, **never)
+    names = [f"task{number}" for number in range(5)]
+    stored.send("parked", *names)
+    stored.wait_for_runs(*names)
+    server.stop()
+    stored.worker.signal(signal.SIGQUIT)
+    stored.worker.wait(ANSWER_SECONDS / 2)
+
+
+def test_time_limits_hold_meanwhile(stored: Stored) -> None:
+    stored.backend.stop()
+    ids = stored.send("limited", "limited")
+    stored.worker.wait_for_log("Soft time limit")
+    stored.backend.start()
+    stored.wait_for("FAILURE", ids)
+    assert stored.metas(ids)[0]["result"]["exc_type"] == "SoftTimeLimitExceeded"
 
 
 def test_a_warm_shutdown_waits_for_the_backend(stored: Stored) -> None:

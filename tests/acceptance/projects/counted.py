@@ -32,6 +32,14 @@ def computed(name: str) -> str:
     return name
 
 
+@app.task(name="parked")
+def parked(name: str) -> str:
+    """Waits for a model that takes long to load."""
+    print(f"ran {name}", flush=True)
+    legit_worker.model("late").map([name])
+    return name
+
+
 @app.task(name="failing")
 def failing(name: str) -> None:
     """Fails."""
