@@ -77,7 +77,12 @@ class Lane:
         with self._changed:
             is_here = self._waiting.remove(delivery)
         if is_here:
-            self._bury(delivery, "its server does not answer")
+            self._bury(delivery, "its server does not answer, or its queue takes nothing")
+
+    def holds(self, queue: str) -> bool:
+        """Tell whether a queue takes nothing now, though its server answers."""
+        with self._changed:
+            return self._waiting.is_held(queue)
 
     def waiting(self) -> Counter[str]:
         """Count the waiting deliveries, by app."""

@@ -10,8 +10,9 @@ import logging
 import os
 import threading
 from collections import Counter
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent import futures
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -33,6 +34,9 @@ MAX_NAMES = 100
 #: Seconds that a process without other work (prefork, threads, stock solo) waits for a server that answered before.
 BLOCKING_PATIENCE = 5.0
 
+#: Seconds between two looks of such a process whether the queue is full.
+LOOK_SECONDS = 0.1
+
 
 class Lanes:
     """All lanes of one process, and the counts of its deliveries. A forked child starts over: it has no threads."""
@@ -50,12 +54,16 @@ class Lanes:
         lane = self._lane(delivery.chosen.url)
         lane.add(delivery)
         if not parking.park(delivery.done, "its result to be routed"):
-            patience = 0.0 if lane.is_down else BLOCKING_PATIENCE
-            try:
-                delivery.done.result(timeout=patience)
-            except FutureTimeoutError:
-                lane.give_up(delivery)
-                delivery.done.result()
+            self._block(lane, delivery)
+
+    def _block(self, lane: Lane, delivery: Delivery) -> None:
+        """Block until a server has the envelope. If the app's own doesn't take it soon, it becomes a dead letter."""
+        end = monotonic() + (0.0 if lane.is_down else BLOCKING_PATIENCE)
+        while monotonic() < end and not lane.holds(delivery.queue) and not delivery.done.done():
+            futures.wait([delivery.done], timeout=LOOK_SECONDS)
+        if not delivery.done.done():
+            lane.give_up(delivery)
+        delivery.done.result()
 
     def count(self, app: str, outcome: str) -> None:
         """Count an outcome for `report`."""

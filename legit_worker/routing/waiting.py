@@ -86,6 +86,11 @@ class Waiting:
             hold.deliveries[last] = None
         return hold.deliveries
 
+    def is_held(self, queue: str) -> bool:
+        """Tell whether a queue's deliveries pause."""
+        hold = self._holds.get(queue)
+        return hold is not None and hold.until is not None
+
     def go_on(self, queue: str) -> None:
         """Forget that a queue took nothing."""
         hold = self._holds.pop(queue, None)

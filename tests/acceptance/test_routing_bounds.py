@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -82,6 +83,19 @@ def test_a_result_that_waits_too_long_for_room_is_a_dead_letter(
     poll(lambda: counts(worker)["dead"] == TASKS - 5, "the dead letters")
     poll(lambda: server.llen("legit.dead.alpha") == TASKS - 5, "the dead letters on the broker")
     assert "QUEUE_MAX_LENGTH allows 5" in json.loads(server.lindex("legit.dead.alpha", 0))["dead"]["reason"]
+
+
+def test_under_a_stock_pool_a_full_queue_holds_up_nobody(
+    start_worker: StartWorker, broker: Broker, server: redis.Redis
+) -> None:
+    """Such a pool can run no other task meanwhile, so what has no room becomes a dead letter at once."""
+    own = {"LEGIT_WORKER_APPS__ALPHA__QUEUE_MAX_LENGTH": "5", "LEGIT_WORKER_ENABLED": "0"}
+    shim = f"legit_worker.routing:RoutingBackend+{broker.backend}"
+    worker = start(start_worker, replace(broker, backend=shim), **own)
+    ids, others = send(worker), send(worker, "beta")
+    app_queue(broker, "beta").wait_for(others)
+    letters = [json.loads(letter)["id"] for letter in server.lrange("legit.dead.alpha", 0, -1)]
+    assert letters == ids[5:]
 
 
 @pytest.mark.parametrize("form", ["json", "celery", "laravel"])
