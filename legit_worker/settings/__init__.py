@@ -4,9 +4,11 @@ In: `LEGIT_WORKER_*` variables, and the TOML file that `LEGIT_WORKER_CONFIG` nam
 frozen `Settings`, or a `SettingsError` that names every wrong variable. Nothing here imports Celery, and nothing reads
 a device: a process that only looks at its settings never opens a CUDA context.
 
-`schema.py` says which settings there are and what each may hold, and `reading.py` reads and shows them.
+`schema.py` says which settings there are and what each may hold, `reading.py` reads and shows them, and `bounds.py`
+gives each app the bounds of all.
 """
 
+from legit_worker.settings.bounds import with_bounds
 from legit_worker.settings.reading import (
     changed,
     is_enabled,
@@ -29,7 +31,6 @@ from legit_worker.settings.schema import (
     Settings,
     fold,
     path_variable,
-    with_bounds,
 )
 
 __all__ = [

@@ -223,10 +223,6 @@ def path_variable(alias: str) -> str:
     return spelled(("models", fold(alias), "path"))
 
 
-#: The settings that an app may have of its own, or takes from those of all apps.
-BOUNDS = ("queue_max_length", "queue_max_seconds", "dead_max_length", "dead_max_seconds")
-
-
 class _Group(BaseModel):
     """The settings of one alias or one app."""
 
@@ -394,16 +390,6 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take only the given values: `load` reads environment and file, so that an error can name the place."""
         return (init_settings,)
-
-
-def with_bounds(chosen: Settings) -> Settings:
-    """Give each app the bounds of all apps, if it has none of its own."""
-
-    def filled(app: AppSettings) -> AppSettings:
-        missing = [name for name in BOUNDS if getattr(app, name) is None]
-        return app.model_copy(update={name: getattr(chosen, name) for name in missing})
-
-    return chosen.model_copy(update={"apps": {name: filled(app) for name, app in chosen.apps.items()}})
 
 
 #: The groups of which each alias or app has one.
