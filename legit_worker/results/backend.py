@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from legit_worker import parking
+from legit_worker.results.chords import Claims
 from legit_worker.results.writer import Writer
 from legit_worker.results.writes import Rider, Write, send
 
@@ -96,7 +97,7 @@ class RidersOnRedis:
             raise write.error or error or AssertionError("a server has answered, and not about the result")
 
 
-class Groups:
+class Groups(Claims):
     """Mixed into a Redis backend's class. Called on the tasks' thread."""
 
     wrapped: Any

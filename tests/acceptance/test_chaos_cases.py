@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import celery.backends.redis
 import pytest
 import redis
+from celery import chord
 from harness import SIMULATED, Broker, Client, Sides, StartWorker, Worker, poll
 from ownserver import Server
 
@@ -77,3 +80,26 @@ def test_a_task_that_can_not_be_sent_again_stays_in_its_queue(
         gate.touch()
         client.config_set("maxmemory", 0)
     assert worker.answers([result]) == ["task"]
+
+
+@pytest.mark.skipif(
+    not hasattr(celery.backends.redis, "CHORD_CLEANUP_LUA"), reason="before Celery 5.7, nobody claims a chord's body"
+)
+def test_a_chord_whose_body_a_dead_worker_was_about_to_send_goes_on(sides: Sides, broker: Broker) -> None:
+    """The worker has claimed the body, and was killed. The part that it had comes again, before the claim ends."""
+    if not broker.url.startswith("redis"):
+        pytest.skip("looks at the messages in Redis")
+    client = broker.client()
+    parts = [client.signature("no_model", (number,)) for number in range(2)]
+    result = chord(parts, app=client)(client.signature("collect", ("text",)))
+    with redis.Redis.from_url(broker.url) as on_broker, redis.Redis.from_url(broker.backend) as on_backend:
+        messages = [json.loads(on_broker.rpop(broker.queue)) for _ in parts]
+        for message in messages:
+            message["properties"]["delivery_info"]["redelivered"] = True
+            on_broker.lpush(broker.queue, json.dumps(message))
+        group = messages[0]["headers"]["group"]
+        on_backend.set(f"celery-taskset-meta-{group}.c", "a dead worker's", ex=5)
+    worker = sides.worker("modelpool", broker=broker)
+    assert worker.answer(result)[:2] == [1, 2]
+    poll(lambda: done(worker) == len(parts) + 1, "the last line of the log")
+    assert worker.log.count("Task collect") == 2, "it came once, and succeeded once"
