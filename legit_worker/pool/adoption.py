@@ -19,6 +19,7 @@ from typing import Any
 import kombu
 from celery.worker import state
 
+from legit_worker.pool.fibers import Phase
 from legit_worker.pool.messages import came_again, is_copy, is_gone, is_numbered, key_of
 from legit_worker.pool.running import Key, Running
 from legit_worker.pool.suspects import Suspects
@@ -61,9 +62,9 @@ class Adoption:
         setattr(consumer, name, self._end_soon)
 
     def lost(self) -> None:
-        """The connection is gone. Tasks that Celery cancelled with it run again, whatever becomes of them here."""
+        """The connection is gone. Tasks that Celery cancelled with it run again, unless they ended nevertheless."""
         for fiber in self._running:
-            if getattr(fiber.request, "_already_cancelled", False):
+            if getattr(fiber.request, "_already_cancelled", False) and fiber.phase is not Phase.ENDING:
                 fiber.request._on_ack = fiber.request._on_reject = lambda *_: None
         self._suspects.lost(self._running)
 

@@ -102,6 +102,8 @@ class Ending:
         while any(map(self._running.is_over, self._running)) and away_since() is None and monotonic() < until:
             self._drain()
         self._unwind_all(keep=lambda _: False)
+        # The hub may have stopped before it came round to the last acks.
+        self._tend_hub()
         # A thread that waits for the device must not come back to an interpreter that is gone.
         self._engine.wait(FLIGHT_SECONDS)
         # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
