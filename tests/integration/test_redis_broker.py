@@ -17,8 +17,9 @@ from kombu.asynchronous import Hub
 from kombu.utils.json import loads
 
 from legit_worker.broker.acks import flush_acks
+from legit_worker.broker.hearing import refusals
 from legit_worker.broker.ledger import MOST_ACKS
-from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection, refusals
+from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection
 from legit_worker.broker.reserve import MOST_BYTES
 
 #: Seconds until a message that is there has been delivered, and for which one waits that must not come.

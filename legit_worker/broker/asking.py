@@ -1,0 +1,157 @@
+"""A Redis channel that asks the script for messages, and reads its answers.
+
+In: lists that may have messages, and acks. Out: messages that this process holds from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from time import monotonic, time
+from typing import Any
+from uuid import uuid4
+
+from kombu.utils.encoding import bytes_to_str
+from redis import Redis
+from redis.exceptions import NoScriptError, ResponseError
+
+from legit_worker.broker import owners
+from legit_worker.broker.hearing import HearingChannel
+from legit_worker.broker.ledger import Ledger
+from legit_worker.broker.reserve import (
+    MORE,
+    MOST_BYTES,
+    MOST_MESSAGES,
+    NO_ROOM,
+    RESERVE,
+    SHA1,
+    UNSURE,
+    Reserved,
+    Source,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class AskingChannel(HearingChannel):
+    """The part of a reserving channel that asks. Lives on its connection's thread."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: The lists that the script was asked about; empty if kombu sent a `BRPOP`.
+        self._asked: list[Source] = []
+        self._has_script = False
+        self._group = 1
+        #: Acks that the outstanding question has brought along.
+        self._riding: list[str] = []
+        #: While a suspect is next for which the worker holds too many messages: how many it may hold together with it.
+        self._suspect: int | None = None
+        #: The verdict on the bytes about which the script was not sure.
+        self._verdict = ""
+        super().__init__(*args, **kwargs)
+        #: What this process holds of this broker's messages.
+        self.ledger: Ledger = owners.opened(self)
+
+    @functools.cached_property
+    def plain_client(self) -> Redis:
+        """A client that adds no prefix to keys."""
+        return Redis(connection_pool=self.pool)
+
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether the script may have reserved messages that have not arrived yet."""
+        return bool(self._in_poll and self._asked)
+
+    def _has_room_for_suspect(self) -> bool:
+        """Tell whether the worker holds few enough messages by now, and look again then."""
+        bounds = [bound for bound in (self._suspect, self.ledger.bound) if bound]
+        has_room = self.ledger.awake < min(bounds, default=1)
+        if has_room:
+            self._suspect = None
+        return has_room
+
+    def _script_is_there(self) -> bool:
+        """Load the script if this server may not have it. kombu's own scripts need the same commands."""
+        try:
+            owners.keep_alive(self)
+            self._has_script = self._has_script or bool(self.client.script_load(RESERVE))
+        except ResponseError as error:
+            self._take_kombus_way(error)
+        return self._has_script
+
+    def _ask(self) -> None:
+        sources = self._sources()
+        if not sources:
+            return
+        self._asked, self._riding = sources, self.ledger.take_acks()
+        ours = self.ledger.keys
+        keys = [ours.unacked, ours.index, ours.unreadable, ours.held(self.ledger.owner)]
+        keys += [source.key for source in sources]
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        self.client.connection.send_command("EVALSHA", SHA1, len(keys), *keys, *self._arguments(sources))
+
+    def _arguments(self, sources: list[Source]) -> list[Any]:
+        """Return what the script is told beside its keys."""
+        queues = sources[: len(sources) // len(self.priority_steps)]
+        named = [part for source in queues for part in (source.queue, int(source.acks))]
+        turns = int(self.queue_order_strategy == "round_robin")
+        ledger, riding = self.ledger, self._riding
+        if self.connection.cycle.hub is None:
+            # A caller gets one message a call, as from kombu; and whatever the worker holds: its task waits for it.
+            room, company = 1, [0, 0, 0]
+        else:
+            room = self.qos.can_consume_max_estimate() or self._group
+            company = [ledger.max_deliveries, ledger.awake, ledger.bound]
+        new_tag, verdict, self._verdict = f"{uuid4()}.", self._verdict, ""
+        is_owned = int(bool(ledger.owner))
+        fixed = [min(self._group, room), MOST_BYTES, repr(time()), new_tag, turns, verdict, is_owned, *company]
+        return [*fixed, len(riding), *riding, *named]
+
+    def _read_answer(self, options: dict[str, Any]) -> list[Reserved]:
+        try:
+            answer = self.client.parse_response(self.client.connection, "EVALSHA", **options)
+        except NoScriptError:  # the server was restarted
+            self._has_script = False
+            self.ledger.ack_again(self._riding)
+            return []
+        except self.connection_errors:
+            self.ledger.ack_again(self._riding)
+            self.ledger.is_unsure = True
+            self.client.connection.disconnect()
+            raise
+        except ResponseError as error:
+            self.ledger.ack_again(self._riding)
+            self._take_kombus_way(error)
+            return []
+        finally:
+            self._in_poll = None
+            self._riding = []
+            if hasattr(self, "_flush_brpop_reauth"):  # kombu 5.7 does this once the connection is idle
+                self._flush_brpop_reauth()
+        return self._understand(*answer)
+
+    def _understand(self, state: int, suspect: int, *found: Any) -> list[Reserved]:
+        """Note what the script said of what is next, and what it reserved."""
+        self._looking = bool(state)
+        self._group = min(2 * self._group, MOST_MESSAGES) if state == MORE else 1
+        self._suspect = suspect if state == NO_ROOM else None
+        reserved = []
+        for number, tag, raw in zip(found[::3], found[1::3], found[2::3], strict=True):
+            source = self._asked[number - 1]
+            self._seen.add(source.key)
+            reserved.append(Reserved(source, bytes_to_str(tag), raw))
+            if source.acks and tag:
+                self.ledger.hold(reserved[-1].tag, source)
+        if state == UNSURE:
+            self._judge(reserved.pop())
+        return reserved
+
+    def _judge(self, unsure: Reserved) -> None:
+        """Decide whether the bytes at the end of a list are a message. The script acts on it when it is asked next."""
+        is_message = unsure.payload() is not None
+        self._verdict = ("+" if is_message else "-") + unsure.sha1
+        if not is_message:
+            logger.error(
+                "%d bytes in queue %s are no message, and are put into the list %s: %.100r",
+                *(len(unsure.raw), unsure.source.queue, self.ledger.keys.unreadable, unsure.raw),
+            )
