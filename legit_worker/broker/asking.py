@@ -29,6 +29,7 @@ from legit_worker.broker.reserve import (
     Reserved,
     Source,
 )
+from legit_worker.broker.returning import held_by
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,18 @@ class AskingChannel(HearingChannel):
                 self.ledger.hold(reserved[-1].tag, source)
         if state == UNSURE:
             self._judge(reserved.pop())
-        return reserved
+        return self._still_held(reserved)
+
+    def _still_held(self, reserved: list[Reserved]) -> list[Reserved]:
+        """Leave out what others took over, if this process did not come to read the answer for most of its lease."""
+        worker, waited = self.ledger.worker, monotonic() - (self._brpop_sent_at or 0.0)
+        if worker is None or waited < worker.lease_seconds / 2:
+            return reserved
+        held = held_by(self.plain_client, self.ledger.keys, self.ledger.owner)
+        for one in reserved:
+            if one.source.acks and one.tag not in held:
+                self.ledger.forget(one.tag)
+        return [one for one in reserved if not one.source.acks or one.tag in held]
 
     def _judge(self, unsure: Reserved) -> None:
         """Decide whether the bytes at the end of a list are a message. The script acts on it when it is asked next."""

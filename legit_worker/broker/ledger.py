@@ -59,14 +59,34 @@ class Worker:
     harmless: Callable[[], int] = lambda: 0
 
 
-@dataclass(frozen=True)
 class Special:
-    """What counts of a message that a worker held as it died, or that Celery starts later."""
+    """The held messages that other workers held as they died, and those that Celery starts later."""
 
-    #: How many workers died while they held it.
-    deliveries: int
-    #: When Celery starts it: a time of `time.time`, 0 if at once.
-    eta: float
+    def __init__(self) -> None:
+        # By tag: how many workers died, and when Celery starts the message: a time of `time.time`, 0 if at once.
+        self._messages: dict[str, tuple[int, float]] = {}
+
+    def add(self, tag: str, deliveries: int, eta: Any) -> None:
+        """Note what a message says of itself."""
+        starts_at = eta_seconds(eta)
+        if deliveries or starts_at:
+            self._messages[tag] = deliveries, starts_at
+
+    def discard(self, tag: str) -> None:
+        """A message is held no more."""
+        self._messages.pop(tag, None)
+
+    @property
+    def asleep(self) -> int:
+        """How many wait for their time."""
+        now = time()
+        return sum(starts_at > now for _, starts_at in list(self._messages.values()))
+
+    def bound(self, most_deliveries: int) -> int:
+        """How many messages may be held at most, since one of them may be deadly; 0 if there is no bound."""
+        now = time()
+        suspects = [deaths for deaths, starts_at in list(self._messages.values()) if deaths and starts_at <= now]
+        return min((company(deaths, most_deliveries) for deaths in suspects), default=0)
 
 
 class Ledger:
@@ -80,6 +100,8 @@ class Ledger:
         self.max_deliveries = worker.max_deliveries if worker is not None else 0
         #: By tag, where each message came from that this process holds; None if kombu fetched it.
         self.held: dict[str, Source | None] = {}
+        #: What is special about some of them.
+        self.special = Special()
         #: The open channels.
         self.channels: weakref.WeakSet[Any] = weakref.WeakSet()
         #: Tags whose channel has closed while their tasks go on.
@@ -89,7 +111,6 @@ class Ledger:
         #: Whether no other connection comes, by which what is unsent could be sent.
         self.is_left = worker is None
         self._lock = threading.Lock()
-        self._special: dict[str, Special] = {}
         self._acked: list[str] = []
         # By tag, the list that a message goes back to; and the tags of those that go to its back.
         self._returned: dict[str, str] = {}
@@ -109,12 +130,6 @@ class Ledger:
     def hold(self, tag: str, source: Source | None = None) -> None:
         """Note that this process has a message."""
         self.held.setdefault(tag, source)
-
-    def describe(self, tag: str, deliveries: int, eta: Any) -> None:
-        """Note what a message says of itself: the deaths of its former workers, and when it starts."""
-        starts_at = eta_seconds(eta)
-        if deliveries or starts_at:
-            self._special[tag] = Special(deliveries, starts_at)
 
     def outlive(self, tags: Iterable[str]) -> list[str]:
         """A channel has closed: give back its messages, except those whose tasks go on.
@@ -148,16 +163,13 @@ class Ledger:
     @property
     def awake(self) -> int:
         """How many of the held messages may do harm now."""
-        now = time()
-        asleep = sum(special.eta > now for special in list(self._special.values()))
-        return max(0, len(self.held) - asleep - (self.worker.harmless() if self.worker is not None else 0))
+        harmless = self.worker.harmless() if self.worker is not None else 0
+        return max(0, len(self.held) - self.special.asleep - harmless)
 
     @property
     def bound(self) -> int:
-        """How many messages may be held at most, since one of them may be deadly; 0 if there is no bound."""
-        now = time()
-        held = [special.deliveries for special in list(self._special.values()) if special.eta <= now]
-        return min((company(deliveries, self.max_deliveries) for deliveries in held if deliveries), default=0)
+        """How many messages this process may hold at most while it holds these; 0 if there is no bound."""
+        return self.special.bound(self.max_deliveries)
 
     # What the server must hear
 
@@ -171,14 +183,6 @@ class Ledger:
             else:
                 self._acked.append(tag)
 
-    def put_aside(self, client: Redis, tag: str, raw: bytes | str) -> None:
-        """Move a message that is none to the unreadable ones, now."""
-        if self.forget(tag) is missing:  # its consumer does not ack
-            client.rpush(self.keys.unreadable, raw)
-        else:
-            keys = self.keys
-            BURY.run(client, [keys.unacked, keys.index, keys.held(self.owner), keys.unreadable], tag, raw)
-
     def give_back(self, tag: str, *, to_back: bool = False) -> None:
         """Have a message given back to its list. Messages that kombu fetched it restores itself."""
         with self._lock:
@@ -191,7 +195,7 @@ class Ledger:
     def forget(self, tag: str) -> Any:
         """Hold a message no more. Returns what `held` had of it, or `missing`."""
         self.carried.discard(tag)
-        self._special.pop(tag, None)
+        self.special.discard(tag)
         return self.held.pop(tag, missing)
 
     def bury(self, tag: str, record: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from legit_worker.broker.acks import ReservingQoS, send
 from legit_worker.broker.asking import AskingChannel
 from legit_worker.broker.bells import BellPoller
 from legit_worker.broker.failover import enduring
+from legit_worker.broker.ledger import BURY, missing
 from legit_worker.broker.reserve import Reserved
 from legit_worker.broker.returning import DELIVERIES, count
 
@@ -160,7 +161,7 @@ class ReservingChannel(AskingChannel):
             self._bury(payload, reserved, deliveries)
             return
         if reserved.source.acks:
-            self.ledger.describe(reserved.tag, deliveries, headers.get("eta"))
+            self.ledger.special.add(reserved.tag, deliveries, headers.get("eta"))
         self._queue_cycle.rotate(reserved.source.queue)
         # kombu can't restore a message that lacked a part. So kombu notes the completed message again.
         self.noted = reserved.tag if reserved.source.acks and not lacked else None
@@ -189,7 +190,11 @@ class ReservingChannel(AskingChannel):
         message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
-        self.ledger.put_aside(self.plain_client, tag, raw)
+        keys, client = self.ledger.keys, self.plain_client
+        if self.ledger.forget(tag) is missing:  # its consumer does not ack
+            client.rpush(keys.unreadable, raw)
+        else:
+            BURY.run(client, [keys.unacked, keys.index, keys.held(self.ledger.owner), keys.unreadable], tag, raw)
 
     def close(self) -> None:
         """Give back what was not delivered, and what no task goes on with. What can't be sent now, the ledger keeps."""

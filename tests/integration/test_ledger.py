@@ -176,6 +176,27 @@ def test_messages_whose_answer_was_lost_are_given_back(url: str, server: redis.R
     assert sorted(other.take(3)) == [0, 1, 2]
 
 
+def test_an_answer_that_is_read_too_late_holds_only_what_nobody_took_over(
+    url: str, server: redis.Redis, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process was stopped for longer than its lease, and another one took over what it had been given."""
+    one = connect()
+    put(url, 0)
+    one.take(1)
+    put(url, 1, 2)
+    one.channel._looking, one.channel._group = True, 2
+    one.connection.transport.cycle.on_poll_start()
+    held = f"legit.held.{one.channel.ledger.owner}"
+    deadline = time.monotonic() + SOON
+    while server.hlen(held) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    taken = next(tag for tag, noted in server.hgetall("unacked").items() if json.loads(noted)[0]["body"] == "MQ==")
+    server.hdel(held, taken)
+    monkeypatch.setattr(one.channel, "_brpop_sent_at", time.monotonic() - 60)
+    assert one.take(2) == [0, 2]
+    assert taken not in one.channel.ledger.held
+
+
 def test_a_count_of_deaths_is_not_seen_by_tasks_and_a_burial_keeps_the_message(
     url: str, server: redis.Redis, connect: Any
 ) -> None:
