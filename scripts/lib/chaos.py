@@ -38,8 +38,11 @@ GAP = 1.0
 SHOWN = 30
 #: Where RabbitMQ is, unless `LEGIT_TEST_AMQP_URL` says otherwise.
 AMQP_URL = "amqp://guest:guest@localhost:5672//"
-#: Keys of the broker that may be left, beside those that expire: bindings, and what operators have to read.
-KEPT = (b"_kombu.binding", b"legit.dead", b"legit.unreadable")
+#: Keys of the broker that may be left, beside those that expire: bindings, the last sign of life of any worker, and what
+#: operators have to read.
+KEPT = (b"_kombu.binding", b"legit.beat", b"legit.dead", b"legit.unreadable")
+#: Where dead letters are.
+DEAD = ("legit.dead", "legit.dead.here", "legit.dead.there")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -161,6 +164,8 @@ class ChaosRun:
     def go(self) -> None:
         """Run it all. Gives a verdict for each task that was sent."""
         self.scene.start()
+        for queue in DEAD * bool(self.scene.amqp_url):
+            self._messages("here", queue)  # what an earlier run of the same seed has left
         self.sender.start()
         while not self._is_over():
             self.scene.look_after()
@@ -236,7 +241,7 @@ class ChaosRun:
             value = told["result"] if told["error"] is None else told["error"]["type"]
             letters[told["id"]].append(Letter(attempt=told["attempt"], status=told["status"], value=value))
         dead: dict[str, list[str]] = defaultdict(list)
-        for queue in ("legit.dead", "legit.dead.here", "legit.dead.there"):
+        for queue in DEAD:
             for body in self._messages("here", queue):
                 record = json.loads(body)
                 dead[record["id"]].append(record.get("reason", "an envelope that was not delivered"))
@@ -252,14 +257,17 @@ class ChaosRun:
         )
 
     def _messages(self, app: str, queue: str) -> list[bytes]:
-        """All that is on a queue of the broker, or of the other app's server."""
+        """What this run has on a queue of the broker, or of the other app's server."""
         scene = self.scene
         if app == "there" or scene.amqp_url is None:
             server = scene.servers["apps" if app == "there" else "broker"]
             return list(server.client().lrange(queue, 0, -1))
         with suppress(Exception), kombu.Connection(scene.amqp_url) as connection:  # the queue may not be there
-            simple = connection.SimpleQueue(kombu.Queue(queue, no_declare=True), no_ack=queue.startswith(scene.queue))
-            return [simple.get(timeout=1).body for _ in range(simple.qsize())]
+            channel, names = connection.default_channel, {errand.id for errand in self.plan.errands}
+            found = [one for one in iter(lambda: channel.basic_get(queue), None) if json.loads(one.body)["id"] in names]
+            for one in found:  # the others, of other runs and programs, go back when this connection ends
+                channel.basic_ack(one.delivery_tag)
+            return [one.body for one in found]
         return []
 
     def _left_over(self) -> list[str]:
