@@ -38,8 +38,8 @@ GAP = 1.0
 SHOWN = 30
 #: Where RabbitMQ is, unless `LEGIT_TEST_AMQP_URL` says otherwise.
 AMQP_URL = "amqp://guest:guest@localhost:5672//"
-#: Keys of the broker that may be left, beside those that expire: bindings, the last sign of life of any worker, and what
-#: operators have to read.
+#: Keys of the broker that may be left, beside those that expire: bindings, the last sign of life of any worker, and
+#: what operators have to read.
 KEPT = (b"_kombu.binding", b"legit.beat", b"legit.dead", b"legit.unreadable")
 #: Where dead letters are.
 DEAD = ("legit.dead", "legit.dead.here", "legit.dead.there")
