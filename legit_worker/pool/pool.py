@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -301,8 +302,8 @@ class ModelPool(SoloPool):
         self._loop.start(fiber)
 
     def _wake_suspects(self) -> None:
-        """Look again whether a suspect may start: nothing that happens in a turn tells when the broker has heard."""
-        if self._suspects and self._loop.backlog:
+        """Look again whether one may start beside suspects: nothing in a turn tells when the broker has heard."""
+        if self._suspects.bound < inf and self._loop.backlog:
             self._wakeup.set()
 
     def _run_inline(self, fiber: Fiber) -> None:

@@ -41,9 +41,6 @@ class Suspects:
         # Whether the last message was a suspect. Those of a dead worker come one after the other.
         self._is_careful = False
 
-    def __len__(self) -> int:
-        return len(self._fibers)
-
     def meet(self, consumer: Any) -> None:
         """Meet the worker's consumer, before it connects."""
         self._consumer = consumer
