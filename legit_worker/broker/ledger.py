@@ -187,6 +187,7 @@ class Ledger:
         """Have a message given back to its list. Messages that kombu fetched it restores itself."""
         with self._lock:
             source = self.forget(tag)
+            self._records.pop(tag, None)
             if isinstance(source, Source):
                 self._returned[tag] = source.key
                 if to_back:
@@ -200,7 +201,8 @@ class Ledger:
 
     def bury(self, tag: str, record: dict[str, Any]) -> None:
         """Let a message leave a record among the dead ones, in the same step as its ack."""
-        self._records[tag] = dumps(record)
+        if tag in self.held:
+            self._records[tag] = dumps(record)
 
     @property
     def unsent(self) -> int:

@@ -39,6 +39,8 @@ def bury(message: Any, reason: str) -> None:
         payload = message._raw
         ledger.bury(message.delivery_tag, record_of(payload, queue, reason, deliveries_of(message)))
         return
+    if message.channel.connection is None:
+        raise ConnectionResetError("the message's connection is gone: it comes again")
     queue = (message.delivery_info or {}).get("routing_key", "")
     with message.channel.connection.client.clone() as connection:
         connection.transport_options = {**connection.transport_options, "confirm_publish": True}

@@ -63,8 +63,9 @@ class Running:
 
         If Celery then cancels tasks, only those go on whose own code is over.
         """
-        on = [fiber for fiber in self if fiber.phase is Phase.ENDING or not are_cancelled]
-        return {fiber.request.message.delivery_tag for fiber in on if fiber.acks_late and fiber.request is not None}
+        on = [fiber for fiber in self if fiber.acks_late and (fiber.phase is Phase.ENDING or not are_cancelled)]
+        messages = [getattr(fiber.request, "message", None) for fiber in on]
+        return {message.delivery_tag for message in messages if message is not None}
 
     @property
     def parked(self) -> int:
