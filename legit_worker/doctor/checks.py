@@ -134,7 +134,10 @@ def _broker(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
         yield ok(f"{name} answers")
         if connection.transport.driver_type == "redis":
             seconds = connection.default_channel.visibility_timeout
-            yield ok(f"a killed worker's messages come back after {seconds:.0f} s (visibility_timeout)")
+            yield ok(
+                f"a killed worker's messages come back within {chosen.lease_seconds:.0f} s "
+                f"(LEGIT_WORKER_LEASE_SECONDS), a stock worker's after {seconds:.0f} s (visibility_timeout)"
+            )
             yield from _redis(connection.default_channel.client)
     yield from _dead_letters(app, chosen)
 
