@@ -78,10 +78,7 @@ def save_again(own: RedisServer) -> None:
 
 
 WAYS: dict[str, tuple[Callable[[RedisServer], Any], Callable[[RedisServer], Any]]] = {
-    "OOM": (
-        lambda own: own.ask("CONFIG", "SET", "maxmemory", "1mb"),
-        lambda own: own.ask("CONFIG", "SET", "maxmemory", "0"),
-    ),
+    "OOM": (RedisServer.fill, RedisServer.make_room),
     "READONLY": (
         lambda own: own.ask("REPLICAOF", "127.0.0.1", "1"),
         lambda own: own.ask("REPLICAOF", "NO", "ONE"),
@@ -125,11 +122,11 @@ def test_a_full_broker_keeps_its_tasks_until_it_takes_their_results(
     retry = {"LEGIT_WORKER_RESULT_RETRY_SECONDS": "1"}
     worker = start_worker("routed", broker=on_it, environment=SIMULATED | ENABLED | routed(on_it, "alpha") | retry)
     ids = send_for_later(worker, own)
-    own.ask("CONFIG", "SET", "maxmemory", "1mb")
+    own.fill()
     worker.wait_for_log(WAITS)
     poll_backend(broker, ids)
     assert unacked(own.url) == TASKS
-    own.ask("CONFIG", "SET", "maxmemory", "0")
+    own.make_room()
     check_arrived(app_queue(on_it, "alpha"), ids)
     poll(lambda: unacked(own.url) == 0, "all tasks to be acked")
     assert letters(own.url, "alpha") == []
@@ -142,11 +139,11 @@ def test_a_full_broker_keeps_tasks_whose_results_it_can_not_take_as_dead_letters
     away = url_of("alpha", "redis://127.0.0.1:1/0") | {"LEGIT_WORKER_RESULT_RETRY_SECONDS": "0"}
     worker = start_worker("routed", broker=on_it, environment=SIMULATED | ENABLED | routed(on_it, "alpha") | away)
     ids = send_for_later(worker, own)
-    own.ask("CONFIG", "SET", "maxmemory", "1mb")
+    own.fill()
     worker.wait_for_log(WAITS)
     poll_backend(broker, ids)
     assert unacked(own.url) == TASKS
-    own.ask("CONFIG", "SET", "maxmemory", "0")
+    own.make_room()
     poll(lambda: {letter["id"] for letter in letters(own.url, "alpha")} == set(ids), "all dead letters")
     poll(lambda: unacked(own.url) == 0, "all tasks to be acked")
 
@@ -160,10 +157,10 @@ def test_one_full_server_for_all_loses_nothing(
     alpha = app_queue(on_it, "alpha")
     check_arrived(alpha, send(worker, "alpha"))
     ids = send(worker, "alpha", 10 * TASKS)
-    own.ask("CONFIG", "SET", "maxmemory", "1mb")
+    own.fill()
     worker.wait_for_log("takes no")
     alpha.take()
-    own.ask("CONFIG", "SET", "maxmemory", "0")
+    own.make_room()
     check_arrived(alpha, ids)
     poll(lambda: unacked(own.url) == 0, "all tasks to be acked")
     assert letters(own.url, "alpha") == []

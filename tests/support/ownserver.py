@@ -102,6 +102,15 @@ class RedisServer:
         with redis.Redis.from_url(self.url) as client:
             return client.execute_command(*words)
 
+    def fill(self) -> None:
+        """Leave no room: an empty Redis has about one megabyte, so it gets something to hold first."""
+        self.ask("SET", "ballast", "x" * 2_000_000)
+        self.ask("CONFIG", "SET", "maxmemory", "1mb")
+
+    def make_room(self) -> None:
+        """As much as there is."""
+        self.ask("CONFIG", "SET", "maxmemory", "0")
+
     def end(self) -> None:
         """Whatever state it is in."""
         self.process.kill()
