@@ -254,6 +254,7 @@ class ChaosRun:
             dead=dead,
             deaths=scene.deaths,
             troubles=scene.troubles,
+            moves=scene.amqp_url is not None,
         )
 
     def _messages(self, app: str, queue: str) -> list[bytes]:
@@ -305,7 +306,7 @@ def _report(run: ChaosRun) -> int:
     for one in run.verdicts:
         for name in (one.errand.kind.name, "**all**"):
             rows[name].update({"tasks": 1, one.end: 1, "ran again": int(bool(one.again))})
-    columns = ("tasks", "done", "own error", "dead letter", "lost", "wrong", "ran again")
+    columns = ("tasks", "done", "own error", "chord error", "dead letter", "lost", "wrong", "ran again")
     _table(("kind of task", *columns), [(name, *(rows[name][column] for column in columns)) for name in sorted(rows)])
     again = Counter(reason for one in run.verdicts for reason in one.again)
     _table(("why tasks ran again", "runs"), again.most_common())

@@ -92,6 +92,8 @@ class Evidence:
     #: Of each worker that did not end in peace: from when on it was dying, when it was dead, and how.
     deaths: Mapping[int, Death] = field(default_factory=dict)
     troubles: Sequence[Trouble] = ()
+    #: Whether workers move a message by sending it again, as on RabbitMQ: one that dies meanwhile leaves two.
+    moves: bool = False
 
     @cached_property
     def troubles_of(self) -> Mapping[int, Sequence[Trouble]]:
@@ -106,7 +108,7 @@ class Verdict:
     """What became of one task."""
 
     errand: Errand
-    #: `done`, `own error`, `dead letter`, `lost`, or `wrong`.
+    #: `done`, `own error`, `chord error`, `dead letter`, `lost`, or `wrong`.
     end: str
     #: Why it ran again: one reason for each further run.
     again: tuple[str, ...] = ()
@@ -154,6 +156,8 @@ def _end(errand: Errand, evidence: Evidence) -> tuple[str, list[str]]:
     seen = state if state == "SUCCESS" else value
     if is_dead and seen == "PoisonedMessageError" and _was_killed_enough(runs, evidence):
         return "dead letter", []
+    if seen == "ChordError" and _was_away(errand, evidence):
+        return "chord error", []
     if seen != wanted:
         return "wrong", [f"ended with {seen} in place of {wanted}: {_told(runs)}"]
     if wanted == "PoisonedMessageError":
@@ -162,6 +166,16 @@ def _end(errand: Errand, evidence: Evidence) -> tuple[str, list[str]]:
     if state == "SUCCESS" and not any(run.how == "returns" and run.value == value for run in runs):
         problems.append(f"its result {value!r:.60} is not what it returned: {_told(runs)}")
     return ("done" if state == "SUCCESS" else "own error"), problems
+
+
+def _was_away(errand: Errand, evidence: Evidence) -> bool:
+    """Whether a server was away as a chord's parts ended: then Celery fails the body, under any pool."""
+    parts = [run for parent in errand.parents for run in evidence.runs.get(parent, ())]
+    return any(
+        trouble.pid is None and trouble.end >= run.begin and trouble.begin <= run.end + ACK_SECONDS
+        for run in parts
+        for trouble in evidence.troubles
+    )
 
 
 def _was_killed_enough(runs: Sequence[Run], evidence: Evidence) -> bool:
@@ -191,11 +205,15 @@ def _again(errand: Errand, evidence: Evidence) -> Iterable[str]:
 
 def _reason(errand: Errand, attempt: int, earlier: Sequence[Run], later: Run, evidence: Evidence) -> str:
     for run in reversed(earlier):
+        if run.value == "Reject":
+            return "it could not send its retry"
         reason = _came_back(run, later, evidence)
         if reason:
             return reason
     if evidence.sent.get(errand.id, 0) > 1:
         return "its message was sent again"
+    if evidence.moves and _was_moved(earlier[-1], later, evidence):
+        return "a worker died that moves messages"
     if _senders_ran_again(errand, attempt, evidence):
         return "the task that sends it ran again"
     last = earlier[-1]
@@ -213,6 +231,11 @@ def _came_back(run: Run, later: Run, evidence: Evidence) -> str | None:
         if trouble.is_reason and trouble.end + HELD_SECONDS >= run.begin and trouble.begin <= min(until, later.begin):
             return trouble.what
     return None
+
+
+def _was_moved(run: Run, later: Run, evidence: Evidence) -> bool:
+    """Whether any worker died that may have had this message, too."""
+    return any(one.end + HELD_SECONDS >= run.begin and one.begin <= later.begin for one in evidence.deaths.values())
 
 
 def _acked_by(run: Run, troubles: Sequence[Trouble]) -> float:

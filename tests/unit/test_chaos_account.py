@@ -130,6 +130,24 @@ def test_a_message_that_was_sent_twice_may_run_twice() -> None:
     assert verdict(run(1, 2), run(3, 4), sent={"task": 2}).again == ("its message was sent again",)
 
 
+def test_a_task_that_can_not_send_its_retry_runs_again() -> None:
+    rejected = account.Run(attempt=0, pid=ONE, begin=1, end=2, how="raises", value="Reject")
+    assert verdict(rejected, run(3, 4)).again == ("it could not send its retry",)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(1.5, "chord error"), (30, "wrong")])
+def test_a_chord_may_break_while_a_server_is_away(begin: float, end: str) -> None:
+    known = {"stored": {"task": ("FAILURE", "ChordError")}, "troubles": trouble(begin, begin + 1)}
+    assert verdict(of=errand(parents=("part",)), parents={"part": [run(1, 2)]}, **known).end == end
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_message_that_is_moved_is_there_twice_if_its_mover_dies(moves: bool) -> None:
+    mover = {OTHER: account.Death(begin=2.5, end=2.5, how="got SIGKILL")}
+    one = verdict(run(1, 2), run(3, 4), deaths=mover, moves=moves)
+    assert (bool(one.again), bool(one.problems)) == (moves, not moves)
+
+
 def test_what_a_task_sends_may_run_as_often_as_the_task() -> None:
     body = errand(parents=("part",))
     for parent_runs, is_fine in (([run(1), run(2, 3)], True), ([run(1, 2)], False)):
