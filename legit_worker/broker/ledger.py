@@ -55,8 +55,8 @@ class Worker:
     max_deliveries: int
     #: The tags of the tasks that go on if their connection is lost, and are acked later.
     keeps: Callable[[], Collection[str]] = frozenset
-    #: How many of the held messages can do no harm any more: their tasks' own code is over.
-    harmless: Callable[[], int] = lambda: 0
+    #: The tags of the tasks that can do no harm any more: their own code is over, and their result is on its way.
+    harmless: Callable[[], Collection[str]] = frozenset
 
 
 class Special:
@@ -75,6 +75,10 @@ class Special:
     def discard(self, tag: str) -> None:
         """A message is held no more."""
         self._messages.pop(tag, None)
+
+    def is_suspect(self, tag: str) -> bool:
+        """Whether workers died while they held a message."""
+        return self._messages.get(tag, (0, 0.0))[0] > 0
 
     @property
     def asleep(self) -> int:
@@ -162,9 +166,11 @@ class Ledger:
 
     @property
     def awake(self) -> int:
-        """How many of the held messages may do harm now."""
-        harmless = self.worker.harmless() if self.worker is not None else 0
-        return max(0, len(self.held) - self.special.asleep - harmless)
+        """How many of the held messages count: those that may do harm now, and those that must not be harmed."""
+        harmless = self.worker.harmless() if self.worker is not None else ()
+        # Others can still do harm to these. A suspect would lose a delivery again, and perhaps its last one.
+        safe = sum(tag in self.held and not self.special.is_suspect(tag) for tag in harmless)
+        return len(self.held) - self.special.asleep - safe
 
     @property
     def bound(self) -> int:

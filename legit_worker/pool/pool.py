@@ -45,7 +45,7 @@ from legit_worker.pool.pinned import load_pinned
 from legit_worker.pool.process import prepare_process
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
-from legit_worker.pool.running import Running
+from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
 from legit_worker.pool.shown import show_floats_quickly
 from legit_worker.pool.softly import SoftShutdown
@@ -245,7 +245,7 @@ class ModelPool(SoloPool):
                     keeps=functools.partial(
                         self._running.outlasting, self.app.conf.worker_cancel_long_running_tasks_on_connection_loss
                     ),
-                    harmless=lambda: len(self._running.delivering),
+                    harmless=lambda: tags_of(self._running.delivering),
                 )
             )
 

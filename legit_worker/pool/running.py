@@ -5,7 +5,7 @@ In: fibers, as they begin and end. Out: how many are in progress.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from legit_worker.pool.fibers import Fiber, Phase
@@ -63,9 +63,7 @@ class Running:
 
         If Celery then cancels tasks, only those go on whose own code is over.
         """
-        on = [fiber for fiber in self if fiber.acks_late and (fiber.phase is Phase.ENDING or not are_cancelled)]
-        messages = [getattr(fiber.request, "message", None) for fiber in on]
-        return {message.delivery_tag for message in messages if message is not None}
+        return tags_of(fiber for fiber in self if fiber.phase is Phase.ENDING or not are_cancelled)
 
     @property
     def parked(self) -> int:
@@ -85,6 +83,12 @@ class Running:
     def early(self) -> int:
         """How many run whose messages were acked when they began. Those that wait for a delivery don't count."""
         return len(self._early - self.delivering) if self._early else 0
+
+
+def tags_of(fibers: Iterable[Fiber]) -> set[str]:
+    """The tags of their messages, as far as these are not acked yet."""
+    messages = [getattr(fiber.request, "message", None) for fiber in fibers if fiber.acks_late]
+    return {message.delivery_tag for message in messages if message is not None}
 
 
 def key_from(identity: Any, retries: Any) -> Key | None:

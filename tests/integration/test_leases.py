@@ -251,3 +251,14 @@ def test_a_suspect_that_starts_later_bounds_nothing_until_then() -> None:
     assert (ledger.awake, ledger.bound) == (1, LITTLE_COMPANY)
     ledger.ack("now")
     assert (ledger.awake, ledger.bound) == (0, 0)
+
+
+def test_a_suspect_whose_result_is_on_its_way_counts_and_others_do_not() -> None:
+    """Its own code is over, but the next task could still cost it its last delivery."""
+    worker = Worker(node="one", lease_seconds=LEASE, max_deliveries=MOST, harmless=lambda: {"good", "suspect", "acked"})
+    ledger = Ledger(KEYS, worker)
+    for tag in ("good", "suspect", "acked"):
+        ledger.hold(tag)
+    ledger.special.add("suspect", 4, None)
+    ledger.ack("acked")
+    assert (ledger.awake, ledger.bound) == (1, 1)
