@@ -17,7 +17,8 @@ from legit_worker.pool.running import Running
 def of_work(running: Running, engine: Engine) -> dict[str, Any]:
     """Tasks that have begun, and what was computed for them."""
     counters = sum(engine.counters.values(), Counters())
-    return {"in_flight": len(running), "parked": running.parked, **counters.report()}
+    tasks = sum(fiber.request is not None for fiber in running)  # others end a task that does not run
+    return {"in_flight": tasks, "parked": running.parked, **counters.report()}
 
 
 def of_models(registry: Registry, engine: Engine) -> dict[str, Any]:
