@@ -212,7 +212,7 @@ def _reason(errand: Errand, attempt: int, earlier: Sequence[Run], later: Run, ev
             return reason
     if evidence.sent.get(errand.id, 0) > 1:
         return "its message was sent again"
-    if evidence.moves and _was_moved(earlier[-1], later, evidence):
+    if evidence.moves and any(death.begin <= later.begin for death in evidence.deaths.values()):
         return "a worker died that moves messages"
     if _senders_ran_again(errand, attempt, evidence):
         return "the task that sends it ran again"
@@ -231,11 +231,6 @@ def _came_back(run: Run, later: Run, evidence: Evidence) -> str | None:
         if trouble.is_reason and trouble.end + HELD_SECONDS >= run.begin and trouble.begin <= min(until, later.begin):
             return trouble.what
     return None
-
-
-def _was_moved(run: Run, later: Run, evidence: Evidence) -> bool:
-    """Whether any worker died that may have had this message, too."""
-    return any(one.end + HELD_SECONDS >= run.begin and one.begin <= later.begin for one in evidence.deaths.values())
 
 
 def _acked_by(run: Run, troubles: Sequence[Trouble]) -> float:

@@ -65,7 +65,8 @@ class Scene:
         names = [*([] if amqp_url else ["broker"]), *(["results"] if plan.apart else []), "apps"]
         self.servers = {name: RedisServer(processes, name) for name in names}
         self._amqp_proxy = Proxy(*_address(amqp_url)) if amqp_url else None
-        self.workers = [Worker(f"worker{number}") for number in range(plan.workers)]
+        # RabbitMQ may have other workers, and each must have a name of its own.
+        self.workers = [Worker(f"{self.queue}-{number}") for number in range(plan.workers)]
         self.troubles: list[Trouble] = []
         self.deaths: dict[int, Death] = {}
         self.problems: list[str] = []
