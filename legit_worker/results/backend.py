@@ -86,11 +86,11 @@ class RidersOnRedis:
     client: Any
     expires: int | None
 
-    def _set(self, key: bytes, value: bytes | str, expires: int | None = None) -> None:
+    def _set(self, key: bytes, value: bytes | str, *expires: int | None) -> None:
         """Store a result. Celery calls this again if it raises that Redis did not answer."""
-        write = _write(self, key, value, expires)
+        write = _write(self, key, value, *expires)
         if not write.riders:
-            super()._set(key, value, expires)  # type: ignore[misc]
+            super()._set(key, value, *expires)  # type: ignore[misc]
             return
         error = send(self.client, [write])
         if not write.is_stored:
@@ -139,13 +139,13 @@ class Groups(Claims):
         self._writer.store(read)
         return read.value
 
-    def _set(self, key: bytes, value: bytes | str, expires: int | None = None) -> None:
+    def _set(self, key: bytes, value: bytes | str, *expires: int | None) -> None:
         """Store a result, in the next group if the caller can park."""
         state = _storing.get()
         if state is None:
-            super()._set(key, value, expires)  # type: ignore[misc]
+            super()._set(key, value, *expires)  # type: ignore[misc]
             return
-        write = _write(self, key, value, expires, is_success=state == states.SUCCESS)
+        write = _write(self, key, value, *expires, is_success=state == states.SUCCESS)
         # The next attempt of a retried task must not begin before Celery has told of this one.
         self._writer.store(write, waits=state != states.RETRY)
 
@@ -165,7 +165,10 @@ class Groups(Claims):
         return bool(self.decode(payload)["status"] == states.SUCCESS)
 
 
-def _write(backend: Any, key: bytes, value: bytes | str, expires: int | None, *, is_success: bool = False) -> Write:
+def _write(
+    backend: Any, key: bytes, value: bytes | str, expires: int | None = None, *, is_success: bool = False
+) -> Write:
+    """Return what Celery would store. Before 5.7 it gives no `expires` here."""
     return Write(
         key=key,
         value=value,
