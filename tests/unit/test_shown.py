@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from celery.app import trace
 from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.pool.shown import show_floats_quickly, shown
+from legit_worker.pool.shown import is_alike, show_floats_quickly, shown
+
+#: Celery 5.5 cuts in another place, and then its own way stays.
+pytestmark = pytest.mark.skipif(not is_alike(), reason="this release of Celery shows floats in another way")
 
 others = st.one_of(st.integers(), st.text(), st.none(), st.lists(st.floats()), st.dictionaries(st.text(), st.floats()))
 
