@@ -33,7 +33,7 @@ def show_floats_quickly() -> Callable[[], None]:
 
 
 def is_alike() -> bool:
-    """Whether this release of Celery writes what `shown` writes: 5.5 cuts in another place."""
+    """Whether this release of Celery writes what `shown` writes: before 5.7 it cuts in another place."""
     return all(shown(sample, length) == saferepr(sample, length) for sample in SAMPLES for length in LENGTHS)
 
 

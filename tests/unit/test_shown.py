@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from legit_worker.pool.shown import is_alike, show_floats_quickly, shown
 
-#: Celery 5.5 cuts in another place, and then its own way stays.
+#: Celery before 5.7 cuts in another place, and its own way stays.
 pytestmark = pytest.mark.skipif(not is_alike(), reason="this release of Celery shows floats in another way")
 
 others = st.one_of(st.integers(), st.text(), st.none(), st.lists(st.floats()), st.dictionaries(st.text(), st.floats()))
