@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,7 +51,8 @@ console = Console(highlight=False, soft_wrap=True)
 def main(processes: Processes, arguments: Sequence[str]) -> int:
     options = _options(arguments)
     amqp_url = os.environ.get("LEGIT_TEST_AMQP_URL", AMQP_URL) if options.broker == "rabbitmq" else None
-    run = ChaosRun(Scene(processes, plan(options.tasks, options.seed, options.broker), amqp_url))
+    name = f"chaos-{uuid.uuid4().hex[:8]}"
+    run = ChaosRun(Scene(processes, name, plan(options.tasks, options.seed, options.broker, name), amqp_url))
     started = time.monotonic()
     try:
         run.go()
@@ -164,8 +166,6 @@ class ChaosRun:
     def go(self) -> None:
         """Run it all. Gives a verdict for each task that was sent."""
         self.scene.start()
-        for queue in DEAD * bool(self.scene.amqp_url):
-            self._messages("here", queue)  # what an earlier run of the same seed has left
         self.sender.start()
         while not self._is_over():
             self.scene.look_after()

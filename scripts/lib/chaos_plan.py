@@ -125,12 +125,12 @@ class Plan:
     quorum: bool
 
 
-def plan(tasks: int, seed: int, broker: str) -> Plan:
-    """The same plan for the same arguments, in every Python."""
+def plan(tasks: int, seed: int, broker: str, run: str = "") -> Plan:
+    """The same plan for the same arguments, in every Python; with ids of this run."""
     random = Random(seed)
     workers, apart, quorum = random.choice((2, 3)), seed % 2 == 0, seed % 2 == 1
     counts_deliveries = broker == "redis" or quorum
-    errands = tuple(_errands(random, tasks, counts_deliveries))
+    errands = tuple(_errands(random, tasks, counts_deliveries, run))
     return Plan(
         errands=errands,
         faults=tuple(_faults(random, len(errands))),
@@ -140,7 +140,7 @@ def plan(tasks: int, seed: int, broker: str) -> Plan:
     )
 
 
-def _errands(random: Random, tasks: int, has_poison: bool) -> Iterator[Errand]:
+def _errands(random: Random, tasks: int, has_poison: bool, run: str) -> Iterator[Errand]:
     """Each kind at least once, in any order; a chord's body follows its parts."""
     kinds = (*KINDS, REAL) if tasks >= REAL_FROM else KINDS
     poison = [POISON] * max(1, tasks // POISON_SHARE) * has_poison
@@ -152,18 +152,18 @@ def _errands(random: Random, tasks: int, has_poison: bool) -> Iterator[Errand]:
     random.shuffle(units)
     number = 0
     for kind in units:
-        made = _chord(random, number) if kind is PART else [_errand(random, kind, number)]
+        made = _chord(run, number) if kind is PART else [_errand(run, kind, number)]
         number += len(made)
         yield from made
 
 
-def _chord(random: Random, number: int) -> list[Errand]:
-    parts = [_errand(random, PART, number + place) for place in range(PARTS)]
-    return [*parts, _errand(random, BODY, number + PARTS, tuple(part.id for part in parts))]
+def _chord(run: str, number: int) -> list[Errand]:
+    parts = [_errand(run, PART, number + place) for place in range(PARTS)]
+    return [*parts, _errand(run, BODY, number + PARTS, tuple(part.id for part in parts))]
 
 
-def _errand(random: Random, kind: Kind, number: int, parents: tuple[str, ...] = ()) -> Errand:
-    name = str(uuid.UUID(int=random.getrandbits(128), version=4))
+def _errand(run: str, kind: Kind, number: int, parents: tuple[str, ...] = ()) -> Errand:
+    name = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{run} {number}"))
     return Errand(id=name, kind=kind, number=number, parents=parents)
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +58,8 @@ class Worker:
 class Scene:
     """Lives on the main thread; owns servers, proxies, workers, and the list of what happened to them."""
 
-    def __init__(self, processes: Processes, plan: Plan, amqp_url: str | None) -> None:
-        self.folder, self.queue, self.amqp_url = processes.folder, f"chaos-{uuid.uuid4().hex[:8]}", amqp_url
+    def __init__(self, processes: Processes, queue: str, plan: Plan, amqp_url: str | None) -> None:
+        self.folder, self.queue, self.amqp_url = processes.folder, queue, amqp_url
         self.plan, self._processes = plan, processes
         names = [*([] if amqp_url else ["broker"]), *(["results"] if plan.apart else []), "apps"]
         self.servers = {name: RedisServer(processes, name) for name in names}
