@@ -1,7 +1,7 @@
 """Chaos: workers and servers are killed, stopped, filled and cut off while tasks run; every task is accounted for.
 
 In: a number of tasks, and a seed that decides all that happens (`chaos_plan`). Out: a table in Markdown of what became
-of the tasks (`chaos_account`), and exit code 1 if one is lost, or anything that happened is not explained.
+of the tasks (`chaos_account`), and exit code 1 if one is lost, or 2 if something else that happened is not explained.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ PATIENCE = 90
 GAP = 1.0
 #: Problems that are shown.
 SHOWN = 30
+#: The exit codes if a task is lost, and if anything else is not explained.
+LOST, UNEXPLAINED = 1, 2
 #: Where RabbitMQ is, unless `LEGIT_TEST_AMQP_URL` says otherwise.
 AMQP_URL = "amqp://guest:guest@localhost:5672//"
 #: Keys of the broker that may be left, beside those that expire: bindings, the last sign of life of any worker, and
@@ -317,7 +319,7 @@ def _report(run: ChaosRun) -> int:
         print(f"- {problem}")
     lost = rows["**all**"]["lost"]
     print(f"\nLost: {lost}. Not explained: {len(problems)}.")
-    return int(bool(problems or lost))
+    return LOST if lost else UNEXPLAINED if problems else 0
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
