@@ -230,6 +230,9 @@ def _came_back(run: Run, later: Run, evidence: Evidence) -> str | None:
     for trouble in troubles:
         if trouble.is_reason and trouble.end + HELD_SECONDS >= run.begin and trouble.begin <= min(until, later.begin):
             return trouble.what
+    for trouble in evidence.troubles_of[later.pid]:  # which had it all the time, and the first run was elsewhere
+        if trouble.is_reason and trouble.begin <= run.begin and later.begin <= trouble.end + HELD_SECONDS:
+            return trouble.what
     return None
 
 

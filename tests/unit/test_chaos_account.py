@@ -120,6 +120,12 @@ def test_a_message_may_be_given_to_another_worker_before_its_task_begins() -> No
     assert verdict(run(30, 31), run(32, 33, OTHER), troubles=trouble(1, 2)).problems
 
 
+def test_a_worker_that_was_stopped_runs_what_others_have_run_meanwhile() -> None:
+    one = verdict(run(5, 6), run(9, 10, OTHER), troubles=trouble(1, 8, pid=OTHER))
+    assert one.again == ("its connection was cut",)
+    assert verdict(run(5, 6), run(30, 31, OTHER), troubles=trouble(1, 8, pid=OTHER)).problems
+
+
 def test_a_server_that_is_away_puts_the_ack_off_and_is_itself_no_reason() -> None:
     away = trouble(1.5, 20, is_reason=False)
     assert verdict(run(1, 2), run(30, 31, OTHER), troubles=away).problems
