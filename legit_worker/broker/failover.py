@@ -16,15 +16,12 @@ from kombu.transport import pyamqp
 from kombu.transport import redis as stock
 from redis import exceptions
 
-#: Answers of a Redis server that another one replaces, or that does not write now: `UNBLOCKED` ends a wait when a
+from legit_worker.redis_errors import code_of
+
+#: Codes of a Redis server that another one replaces, or that does not write now: `UNBLOCKED` ends a wait when a
 #: server becomes a replica, `MASTERDOWN` comes from a replica without its master, `MISCONF` while the server can't
-#: save to its disk, `OOM` while its memory is full. redis-py has classes for some, and takes the word off their text.
-AWAY: dict[str, type[exceptions.ResponseError]] = {
-    "READONLY": exceptions.ReadOnlyError,
-    "MASTERDOWN": exceptions.MasterDownError,
-    "OOM": exceptions.OutOfMemoryError,
-}
-AWAY |= dict.fromkeys(("UNBLOCKED", "MISCONF", "NOREPLICAS"), exceptions.ResponseError)
+#: save to its disk, `OOM` while its memory is full.
+AWAY = ("READONLY", "MASTERDOWN", "OOM", "UNBLOCKED", "MISCONF", "NOREPLICAS")
 
 #: Part of RabbitMQ's answer if an ack is overdue (`consumer_timeout`), or comes for a delivery that it does not know.
 TIMED_OUT = ("delivery acknowledgement", "unknown delivery tag")
@@ -65,11 +62,8 @@ def away(error: exceptions.ResponseError) -> str:
 
     A script's error before Redis 7 has the word in its middle, after a minus sign.
     """
-    for word, kind in AWAY.items():
-        is_own = kind is not exceptions.ResponseError and isinstance(error, kind)
-        if is_own or str(error).startswith(f"{word} ") or f"-{word} " in str(error):
-            return word
-    return ""
+    code = code_of(error)
+    return code if code in AWAY else next((word for word in AWAY if f"-{word} " in str(error)), "")
 
 
 @functools.cache

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from legit_worker.redis_errors import NOT_THIS_KEY, TAKES_NOTHING, code_of
 
 #: One command, as redis-py's `execute_command` takes it.
 Command = tuple[Any, ...]
 
-#: Errors that tell that the server does not answer, or takes no commands now. redis-py cuts the first word off these.
-AWAY = (RedisConnectionError, RedisTimeoutError, OSError, OutOfMemoryError, ReadOnlyError)
-
-#: How other errors begin if the server may take the same command later.
-LATER = ("MISCONF", "NOREPLICAS", "CLUSTERDOWN", "MOVED", "TRYAGAIN", "UNBLOCKED", "BUSY")
+#: Errors that tell that the server does not answer.
+AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 
 #: Looks at the stored bytes of a task: tells whether its state is SUCCESS.
 IsSuccess = Callable[[Any], bool]
@@ -32,7 +31,9 @@ IsSuccess = Callable[[Any], bool]
 
 def is_away(error: object) -> bool:
     """Tell whether an error means that the server may take the same command later."""
-    return isinstance(error, AWAY) or (isinstance(error, ResponseError) and str(error).startswith(LATER))
+    if isinstance(error, ResponseError):
+        return code_of(error) in TAKES_NOTHING | NOT_THIS_KEY
+    return isinstance(error, AWAY)
 
 
 @dataclass(eq=False)

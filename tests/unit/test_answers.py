@@ -8,6 +8,7 @@ import pytest
 from redis._parsers.base import BaseParser
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from legit_worker.results.writes import is_away
 from legit_worker.routing.answers import judged
 from legit_worker.routing.delivery import AwayError, NotNowError
 
@@ -53,6 +54,12 @@ FORMS = ["alone", "pipeline", "exec"]
 def test_a_server_that_takes_no_writes_is_away(answer: str, form: str) -> None:
     with pytest.raises(AwayError):
         judged(parsed(answer, form))
+
+
+@pytest.mark.parametrize("answer", [*AWAY, *NOT_NOW, *REFUSED])
+@pytest.mark.parametrize("form", ["alone", "pipeline"])
+def test_a_result_waits_for_a_server_that_may_take_it_later(answer: str, form: str) -> None:
+    assert is_away(parsed(answer, form)) is (answer not in REFUSED)
 
 
 @pytest.mark.parametrize("answer", NOT_NOW)

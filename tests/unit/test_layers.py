@@ -23,9 +23,10 @@ ALLOWED = {
     "device": {"errors"},
     "prep": {"errors", "parking", "settings"},
     "models": {"batching", "device", "errors", "parking", "prep", "settings"},
-    "results": {"parking"},
-    "routing": {"apps", "errors", "models", "parking", "results", "settings"},
-    "broker": set(),
+    "redis_errors": set(),
+    "results": {"parking", "redis_errors"},
+    "routing": {"apps", "errors", "models", "parking", "redis_errors", "results", "settings"},
+    "broker": {"redis_errors"},
     "pool": {
         "apps",
         "batching",
