@@ -58,11 +58,9 @@ from legit_worker.pool.watcher import Watcher
 from legit_worker.results.backend import store_in_groups
 from legit_worker.routing.backend import Routing
 
-#: Seconds between two looks at the tasks that wait for the delivery of their result.
-DELIVERY_LOOK = 1.0
-
-#: Seconds between two decisions about how many tasks to hold, while nothing else happens.
-SHARE_LOOK = 1.0
+#: Seconds between two looks at the tasks that wait for the delivery of their result, and between two decisions about
+#: how many tasks to hold, while nothing else happens.
+DELIVERY_LOOK = SHARE_LOOK = 1.0
 
 #: Seconds between two looks for models that nobody has used for their `keep_alive`, and whether a model that waits for
 #: room has waited for long enough.
