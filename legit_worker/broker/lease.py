@@ -196,8 +196,9 @@ class Lease(threading.Thread):
         self._finalize.cancel()
         if self.is_alive():
             self.join(PATIENCE)
+        held = list(self._ledger.held)
         try:
-            for tag in list(self._ledger.held):
+            for tag in held:
                 self._ledger.give_back(tag)
             self._ledger.is_unsure = True
             self._ledger.flush(self._client)
@@ -206,7 +207,7 @@ class Lease(threading.Thread):
             logger.warning(
                 "the broker is away as this worker ends (%r): its %d messages are given back within %.0f seconds, if "
                 "another worker runs",
-                *(error, len(self._ledger.held), self._lease),
+                *(error, len(held), self._lease),
             )
 
 

@@ -273,11 +273,10 @@ class Ledger:
         """Have those messages given back that the server noted for this process, and that never arrived."""
         if any(channel.awaits_answer for channel in self.channels):
             return
+        noted = held_by(client, self.keys, self.owner) if self.owner else {}
         self.is_unsure = False
-        if not self.owner:
-            return
         known = self.held.keys() | self._returned.keys() | self._buried.keys() | set(self._acked)
-        lost = {tag: taken.key for tag, taken in held_by(client, self.keys, self.owner).items() if tag not in known}
+        lost = {tag: taken.key for tag, taken in noted.items() if tag not in known}
         if lost:
             logger.warning("%d messages were lost on their way with a connection, and are given back", len(lost))
             self._returned |= lost

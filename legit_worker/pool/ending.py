@@ -27,6 +27,7 @@ from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.results.backend import away_since
+from legit_worker.routing.lanes import is_any_down, is_broker_down
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,10 @@ class Ending:
         # Celery tells the rest that they are cancelled, before their ends, which would be wrong afterwards.
         self._soft.cancel_rest()
         # Whoever is left unwinds where it stands. Its message, acked late, goes back to the broker.
-        self._unwind_all(keep=self._running.is_over)
+        self._unwind_all(keep=self._can_end)
         # A task whose own code is over must not run again, if its result can be stored at once.
         until = monotonic() + STORE_SECONDS
-        while any(map(self._running.is_over, self._running)) and away_since() is None and monotonic() < until:
+        while any(map(self._can_end, self._running)) and monotonic() < until:
             self._drain()
         self._unwind_all(keep=lambda _: False)
         # The hub may have stopped before it came round to the last acks.
@@ -110,18 +111,27 @@ class Ending:
         self._release()
 
     def _waits_in_vain(self) -> bool:
-        """Whether all that still runs waits for a result backend that takes no results, and has for long enough."""
-        since = away_since()
-        is_waiting = since is not None and all(map(self._running.is_storing, self._running))
+        """Whether all that still runs waits for a server that is away, and has for long enough.
+
+        That is the result backend, or a broker that takes no envelopes. Those for other servers become dead letters.
+        """
+        is_away = away_since() is not None or is_broker_down()
+        is_waiting = is_away and all(map(self._running.is_around, self._running))
         self._waits_since = (self._waits_since or monotonic()) if is_waiting else None
         if self._waits_since is None or monotonic() < self._waits_since + BACKEND_SECONDS:
             return False
         logger.critical(
-            "the result backend takes no results, and the worker ends without those of %d tasks: they run again, "
-            "except those that were acked early, whose results are lost",
+            "the result backend or the broker takes no results, and the worker ends without those of %d tasks: they "
+            "run again, except those that were acked early, whose results are lost",
             len(self._running),
         )
         return True
+
+    def _can_end(self, fiber: Fiber) -> bool:
+        """Whether only its result is left of a task, and the server takes it now."""
+        if fiber in self._running.delivering:
+            return not is_any_down()
+        return self._running.is_over(fiber) and away_since() is None
 
     def _drain(self) -> None:
         """Do what the hub would do, once."""

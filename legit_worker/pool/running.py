@@ -70,10 +70,14 @@ class Running:
         """How many wait."""
         return sum(fiber.waits_for is not None for fiber in self)
 
+    @staticmethod
+    def is_around(fiber: Fiber) -> bool:
+        """Whether a task waits before or after its own code: for what is stored of it, or for its delivery."""
+        return fiber.waits_for is not None and fiber.phase in (Phase.NEW, Phase.ENDING)
+
     def is_storing(self, fiber: Fiber) -> bool:
         """Whether a task waits for what Celery stores of it, before or after its own code."""
-        is_around = fiber.waits_for is not None and fiber.phase in (Phase.NEW, Phase.ENDING)
-        return is_around and fiber not in self.delivering
+        return self.is_around(fiber) and fiber not in self.delivering
 
     def is_over(self, fiber: Fiber) -> bool:
         """Whether a task's own code is over, and only its result must be stored."""

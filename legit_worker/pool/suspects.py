@@ -14,6 +14,7 @@ from math import inf
 from typing import Any
 
 import kombu
+from cachetools import LRUCache
 
 from legit_worker.broker.behind import COUNT, Behind, unpack
 from legit_worker.broker.returning import DELIVERIES, count
@@ -22,6 +23,10 @@ from legit_worker.pool.messages import came_again, is_numbered, key_of
 from legit_worker.pool.running import Key
 
 logger = logging.getLogger(__name__)
+
+
+#: The most messages that are known by name: more than a worker holds. Celery rejects those of unknown tasks by itself.
+MOST_KNOWN = 10_000
 
 
 class Suspects:
@@ -36,8 +41,8 @@ class Suspects:
         # By consumer tag, each queue that this worker consumes or consumed.
         self._queues: dict[str, str] = {}
         # Messages that this worker has, and those that it gave back while it lived.
-        self._received: set[Key] = set()
-        self._given_back: set[Key] = set()
+        self._received: LRUCache[Key, bool] = LRUCache(MOST_KNOWN)
+        self._given_back: LRUCache[Key, bool] = LRUCache(MOST_KNOWN)
         # Whether the last message was a suspect. Those of a dead worker come one after the other.
         self._is_careful = False
 
@@ -63,7 +68,7 @@ class Suspects:
             return True
         message.delivery_info[DELIVERIES] = deliveries
         if key is not None:
-            self._received.add(key)
+            self._received[key] = True
         return False
 
     def _is_suspect(self, deliveries: int) -> bool:
@@ -75,8 +80,7 @@ class Suspects:
 
         A worker that gave the message back and lives did not die of it.
         """
-        was_ours = key in self._given_back
-        self._given_back -= {key}
+        was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))
         is_uncounted = came_again(message) and not counted and not was_ours and self._most > 0
         copied = unpack(message)  # after that, a copy seems to have come again, too
@@ -92,13 +96,13 @@ class Suspects:
         """A message was acked or rejected; or its task put it back into its queue, which is nobody's death."""
         key = key_of(message) if is_numbered(message) else None
         if key is not None:
-            self._received.discard(key)
+            self._received.pop(key, None)
             if comes_again:
-                self._given_back.add(key)
+                self._given_back[key] = True
 
     def lost(self, running: Container[Fiber]) -> None:
         """The connection is gone: what this worker has comes again, and so far nobody died of it."""
-        self._given_back, self._received = self._received, set()
+        self._given_back, self._received = self._received, LRUCache(MOST_KNOWN)
         self._queues.clear()
         self._behind.close()
         self._fibers = {fiber for fiber in self._fibers if fiber in running}

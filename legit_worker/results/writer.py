@@ -67,8 +67,9 @@ class Writer:
 
         If not `waits`, return at once, unless the server is away. Writes are stored in their order.
         """
+        write.is_waited_for = waits or self.away_since is not None
         group = self._join(write)
-        if not waits and self.away_since is None:
+        if not write.is_waited_for:
             return
         if not parking.park(group.done, WAIT, counts=True):
             group.done.result()
@@ -94,9 +95,13 @@ class Writer:
                     self._store(part)
             except BaseException as error:  # the fibers must not wait for ever
                 logger.exception("results can't be stored on %s", self.name)
+                self._server_is_there()
                 for write in group.writes:
                     if write.is_open:
                         write.error = BackendStoreError(f"results can't be stored on {self.name}: {error!r}")
+            for write in group.writes:
+                if write.error is not None and not write.is_waited_for:
+                    logger.error("%s refuses the state of %s: %r", self.name, write.key, write.error)
             group.done.set_result(None)
 
     def _store(self, writes: list[Write]) -> None:
@@ -124,7 +129,8 @@ class Writer:
             check(self._client, [write for write in writes if not write.is_stored], self._is_success)
             return send(self._client, writes)
         except Exception as error:
-            self._disconnect()
+            if isinstance(error, AWAY) or not is_away(error):  # otherwise the server answers, and the connection stays
+                self._disconnect()
             if not is_away(error):
                 raise
             return error
@@ -136,8 +142,10 @@ class Writer:
         try:
             self._client = self._connect()
             return bool(self._client.ping())
-        except AWAY:
+        except Exception as error:
             self._disconnect()
+            if not is_away(error):
+                raise
             return False
 
     def _split(self, writes: list[Write], error: Exception) -> None:
@@ -145,6 +153,7 @@ class Writer:
         if len(writes) == 1:
             size = len(writes[0].value or b"")
             writes[0].error = BackendStoreError(f"{self.name} breaks the connection over {size} bytes: {error}")
+            self._server_is_there()
         else:
             for write in writes:
                 self._store([write])

@@ -75,6 +75,8 @@ class Write:
     riders: Sequence[Rider] = ()
     #: Whether the server is only asked for the value of the key.
     is_read: bool = False
+    #: Whether a task waits for it, and hears why the server refuses it.
+    is_waited_for: bool = True
     #: Why the server refuses it.
     error: Exception | None = None
     #: Whether the key has this value, or keeps the SUCCESS that it had.

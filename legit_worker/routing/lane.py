@@ -58,6 +58,11 @@ class Lane:
     def __repr__(self) -> str:
         return f"<Lane {self.name}: {self._waiting.count} waiting{', server away' if self.is_down else ''}>"
 
+    @property
+    def is_last(self) -> bool:
+        """Whether what it can't send can't become a dead letter either."""
+        return self._undeliverable is None or self._is_brokers
+
     def add(self, delivery: Delivery) -> None:
         """Queue a delivery. If too much waits already, it is a dead letter."""
         with self._changed:
@@ -212,6 +217,7 @@ class Lane:
             logger.exception("the result of task %s can't become a dead letter, and waits", delivery.task_id)
             with self._changed:
                 self._waiting.put(delivery)
+                self._changed.notify()
 
     def _full(self, delivery: Delivery) -> str:
         """Say why a delivery may not wait here, under the lock; empty if it may."""

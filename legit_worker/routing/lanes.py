@@ -82,14 +82,17 @@ class Lanes:
 
         A routed failure counts in `sent` and in `failed`.
         """
-        lanes = [*self._lanes.values(), *([self._cemetery] if self._cemetery else [])]
-        waiting: Counter[str] = sum((lane.waiting() for lane in lanes), Counter())
+        waiting: Counter[str] = sum((lane.waiting() for lane in self.all()), Counter())
         names = ("sent", "failed", "dead")
         apps = {
             app: {name: counts[name] for name in names} | {"waiting": waiting[app]}
             for app, counts in list(self._counts.items())
         }
         return {"unknown": self._unknown, "apps": apps}
+
+    def all(self) -> list[Lane]:
+        """Return the lanes, and the lane of the dead letters."""
+        return [*self._lanes.values(), *([self._cemetery] if self._cemetery else [])]
 
     @property
     def _app(self) -> Celery:
@@ -135,6 +138,16 @@ class Lanes:
 
 _lanes: WeakKeyDictionary[Celery, Lanes] = WeakKeyDictionary()
 _lanes_lock = threading.Lock()
+
+
+def is_any_down() -> bool:
+    """Whether a server that gets results does not take them now."""
+    return any(lane.is_down for lanes in list(_lanes.values()) for lane in lanes.all())
+
+
+def is_broker_down() -> bool:
+    """Whether the broker takes no envelopes now, so that none can become a dead letter."""
+    return any(lane.is_down and lane.is_last for lanes in list(_lanes.values()) for lane in lanes.all())
 
 
 def lanes_of(app: Celery) -> Lanes:

@@ -65,8 +65,10 @@ class Waiting:
 
     def release(self, now: float) -> float | None:
         """Let queues go on whose pause is over. Returns the seconds until the next one; None if there is none."""
-        for hold in self._holds.values():
+        for queue, hold in list(self._holds.items()):
             if hold.until is not None and hold.until <= now:
+                if not hold.deliveries:  # they became dead letters, and the queue may never be named again
+                    del self._holds[queue]
                 hold.until = None
                 self._ready |= hold.deliveries
                 hold.deliveries = {}

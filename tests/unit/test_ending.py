@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from math import inf
@@ -15,8 +16,9 @@ from celery.worker import state
 from pools import LOST, PlayedPool
 
 from legit_worker import parking
-from legit_worker.pool import ending
+from legit_worker.pool import ending, fibers
 from legit_worker.pool.ending import Ending
+from legit_worker.pool.fibers import Phase
 
 
 class Soft:
@@ -85,6 +87,45 @@ def test_a_cold_shutdown_unwinds_what_waits_and_stores_nothing(pool: Subject) ->
     pool.ending.cold()
     assert pool.results == []
     assert pool.soft.cancelled == [3], "Celery tells them before they unwind"
+    assert len(pool.running) == 0
+
+
+def deliver(pool: Subject, name: str, delivered: Future[None]) -> None:
+    """Have a task wait for its delivery, which is done by another thread."""
+
+    def run() -> None:
+        here = fibers.current()
+        assert here is not None
+        here.phase = Phase.ENDING
+        assert parking.park(delivered, "its result to be routed")
+        pool.steps.append(name)
+
+    pool.send(run, name)
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_a_cold_shutdown_waits_for_deliveries_if_their_servers_take_them(
+    pool: Subject, monkeypatch: pytest.MonkeyPatch, is_down: bool
+) -> None:
+    monkeypatch.setattr(ending, "is_any_down", lambda: is_down)
+    delivered: Future[None] = Future()
+    deliver(pool, "a", delivered)
+    threading.Timer(0.05, delivered.set_result, [None]).start()
+    pool.soft.until = -inf
+    pool.ending.cold()
+    assert ("a" in pool.steps) is not is_down
+    assert len(pool.running) == 0
+
+
+def test_a_warm_shutdown_ends_though_a_broker_that_is_away_takes_no_envelopes(
+    pool: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "is_any_down", lambda: True)
+    monkeypatch.setattr(ending, "is_broker_down", lambda: True)
+    monkeypatch.setattr(ending, "BACKEND_SECONDS", 0.1)
+    deliver(pool, "a", Future())
+    pool.ending.warm()
+    assert "a" not in pool.steps
     assert len(pool.running) == 0
 
 

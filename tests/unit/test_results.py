@@ -222,6 +222,30 @@ def test_a_write_over_which_the_server_breaks_the_connection_fails_alone() -> No
     assert [one.error is None for one in writes] == [True, False, True]
 
 
+def test_results_wait_for_a_server_that_answers_and_takes_nothing_yet() -> None:
+    """However often it says so: it breaks no connection."""
+    server = Server()
+    server.errors["MGET", None] = ResponseError("BUSY Redis is busy running a script.")
+    to = start(server)
+    (group,) = join(to, write("a"))
+    while server.round_trips < 3 * writer.MOST_BREAKS:
+        threading.Event().wait(0.001)
+    assert not group.done.done()
+    server.errors.clear()
+    group.done.result(SOON)
+    assert set(server.values) == {b"a"}
+    assert to.away_since is None
+
+
+def test_a_state_that_is_refused_and_that_nobody_waits_for_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    server.errors["SET", b"a"] = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+    to = start(server)
+    to.store(write("a", "RETRY"), waits=False)
+    store(to, write("b"))
+    assert "refuses the state of b'a'" in caplog.text
+
+
 def test_a_user_who_may_not_read_many_keys_at_once_reads_them_one_by_one() -> None:
     server = Server()
     server.errors["MGET", None] = NoPermissionError("this user has no permissions to run the 'mget' command")

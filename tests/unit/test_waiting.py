@@ -13,6 +13,18 @@ from legit_worker.settings import AppSettings
 QUEUES = some.sampled_from("abc")
 
 
+def test_a_queue_that_took_nothing_and_for_which_nothing_waits_is_forgotten() -> None:
+    """Clients choose the names of their `reply_to` queues."""
+    waiting = Waiting()
+    for number in range(100):
+        one = Delivery(app="a", chosen=AppSettings(), queue=f"queue {number}", task_id="x", envelope=b"")
+        waiting.put(one)
+        waiting.hold(one.queue, 0.0)
+        waiting.remove(one)  # as a dead letter
+    assert waiting.release(LAST_RETRY) is None
+    assert not waiting._holds
+
+
 class Machine(RuleBasedStateMachine):
     """A lane's life, without its server."""
 
