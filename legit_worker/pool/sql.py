@@ -55,13 +55,20 @@ class Use:
 
     def by(self, fiber: Fiber) -> None:
         """Let this task use it. If another task's transaction is open there, wait for the transaction's end."""
-        if self._user is not None and self._user() is fiber:
-            return
-        self._is_shared = True
-        with fiber.served():
-            self._line.wait(fiber)
+        if not self._is_by(fiber):
+            with fiber.served():
+                self._line.wait(fiber)
+                self.begun_by(fiber)
+
+    def begun_by(self, fiber: Fiber) -> None:
+        """Note that this task has begun a transaction, so that no other can have one open there."""
+        if not self._is_by(fiber):
+            self._is_shared = True
             self._user = ref(fiber)
             fiber.holdings.shared.add(self)
+
+    def _is_by(self, fiber: Fiber) -> bool:
+        return self._user is not None and self._user() is fiber
 
     def keeps_others_out(self) -> bool:
         """Tell whether other tasks would work in this task's transaction."""
@@ -263,9 +270,9 @@ def _on_session_begin(session: Any, transaction: Any) -> None:
         use = _uses.get(session)
         if use is None:
             is_old = session.hash_key < _first_session
-            _uses[session] = Use(session, None if is_old else fiber)
+            use = _uses[session] = Use(session, None if is_old else fiber)
         if fiber is not None:
-            _use(session, fiber)
+            use.begun_by(fiber)
 
 
 def _on_session_use(session: Any, *_: Any) -> None:
