@@ -22,8 +22,9 @@ from legit_worker.models.loaded import LoadedModel
 logger = logging.getLogger(__name__)
 
 #: Seconds for which a load waits until a model that was evicted is out of everybody's hands, since who used it last has
-#: it for a moment more; the same once Python's collector has looked for it; and between two looks.
-GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, 3.0, 0.002
+#: it for a moment more; the same each time that Python's collector has looked for it, since a failed task has it until
+#: its failure is stored; and between two looks.
+GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, (0.1, 0.4, 2.5), 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +108,13 @@ class Shelf:
         """Have what leaves on the host, or gone: the next load needs its room. Waits for that."""
         self.move()
         going = [self._going.popleft() for _ in range(len(self._going))]
-        if not _are_gone(going, GONE_SOON):
-            gc.unfreeze()  # the loader froze what a first load had brought
+        if _are_gone(going, GONE_SOON):
+            return
+        gc.unfreeze()  # the loader froze what a first load had brought
+        for seconds in GONE_LATE:
             gc.collect()  # a failed task's traceback has frames that had it, and Celery leaves those to the collector
-            _are_gone(going, GONE_LATE)
+            if _are_gone(going, seconds):
+                return
 
 
 def _are_gone(models: Sequence[weakref.ref[Any]], seconds: float) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -169,5 +170,7 @@ class Apps:
         return self.client.signature(name, args).set(**options)
 
     def counts(self) -> Any:
-        """What `celery inspect stats` says of routing."""
-        return self.worker.pool()["routing"]
+        """What `celery inspect stats` says of routing. An app is there from its first result on."""
+        found = self.worker.pool()["routing"]
+        none = {"sent": 0, "failed": 0, "dead": 0, "waiting": 0}
+        return found | {"apps": defaultdict(lambda: none, found["apps"])}
