@@ -48,12 +48,11 @@ def test_no_more_tasks_are_held_for_later_than_the_project_allows(start_worker: 
         worker = lives[side].worker
         for number in range(20):
             worker.client.send_task("no_model", [number], countdown=3600)
-        client = worker.client.connection_for_read().default_channel.client
-        poll(lambda worker=worker: len(worker.received) == 5, "as many as it may hold")
+        poll(lambda worker=worker: len(worker.received) >= 5, "as many as it may hold")
         later = worker.send("no_model", 1)
         assert worker.stats()["prefetch_count"] == 5
-        assert worker.client.control.inspect([worker.name]).scheduled()[worker.name].__len__() == 5
-        assert client.llen(worker.broker.queue) == 16
+        assert len(worker.client.control.inspect([worker.name]).scheduled()[worker.name]) == 5
+        assert len(worker.received) == 5
         assert not later.ready()
         assert worker.stop() == 0
 
@@ -61,6 +60,8 @@ def test_no_more_tasks_are_held_for_later_than_the_project_allows(start_worker: 
 @pytest.mark.skipif(celery.__version__ < "5.6", reason="the option is Celery 5.6's")
 def test_without_prefetch_a_worker_holds_the_task_that_it_runs(start_worker: StartWorker, tmp_path: Path) -> None:
     lives = begin_both(start_worker, tmp_path, "--disable-prefetch")
+    if not lives["stock"].worker.broker.url.startswith("redis"):
+        pytest.skip("Celery has it for Redis only")
     for side in SIDES:
         worker = lives[side].worker
         results = [worker.send("sleeps", 0.1) for _ in range(10)]
