@@ -82,6 +82,13 @@ def start(start_worker: StartWorker, broker: Broker, backend: Server, conf: Any 
     return Stored(start_worker("counted", broker=replace(broker, backend=backend.url), environment=variables), backend)
 
 
+@pytest.fixture(autouse=True)
+def broker_on_redis(broker: Broker) -> None:
+    """What a worker holds is looked up there."""
+    if not broker.url.startswith("redis"):
+        pytest.skip("the broker is not Redis")
+
+
 @pytest.fixture
 def stored(start_worker: StartWorker, broker: Broker, server: Server) -> Stored:
     """A worker on the common broker, with a result backend that the test may stop."""
