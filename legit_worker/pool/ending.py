@@ -176,8 +176,9 @@ class Ending:
 
     @property
     def is_near(self) -> bool:
-        """Whether a task that began now would only be ended."""
-        return self._loop.lost is not None or self._soft.has_begun
+        """Whether a task that began now would only be ended, or keep the worker from its end."""
+        is_told = state.should_stop is not None and state.should_stop is not False
+        return is_told or self._loop.lost is not None or self._soft.has_begun
 
     def give_up(self, error: DeviceLostError) -> None:
         """End a process that is of no more use: hand back what it holds, and leave with an exit code that says so.
