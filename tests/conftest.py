@@ -25,7 +25,7 @@ import pytest
 import tiny_models
 from harness import Broker, StartWorker, Worker
 from needs import CONNECT_SECONDS, find_server, missing
-from ownserver import Server, free_port
+from ownserver import RABBITMQ, RabbitServer, Server, free_port
 
 #: The word in `setup.cfg` that stands for a Valkey the tests start themselves.
 EMBEDDED = "embedded"
@@ -223,3 +223,16 @@ def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small random models on disk, one per built-in kind."""
     folder = tmp_path_factory.mktemp("models")
     return {kind: build(folder / kind) for kind, build in tiny_models.BUILDERS.items()}
+
+
+@pytest.fixture
+def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
+    """A RabbitMQ that no other test uses."""
+    if not RABBITMQ.exists():
+        missing(f"{RABBITMQ} is not there")
+    server = RabbitServer(tmp_path / "rabbit")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.end()

@@ -25,7 +25,7 @@ from legit_worker.pool.intake import Intake
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running
-from legit_worker.pool.softly import SoftShutdown
+from legit_worker.pool.softly import SoftShutdown, is_set
 from legit_worker.results.backend import away_since
 from legit_worker.routing.lanes import is_any_down, is_broker_down
 
@@ -177,8 +177,7 @@ class Ending:
     @property
     def is_near(self) -> bool:
         """Whether a task that began now would only be ended, or keep the worker from its end."""
-        is_told = state.should_stop is not None and state.should_stop is not False
-        return is_told or self._loop.lost is not None or self._soft.has_begun
+        return is_set(state.should_stop) or self._loop.lost is not None or self._soft.has_begun
 
     def give_up(self, error: DeviceLostError) -> None:
         """End a process that is of no more use: hand back what it holds, and leave with an exit code that says so.

@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 CANCEL = ("cancel_active_requests", "cancel_all_unacked_requests")
 
 
+def is_set(flag: Any) -> bool:
+    """Whether one of Celery's flags that end a worker is set. An exit code may be 0."""
+    return flag is not None and flag is not False
+
+
 class SoftShutdown:
     """One worker's soft shutdown. Lives on the main thread; Celery's signal handlers call it."""
 
@@ -44,7 +49,7 @@ class SoftShutdown:
     @property
     def has_begun(self) -> bool:
         """Whether the worker ends soon, so that no task begins any more."""
-        return state.should_terminate is not None and state.should_terminate is not False
+        return is_set(state.should_terminate)
 
     @property
     def until_if_begun(self) -> float:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from harness import SIDES, Sides, StartWorker, Worker
-from needs import missing
-from ownserver import RABBITMQ, RabbitServer
 
 
 @pytest.fixture
@@ -36,16 +33,3 @@ def simulated() -> Callable[[Any], list[float]]:
     from legit_worker.testing import vector
 
     return lambda item: [float(value) for value in vector(str(item))]
-
-
-@pytest.fixture
-def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
-    """A RabbitMQ that no other test uses."""
-    if not RABBITMQ.exists():
-        missing(f"{RABBITMQ} is not there")
-    server = RabbitServer(tmp_path / "rabbit")
-    try:
-        server.start()
-        yield server
-    finally:
-        server.end()

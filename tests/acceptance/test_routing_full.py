@@ -14,8 +14,7 @@ import pytest
 import redis
 from appqueues import AppQueue, app_queue, queue_name, routed
 from harness import SIMULATED, Broker, StartWorker, Worker, poll
-from needs import missing
-from ownserver import RABBITMQ, RabbitServer, RedisServer
+from ownserver import RabbitServer, RedisServer
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
 
@@ -180,17 +179,6 @@ def poll_backend(broker: Broker, ids: list[str]) -> None:
 
 
 # RabbitMQ.
-
-
-@pytest.fixture
-def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
-    """A RabbitMQ that this test may fill."""
-    if not RABBITMQ.exists():
-        missing("RabbitMQ is not installed")
-    one = RabbitServer(tmp_path / "rabbit")
-    one.start()
-    yield one
-    one.end()
 
 
 def test_a_rabbitmq_without_memory_is_away(start_worker: StartWorker, broker: Broker, rabbit: RabbitServer) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import kombu
 import pytest
 import redis
 from celery import Celery
 from harness import Broker, poll
-from needs import missing
-from ownserver import RABBITMQ, RabbitServer
+from ownserver import RabbitServer
 
 from legit_worker.routing.delivery import AwayError, Delivery, NotNowError
 from legit_worker.routing.wires import open_wire
@@ -48,17 +44,6 @@ def test_of_a_group_a_full_list_takes_what_fits(broker: Broker) -> None:
         assert [type(outcomes[one]) for one in group] == [type(None), type(None), NotNowError, NotNowError]
         assert isinstance(outcomes[wrong], redis.ResponseError)
         assert server.llen("a list") == 3
-
-
-@pytest.fixture
-def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
-    """A RabbitMQ that this test may fill."""
-    if not RABBITMQ.exists():
-        missing("RabbitMQ is not installed")
-    one = RabbitServer(tmp_path / "rabbit")
-    one.start()
-    yield one
-    one.end()
 
 
 def test_tries_on_a_full_rabbitmq_leave_no_copies(rabbit: RabbitServer) -> None:
