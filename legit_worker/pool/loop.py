@@ -26,7 +26,8 @@ from legit_worker.pool.running import Running
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Turn, Watcher
 
-#: Seconds after which a turn resumes no more of the tasks that gave way: messages and heartbeats come first.
+#: Seconds after which a turn resumes no more of the tasks that gave way, and no more tasks begin before the next turn:
+#: messages, heartbeats, and those tasks whose batch is done come first.
 FULL_TURN = 0.02
 
 
@@ -64,6 +65,8 @@ class Loop:
         #: Tasks that came and have not begun.
         self.backlog = Backlog()
         self._ready: deque[Fiber] = deque()
+        # Seconds that the tasks took which began since the last turn began others.
+        self._started_for = 0.0
         # Tasks that must be ended or warned once their batch is over.
         self._due: dict[Fiber, None] = {}
         #: The device is gone for good.
@@ -75,17 +78,21 @@ class Loop:
 
     def admit(self, fiber: Fiber) -> None:
         """Start a task that came, or keep it until it may start."""
-        if self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early()):
+        may_start = self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early())
+        if may_start and self._started_for < FULL_TURN:
             self.start(fiber)
         else:
-            self.backlog.append(fiber)
+            self.backlog.append(fiber)  # for the next turn, which `start` has come
 
     def start(self, fiber: Fiber) -> None:
         """Run a task until it parks for the first time, or ends."""
         self._pace.task_arrived()
         self._running.add(fiber)
         self._watcher.follow(fiber)
-        self._switch_to(fiber)
+        try:
+            self._switch_to(fiber)
+        finally:
+            self._started_for += fiber.ran_seconds
         self._wakeup.set()
 
     def wake(self, fiber: Fiber) -> None:
@@ -156,8 +163,11 @@ class Loop:
         if is_over:
             return
         early = self._intake.may_start_early
+        self._started_for = 0.0
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
             self.start(first)
+            if self._started_for >= FULL_TURN:
+                break  # the next turn is near: `start` set the wakeup
 
     def _resume_all(self, ready: deque[Fiber], *, until: float) -> None:
         """Resume each fiber that is ready now. From `until` on, those that only gave way are the next turn's first."""

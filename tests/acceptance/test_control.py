@@ -303,7 +303,7 @@ def test_a_ping_is_answered_within_a_second_while_batches_of_half_a_second_run(
         pongs += 1
     assert pongs > 3, "the batches were over before the worker was asked: this shows nothing"
     worker.settle(results)
-    assert worker.pool()["mean_batch"] > 4
+    assert worker.pool()["mean_batch"] > 2, "nothing was batched: this shows nothing"
 
 
 def test_tasks_that_are_parked_are_active(model_pool: Worker) -> None:

@@ -168,6 +168,7 @@ class Broker:
         app = Client(f"client-of-{self.queue}", broker=self.url, backend=self.backend, set_as_current=False)
         app.conf.update(
             task_default_queue=self.queue,
+            control_exchange=self.queue,
             task_serializer="json",
             result_serializer="json",
             accept_content=["json"],

@@ -13,7 +13,11 @@ from celery import Celery
 import legit_worker
 
 app = Celery("prep", broker=os.environ["CELERY_BROKER_URL"], backend=os.environ["CELERY_RESULT_BACKEND"])
-app.conf.update(task_default_queue=os.environ["PROJECT_QUEUE"], broker_connection_retry_on_startup=True)
+app.conf.update(
+    task_default_queue=os.environ["PROJECT_QUEUE"],
+    control_exchange=os.environ["PROJECT_QUEUE"],
+    broker_connection_retry_on_startup=True,
+)
 legit_worker.install(app)
 
 

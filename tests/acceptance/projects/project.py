@@ -29,6 +29,7 @@ app.conf.update(
     broker_url=os.environ["CELERY_BROKER_URL"],
     result_backend=os.environ["CELERY_RESULT_BACKEND"],
     task_default_queue=os.environ["PROJECT_QUEUE"],
+    control_exchange=os.environ["PROJECT_QUEUE"],  # or a monitor of another test would speak to this worker
     broker_transport_options=json.loads(os.environ.get("PROJECT_TRANSPORT_OPTIONS", "{}")),
     broker_connection_retry_on_startup=True,
     task_serializer="json",
