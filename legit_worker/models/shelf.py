@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which a load waits until a model that was evicted is out of everybody's hands, since who used it last has
 #: it for a moment more; the same each time that Python's collector has looked for it, since a failed task has it until
-#: its failure is stored; and between two looks.
-GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, (0.1, 0.4, 2.5), 0.002
+#: its failure is stored, and is garbage only then; and between two looks.
+GONE_SOON, GONE_LATE, GONE_LOOK = 0.02, (0.1, 0.2, 0.4, 0.8, 1.6, 0.1), 0.002
 
 
 @dataclass(frozen=True, kw_only=True)

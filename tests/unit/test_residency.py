@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from budgets import Limited
 
+from legit_worker.batching.costmodel import CostModel
 from legit_worker.device.devices import Device
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import ModelLoadError
@@ -604,3 +606,20 @@ def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there() -> No
     subject.residency.watch()
     assert budget.limit is None, "nobody knows what its weights take"
     subject.residency.release(first)
+
+
+def test_a_model_that_becomes_garbage_late_is_gone_before_the_next_load() -> None:
+    """In a cycle, as what a failed task had: Python's collector has looked in vain before."""
+
+    own: Any = SimulatedModel()
+    own.itself = own
+    shelf, gone, holders = Shelf(0), weakref.ref(own), [own]
+    shelf.forget(LoadedModel("m", "own", own, Device("cpu"), CostModel(), Scene(None).residency))
+    del own
+    gc.disable()
+    try:
+        threading.Timer(0.7, holders.clear).start()
+        shelf.clear_device()
+        assert gone() is None
+    finally:
+        gc.enable()
