@@ -333,7 +333,8 @@ class Alive(Upper):
     def load(self, device: str) -> None:
         """One more."""
         Alive.everywhere.add(self)
-        Alive.most = max(Alive.most, len(Alive.everywhere))
+        alive = list(Alive.everywhere)  # one that is just being freed still counts in its length
+        Alive.most = max(Alive.most, len(alive))
 
     def memory(self) -> int:
         """As many bytes as there are models that fit."""
