@@ -65,6 +65,7 @@ def controlled(start_worker: StartWorker) -> Sides:
 
 def ask(worker: Worker, command: str, **arguments: Any) -> Any:
     """What this worker replies to a command, of either kind."""
+    worker.wait_until_it_hears()
     replies = worker.client.control.broadcast(
         command, arguments=arguments, destination=[worker.name], reply=True, timeout=INSPECT_SECONDS
     )
@@ -87,6 +88,7 @@ def sizes(worker: Worker) -> tuple[int, int]:
 
 
 def test_a_worker_answers_a_ping(worker: Worker) -> None:
+    worker.wait_until_it_hears()
     assert worker.client.control.ping([worker.name], timeout=INSPECT_SECONDS) == [{worker.name: {"ok": "pong"}}]
 
 

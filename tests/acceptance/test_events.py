@@ -187,6 +187,7 @@ def test_events_are_switched_on_and_off_by_remote_control(start_worker: StartWor
     worker = Sides(start_worker, "controlled", OPTIONS[1:]).worker(side, broker=broker)
 
     def switch(command: str) -> None:
+        worker.wait_until_it_hears()
         replies = worker.client.control.broadcast(
             command, destination=[worker.name], reply=True, timeout=INSPECT_SECONDS
         )

@@ -261,7 +261,7 @@ def test_a_limit_that_is_no_number_fails_its_task_alone(judge: Worker, journal: 
     poll(lambda: noted(journal, "signal InvalidInputError") > before[0], "the signal")
     poll(lambda: noted(journal, "errback called") > before[1], "the errback")
     # The message is acked, others go on, and limits hold.
-    poll(lambda: not judge.client.control.inspect([judge.name]).active()[judge.name], "it to be over")
+    poll(lambda: not judge.inspect().active()[judge.name], "it to be over")
     assert isinstance(failure(judge, "in_its_own_code", "text", soft_time_limit=0.5).result, SoftTimeLimitExceeded)
 
 

@@ -52,12 +52,12 @@ def test_parked_tasks_run_once_through_three_lost_connections(
         worker.wait_for_log("Connection to broker lost")
         fresh_client(worker)
         poll(lambda: worker.pool()["adopted"] == TASKS * (number + 1), "all messages to come again")  # noqa: B023
-    assert len(worker.client.control.inspect([worker.name]).active()[worker.name]) == TASKS
+    assert len(worker.inspect().active()[worker.name]) == TASKS
     gate.touch()
     results = [worker.client.AsyncResult(result.id) for result in results]
     assert worker.answers(results) == [f"TEXT {number}" for number in range(TASKS)]
     assert runs(worker) == Counter(f"text {number}" for number in range(TASKS))
-    assert worker.client.control.inspect([worker.name]).active() == {worker.name: []}
+    assert worker.inspect().active() == {worker.name: []}
     assert worker.stop() == 0
     with kombu.Connection(rabbit.url) as connection:
         assert connection.default_channel.queue_declare("work", passive=True).message_count == 0

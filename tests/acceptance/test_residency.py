@@ -38,7 +38,7 @@ def models(count: int, *, load_seconds: float, limit: int = FIT) -> dict[str, st
 def test_skewed_demand_for_more_models_than_fit(start_worker: StartWorker, window: str) -> None:
     variables = models(MODELS, load_seconds=0.1) | {"LEGIT_WORKER_WINDOW": window}
     worker = start_worker("project", "--loglevel=WARNING", environment=variables, wait=False)
-    poll(lambda: worker.client.control.ping([worker.name], timeout=0.5), "the worker's answer")
+    worker.wait_until_it_hears()
     wanted = skewed(TASKS)
     results = [worker.send("one", f"task {number}", f"m{model}") for number, model in enumerate(wanted)]
     memory = []

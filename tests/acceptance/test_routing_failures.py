@@ -44,7 +44,7 @@ def settings(broker: Broker, **more: str) -> dict[str, str]:
 def start_apps(start: StartWorker, broker: Broker, **more: str) -> Apps:
     """A worker, and the queues of all four apps."""
     worker = start("routed", "--loglevel=WARNING", broker=broker, environment=settings(broker, **more), wait=False)
-    poll(lambda: worker.client.control.ping([worker.name], timeout=0.5), "the worker's answer")
+    worker.wait_until_it_hears()
     return Apps(worker, {app: app_queue(broker, app) for app in APPS})
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import kombu
 import pytest
 from celery import Celery
+from celery.app.control import Inspect
 from celery.backends.rpc import RPCBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult, GroupResult
@@ -212,6 +213,7 @@ class Worker:
         ]
         self._environment = project_environment(broker, environment)
         self._process: subprocess.Popen[bytes] | None = None
+        self._hears = False
 
     def start(self) -> None:
         """Start the command, and don't wait for it."""
@@ -283,11 +285,20 @@ class Worker:
         """The end of the log."""
         return "\n".join(self.log.splitlines()[-TAIL_LINES:])
 
+    def wait_until_it_hears(self) -> None:
+        """Celery says that a worker is ready just before it listens: remote control may find nobody then."""
+        if not self._hears:
+            poll(lambda: self.client.control.ping([self.name], timeout=1), f"{self.name} to hear", START_SECONDS)
+            self._hears = True
+
+    def inspect(self) -> Inspect:
+        """Ask this worker alone, with patience for its batches."""
+        self.wait_until_it_hears()
+        return self.client.control.inspect([self.name], timeout=INSPECT_SECONDS)
+
     def stats(self) -> dict[str, Any]:
         """What `celery inspect stats` shows for this worker."""
-        # Celery says that it is ready just before it listens, so the first question may find nobody.
-        inspect = self.client.control.inspect([self.name], timeout=INSPECT_SECONDS)
-        answer = inspect.stats() or inspect.stats()
+        answer = self.inspect().stats()
         assert answer, f"{self.name} does not answer inspect:\n{self.tail()}"
         stats: dict[str, Any] = answer[self.name]
         return stats

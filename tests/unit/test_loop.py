@@ -19,6 +19,12 @@ from legit_worker.pool.fibers import Phase
 from legit_worker.pool.host import FiberHost
 
 
+@pytest.fixture(autouse=True)
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes: a slow machine changes no order."""
+    monkeypatch.setattr(loop, "monotonic", lambda: 100.0)
+
+
 @pytest.fixture
 def pool() -> Iterator[PlayedPool]:
     yield PlayedPool()
