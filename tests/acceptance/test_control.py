@@ -234,7 +234,7 @@ def test_a_task_that_is_revoked_while_it_is_queued_never_runs(worker: Worker, se
     assert worker.answer(kept)
     with pytest.raises(TaskRevokedError):
         worker.answer(revoked)
-    assert f"Discarding revoked task: tidies[{revoked.id}]" in worker.log
+    worker.wait_for_log(f"Discarding revoked task: tidies[{revoked.id}]")
     assert f"kept {second_queue} was computed" in worker.log
     assert f"revoked {second_queue} was computed" not in worker.log
 
