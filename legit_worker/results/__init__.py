@@ -1,4 +1,4 @@
 """Results on a Redis result backend, stored for many tasks at once.
 
-Imports are explicit: `writes`, `writer`, `backend`.
+Imports are explicit: `conditional`, `writes`, `writer`, `backend`.
 """

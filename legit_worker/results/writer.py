@@ -50,6 +50,8 @@ class Writer:
         self._connect = connect
         self._is_success = is_success
         self._client: Any = None
+        # Whether the server runs scripts for this user.
+        self._runs_scripts = True
         self._lock = threading.Lock()
         #: The group that writes join now.
         self._open: Group | None = None
@@ -126,14 +128,27 @@ class Writer:
         try:
             if self._client is None:
                 self._client = self._connect()
-            check(self._client, [write for write in writes if not write.is_stored], self._is_success)
-            return send(self._client, writes)
+            unstored = [write for write in writes if not write.is_stored]
+            check(self._client, unstored, self._is_success, runs_scripts=self._runs_scripts)
+            error = send(self._client, writes)
+            self._learn_of_scripts(unstored)
+            return error
         except Exception as error:
             if isinstance(error, AWAY) or not is_away(error):  # otherwise the server answers, and the connection stays
                 self._disconnect()
             if not is_away(error):
                 raise
             return error
+
+    def _learn_of_scripts(self, writes: list[Write]) -> None:
+        """If the server takes without a script what it refuses by one, send it no more scripts."""
+        refusals = [write.refusal for write in writes if write.refusal is not None and write.is_stored]
+        if refusals and self._runs_scripts:
+            self._runs_scripts = False
+            logger.warning(
+                "%s runs no script (%r): a state that it takes late may replace a SUCCESS of another worker",
+                *(self.name, refusals[0]),
+            )
 
     def _breaks_over(self, writes: list[Write]) -> bool:
         """Tell whether the server answers, and only breaks the connection over these writes."""

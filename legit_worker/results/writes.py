@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from legit_worker.redis_errors import NOT_THIS_KEY, TAKES_NOTHING, code_of
+from legit_worker.results.conditional import MOST_LOOKS, SHA1, STORE, digest
 
 #: One command, as redis-py's `execute_command` takes it.
 Command = tuple[Any, ...]
@@ -81,6 +82,14 @@ class Write:
     error: Exception | None = None
     #: Whether the key has this value, or keeps the SUCCESS that it had.
     is_stored: bool = False
+    #: What the key must still have, by `digest`. None: whatever it has.
+    found: str | None = None
+    #: How often the key had another value by the time the server ran the command.
+    misses: int = 0
+    #: Whether the server must be told the script.
+    brings_script: bool = False
+    #: Why the server does not run the script, so that the write goes without it.
+    refusal: Exception | None = None
 
     @property
     def is_open(self) -> bool:
@@ -94,25 +103,43 @@ class Write:
         if self.error is not None:
             return []
         left = [command for rider in self.riders if rider.is_open for command in rider.commands]
-        if self.is_stored:
-            return left
+        return left if self.is_stored else [*self._own_commands(), *left]
+
+    def _own_commands(self) -> list[Command]:
+        """Store the state, and tell of it."""
+        if self.found is not None:
+            run = ("EVALSHA", SHA1, 1, self.key, self.found, self.expires or "", self.value)
+            return [("SCRIPT LOAD", STORE), run] if self.brings_script else [run]
         store = ("SETEX", self.key, self.expires, self.value) if self.expires else ("SET", self.key, self.value)
-        return [store, ("PUBLISH", self.key, self.value), *left]
+        return [store, ("PUBLISH", self.key, self.value)]
 
     def learn(self, replies: list[Any]) -> None:
         """Take the server's replies to `commands`, in their order."""
         if self.error is not None:
             return
         if not self.is_stored:
-            own, replies = replies[:2], replies[2:]
-            errors = [reply for reply in own if isinstance(reply, Exception)]
-            self.error = next((error for error in errors if not is_away(error)), None)
-            self.is_stored = not errors
+            count = len(self._own_commands())
+            own, replies = replies[:count], replies[count:]
+            if self.found is not None:
+                self._learn_of_script(own[-1])
+            else:
+                errors = [reply for reply in own if isinstance(reply, Exception)]
+                self.error = next((error for error in errors if not is_away(error)), None)
+                self.is_stored = not errors
         for rider in self.riders:
             if rider.is_open:
                 count = len(rider.commands)
                 rider.learn(replies[:count])
                 replies = replies[count:]
+
+    def _learn_of_script(self, reply: Any) -> None:
+        if isinstance(reply, NoScriptError) and not self.brings_script:
+            self.brings_script = True
+        elif isinstance(reply, Exception):  # the command that goes in its place tells what else is wrong
+            self.refusal = None if is_away(reply) else reply
+        else:
+            self.is_stored = bool(reply)
+            self.misses += not self.is_stored
 
 
 def send(client: Any, writes: Sequence[Write]) -> Exception | None:
@@ -132,10 +159,11 @@ def send(client: Any, writes: Sequence[Write]) -> Exception | None:
     return next((reply for reply in replies if is_away(reply)), None)
 
 
-def check(client: Any, writes: Sequence[Write], is_success: IsSuccess) -> None:
-    """Keep each SUCCESS that is stored already, also by a write of the same group."""
+def check(client: Any, writes: Sequence[Write], is_success: IsSuccess, *, runs_scripts: bool) -> None:
+    """Keep each SUCCESS that is stored already, also by a write of the same group, or stored meanwhile."""
     stored = _read(client, [write.key for write in writes])
     succeeded = set()
+    former: dict[bytes, Write] = {}
     for write, value in zip(writes, stored, strict=True):
         try:
             if isinstance(value, Exception):
@@ -145,6 +173,11 @@ def check(client: Any, writes: Sequence[Write], is_success: IsSuccess) -> None:
                 continue
             is_another = bool(value) and value != write.value  # the last try may have stored this one
             write.is_stored = write.key in succeeded or (is_another and is_success(value))
+            if not write.is_stored:
+                is_free = write.is_success or write.refusal is not None or write.misses >= MOST_LOOKS
+                before = former[write.key].value if write.key in former else value
+                write.found = digest(before) if runs_scripts and not is_free else None
+                former[write.key] = write
         except Exception as error:  # as for Celery, what can't be read must not be overwritten
             write.error = error
         if write.is_success:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -161,6 +162,28 @@ def test_a_result_that_is_too_large_for_the_server_fails_alone(stored: Stored) -
     assert stored.metas(large)[0]["result"]["exc_type"] == "BackendStoreError"
     assert stored.runs == Counter([*names, "large"])
     poll(lambda: stored.unacked() == 0, "all to be acked")
+
+
+def test_a_state_that_the_server_takes_late_leaves_a_success_alone(stored: Stored) -> None:
+    """Another worker's SUCCESS comes between this worker's look and its own FAILURE."""
+    success = json.dumps({"status": "SUCCESS", "result": "elsewhere", "traceback": None, "children": []})
+    command("CLIENT", "PAUSE", "600000", "WRITE")(stored.backend)
+    other = threading.Thread(target=command("SETEX", "celery-task-meta-same", "1000", success), args=[stored.backend])
+    other.start()
+    poll(lambda: held_up(stored.backend) == 1, "the other worker's SUCCESS to wait")
+    stored.send("failing", "late", task_id="same")
+    poll(lambda: held_up(stored.backend) == 2, "this worker's FAILURE to wait")
+    command("CLIENT", "UNPAUSE")(stored.backend)
+    other.join()
+    poll(lambda: stored.unacked() == 0, "the task to be acked")
+    assert stored.metas(["same"])[0]["result"] == "elsewhere"
+    assert stored.runs == {"late": 1}
+
+
+def held_up(server: Server) -> int:
+    """How many clients wait because the server pauses them."""
+    with redis.Redis.from_url(server.url) as client:
+        return sum("b" in one["flags"] for one in client.client_list())
 
 
 # Chords, and tasks without results.

@@ -5,6 +5,7 @@ In: real `redis-server` processes. Out: what an ordinary client finds there.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ownserver import free_port
 from replicas import MASTER, RedisServer, Sentinel
 
 from legit_worker import parking
+from legit_worker.results import writer
 from legit_worker.results.backend import store_in_groups
 from legit_worker.results.writer import Writer
 
@@ -122,3 +124,76 @@ def test_results_follow_sentinels_switch(by_sentinel: tuple[str, Any], tmp_path:
     for number in range(20):
         ours.backend.mark_as_done(f"task{number}", number)
     poll(lambda: all(stock.AsyncResult(f"task{n}").state == states.SUCCESS for n in range(20)), "all results")
+
+
+@pytest.mark.parametrize("conf", [{}, {"result_serializer": "pickle"}, {"result_compression": "zlib"}], ids=str)
+@pytest.mark.parametrize("state", [states.RETRY, states.FAILURE, states.STARTED])
+def test_a_success_that_another_worker_stored_after_the_look_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: Any, state: str
+) -> None:
+    server = RedisServer(tmp_path / "server")
+    server.start()
+    conf |= {"accept_content": ["json", "pickle"]}
+    ours, stock = app_of(server.url, conf), app_of(server.url, conf)
+    store_in_groups(ours)
+    look = writer.check
+
+    def look_and_lose(*args: Any, **options: Any) -> None:
+        look(*args, **options)
+        monkeypatch.setattr(writer, "check", look)
+        stock.backend.mark_as_done("task", "elsewhere")
+
+    try:
+        ours.backend.store_result("task", ValueError("early"), states.RETRY)
+        poll(lambda: stock.AsyncResult("task").state == states.RETRY, "the first state")
+        monkeypatch.setattr(writer, "check", look_and_lose)
+        ours.backend.store_result("task", {} if state == states.STARTED else ValueError("late"), state)
+        poll(lambda: stock.AsyncResult("task").state == states.SUCCESS, "the other worker's result")
+        ours.backend.store_result("other", "after it", states.SUCCESS)  # writes keep their order
+        assert stock.AsyncResult("task").result == "elsewhere"
+    finally:
+        server.end()
+
+
+def test_a_user_who_may_run_no_script_stores_all_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = RedisServer(tmp_path / "server")
+    server.start()
+    try:
+        server.client.execute_command("ACL SETUSER", "plain", "on", ">secret", "~*", "&*", "+@all", "-@scripting")
+        url = server.url.replace("redis://", "redis://plain:secret@")
+        ours, stock = app_of(url, {}), app_of(url, {})
+        store_in_groups(ours)
+        for number in range(3):
+            ours.backend.mark_as_failure(f"bad{number}", ValueError("no"))
+        assert all(isinstance(stock.AsyncResult(f"bad{number}").result, ValueError) for number in range(3))
+        assert caplog.text.count("runs no script") == 1
+        assert len(server.client.execute_command("ACL LOG")) <= 2, "the server is not asked again and again"
+    finally:
+        server.end()
+
+
+def test_the_script_says_what_celery_says(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path / "server")
+    server.start()
+    try:
+        ours, stock = app_of(server.url, {}), app_of(server.url, {})
+        store_in_groups(ours)
+        heard = [changes_of(server, app.backend, ValueError("no")) for app in (ours, stock)]
+        assert heard[0] == heard[1]
+        assert len(heard[0]) == 2
+    finally:
+        server.end()
+
+
+def changes_of(server: RedisServer, backend: Any, error: Exception) -> list[str]:
+    """The writes that a server runs as a failure is stored, without its time."""
+    with server.client.monitor() as monitor:
+        backend.mark_as_failure("bad", error)
+        server.client.delete("bad-is-stored")
+        heard = []
+        for one in monitor.listen():
+            if one["command"].startswith("DEL bad-is-stored"):
+                return heard
+            if one["command"].startswith(("SET", "PUBLISH")):
+                heard.append(re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "TIME", one["command"]))
+    return heard

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, ResponseError
 
 from legit_worker.results import writer
+from legit_worker.results.conditional import MOST_LOOKS, SHA1, STORE, digest
 from legit_worker.results.writer import Group, Writer
 from legit_worker.results.writes import Rider, Write, is_away
 
@@ -32,6 +33,9 @@ class Server:
         #: Keys over which it breaks the connection.
         self.breaks_over: set[Any] = set()
         self.round_trips = 0
+        self.scripts: set[str] = set()
+        #: What others store between this client's look and its script, each time.
+        self.between: list[bytes] = []
         self.connection_pool = self
 
     def disconnect(self) -> None:
@@ -58,7 +62,7 @@ class Server:
 
     def run(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         self._answer()
-        if self.breaks_over.intersection(command[1] for command in commands):
+        if self.breaks_over.intersection(part for command in commands for part in command[1:4]):
             raise RedisConnectionError("Connection closed by server.")
         return [self._run(*command) for command in commands]
 
@@ -66,6 +70,10 @@ class Server:
         if (name, key) in self.errors:
             return self.errors[name, key]
         match name:
+            case "SCRIPT LOAD":
+                self.scripts.add(SHA1)
+            case "EVALSHA":
+                return self._store(*rest[1:]) if key in self.scripts else NoScriptError("No matching script.")
             case "GET":
                 return self.values.get(key)
             case "SET" | "SETEX":
@@ -75,6 +83,16 @@ class Server:
             case "RPUSH":
                 self.lists.setdefault(key, []).append(rest[-1])
         return True
+
+    def _store(self, key: bytes, found: str, expires: int | str, value: bytes) -> Any:
+        """What the script does."""
+        for change in self.between[:1]:
+            self.values[key] = change
+        del self.between[:1]
+        if digest(self.values.get(key)) != found:
+            return 0
+        answers = [self._run("SET", key, value), self._run("PUBLISH", key, value)]
+        return next((answer for answer in answers if isinstance(answer, Exception)), 1)
 
 
 class Pipeline:
@@ -154,6 +172,70 @@ def test_a_success_in_the_same_group_stays() -> None:
     good, bad = write("a"), write("a", "FAILURE")
     store(start(server), write("a", "STARTED"), good, bad)
     assert server.values == {b"a": good.value}
+
+
+def test_a_success_that_came_after_the_look_stays() -> None:
+    server = Server()
+    good, bad = write("a"), write("a", "RETRY")
+    server.between = [good.value]
+    store(start(server), bad)
+    assert server.values == {b"a": good.value}
+    assert server.published == []
+    assert bad.is_stored
+
+
+def test_what_came_after_the_look_and_is_no_success_is_replaced() -> None:
+    server = Server()
+    late = write("a", "FAILURE")
+    server.between = [write("a", "STARTED").value]
+    store(start(server), late)
+    assert server.values == {b"a": late.value}
+    assert server.published == [b"a"]
+
+
+def test_states_of_one_task_in_one_group_keep_their_order() -> None:
+    server = Server()
+    states = [write("a", status) for status in ("STARTED", "RETRY", "STARTED", "FAILURE")]
+    to = start(server)
+    store(to, write("b", "STARTED"))  # the server knows the script from here on
+    trips = server.round_trips
+    store(to, *states)
+    assert server.values[b"a"] == states[-1].value
+    assert server.published == [b"b", *[b"a"] * 4]
+    assert server.round_trips == trips + 2
+
+
+def test_a_server_that_was_started_anew_is_told_the_script_again() -> None:
+    server = Server()
+    to = start(server)
+    store(to, write("a", "STARTED"))
+    server.scripts.clear()
+    last = write("a", "FAILURE")
+    store(to, last)
+    assert server.values == {b"a": last.value}
+
+
+@pytest.mark.parametrize("refused", ["EVALSHA", "SCRIPT LOAD"])
+def test_a_user_who_may_run_no_script_stores_without_it(refused: str, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    key = SHA1 if refused == "EVALSHA" else STORE
+    server.errors[refused, key] = NoPermissionError("this user has no permissions")
+    to = start(server)
+    first, second = write("a", "FAILURE"), write("b", "FAILURE")
+    store(to, first)
+    trips = server.round_trips
+    store(to, second)
+    assert server.values == {b"a": first.value, b"b": second.value}
+    assert server.round_trips == trips + 2
+    assert caplog.text.count("runs no script") == 1
+
+
+def test_a_server_whose_reads_are_old_is_not_asked_for_ever() -> None:
+    server = Server()
+    server.between = [write("a", "STARTED", note=str(number)).value for number in range(2 * MOST_LOOKS)]
+    last = write("a", "FAILURE")
+    store(start(server), last)
+    assert server.values == {b"a": last.value}
 
 
 def test_what_is_not_readable_is_not_overwritten() -> None:
