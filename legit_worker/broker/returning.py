@@ -29,18 +29,19 @@ DELIVERIES = "legit_deliveries"
 GROUP = 64
 
 #: Moves one message. KEYS: the unacked messages, their index, what the owner holds, the list, the owners.
-#: ARGV: tag, the SHA1 of what is noted, the bytes to push, the command that pushes, the owner if it must be dead, the
-#: times of which the message must have one then. Returns 1 if it moved the message.
+#: ARGV: tag, the SHA1 of what is noted, the bytes to push, the command that pushes, 1 if the owner must still hold it,
+#: the owner if it must be dead, the times of which the message must have one then. Returns 1 if it moved the message.
 MOVE = Script("""
-if ARGV[5] ~= '' then
-    local time, alive_until = redis.call('TIME'), redis.call('ZSCORE', KEYS[5], ARGV[5])
+if ARGV[6] ~= '' then
+    local time, alive_until = redis.call('TIME'), redis.call('ZSCORE', KEYS[5], ARGV[6])
     if alive_until and tonumber(alive_until) > tonumber(time[1]) + tonumber(time[2]) / 1e6 then return 0 end
 end
-redis.call('HDEL', KEYS[3], ARGV[1])
+local was_held = redis.call('HDEL', KEYS[3], ARGV[1])
+if ARGV[5] == '1' and was_held == 0 then return 0 end
 local noted = redis.call('HGET', KEYS[1], ARGV[1])
 if not noted or redis.sha1hex(noted) ~= ARGV[2] then return 0 end
-local time, is_its_own = redis.call('ZSCORE', KEYS[2], ARGV[1]), ARGV[5] == ''
-for number = 6, #ARGV do
+local time, is_its_own = redis.call('ZSCORE', KEYS[2], ARGV[1]), ARGV[6] == ''
+for number = 7, #ARGV do
     is_its_own = is_its_own or not time or tonumber(time) == tonumber(ARGV[number])
 end
 if not is_its_own then return 0 end
@@ -157,7 +158,7 @@ class _Move:
         keys = [self.keys.unacked, self.keys.index, self.keys.held(self.owner), to, self.keys.owners]
         sha1 = hashlib.sha1(noted, usedforsecurity=False).hexdigest()
         times = [repr(time) for time in self.times[tag]] if self.times is not None else []
-        return keys, [tag, sha1, raw, command, self.owner if died else "", *times]
+        return keys, [tag, sha1, raw, command, int(bool(self.owner)), self.owner if died else "", *times]
 
 
 def _move(client: Redis, move: _Move, lists: Mapping[str, str]) -> int:
