@@ -38,6 +38,8 @@ def settle() -> None:
     """Send what can't ride with a question. Raises the error of a connection that is lost."""
     for ledger in list(ledgers):
         ledger.look_for_silent()
+    for ledger, channel in _open(ledger for ledger in list(ledgers) if ledger.has_lapsed):
+        ledger.forget_lapsed(channel.plain_client)
     for ledger, channel in _open(ledger for ledger in list(ledgers) if not ledger.is_settled):
         _settle(ledger, channel)
 

@@ -102,6 +102,8 @@ class Lease(threading.Thread):
         self._is_known = True
         self._is_away = False
         self._stopped = threading.Event()
+        # Set when the next beat must not wait for its time.
+        self._is_due = threading.Event()
         self._finalize = Finalize(self, self.leave, exitpriority=0)  # after kombu's channels, which have 1
 
     def run(self) -> None:
@@ -116,7 +118,12 @@ class Lease(threading.Thread):
                 self._is_away = True
             except Exception:
                 logger.exception("the messages of dead workers can't be given back")
-            self._stopped.wait(min(self._beat_seconds, self._renew_seconds))
+            self._is_due.wait(min(self._beat_seconds, self._renew_seconds))
+            self._is_due.clear()
+
+    def hurry(self) -> None:
+        """Have a sign of life given at once."""
+        self._is_due.set()
 
     def work(self) -> None:
         """Give a sign of life, renew what is held, and give back what dead workers held."""
@@ -135,9 +142,11 @@ class Lease(threading.Thread):
         """Give a sign of life. Returns the dead owners with what is known of their processes."""
         keys, name = [self._keys.owners, self._keys.processes, self._keys.beat], self._ledger.owner
         seconds, process = self._lease - self._beat_seconds, json.dumps(self._process())
-        silence = MISSED * self._beat_seconds
+        silence, began = MISSED * self._beat_seconds, monotonic()
         was_alive, late, known = BEAT.run(self._client, keys, name, seconds, process, silence)
+        self._ledger.alive_until = began + seconds
         if self._has_beaten and not was_alive:
+            self._ledger.has_lapsed = True
             # If a copy of this machine took this process for a dead one of its own, it must not do so again.
             self._is_known = False
             logger.warning(
@@ -193,6 +202,7 @@ class Lease(threading.Thread):
         if self._stopped.is_set():
             return
         self._stopped.set()
+        self.hurry()
         self._finalize.cancel()
         if self.is_alive():
             self.join(PATIENCE)

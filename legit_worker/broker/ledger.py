@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic, time
 from typing import Any
 from uuid import uuid4
@@ -110,6 +111,10 @@ class Ledger:
         self.channels: weakref.WeakSet[Any] = weakref.WeakSet()
         #: Tags whose channel has closed while their tasks go on.
         self.carried: set[str] = set()
+        #: Until when no other worker takes this one for dead, by the monotonic clock.
+        self.alive_until = inf
+        #: Whether others took this worker for dead, and may have messages that it holds.
+        self.has_lapsed = False
         #: Whether the server may have noted messages of which this process never heard.
         self.is_unsure = False
         #: Whether no other connection comes, by which what is unsent could be sent.
@@ -161,6 +166,31 @@ class Ledger:
         for tag in gone & self._silent:  # an ack may come a moment after its task's end
             self.give_back(tag)
         self._silent = gone
+
+    # Messages that others have by now
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether others may have what this process holds. No task may begin until `forget_lapsed` has looked."""
+        return self.has_lapsed or monotonic() > self.alive_until
+
+    def forget_lapsed(self, client: Redis) -> None:
+        """Hold no more what others took over while this worker gave no sign of life. It has given one since."""
+        self.has_lapsed = False
+        mine = [tag for tag, source in list(self.held.items()) if source is not None]
+        try:
+            noted = held_by(client, self.keys, self.owner)
+        except BaseException:
+            self.has_lapsed = True
+            raise
+        with self._lock:
+            gone = [tag for tag in mine if tag not in noted and self.forget(tag) is not missing]
+            for tag in self._returned.keys() - noted.keys():
+                del self._returned[tag]
+        if gone:
+            logger.warning(
+                "%d of its messages are others' by now: this worker runs none of them that it has not begun", len(gone)
+            )
 
     # Room for suspects
 

@@ -38,6 +38,11 @@ def join(worker: Worker) -> Callable[[], None]:
     return leave
 
 
+def in_doubt() -> bool:
+    """Whether this process may have lost its messages to others, so that no task may begin now."""
+    return any(ledger.is_in_doubt for ledger in _of_worker.values())
+
+
 def opened(channel: Any) -> Ledger:
     """Return the ledger of a new channel."""
     keys = Keys(
@@ -64,7 +69,11 @@ def _address(channel: Any) -> Hashable:
 def keep_alive(channel: Any) -> None:
     """Give the owner of a channel's ledger a lease. Raises what the server or the network raises."""
     ledger: Ledger = channel.ledger
-    if ledger.worker is None or ledger in _leases:
+    if ledger.worker is None:
+        return
+    if ledger in _leases:
+        if ledger.is_in_doubt:
+            _leases[ledger].hurry()
         return
     pool = channel._get_pool()
     pool.connection_kwargs["socket_timeout"] = PATIENCE

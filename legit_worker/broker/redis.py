@@ -56,6 +56,22 @@ def held_by_workers(channel: Any) -> tuple[int, float]:
         return int(client.zcard(channel.unacked_index_key)), float(channel.visibility_timeout)
 
 
+def gave_up(message: Any) -> bool:
+    """Whether another worker has a message by now, or this one got it again: then its task must not begin.
+
+    Takes the message out of kombu's accounts if no newer delivery has its place there.
+    """
+    channel, tag = getattr(message, "channel", None), getattr(message, "delivery_tag", None)
+    if not isinstance(channel, ReservingChannel) or channel.closed or message.acknowledged:
+        return False
+    latest = channel.qos._delivered.get(tag, message)
+    if latest is message and tag in channel.ledger.held:
+        return False
+    if latest is message:
+        message.ack()
+    return True
+
+
 def reserve_messages(app: Celery) -> None:
     """Let consumers of this app reserve messages if the broker is Redis. Other brokers stay as they were."""
     connection = app.amqp.Connection

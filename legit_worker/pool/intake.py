@@ -47,7 +47,7 @@ class Intake:
     ) -> None:
         """`waiting` counts the tasks that came and have not begun, `aside` those that wait for a model's load.
 
-        `is_ending` says that no task may begin any more, `bound` how many may run beside one that may be deadly.
+        `is_ending` says that no task may begin now, `bound` how many may run beside one that may be deadly.
         """
         #: The window.
         self.limit = limit

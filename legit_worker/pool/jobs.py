@@ -16,9 +16,11 @@ from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.app.task import Task
 from celery.concurrency.base import apply_target
 from celery.exceptions import Reject, WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.worker import state
 from greenlet import GreenletExit
 from kombu.exceptions import OperationalError
 
+from legit_worker.broker.redis import gave_up
 from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.limits import TimeLimitPassed
@@ -70,6 +72,10 @@ class Job:
         the worker with it, as if a child process had died, and prefork's parent tells `Request.on_failure` of that.
         """
         fiber = _here()
+        if gave_up(getattr(self.request, "message", None)):
+            logger.info("%s is another worker's by now, and does not begin here", self.name)
+            state.task_ready(self.request)
+            return
         try:
             apply_target(
                 self._call,

@@ -102,6 +102,11 @@ class Loop:
             self._ready.append(fiber)
         self._wakeup.set()
 
+    def look_again(self) -> None:
+        """Look again whether a task may begin: nothing in a turn tells when a doubt about messages is over."""
+        if self.backlog:
+            self._wakeup.set()
+
     def note_lost(self, error: DeviceLostError) -> None:
         """The device is gone. The next turn raises that, once: a fiber can't end other fibers."""
         self.lost = self.lost or error

@@ -20,7 +20,7 @@ from celery.utils import threads
 
 from legit_worker import parking, settings
 from legit_worker.broker.ledger import Worker
-from legit_worker.broker.owners import join
+from legit_worker.broker.owners import in_doubt, join
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import refuse_unreadable
 from legit_worker.errors import DeviceLostError
@@ -140,7 +140,7 @@ class ModelPool(SoloPool):
             self._share,
             waiting=lambda: len(self._loop.backlog),
             aside=lambda: self.engine.set_aside,
-            is_ending=lambda: self._ending.is_near,
+            is_ending=lambda: self._ending.is_near or in_doubt(),
             bound=lambda: self._suspects.bound,
         )
         self._loop = Loop(
@@ -219,7 +219,7 @@ class ModelPool(SoloPool):
             (IDLE_LOOK, residency.evict_idle),
             (WAITING_LOOK, residency.review),
             (WAITING_LOOK, turns.look),
-            (WAITING_LOOK, self._wake_suspects),
+            (WAITING_LOOK, self._loop.look_again),
             (MEMORY_LOOK, residency.watch),
             (reports.BUSY_SECONDS, lambda: self._reports.busy(len(self._running), len(self._loop.backlog))),
             (SHARE_LOOK, self._intake.decide),

@@ -290,6 +290,29 @@ def test_a_worker_that_sleeps_for_longer_than_its_lease_is_taken_for_dead_and_go
     sleeper.ask("no_model", 1)
 
 
+def test_a_worker_that_wakes_after_its_lease_begins_nothing_that_others_have(
+    held: Sides, broker: Broker, on_broker: redis.Redis
+) -> None:
+    """Tasks that wait for their time, which comes while the worker sleeps."""
+    sleeper = held.worker("modelpool", broker=broker, PROJECT_HOST="elsewhere", **SETTINGS)
+    heir = held.worker("modelpool", broker=broker, **SETTINGS)
+    heir.signal(signal.SIGSTOP)
+    sent = [sleeper.client.send_task("parks", [item], countdown=LEASE / 2) for item in names(5)]
+    later = [sleeper.client.send_task("parks", [item], countdown=3 * LEASE) for item in names(2, "later")]
+    poll(lambda: on_broker.hlen("unacked") == 7, "the sleeper to hold them")
+    sleeper.signal(signal.SIGSTOP)
+    heir.signal(signal.SIGCONT)
+    heir.settle(sent)
+    sleeper.signal(signal.SIGCONT)
+    sleeper.wait_for_log("7 of its messages are others' by now")
+    heir.settle(later)
+    assert runs(heir) == once(names(5) + names(2, "later"))
+    assert runs(sleeper) == {}
+    heir.stop()
+    assert sleeper.ask("parks", "another") == "another", "it goes on"
+    nothing_left(on_broker)
+
+
 def test_a_server_that_is_away_for_longer_than_a_lease_kills_nobody(
     held: Sides, server: Server, on_broker_of: OnBroker
 ) -> None:

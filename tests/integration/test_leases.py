@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+from harness import poll
 
 from legit_worker.broker.lease import BEATS, Lease, is_gone, this_process
 from legit_worker.broker.ledger import Ledger, Worker
@@ -139,6 +140,35 @@ def test_a_worker_that_was_taken_for_dead_says_so_and_hides_its_process(
     assert b'"pid"' not in server.hget(KEYS.processes, member.ledger.owner)
 
 
+def test_a_worker_that_was_taken_for_dead_forgets_what_others_took_and_nothing_else(server: redis.Redis) -> None:
+    sleeper, heir = Member(server, process={}), Member(server, "heir", process={})
+    put(server, "a", "b")
+    sleeper.reserve()
+    sleeper.ledger.hold("fetched by kombu")
+    sleeper.die()
+    for owner, process in heir.beat().items():
+        heir.lease._recover(owner, process)
+    put(server, "new")
+    assert sleeper.reserve(most=1)[2:] == ["a"], "which it gets again, with the same tag"
+    sleeper.beat()
+    assert sleeper.ledger.is_in_doubt
+    sleeper.ledger.give_back("tag of b")
+    sleeper.ledger.forget_lapsed(server)
+    assert not sleeper.ledger.is_in_doubt
+    assert sleeper.ledger.held.keys() == {"tag of a", "fetched by kombu"}
+    assert sleeper.ledger.is_settled, "what is others' is not given back"
+
+
+def test_a_worker_is_in_doubt_as_soon_as_its_lease_is_over(server: redis.Redis) -> None:
+    """Its main thread may wake before the one that beats."""
+    member = Member(server)
+    assert not member.ledger.is_in_doubt
+    poll(lambda: member.ledger.is_in_doubt, "the lease to be over")
+    member.beat()
+    member.ledger.forget_lapsed(server)
+    assert not member.ledger.is_in_doubt
+
+
 # What the dead leave.
 
 
@@ -193,6 +223,24 @@ def test_a_renewed_message_is_still_its_owners(server: redis.Redis) -> None:
     server.hset(KEYS.processes, dead.ledger.owner, json.dumps(told | {"started": "1"}))
     Member(server, "heir").lease.work()
     assert waiting(server) == {"a": 1}
+
+
+def test_what_was_given_back_and_taken_by_another_is_not_given_back_again(server: redis.Redis) -> None:
+    """The answer was lost, and the other's note is the same as this worker's was."""
+    one, other = Member(server), Member(server, "other")
+    put(server, "a")
+    one.reserve()
+    one.ledger.give_back("tag of a")
+    one.ledger.flush(server)
+    one.reserve()
+    one.ledger.give_back("tag of a")
+    one.ledger.flush(server)
+    assert other.reserve()[2:] == ["a"]
+    one.ledger._returned["tag of a"] = "work"
+    one.ledger.flush(server)
+    assert one.ledger.is_settled
+    assert waiting(server) == {}
+    assert server.hkeys("unacked") == [b"tag of a"]
 
 
 def test_a_worker_that_ends_leaves_nothing_and_counts_no_death(server: redis.Redis) -> None:

@@ -19,7 +19,7 @@ from kombu.utils.json import loads
 from legit_worker.broker.acks import flush_acks
 from legit_worker.broker.hearing import refusals
 from legit_worker.broker.ledger import MOST_ACKS
-from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection
+from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection, gave_up
 from legit_worker.broker.reserve import MOST_BYTES
 
 #: Seconds until a message that is there has been delivered, and for which one waits that must not come.
@@ -123,6 +123,36 @@ def unacked(server: redis.Redis, prefix: str = "") -> dict[str, Any]:
     noted = {tag.decode(): loads(value.decode()) for tag, value in server.hgetall(f"{prefix}unacked").items()}
     assert noted.keys() == {tag.decode() for tag in server.zrange(f"{prefix}unacked_index", 0, -1)}
     return noted
+
+
+def test_a_message_that_others_have_is_given_up(url: str, server: redis.Redis, taker: Any) -> None:
+    put(url, "a")
+    one = taker(prefetch_count=1)
+    assert one.take(1) == ["a"]
+    assert not gave_up(one.got[0])
+    one.channel.ledger.forget(one.got[0].delivery_tag)
+    assert gave_up(one.got[0])
+    put(url, "b")
+    assert one.take(1) == ["b"], "there is room again"
+    assert not gave_up(one.got[1])
+
+
+def test_a_message_that_came_again_takes_the_place_of_its_first_delivery(
+    url: str, server: redis.Redis, taker: Any
+) -> None:
+    put(url, "a")
+    one = taker()
+    assert one.take(1) == ["a"]
+    ((payload, *_),) = unacked(server).values()
+    server.delete("unacked", "unacked_index")
+    server.rpush("work", json.dumps(payload))
+    assert one.take(1) == ["a"]
+    first, second = one.got
+    assert first.delivery_tag == second.delivery_tag
+    assert gave_up(first)
+    assert not gave_up(second)
+    second.ack()
+    assert not unacked(server)
 
 
 # What stands on the server is kombu's.
