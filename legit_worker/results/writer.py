@@ -14,9 +14,10 @@ from time import monotonic
 from typing import Any
 
 from celery.exceptions import BackendStoreError
+from redis.exceptions import BusyLoadingError, ResponseError
 
 from legit_worker import parking
-from legit_worker.results.writes import AWAY, IsSuccess, Write, check, is_away, send
+from legit_worker.results.writes import IsSuccess, Write, check, is_away, send
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,14 @@ WAIT = "its result to be stored"
 #: The most writes, and bytes of values, that go to the server in one step.
 MOST_WRITES, MOST_BYTES = 256, 4 * 2**20
 
+#: Errors that are a server's answer, so that its connection stays.
+ANSWERS = (ResponseError, BusyLoadingError)
+
 #: Seconds before a server that is away is tried again: the first pause, and the longest.
 FIRST_RETRY, LAST_RETRY = 0.05, 1.0
 
-#: If a server breaks more connections than this over the same writes, and answers in between, it refuses one of them.
+#: If a server breaks more connections than this over the same writes, one after the other, and answers at once after
+#: each, it refuses one of them.
 MOST_BREAKS = 3
 
 
@@ -108,20 +113,20 @@ class Writer:
 
     def _store(self, writes: list[Write]) -> None:
         """Store some writes, however long the server is away."""
-        breaks = 0
+        tries = breaks = 0
         while writes:
             error = self._attempt(writes)
             writes = [write for write in writes if write.is_open]
             if error is None:
                 self._server_is_there()
             elif writes:
-                breaks += 1
-                if breaks == 1 and self.away_since is None and self._client is None:
-                    continue  # the idle connection was stale: try a new one at once
-                if breaks > MOST_BREAKS and self._breaks_over(writes):
+                tries += 1
+                breaks = breaks + 1 if self._client is None and self._answers() else 0
+                if breaks > MOST_BREAKS:
                     self._split(writes, error)
                     return
-                self._wait(error, min(FIRST_RETRY * 2 ** (breaks - 1), LAST_RETRY))
+                if tries > 1 or not breaks:  # the idle connection may have been stale: try the new one at once
+                    self._wait(error, min(FIRST_RETRY * 2 ** (tries - 1), LAST_RETRY))
 
     def _attempt(self, writes: list[Write]) -> Exception | None:
         """Try once. Returns an error if the server is away."""
@@ -134,7 +139,7 @@ class Writer:
             self._learn_of_scripts(unstored)
             return error
         except Exception as error:
-            if isinstance(error, AWAY) or not is_away(error):  # otherwise the server answers, and the connection stays
+            if not (is_away(error) and isinstance(error, ANSWERS)):
                 self._disconnect()
             if not is_away(error):
                 raise
@@ -150,10 +155,8 @@ class Writer:
                 *(self.name, refusals[0]),
             )
 
-    def _breaks_over(self, writes: list[Write]) -> bool:
-        """Tell whether the server answers, and only breaks the connection over these writes."""
-        if self._client is not None:  # it has answered them
-            return False
+    def _answers(self) -> bool:
+        """Tell whether the server answers over a new connection."""
         try:
             self._client = self._connect()
             return bool(self._client.ping())

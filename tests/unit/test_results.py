@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from redis.exceptions import BusyLoadingError, NoPermissionError, NoScriptError, OutOfMemoryError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, ResponseError
 
 from legit_worker.results import writer
 from legit_worker.results.conditional import MOST_LOOKS, SHA1, STORE, digest
@@ -40,6 +41,9 @@ class Server:
 
     def disconnect(self) -> None:
         """Nothing to close."""
+
+    def fail(self) -> None:
+        raise RedisConnectionError("nobody there")
 
     def ping(self) -> bool:
         self._answer()
@@ -302,6 +306,22 @@ def test_a_write_over_which_the_server_breaks_the_connection_fails_alone() -> No
     store(start(server), *writes)
     assert set(server.values) == {b"a", b"b"}
     assert [one.error is None for one in writes] == [True, False, True]
+
+
+@pytest.mark.parametrize("error", [RedisConnectionError("Connection closed by server."), BusyLoadingError("loading")])
+def test_a_lone_write_waits_for_a_server_that_comes_back_at_any_moment(error: Exception) -> None:
+    """Between a try and the look whether the server answers, too: the server comes back then, and goes again."""
+    server = Server()
+    server.errors["MGET", None] = error
+    pings = itertools.count()
+    server.ping = lambda: next(pings) % 4 == 3 or bool(server.fail())  # type: ignore[method-assign]
+    (group,) = join(start(server), one := write("a"))
+    while next(pings) < 10 * writer.MOST_BREAKS and server.round_trips < 10 * writer.MOST_BREAKS:
+        threading.Event().wait(0.001)
+    server.errors.clear()
+    group.done.result(SOON)
+    assert one.error is None
+    assert server.values == {b"a": one.value}
 
 
 def test_results_wait_for_a_server_that_answers_and_takes_nothing_yet() -> None:
