@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from legit_worker import parking
-from legit_worker.results.chords import Claims
+from legit_worker.results.chords import Claims, waiting_since
 from legit_worker.results.writer import Writer
 from legit_worker.results.writes import Rider, Write, send
 
@@ -46,7 +46,8 @@ writers: list[Writer] = []
 
 def away_since() -> float | None:
     """Return since when a server takes no results, by the monotonic clock; None if all take them."""
-    return min((writer.away_since for writer in writers if writer.away_since is not None), default=None)
+    since = [writer.away_since for writer in writers if writer.away_since is not None]
+    return min([*since, *list(waiting_since.values())], default=None)
 
 
 def store_in_groups(app: Celery) -> None:

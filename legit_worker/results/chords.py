@@ -1,6 +1,10 @@
-"""A chord's body that a worker was about to send when it died.
+"""Parts of chords that could not be counted, or came again: the chord's body is sent all the same.
 
-In: a part of a chord that comes again, from Celery. Out: the body, sent by whoever lives.
+In: a part of a chord, from Celery. Out: a part that is counted, and a body that is sent by whoever lives.
+
+If the result backend takes nothing while a part is counted, Celery fails the part, and the chord with it, or ends the
+worker. Here the part's task waits. Nobody knows whether the server counted a part whose answer was lost. So it counts
+the part again, as one whose message came again.
 
 Celery 5.7 lets one worker claim the sending of the body, for some 10 to 20 seconds. A worker that is killed meanwhile
 leaves its claim behind. Its message comes again, sooner than that: RabbitMQ gives it to another worker at once. That
@@ -13,10 +17,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
+from time import monotonic
 from typing import Any
 
 from legit_worker import parking
+from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +34,9 @@ LOOK_SECONDS = 0.5
 #: What Celery puts in a claim's place once the body is sent.
 SENT = b"done"
 
+#: Since when tasks wait until their part is counted, by the monotonic clock.
+waiting_since: dict[object, float] = {}
+
 
 class Claims:
     """Mixed into a Redis backend's class. Called on the tasks' thread."""
@@ -34,18 +45,40 @@ class Claims:
     get_key_for_group: Any
 
     def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """Count a part. If it comes again, wait for a claim that somebody else has, and count it once more."""
-        answer = super().on_chord_part_return(request, *args, **kwargs)  # type: ignore[misc]
-        if not (request.group and (request.delivery_info or {}).get("redelivered")):
+        """Count a part. If it may have been counted before, wait for another's claim, and count it again."""
+        count = partial(super().on_chord_part_return, request, *args, **kwargs)  # type: ignore[misc]
+        answer, was_away = _patiently(count)
+        came_again = (request.delivery_info or {}).get("redelivered")
+        if not (request.group and (was_away or came_again)):
             return answer
         while self._is_claimed(request.group) and parking.park(_later(), "a chord's body to be sent by another worker"):
-            answer = super().on_chord_part_return(request, *args, **kwargs)  # type: ignore[misc]
+            answer, _ = _patiently(count)
         return answer
 
     def _is_claimed(self, group: str) -> bool:
         """Whether somebody is about to send the body, or was when it died."""
-        claim = self.client.get(self.get_key_for_group(group, ".c"))
-        return claim is not None and claim != SENT and bool(self.client.exists(self.get_key_for_group(group, ".s")))
+        claim_key, size_key = (self.get_key_for_group(group, suffix) for suffix in (".c", ".s"))
+        claim, is_open = _patiently(lambda: (self.client.get(claim_key), self.client.exists(size_key)))[0]
+        return claim not in (None, SENT) and bool(is_open)
+
+
+def _patiently(call: Callable[[], Any]) -> tuple[Any, bool]:
+    """Return what a call gives, and whether the server was away. As long as it is, the task waits, if it can park."""
+    this = object()
+    try:
+        while True:
+            try:
+                return call(), this in waiting_since
+            except Exception as error:  # noqa: PERF203
+                if not is_away(error):
+                    raise
+                if this not in waiting_since:
+                    waiting_since[this] = monotonic()
+                    logger.warning("the result backend counts no part of a chord, and its task waits: %r", error)
+                if not parking.park(_later(), "its part of a chord to be counted"):
+                    raise
+    finally:
+        waiting_since.pop(this, None)
 
 
 def _later() -> Future[None]:

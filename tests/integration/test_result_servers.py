@@ -14,11 +14,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import kombu
 import pytest
 from celery import Celery, states
+from celery.app.task import Context
 from harness import poll
 from needs import missing
 from ownserver import free_port
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError
 from replicas import MASTER, RedisServer, Sentinel
 
 from legit_worker import parking
@@ -124,6 +128,37 @@ def test_results_follow_sentinels_switch(by_sentinel: tuple[str, Any], tmp_path:
     for number in range(20):
         ours.backend.mark_as_done(f"task{number}", number)
     poll(lambda: all(stock.AsyncResult(f"task{n}").state == states.SUCCESS for n in range(20)), "all results")
+
+
+@pytest.mark.parametrize("is_counted", [False, True], ids=["refused", "no answer"])
+def test_a_chord_goes_on_though_a_part_could_not_be_counted_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_counted: bool
+) -> None:
+    server = RedisServer(tmp_path / "server")
+    server.start()
+    app = app_of(server.url, {"task_default_queue": "bodies"})
+    store_in_groups(app)
+    sent = kombu.Connection("memory://").SimpleQueue("bodies")
+    backend = app.backend
+    failures = [OutOfMemoryError("command not allowed"), RedisConnectionError("gone")]
+
+    try:
+        backend.set_chord_size("group", 1)
+        part = Context(id="part", group="group", group_index=0, chord=app.signature("body"), delivery_info={})
+        script = backend._chord_part_return_script
+
+        def run(**options: Any) -> Any:
+            answer = script(**options) if is_counted or not failures else None
+            if failures:
+                raise failures.pop()
+            return answer
+
+        monkeypatch.setattr(backend, "_chord_part_return_script", run)
+        backend.mark_as_done("part", 1, part)
+        assert sent.get(timeout=20).payload[0] == [[1]]
+        assert backend.get_state("part") == states.SUCCESS
+    finally:
+        server.end()
 
 
 @pytest.mark.parametrize("conf", [{}, {"result_serializer": "pickle"}, {"result_compression": "zlib"}], ids=str)
