@@ -6,6 +6,7 @@ For memory, read bytes for seconds.
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
 from typing import Any, overload
 
@@ -69,9 +70,11 @@ class CostModel:
     @overload
     def predict(self, count: int, longest: int) -> float: ...
     @overload
-    def predict(self, count: NDArray[np.int64], longest: int) -> NDArray[np.floating[Any]]: ...
-    def predict(self, count: int | NDArray[np.int64], longest: int) -> float | NDArray[np.floating[Any]]:
-        """Seconds for a batch of `count` items padded to `longest` cost units. Works on an array of counts."""
+    def predict(self, count: NDArray[np.int64], longest: NDArray[np.int64]) -> NDArray[np.floating[Any]]: ...
+    def predict(
+        self, count: int | NDArray[np.int64], longest: int | NDArray[np.int64]
+    ) -> float | NDArray[np.floating[Any]]:
+        """Seconds for a batch of `count` items padded to `longest` cost units. Works on arrays."""
         a, b, c = self._fit
         return a + count * (longest * (b + c * longest))
 
@@ -162,7 +165,7 @@ def _features(seen: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _fit(seen: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares on relative errors with no term below zero: of all choices of terms, the best that has none.
+    """Least squares on relative errors, with no term below zero (Lawson and Hanson, 1974).
 
     Few batches, or batches of one length, don't tell attention from the rest: it keeps the prior's ratio to the rest.
     """
@@ -172,16 +175,36 @@ def _fit(seen: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.fl
         told.remove(LENGTH)
         ratio = prior[LENGTH] / prior[UNIT]
         features[:, UNIT] += ratio * features[:, LENGTH]
-    best, error = np.zeros(3), np.inf
-    for size in range(len(told), 0, -1):
-        for chosen in map(list, combinations(told, size)):
-            solution = np.linalg.lstsq(features[:, chosen], np.ones(len(seen)), rcond=None)[0]
-            off = float(((features[:, chosen] @ solution - 1) ** 2).sum())
-            if (solution >= 0).all() and off < error:
-                best, error = np.zeros(3), off
-                best[chosen] = solution
-        if size == len(told) and error < np.inf:
-            break  # nothing with fewer terms is better
+    best = np.zeros(3)
+    scale = features[:, told].max(axis=0)
+    best[told] = nearest_to_one(features[:, told] / scale) / scale
     if LENGTH not in told:
         best[LENGTH] = ratio * best[UNIT]
+    return best
+
+
+def nearest_to_one(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The terms, none of them negative, that bring each row's sum nearest to 1.
+
+    Asks scipy if a model's library has imported it already: its solver takes a third of the time. To import it here
+    would keep the main thread between two batches.
+    """
+    if optimize := sys.modules.get("scipy.optimize"):
+        solution: NDArray[np.float64] = optimize.nnls(rows, np.ones(len(rows)))[0]
+        return solution
+    return best_choice(rows)
+
+
+def best_choice(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same without scipy: of all choices of terms, the best that has none below zero."""
+    columns = range(rows.shape[1])
+    best, error = np.zeros(len(columns)), np.inf
+    for chosen in (list(some) for size in reversed(columns) for some in combinations(columns, size + 1)):
+        solution = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)[0]
+        off = float(((rows[:, chosen] @ solution - 1) ** 2).sum())
+        if (solution >= 0).all() and off < error:
+            best, error = np.zeros(len(columns)), off
+            best[chosen] = solution
+            if len(chosen) == len(columns):
+                break  # no choice of fewer terms is better
     return best

@@ -17,8 +17,12 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Protocol
 
-#: Items per app that are kept sorted. No batch is picked from more; those behind them are in a heap.
-FRONT = 256
+#: Items per app that are kept sorted; those behind them are in a heap. No batch is picked from more. Texts of mixed
+#: lengths so have 1 % of padding; with 512 it would be 2 %, with 256 3 %. To pick a batch from all takes 0.2 ms.
+FRONT = 1024
+
+#: A batch is picked from the first of several apps' items. To put them in order takes three times as long for each.
+INTERLEAVED = 256
 
 #: For this many batches an app counts as light, after one that left nothing of it behind although others had to wait,
 #: or had at least twice as much of it. It takes less than its part, so it goes first, and batches beside it are short.
@@ -173,10 +177,18 @@ class FairQueue:
 
     def first(self, count: int) -> list[Item]:
         """The first `count` items in fair order; they stay queued."""
+        return list(self._first(count, count))
+
+    def front(self) -> Iterator[Item]:
+        """The items that a batch may be picked from, in fair order; they stay queued."""
+        return self._first(FRONT, INTERLEAVED)
+
+    def _first(self, of_one: int, of_several: int) -> Iterator[Item]:
+        """As many items of one app if no other waits, else as many of all."""
         busy = [(not lane.light, lane.served, app, lane) for app, lane in self._lanes.items() if lane.waiting]
         if len(busy) == 1:
-            return busy[0][3].first(count)
-        return list(islice(_interleave(busy), count))
+            return iter(busy[0][3].first(of_one))
+        return islice(_interleave(busy), of_several)
 
     @property
     def has_light(self) -> bool:

@@ -14,12 +14,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 from typing import Any, Protocol
 
 from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
-from legit_worker.batching.packer import pack, padded
+from legit_worker.batching.packer import padded, pick
 from legit_worker.batching.sizing import Sizing
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory
@@ -27,10 +28,6 @@ from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.pool.calls import ENDS, Call, Chunk
 
 logger = logging.getLogger(__name__)
-
-#: How many of the fairest items a batch is picked from. More gives batches of more even length; packing them takes
-#: about a millisecond per 256.
-HORIZON = 256
 
 #: A batch of this part of the limit shows that the limit holds, and raises it by this factor: 36 of them double it.
 NEAR, RAISE = 0.8, 1.02
@@ -219,9 +216,9 @@ class ModelQueue:
         if self._parts:
             return True
         budget = self._budget()
-        if self._fair.cost < budget or len(self._fair) <= HORIZON:
-            return self._fair.cost >= budget
-        return sum(item.cost for item in self._fair.first(HORIZON)) >= budget
+        if self._fair.cost < budget:
+            return False
+        return any(cost >= budget for cost in accumulate(item.cost for item in self._fair.front()))
 
     @property
     def is_urgent(self) -> bool:
@@ -270,7 +267,7 @@ class ModelQueue:
         """Take out the batch that is next; something waits."""
         if self._parts:
             return self._parts.take_next()
-        return self._pick(self._fair.first(HORIZON))
+        return self._pick(list(self._fair.front()))
 
     def batch_of(self, chunk: Chunk) -> list[Item]:
         """Take out a batch with items of this chunk, whoever is next. Empty if none of them wait."""
@@ -278,8 +275,8 @@ class ModelQueue:
         part = next((item.place for item in mine if isinstance(item.place, list)), None)
         if part is not None:
             return self._parts.take(part)
-        others = [item for item in self._fair.first(HORIZON) if item.chunk is not chunk]
-        return self._pick((mine + others)[:HORIZON]) if mine else []
+        others = [item for item in self._fair.front() if item.chunk is not chunk]
+        return self._pick(mine + others) if mine else []
 
     def put_back(self, batch: list[Item]) -> None:
         """It was not computed, and is next."""
@@ -338,8 +335,8 @@ class ModelQueue:
         return batch
 
     def _cut(self, candidates: list[Item], budget: int) -> list[Item]:
-        cuts = pack([item.cost for item in candidates], budget, self.sizing.costs)
-        return [candidates[index] for index in next(cut for cut in cuts if 0 in cut)]
+        chosen = pick([item.cost for item in candidates], budget, self.sizing.costs)
+        return [candidates[index] for index in chosen]
 
     def _make_room(self, batch: list[Item], error: BaseException) -> None:
         """Too much at once: free what can be freed, and have no batch as large from now on."""

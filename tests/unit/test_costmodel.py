@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.batching.costmodel import ENOUGH, CostModel
+from legit_worker.batching.costmodel import ENOUGH, CostModel, best_choice
 
 BATCHES = [(1, 8), (4, 8), (16, 32), (64, 8), (2, 256), (8, 85), (1, 128), (32, 16)]
 
@@ -72,7 +72,7 @@ def test_predictions_are_never_negative_nor_smaller_for_more_items(seen: list[tu
     model = CostModel()
     for observation in seen:
         model.observe(*observation)
-    predicted = model.predict(np.arange(1, 50), 64)
+    predicted = model.predict(np.arange(1, 50), np.full(49, 64))
     assert (predicted >= 0).all()
     assert (np.diff(predicted) >= -1e-12).all()
 
@@ -86,3 +86,15 @@ def test_the_largest_batch_within_a_time_keeps_that_time() -> None:
 
 def test_one_item_is_always_allowed() -> None:
     assert taught(4e-3, 1e-4, 1e-7).largest(100_000, 0.01) == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512), st.floats(1e-3, 5.0)), min_size=3, max_size=64))
+def test_without_scipy_the_fit_is_as_good_as_scipys(seen: list[tuple[int, int, float]]) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    count, longest, seconds = np.array(seen).T
+    rows = np.stack([np.ones_like(count), count * longest, count * longest**2], axis=1) / seconds[:, None]
+    rows /= rows.max(axis=0)
+    _, off = optimize.nnls(rows, np.ones(len(rows)))
+    mine = best_choice(rows)
+    assert (mine >= 0).all()
+    assert np.linalg.norm(rows @ mine - 1) == pytest.approx(off, rel=1e-6, abs=1e-9)

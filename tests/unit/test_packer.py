@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from legit_worker.batching.costmodel import CostModel
-from legit_worker.batching.packer import pack, padded
+from legit_worker.batching.packer import pack, padded, pick
 
 costs_lists = st.lists(st.integers(1, 512), max_size=80)
 budgets = st.integers(1, 4096)
@@ -99,3 +102,70 @@ def test_of_equal_items_the_first_batches_are_full_and_the_last_has_the_rest(lau
     for count in (1, 2, 4, 8):
         model.observe(count, 3, launch + 0.01 * count)
     assert [len(batch) for batch in pack([3] * 70, 3 * 32, model)] == [32, 32, 6]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), budgets)
+@example([3, 1, 1, 1, 9], 6)
+@example([2, 2, 2, 2, 2], 6)
+def test_the_picked_batch_has_the_first_item_and_is_within_the_budget(costs: list[int], budget: int) -> None:
+    batch = pick(costs, budget, CostModel())
+    assert 0 in batch
+    assert len(set(batch)) == len(batch)
+    assert len(batch) == 1 or padded([costs[index] for index in batch]) <= budget
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), budgets)
+def test_no_batch_of_neighbours_in_length_does_more_in_its_time(costs: list[int], budget: int) -> None:
+    model = CostModel(np.array((1.0, 1.2e-4, 1e-8)))  # two batches always take longer than one
+
+    def seconds_per_cost(batch: list[int]) -> float:
+        return model.predict(len(batch), max(batch)) / sum(batch)
+
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    lengths, place = [costs[index] for index in order], order.index(0)
+    runs = [lengths[start:end] for start in range(place + 1) for end in range(place + 1, len(order) + 1)]
+    best = min(seconds_per_cost(run) for run in runs if len(run) == 1 or padded(run) <= budget)
+    assert seconds_per_cost([costs[index] for index in pick(costs, budget, model)]) <= best * (1 + 1e-9)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=40), budgets)
+def test_no_two_batches_take_less_time_than_the_picked_one(costs: list[int], budget: int) -> None:
+    model = CostModel()
+    batch = sorted(costs[index] for index in pick(costs, budget, model))
+    for cut in range(1, len(batch)):
+        parts = [batch[:cut], batch[cut:]]
+        assert sum(model.predict(len(part), max(part)) for part in parts) >= model.predict(len(batch), max(batch))
+
+
+def test_a_short_item_does_not_ride_with_long_ones_that_are_a_good_batch_by_themselves() -> None:
+    assert pick([3, *[300] * 20, 3], 2400, CostModel()) == [0, 21]
+    assert pick([300, *[3] * 20], 2400, CostModel()) == [0]
+
+
+def test_a_queue_that_is_filled_again_wastes_little() -> None:
+    """Lengths as those of mixed texts, and the launch of a small transformer on a CPU."""
+    draw = random.Random(20)
+    model = CostModel(np.array((5e-3, 8e-5, 1e-8)))
+    waiting, real, computed = [], 0, 0
+    for _ in range(300):
+        while len(waiting) < 512:
+            waiting.append(min(256, round(draw.lognormvariate(4.26, 0.6)) + 2))
+        batch = pick(waiting, 1800, model)
+        costs = [waiting[index] for index in batch]
+        real, computed = real + sum(costs), computed + padded(costs)
+        waiting = [cost for index, cost in enumerate(waiting) if index not in set(batch)]
+    assert 1 - real / computed < 0.03
+
+
+def test_to_pick_looks_at_few_runs_even_if_all_items_are_of_one_length_or_none_are() -> None:
+    class Counting(CostModel):
+        looked_at = 0
+
+        def predict(self, count: Any, longest: Any) -> Any:
+            self.looked_at = max(self.looked_at, np.size(count))
+            return super().predict(count, longest)
+
+    for costs in ([3] * 1024, list(range(1, 1025)), list(range(1024, 0, -1)), [500, *range(1, 1024)]):
+        model = Counting()
+        pick(costs, 16_384, model)
+        assert model.looked_at < 20_000
