@@ -44,6 +44,8 @@ AMQP_URL = "amqp://guest:guest@localhost:5672//"
 #: Keys of the broker that may be left, beside those that expire: bindings, the last sign of life of any worker, and
 #: what operators have to read.
 KEPT = (b"_kombu.binding", b"legit.beat", b"legit.dead", b"legit.unreadable")
+#: How the lists end that a worker leaves if it is killed while others answer its question, under any pool.
+REPLIES = b".reply.celery.pidbox"
 #: Where dead letters are.
 DEAD = ("legit.dead", "legit.dead.here", "legit.dead.there")
 
@@ -284,6 +286,7 @@ class ChaosRun:
         client = self.scene.servers["broker"].client()
         kept = (*KEPT, self.scene.queue.encode() + b".")
         keys = [key for key in client.scan_iter(count=1000) if not key.startswith(kept) and client.ttl(key) == -1]
+        keys = [key for key in keys if not key.endswith(REPLIES)]
         found = [f"left over: {_size(client, key)}" for key in keys]
         unreadable = client.llen("legit.unreadable")
         if unreadable < self.scene.garbage:

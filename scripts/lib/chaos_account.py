@@ -181,10 +181,21 @@ def _was_away(errand: Errand, evidence: Evidence) -> bool:
 def _was_killed_enough(runs: Sequence[Run], evidence: Evidence) -> bool:
     """Whether it was delivered so often to workers that were killed that it may be taken for the one that kills.
 
-    The last delivery is alone: a neighbour that kills its worker is no reason.
+    A worker that was stopped beyond its lease was taken for dead. The last delivery is alone: a neighbour that kills
+    its worker is no reason.
     """
     deaths = [evidence.deaths[run.pid] for run in runs if run.how is None and run.pid in evidence.deaths]
-    return len(deaths) >= MAX_DELIVERIES and deaths[-1].is_told
+    stops = [run for run in runs if run.pid not in evidence.deaths or run.how is not None]
+    stopped = sum(_was_stopped(run, evidence) for run in stops)
+    return len(deaths) + stopped >= MAX_DELIVERIES and (deaths[-1].is_told or stopped > 0)
+
+
+def _was_stopped(run: Run, evidence: Evidence) -> bool:
+    """Whether its worker was stopped beyond its lease while it ran."""
+    return any(
+        trouble.is_reason and trouble.pid == run.pid and trouble.begin <= run.end and trouble.end >= run.begin
+        for trouble in evidence.troubles_of[run.pid]
+    )
 
 
 def _told(runs: Sequence[Run]) -> str:
@@ -216,6 +227,8 @@ def _reason(errand: Errand, attempt: int, earlier: Sequence[Run], later: Run, ev
         return "a worker died that moves messages"
     if _senders_ran_again(errand, attempt, evidence):
         return "the task that sends it ran again"
+    if _was_sent_in_trouble(errand, attempt, evidence):
+        return "a server or a connection was away as a task sent it"
     last = earlier[-1]
     return f"?{last.how or 'began'} at {last.end if last.how else last.begin:.2f}, again at {later.begin:.2f}"
 
@@ -251,6 +264,17 @@ def _senders_ran_again(errand: Errand, attempt: int, evidence: Evidence) -> bool
     parents = [evidence.runs.get(parent, ()) for parent in errand.parents]
     sent = any(evidence.sent.get(parent, 0) > 1 for parent in errand.parents)
     return sent or any(len(runs) > 1 for runs in (own, *parents))
+
+
+def _was_sent_in_trouble(errand: Errand, attempt: int, evidence: Evidence) -> bool:
+    """Whether the task that sent it may have had no answer, and sent it again: a task's retry, or a chord's body."""
+    own = [run for run in evidence.runs.get(errand.id, ()) if run.attempt == attempt - 1]
+    parents = [run for parent in errand.parents for run in evidence.runs.get(parent, ())]
+    return any(
+        trouble.pid is None and trouble.begin <= run.end + ACK_SECONDS and trouble.end >= run.begin
+        for run in (*own, *parents)
+        for trouble in evidence.troubles
+    )
 
 
 def _letters(errand: Errand, evidence: Evidence) -> list[str]:

@@ -162,6 +162,14 @@ def test_what_a_task_sends_may_run_as_often_as_the_task() -> None:
         assert bool(one.problems) != is_fine
 
 
+@pytest.mark.parametrize(("begin", "is_reason"), [(1.5, True), (6, False)])
+def test_what_a_task_sends_while_a_connection_breaks_may_be_sent_twice(begin: float, is_reason: bool) -> None:
+    runs = run(1, 2, value="Retry"), run(10, 11, attempt=1), run(10.1, 11, attempt=1)
+    one = verdict(*runs, of=errand(last_attempt=1), troubles=trouble(begin, begin + 0.5, is_reason=False))
+    assert bool(one.again) == is_reason
+    assert bool(one.problems) != is_reason
+
+
 def test_attempts_of_a_retried_task_are_no_further_runs() -> None:
     attempts = [run(number, number + 0.5, attempt=number) for number in range(3)]
     assert verdict(*attempts, of=errand(last_attempt=2)).again == ()
