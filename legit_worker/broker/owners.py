@@ -39,8 +39,11 @@ def join(worker: Worker) -> Callable[[], None]:
 
 
 def in_doubt() -> bool:
-    """Whether this process may have lost its messages to others, so that no task may begin now."""
-    return any(ledger.is_in_doubt for ledger in _of_worker.values())
+    """Whether others may have the messages of an open channel, so that no task may begin now.
+
+    What came by another server, which this one has replaced, has no channel any more.
+    """
+    return any(ledger.is_in_doubt and ledger.channels for ledger in _of_worker.values())
 
 
 def opened(channel: Any) -> Ledger:
