@@ -10,6 +10,7 @@ In: messages, and their numbers. Out: copies.
 from __future__ import annotations
 
 import logging
+from time import monotonic
 from typing import Any
 
 import amqp
@@ -25,8 +26,11 @@ COUNT = "x-delivery-count"
 #: The header of a copy with the exchange and the routing key by which its message came.
 ADDRESS = "legit_address"
 
-#: Seconds that RabbitMQ may take to confirm a copy.
-CONFIRM_SECONDS = 5.0
+#: Seconds that RabbitMQ may take to connect, and to confirm a copy.
+PATIENCE = 5.0
+
+#: Seconds in which no copy is tried after one that failed: at first, and at most. Suspects wait for each other then.
+FIRST_PAUSE, LAST_PAUSE = 5.0, 60.0
 
 
 class Behind:
@@ -34,24 +38,55 @@ class Behind:
 
     def __init__(self) -> None:
         self._connection: kombu.Connection | None = None
+        self._is_busy = False
+        # Until when no copy is tried, by the monotonic clock, and the seconds of that pause.
+        self._away_until = self._pause = 0.0
 
     def put(self, message: kombu.Message, queue: str, deliveries: int) -> bool:
-        """Put a message behind the others in its queue. Returns False if RabbitMQ does not take the copy."""
-        try:
-            self._channel(message).basic_publish_confirm(
-                _copy(message, deliveries), routing_key=queue, confirm_timeout=CONFIRM_SECONDS
-            )
-        except (amqp.AMQPError, amqp.exceptions.MessageNacked, OSError) as error:
-            logger.warning("RabbitMQ takes no copy of a message for the end of its queue %s: %r", queue, error)
-            self.close()
+        """Put a message behind the others in its queue. Returns False if RabbitMQ does not take the copy.
+
+        A signal's handler may bring a message while a copy is on its way: it does not wait behind that one.
+        """
+        if self._is_busy or monotonic() < self._away_until:
             return False
+        self._is_busy = True
+        try:
+            self._send(message, queue, deliveries)
+        except (amqp.AMQPError, amqp.exceptions.MessageNacked, OSError) as error:
+            self._fail(queue, error)
+            return False
+        finally:
+            self._is_busy = False
+        self._pause = 0.0
         message.ack()
         return True
+
+    def _send(self, message: kombu.Message, queue: str, deliveries: int) -> None:
+        self._channel(message).basic_publish_confirm(
+            _copy(message, deliveries), routing_key=queue, confirm_timeout=PATIENCE
+        )
+
+    def _fail(self, queue: str, error: BaseException) -> None:
+        """Try no copy for a while: each would hold up everybody as long as this one did."""
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LAST_PAUSE)
+        self._away_until = monotonic() + self._pause
+        logger.warning(
+            "RabbitMQ takes no copy of a message for the end of its queue %s, and gets none for %.0f s: %r",
+            *(queue, self._pause, error),
+        )
+        self.close()
 
     def _channel(self, message: kombu.Message) -> Any:
         if self._connection is None:
             # Nobody reads this connection between two copies, so it must need no heartbeats.
-            self._connection = message.channel.connection.client.clone(heartbeat=0)
+            connection = message.channel.connection.client.clone(heartbeat=0)
+            connection.connect_timeout = PATIENCE
+            connection.transport_options |= {"read_timeout": PATIENCE, "write_timeout": PATIENCE}
+            # kombu would try for ever otherwise, on the worker's main thread.
+            connection.ensure_connection(
+                max_retries=1, timeout=PATIENCE, interval_start=0, reraise_as_library_errors=False
+            )
+            self._connection = connection
         return self._connection.default_channel
 
     def close(self) -> None:

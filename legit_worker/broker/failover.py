@@ -9,6 +9,7 @@ In: answers of Redis, channels that RabbitMQ closes. Out: errors after which Cel
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 from amqp.exceptions import PreconditionFailed, RecoverableConnectionError
@@ -53,6 +54,10 @@ class ClusterNodeError(exceptions.ResponseError):
         )
 
 
+class InterruptedWriteError(RecoverableConnectionError):
+    """A signal's handler has interrupted a write to this connection, and can't write to it."""
+
+
 class DeliveryTimeoutError(RecoverableConnectionError):
     """RabbitMQ has closed the channel, and delivers its messages again."""
 
@@ -76,7 +81,7 @@ def enduring(transport: Any) -> Any:
     if issubclass(transport, pyamqp.Transport):
         former = transport.Connection
         channel = type(former.Channel.__name__, (_EnduringAmqpChannel, former.Channel), {})
-        connection = type(former.__name__, (former,), {"Channel": channel})
+        connection = type(former.__name__, (_InterruptibleAmqpConnection, former), {"Channel": channel})
         return type(transport.__name__, (transport,), {"Connection": connection})
     return transport
 
@@ -121,6 +126,36 @@ class _EnduringConnection:
             if word := away(error):
                 raise FailedOverError(f"{word} {str(error).removeprefix(f'{word} ')}") from error
             raise
+
+
+class _InterruptibleAmqpConnection:
+    """Mixed into a py-amqp connection class. A signal's handler that interrupts a write waits for nothing.
+
+    Celery's handler of `SIGQUIT` cancels the consumers. py-amqp holds a lock while it writes, and the handler runs on
+    the thread that has the lock: it would wait for ever.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        make: Any = self.frame_writer_cls  # type: ignore[has-type]
+        self.frame_writer_cls = lambda *parts: _refusing_itself(make(*parts))
+
+
+def _refusing_itself(write: Any) -> Any:
+    """Return a writer that raises if its own thread is in the middle of a write."""
+    writing: set[int] = set()
+
+    def write_frame(*args: Any) -> Any:
+        thread = threading.get_ident()
+        if thread in writing:
+            raise InterruptedWriteError("a signal came in the middle of a write")
+        writing.add(thread)
+        try:
+            return write(*args)
+        finally:
+            writing.discard(thread)
+
+    return write_frame
 
 
 class _EnduringAmqpChannel:
