@@ -237,6 +237,25 @@ def test_stock_workers_take_over_and_are_taken_over(held: Sides, servers: Any, o
     assert on_broker.hlen("unacked") == 10
 
 
+@pytest.mark.parametrize(("before", "after"), [("stock", "modelpool"), ("modelpool", "stock")])
+def test_a_rolling_change_runs_each_task_once(
+    held: Sides, broker: Broker, on_broker: redis.Redis, before: str, after: str
+) -> None:
+    """Both take from one queue for a while, and then the former one ends in peace. Some tasks wait for their time."""
+    former = held.worker(before, broker=broker, PROJECT_ACKS_LATE="1", **SETTINGS)
+    sent = [former.client.send_task("parks", [item], countdown=20) for item in names(4, "later")]
+    sent += [former.send("parks", item) for item in names(20)]
+    poll(lambda: runs(former), "the former one to begin")
+    latter = held.worker(after, broker=broker, PROJECT_ACKS_LATE="1", **SETTINGS)
+    sent += [former.send("parks", item) for item in names(20, "both")]
+    poll(lambda: runs(latter), "the latter one to begin")
+    assert former.stop() == 0
+    sent += [latter.send("parks", item) for item in names(20, "after")]
+    latter.settle(sent)
+    assert runs(former, latter) == once(names(4, "later") + names(20) + names(20, "both") + names(20, "after"))
+    nothing_left(on_broker)
+
+
 # What is no message.
 
 
