@@ -37,6 +37,7 @@ class SoftShutdown:
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._cancel: Callable[[], None] | None = None
+        self._consumer: Any = None
         # Whether another signal has ended it, perhaps during the first signal's handler.
         self._is_over = False
         # The number of handlers that will call `pool.stop()`.
@@ -58,6 +59,7 @@ class SoftShutdown:
 
     def meet(self, consumer: Any) -> None:
         """Redirect a worker's signal handlers, which are installed by now, to this object."""
+        self._consumer = consumer
         consumer.controller.wait_for_soft_shutdown = self._begin
         name = next(name for name in CANCEL if hasattr(consumer, name))
         cancel = getattr(consumer, name)
@@ -82,11 +84,23 @@ class SoftShutdown:
         `on_cold_shutdown` calls this first, and `pool.stop()` last (celery.apps.worker).
         """
         self._handlers += 1
+        self._leave_consumers()
         conf = self._app.conf
         timeout = conf.worker_soft_shutdown_timeout
         if timeout > 0 and not self._is_over and (state.active_requests or conf.worker_enable_soft_shutdown_on_idle):
             self.until = monotonic() + timeout
             logger.warning("Initiating Soft Shutdown, terminating in %s seconds", timeout)
+
+    def _leave_consumers(self) -> None:
+        """Keep the handler, which goes on from here, from cancelling consumers on RabbitMQ.
+
+        That waits for an answer. The signal may have interrupted the worker as it waits for another one, such as to a
+        prefetch count. The handler would read both, and the worker would wait for its own until a heartbeat comes, or
+        for ever. Celery cancels the consumers once more as it stops, at once.
+        """
+        tasks, connection = self._consumer.task_consumer, getattr(self._consumer, "connection", None)
+        if tasks is not None and connection is not None and connection.transport.driver_type == "amqp":
+            tasks.cancel = lambda: None
 
     def _cancel_active(self, cancel: Callable[[], None]) -> None:
         """Cancel the running tasks, in place of the consumer's method in `CANCEL`, or have a soft shutdown do it.
@@ -95,6 +109,8 @@ class SoftShutdown:
         for the very code that they interrupted, so the pool cancels them as soon as that is over. A second signal ends
         a soft shutdown. Its handler may run inside the first signal's, and get here first.
         """
+        if self._consumer.task_consumer is not None:
+            vars(self._consumer.task_consumer).pop("cancel", None)  # what `_leave_consumers` put there
         is_second = self._cancel is not None
         self._cancel = cancel
         if is_second or monotonic() >= self.until:

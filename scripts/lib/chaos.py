@@ -166,6 +166,8 @@ class ChaosRun:
         self._act_until = self._moved = time.monotonic()
         self._ahead = round(AHEAD * len(self.plan.errands) / max(1, len(self.faults)))
         self._file: Any = None
+        # The beginning of a line whose end is not written yet.
+        self._begun = ""
 
     def go(self) -> None:
         """Run it all. Gives a verdict for each task that was sent."""
@@ -198,7 +200,8 @@ class ChaosRun:
         path = self.scene.folder / "notes"
         if self._file is None and path.exists():
             self._file = path.open()
-        for line in self._file or ():
+        *lines, self._begun = (self._begun + (self._file.read() if self._file else "")).split("\n")
+        for line in lines:
             note = json.loads(line)
             self.notes.append(note)
             name, *_, what, value = note
