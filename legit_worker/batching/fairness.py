@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Protocol
 
+from legit_worker.batching.twins import Group, Twins, distinct
+
 #: Items per app that are kept sorted; those behind them are in a heap. No batch is picked from more. Texts of mixed
 #: lengths so have 1 % of padding; with 512 it would be 2 %, with 256 3 %. To pick a batch from all takes 0.2 ms.
 FRONT = 1024
@@ -52,6 +54,9 @@ class Item:
     cost: int
     #: Only items with equal keys share a batch.
     key: Hashable
+    #: Items of equal keys and identities have the same output; None if nobody knows. `Twins` turns it into a group.
+    identity: Hashable = None
+    group: Group | None = None
     #: Position in its app's virtual time, and among the items at that position; set by `FairQueue.add`.
     tag: float = 0.0
     number: int = 0
@@ -157,6 +162,7 @@ class FairQueue:
         self._lanes: dict[str, _Lane] = {}
         self._numbers = count()
         self._size = 0
+        self._twins = Twins()
         #: The cost of all items that wait.
         self.cost = 0
 
@@ -172,6 +178,7 @@ class FairQueue:
         item.tag, item.number = max(lane.now, call.finish_tag), next(self._numbers)
         call.finish_tag = item.tag + item.cost
         lane.add(item)
+        self._twins.add(item)
         self._size += 1
         self.cost += item.cost
 
@@ -182,6 +189,11 @@ class FairQueue:
     def front(self) -> Iterator[Item]:
         """The items that a batch may be picked from, in fair order; they stay queued."""
         return self._first(FRONT, INTERLEAVED)
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether equal items wait."""
+        return self._twins.more > 0
 
     def _first(self, of_one: int, of_several: int) -> Iterator[Item]:
         """As many items of one app if no other waits, else as many of all."""
@@ -201,9 +213,9 @@ class FairQueue:
         return max((lane.last_cost for lane in self._lanes.values() if lane.light), default=0)
 
     def take(self, batch: Collection[Item]) -> None:
-        """Remove a batch that is about to run and charge its apps for it."""
-        costs: Counter[_Lane] = Counter()
-        for item in batch:
+        """Remove a batch that is about to run and charge its apps for it. Of equal items, the first one's app pays."""
+        costs: Counter[_Lane] = Counter({item.place: 0 for item in batch})
+        for item in distinct(batch):
             costs[item.place] += item.cost
         for lane, cost in costs.items():
             lane.now += cost / lane.calls
@@ -228,6 +240,7 @@ class FairQueue:
         """Forget items that wait here."""
         for item in items:
             item.place.remove(item)
+            self._twins.remove(item)
             self.cost -= item.cost
         self._size -= len(items)
 

@@ -21,6 +21,9 @@ from legit_worker.errors import InvalidInputError
 #: Numbers of an image or a sound that count as one unit of cost.
 NUMBERS_PER_COST = 1024
 
+#: The tensors of a text's features.
+TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
+
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
@@ -95,6 +98,16 @@ def key_of(features: dict[str, Any]) -> Hashable:
         else (name, str(value))
         for name, value in sorted(features.items())
     )
+
+
+def identity_of(features: dict[str, Any]) -> Hashable:
+    """A text's tokens, with all that depends on them; None for other inputs. What is no sequence is in `key_of`."""
+    if isinstance(ids := features.get("input_ids"), list):  # from the short way: the others depend on these
+        return tuple(ids)
+    tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+    if ids is None or not tensors.keys() <= TOKENS:
+        return None
+    return tuple(tuple(value.flatten().tolist()) for _, value in sorted(tensors.items()))
 
 
 def collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:

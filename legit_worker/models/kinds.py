@@ -33,6 +33,7 @@ from legit_worker.models.features import (
     collate,
     cost_of,
     dense_rows,
+    identity_of,
     key_of,
     largest,
     sparse_rows,
@@ -145,6 +146,10 @@ class SentenceModel:
     def batch_key(self, item: Prepared) -> Hashable:
         """Inputs share a batch if their modality, their image size and their prompt length are equal."""
         return item.key
+
+    def identity(self, item: Prepared) -> Hashable:
+        """Texts with the same tokens have the same output."""
+        return identity_of(item.features)
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Prepared]) -> torch.Tensor:

@@ -66,6 +66,7 @@ class LoadedModel:
         self._unload = self._optional("unload")
         self._memory = self._optional("memory")
         self._key_of = self._optional("batch_key")
+        self._identity_of = self._optional("identity")
         #: Makes an item of a given cost; None if the model can't.
         self.sample = self._optional("sample")
 
@@ -124,7 +125,7 @@ class LoadedModel:
         A model without `unload()`, and of a class that knows weak references, is gone once nobody has it any more.
         """
         model, unload = self.model, self._unload
-        self.model = self.sample = self._to = self._unload = self._memory = self._key_of = None
+        self.model = self.sample = self._to = self._unload = self._memory = self._key_of = self._identity_of = None
         if unload is None:
             with suppress(TypeError):
                 return weakref.ref(model)
@@ -156,6 +157,14 @@ class LoadedModel:
         if not key == key:  # a tensor has a hash, and can't be compared as one thing
             raise TypeError(f"batch_key() of model {self.alias!r} gave {key!r}, which does not equal itself")
         return key
+
+    def identity(self, prepared: Any) -> Hashable:
+        """What tells that two items of equal keys have the same output. Raises `TypeError` if it has no hash."""
+        found: Hashable = None
+        if self._identity_of is not None:
+            found = self._methods.at_once("identity", self._identity_of, prepared)
+            hash(found)
+        return found
 
     def postprocess(self, output: Any) -> Any:
         """One output, as the task gets it. Raises what the model raises."""

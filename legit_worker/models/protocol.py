@@ -32,13 +32,14 @@ class ImageFile:
 class Model(Protocol):
     """Five methods. The constructor gets those of `alias`, `path`, `dtype` and `revision` that it names.
 
-    More are optional. `batch_key(prepared) -> Hashable`: items share a batch only if their keys are equal; without
-    it, all may. `memory() -> int`: bytes of the loaded weights; without it, the size of their files. `sample(cost)
-    -> item`: an item of about this cost; with it, the load measures the memory that batches take on a GPU.
-    `to(device)`: moves the weights; with it, they may wait in the host's memory. `unload()`: frees the weights'
-    memory when the model is evicted and nobody uses it; without it, Python's collector does. `plan_encode(inputs,
-    **options) -> Plan`, and the same for `encode_query`, `encode_document` and `predict`: with it, handles of the
-    model have that method.
+    More are optional. `batch_key(prepared) -> Hashable`: items share a batch only if their keys are equal; without it,
+    all may. `identity(prepared) -> Hashable`: of items with equal keys and identities one is computed, and each gets
+    its output; without it, or if it is None, all are computed. `memory() -> int`: bytes of the loaded weights; without
+    it, the size of their files. `sample(cost) -> item`: an item of about this cost; with it, the load measures the
+    memory that batches take on a GPU. `to(device)`: moves the weights; with it, they may wait in the host's memory.
+    `unload()`: frees the weights' memory when the model is evicted and nobody uses it; without it, Python's collector
+    does. `plan_encode(inputs, **options) -> Plan`, and the same for `encode_query`, `encode_document` and `predict`:
+    with it, handles of the model have that method.
     """
 
     def load(self, device: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from time import monotonic, sleep
 
 from legit_worker.batching.fairness import Item
+from legit_worker.batching.twins import distinct
 from legit_worker.device.devices import Launch
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool.calls import ENDS
@@ -62,7 +63,7 @@ class Flights:
         start = monotonic()
         work = self._follow(batch)
         try:
-            launch = queue.model.launch([item.prepared for item in batch])
+            launch = queue.launch(batch)
         except ENDS:  # whoever drains the worker finds the batch where it was
             _settle(batch, work)
             queue.put_back(batch)
@@ -130,8 +131,9 @@ class Flights:
             queue.failed(batch, error)
             return
         # Nothing can be computed any more. An item that was alone is to blame; of several, nobody knows which.
-        if len(batch) == 1 and not self._flights:
-            batch[0].chunk.fail(error)
+        if len(distinct(batch)) == 1 and not self._flights:
+            for item in batch:
+                item.chunk.fail(error)
         else:
             queue.put_back(batch)
         raise DeviceLostError(

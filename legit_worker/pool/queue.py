@@ -8,10 +8,11 @@ the fairest item is in every batch. A batch that failed is tried again in halves
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import traceback
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,10 +23,12 @@ from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
 from legit_worker.batching.packer import padded, pick
 from legit_worker.batching.sizing import Sizing
+from legit_worker.batching.twins import distinct, with_twins
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.pool.calls import ENDS, Call, Chunk
+from legit_worker.pool.parts import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,9 @@ class BatchModel(Protocol):
 
     def batch_key(self, prepared: Any) -> Hashable:
         """What must be equal for two items to share a batch."""
+
+    def identity(self, prepared: Any) -> Hashable:
+        """Two items have the same output if this and their keys are equal; None says nothing about it."""
 
     def launch(self, batch: Sequence[Any]) -> Launch:
         """Hand a batch to the device. Raises what the model raises."""
@@ -82,6 +88,8 @@ class Counters:
     forward_seconds: float = 0.0
     #: Batches that ran out of memory.
     out_of_memory: int = 0
+    #: Items that were not computed, since their batch had an equal one.
+    duplicates: int = 0
 
     def __add__(self, other: Counters) -> Counters:
         mine, others = vars(self), vars(other)
@@ -107,7 +115,7 @@ class Counters:
             "items": self.items,
             "mean_batch": round(self.items / self.batches, 2) if self.batches else 0.0,
             "waste": round(self.waste, 4),
-            **({"out_of_memory": self.out_of_memory} if self.out_of_memory else {}),
+            **{name: count for name in ("out_of_memory", "duplicates") if (count := getattr(self, name))},
         }
 
 
@@ -125,56 +133,6 @@ class Room:
         """A batch that came near the limit went well: perhaps the memory that was short is free again."""
         if cost > self.most * NEAR:
             self.most *= RAISE
-
-
-class Parts:
-    """Parts of batches, to be tried again on their own before anything new. Lives inside a `ModelQueue`.
-
-    An item waits in a part if its place is that part.
-    """
-
-    def __init__(self) -> None:
-        self._parts: deque[list[Item]] = deque()
-        self._size = 0
-        #: Of the items that wait.
-        self.cost = 0
-
-    def __repr__(self) -> str:
-        return f"<Parts: {len(self._parts)} with {self._size} items>"
-
-    def __len__(self) -> int:
-        return self._size
-
-    def put(self, batch: list[Item], *, is_next: bool) -> None:
-        """Have these wait again, before or behind the other parts. An item for which nobody waits is left out."""
-        part = [item for item in batch if not item.chunk.is_over]
-        for item in part:
-            item.place = part
-        self._size += len(part)
-        self.cost += sum(item.cost for item in part)
-        if is_next:
-            self._parts.appendleft(part)
-        else:
-            self._parts.append(part)
-
-    def take_next(self) -> list[Item]:
-        """Take out the part that is next; an item waits."""
-        while not (batch := self.take(self._parts.popleft())):
-            pass
-        return batch
-
-    def take(self, part: list[Item]) -> list[Item]:
-        """Take out this part."""
-        return self.remove(item for item in part if item.place is part)
-
-    def remove(self, items: Iterable[Item]) -> list[Item]:
-        """Have these, which wait in a part, wait no more."""
-        left = list(items)
-        for item in left:
-            item.place = None
-        self._size -= len(left)
-        self.cost -= sum(item.cost for item in left)
-        return left
 
 
 class ModelQueue:
@@ -243,7 +201,12 @@ class ModelQueue:
         """More items of a call wait from now on. Raises what the model raises when asked for their costs and keys."""
         chunk, model = Chunk(call, self.model.alias), self.model
         # All of them first: what a user's model raises here is the task's error, and leaves nothing queued.
-        chunk.begin([Item(call, chunk, item, model.cost(item), model.batch_key(item)) for item in prepared])
+        chunk.begin(
+            [
+                Item(call, chunk, item, model.cost(item), model.batch_key(item), model.identity(item))
+                for item in prepared
+            ]
+        )
         for item in chunk.items:
             self._fair.add(item)
         return chunk
@@ -282,33 +245,50 @@ class ModelQueue:
         """It was not computed, and is next."""
         self._parts.put(batch, is_next=True)
 
+    def launch(self, batch: list[Item]) -> Launch:
+        """Hand a batch to the device, each of its equal items once. Raises what the model raises."""
+        return self.model.launch([item.prepared for item in distinct(batch)])
+
     def succeeded(self, batch: list[Item], launch: Launch) -> None:
         """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
-        costs = [item.cost for item in batch]
-        self.sizing.observe(len(batch), max(costs), launch.seconds)
-        self.model.observe(len(batch), max(costs), launch)
+        computed = distinct(batch)
+        costs = [item.cost for item in computed]
+        self.sizing.observe(len(costs), max(costs), launch.seconds)
+        self.model.observe(len(costs), max(costs), launch)
         self._room.did_fit(padded(costs))
         self.counters.note(costs, launch.seconds)
+        self.counters.duplicates += len(batch) - len(computed)
         try:
-            outputs = list(launch.outputs)
+            outputs = {id(item.group or item): output for item, output in zip(computed, launch.outputs, strict=True)}
         except Exception as error:  # a sequence of the model's own
             self.failed(batch, error)
             return
-        postprocess = self.model.postprocess
+        self._deliver(batch, outputs)
+
+    def _deliver(self, batch: list[Item], outputs: dict[int, Any]) -> None:
+        """Each item gets the output of its group; of equal items, all but the last one get a copy."""
         delivered = 0
+        left = Counter(id(item.group or item) for item in batch)
         try:
-            for item, output in zip(batch, outputs, strict=True):
-                item.chunk.deliver(item, output, postprocess)
+            for item in batch:
+                group = id(item.group or item)
+                left[group] -= 1
+                finish = self._finish_a_copy if left[group] else self.model.postprocess
+                item.chunk.deliver(item, outputs[group], finish)
                 delivered += 1
         except ENDS:  # whoever drains the worker finds the rest where it was
             self.put_back(batch[delivered:])
             raise
 
+    def _finish_a_copy(self, output: Any) -> Any:
+        """A task may change what it gets, and its neighbours must not see that."""
+        return copy.deepcopy(self.model.postprocess(output))
+
     def failed(self, batch: list[Item], error: BaseException) -> None:
         """One item may have spoilt the batch: try its halves, down to the item, which fails by itself."""
         is_memory = is_out_of_memory(error)
         if is_memory:
-            self._make_room(batch, error)
+            self._make_room(distinct(batch), error)
         if len(batch) > 1:
             middle = len(batch) // 2
             self.put_back(batch[middle:])
@@ -327,10 +307,13 @@ class ModelQueue:
     def _pick(self, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""
         first = candidates[0]
+        if self._fair.has_twins:
+            candidates = distinct(candidates)
         batch = self._cut([item for item in candidates if item.key == first.key], self._budget())
         by_memory = self.model.largest_cost(max(item.cost for item in batch))
         if padded([item.cost for item in batch]) > by_memory:  # longer ones take more for each unit
             batch = self._cut([first, *(item for item in batch if item is not first)], by_memory)
+        batch = with_twins(batch)
         self._fair.take(batch)
         return batch
 

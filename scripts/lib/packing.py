@@ -39,6 +39,9 @@ class Tokens:
     def batch_key(self, item: int) -> str:
         return "text"
 
+    def identity(self, item: int) -> None:
+        return None
+
     def largest_cost(self, longest: int) -> int:
         return 16_384
 

@@ -85,6 +85,17 @@ def test_a_list_of_texts_gives_a_list_of_vectors_in_order(worker: Worker, minilm
         assert_same_direction(vector, minilm.encode(text))
 
 
+def test_equal_texts_that_wait_together_are_computed_once(worker: Worker, minilm: Any) -> None:
+    def duplicates() -> int:
+        return int(worker.pool()["models"]["minilm"].get("duplicates", 0))
+
+    before = duplicates()
+    answer = embed(worker, ["a pear"] * 20 + ["the river"], model="minilm")
+    for vector, text in zip(answer, ["a pear"] * 20 + ["the river"], strict=True):
+        assert_same_direction(vector, minilm.encode(text))
+    assert duplicates() - before == 19
+
+
 def test_a_list_of_one_text_gives_a_list_of_one_vector(worker: Worker, minilm: Any) -> None:
     (vector,) = embed(worker, ["red apple"])
     assert_same_direction(vector, minilm.encode("red apple"))

@@ -47,6 +47,9 @@ class Letters:
     def batch_key(self, item: str) -> Hashable:
         return item.isupper()
 
+    def identity(self, item: str) -> Hashable:
+        return None
+
     def postprocess(self, output: str) -> str:
         return output
 

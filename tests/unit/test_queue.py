@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from letters import Letters, PoisonError, SmallLetters, error, outputs
 from touches import Touched, touches
 
@@ -30,7 +32,7 @@ def ask(queue: ModelQueue, items: list[str], app: str = "") -> Chunk:
 def compute(queue: ModelQueue, batch: list[Item]) -> None:
     """What the engine does with a batch."""
     try:
-        launch = queue.model.launch([item.prepared for item in batch])
+        launch = queue.launch(batch)
     except Exception as failure:
         queue.failed(batch, failure)
     else:
@@ -315,6 +317,137 @@ def test_a_model_that_was_only_asked_for_single_items_learns_what_more_of_them_t
     assert grown[0] == 2
     assert max(grown) >= 256
     assert all(after <= 4 * max(2, *grown[: number + 1]) for number, after in enumerate(grown[1:]))
+
+
+class Memorable(Letters):
+    """One whose equal items have the same output."""
+
+    def identity(self, item: str) -> Hashable:
+        return item
+
+    def launch(self, batch: Sequence[str]) -> Launch:
+        return Launch(outputs=[[item * 2] for item in self.forward(batch)], seconds=0.01 * len(batch))
+
+
+def test_equal_items_in_the_window_are_computed_once_and_each_task_gets_its_own_output() -> None:
+    model = Memorable()
+    subject = queue(model)
+    chunks = [ask(subject, [text], app) for app in ("a", "b") for text in ("one", "two", "one", "one")]
+    run_all(subject)
+    assert sorted(item for batch in model.batches for item in batch) == ["one", "two"]
+    results = [outputs(chunk)[0] for chunk in chunks]
+    assert results == [["oneoneoneone"], ["twotwotwotwo"], ["oneoneoneone"], ["oneoneoneone"]] * 2
+    assert len(set(map(id, results))) == len(results)
+    assert subject.counters.report()["duplicates"] == 6
+    assert (len(subject), subject.cost) == (0, 0)
+
+
+def test_equal_items_of_one_call_are_computed_once() -> None:
+    model = Memorable()
+    subject = queue(model)
+    chunk = ask(subject, ["one", "two", "one"])
+    drive(subject, chunk)
+    assert outputs(chunk) == [["oneoneoneone"], ["twotwotwotwo"], ["oneoneoneone"]]
+    assert sorted(model.batches[0]) == ["one", "two"]
+
+
+def test_equal_items_with_different_keys_are_not_the_same() -> None:
+    model = Memorable()
+    model.identity = lambda item: item.lower()  # type: ignore[method-assign]
+    subject = queue(model)
+    chunks = [ask(subject, [text]) for text in ("one", "ONE")]
+    run_all(subject)
+    assert [outputs(chunk)[0] for chunk in chunks] == [["oneoneoneone"], ["ONEONEONEONE"]]
+
+
+def test_an_error_reaches_each_of_the_equal_items() -> None:
+    subject = queue(Memorable())
+    bad = [ask(subject, ["bad!"]) for _ in range(5)]
+    good = [ask(subject, ["good"]) for _ in range(3)]
+    run_all(subject)
+    errors = [error(chunk) for chunk in bad]
+    assert all(isinstance(one, PoisonError) for one in errors)
+    assert len(set(map(id, errors))) == len(errors)
+    assert [outputs(chunk)[0] for chunk in good] == [["goodgoodgoodgood"]] * 3
+
+
+def test_a_task_that_is_gone_takes_nothing_from_those_that_asked_for_the_same() -> None:
+    model = Memorable()
+    subject = queue(model)
+    first, second, third = (ask(subject, ["one"]) for _ in range(3))
+    subject.drop(first)
+    batch = subject.next_batch()
+    assert len(batch) == 2
+    subject.drop(second)
+    compute(subject, batch)
+    assert outputs(third) == [["oneoneoneone"]]
+    assert not second.done.done()
+    assert len(subject) == 0
+
+
+def test_an_equal_item_that_comes_while_one_is_computed_is_computed_again() -> None:
+    model = Memorable()
+    subject = queue(model)
+    first = ask(subject, ["one"])
+    batch = subject.next_batch()
+    second = ask(subject, ["one"])
+    compute(subject, batch)
+    assert outputs(first)
+    assert not second.done.done()
+    run_all(subject)
+    assert outputs(second) == outputs(first)
+
+
+def test_many_equal_items_count_as_one_for_the_sizes_of_batches_and_their_memory() -> None:
+    class Small(SmallLetters, Memorable):
+        pass
+
+    model = Small(most=40)
+    subject = queue(model)
+    chunks = [ask(subject, ["x" * 20]) for _ in range(100)] + [ask(subject, ["y" * 20])]
+    run_all(subject)
+    assert model.refused == 0
+    assert all(outputs(chunk) for chunk in chunks)
+    assert sum(map(len, model.batches)) == 2
+    assert (subject.counters.items, subject.counters.padded_cost) == (2, 40)
+
+
+def test_equal_items_that_run_out_of_memory_fail_as_one_by_itself_does() -> None:
+    class Small(SmallLetters, Memorable):
+        pass
+
+    subject = queue(Small(most=8))
+    bad = [ask(subject, ["it never fits"]) for _ in range(3)]
+    good = ask(subject, ["fine"])
+    run_all(subject)
+    assert all(isinstance(error(chunk), DeviceOutOfMemoryError) for chunk in bad)
+    assert outputs(good)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.booleans()), max_size=60),
+    st.integers(1, 60),
+)
+def test_whatever_comes_and_goes_each_gets_its_output_and_nothing_is_left(
+    steps: list[tuple[int, int, bool]], most: int
+) -> None:
+    subject = queue(Memorable())
+    asked: list[tuple[Chunk, str]] = []
+    dropped = set()
+    for text, app, is_drop in steps:
+        if is_drop and asked:
+            number = text * 7 % len(asked)
+            if not asked[number][0].done.done():
+                dropped.add(number)
+            subject.drop(asked[number][0])
+        else:
+            asked.append((ask(subject, ["x" * (text + 1)], f"app{app}"), "x" * (text + 1)))
+        if len(subject) >= most:
+            step(subject)
+    run_all(subject)
+    for number, (chunk, text) in enumerate(asked):
+        assert number in dropped or outputs(chunk) == [[text * 4]]
+    assert (len(subject), subject.cost) == (0, 0)
 
 
 class Text(str):
