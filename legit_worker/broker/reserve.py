@@ -9,8 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import loads
+from legit_worker.quickjson import loads
 
 #: The most messages, and bytes, of one reservation. The first reservation after a wait asks for one message, and each
 #: full one doubles the next. So if there are few messages, an idle worker beside this one gets its share.
@@ -201,7 +200,7 @@ class Reserved:
     def payload(self) -> dict[str, Any] | None:
         """Parse the bytes; None if they are no message."""
         try:
-            payload = loads(bytes_to_str(self.raw))
+            payload = loads(self.raw)
         except Exception:  # kombu's JSON calls constructors, which may raise anything
             return None
         return payload if isinstance(payload, dict) else None

@@ -18,7 +18,7 @@ from celery.concurrency.base import apply_target
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.utils import threads
 
-from legit_worker import parking, settings
+from legit_worker import parking, quickjson, settings
 from legit_worker.broker.ledger import Worker
 from legit_worker.broker.owners import in_doubt, join
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
@@ -27,7 +27,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, limits, own, reports, sql, statistics, turns
+from legit_worker.pool import fibers, limits, own, reports, shown, sql, statistics, turns
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
@@ -47,7 +47,6 @@ from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
-from legit_worker.pool.shown import show_floats_quickly
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.suspects import Suspects
 from legit_worker.pool.telling import tell_own_time
@@ -202,7 +201,8 @@ class ModelPool(SoloPool):
         prepare_process()
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
-        self._undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end), show_floats_quickly())
+        undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end))
+        self._undo = (*undo, shown.show_floats_quickly(), quickjson.use())
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:
