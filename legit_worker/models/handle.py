@@ -76,6 +76,13 @@ os.register_at_fork(after_in_child=lambda: use_compute(compute_directly))
 def use(slot: Slot, residency: Residency) -> Iterator[LoadedModel]:
     """Wait until the model is in memory, where it stays while the block runs. Raises `ModelLoadError`."""
     with leave(slot.alias), parking.serving(slot.alias):
+        model = residency.take(slot)
+        if model is not None:
+            try:
+                yield model
+            finally:
+                residency.give_back(slot)
+            return
         request = residency.request(slot, must=parking.is_pressing() or is_in_another_call())
         try:
             if not request.future.done():

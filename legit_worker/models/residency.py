@@ -66,14 +66,28 @@ class Residency:
 
     # Requests.
 
+    def take(self, slot: Slot) -> LoadedModel | None:
+        """Have a model that is there. What was taken must be given back. None if it must be asked for."""
+        with self._lock:
+            if slot.state != "resident":
+                return None
+            slot.users += 1
+            slot.used_at = self._clock()
+            return slot.model
+
+    def give_back(self, slot: Slot) -> None:
+        """Its holder is done."""
+        with self._lock:
+            slot.users -= 1
+            slot.used_at = self._clock()
+        self._move_on(slot)
+
     def request(self, slot: Slot, *, must: bool = False) -> Request:
         """Ask for a model. What was asked for must be released."""
         request = Request(slot=slot, must=must, since=self._clock())
-        with self._lock:
-            model = slot.model if slot.state == "resident" else None
-            if model is not None:
-                policy.admit(request, request.since)
+        model = self.take(slot)
         if model is not None:
+            request.is_served = True
             request.future.set_result(model)
         else:
             self._read_budget(older_than=BUDGET_SECONDS)  # which may raise: the request is then nobody's
@@ -89,14 +103,17 @@ class Residency:
     def release(self, request: Request) -> None:
         """Its holder is done, or does not wait any more."""
         with self._lock:
-            if request.is_served:
-                request.is_served = False
-                request.slot.users -= 1
-                request.slot.used_at = self._clock()
-            elif request in self._waiting:
+            is_served, request.is_served = request.is_served, False
+            if not is_served and request in self._waiting:
                 self._waiting.remove(request)
-            is_news = not request.slot.users and bool(self._waiting or policy.is_draining(self._slots.values()))
-        if is_news:
+        if is_served:
+            self.give_back(request.slot)
+        else:
+            self._move_on(request.slot)
+
+    def _move_on(self, slot: Slot) -> None:
+        """Decide again if nobody has this model now, and others may have its place."""
+        if not slot.users and (self._waiting or policy.is_draining(self._slots.values())):
             self._read_budget(older_than=BUDGET_SECONDS)
             self._advance()
 
