@@ -117,15 +117,25 @@ def collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
 
 def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
     """One feature of all items as one tensor, or the value that is the same in each."""
-    if isinstance(values[0], list):
-        values = [torch.tensor([ids]) for ids in values]
-    if not isinstance(values[0], torch.Tensor):
+    if not isinstance(values[0], list | torch.Tensor):
         return values[0]
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
+    if all(isinstance(ids, list) for ids in values):
+        return _padded(values, fill, at_end=tokenizer.padding_side == "right")
+    values = [torch.tensor([ids]) if isinstance(ids, list) else ids for ids in values]
     if all(tensor.shape[1] == values[0].shape[1] for tensor in values):
         return torch.cat(values)
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
     rows = [tensor[0] for tensor in values]
     return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
+
+
+def _padded(rows: list[list[int]], fill: int, *, at_end: bool) -> torch.Tensor:
+    """One array for all rows: a tensor for each of them takes a hundred times as long."""
+    longest = max(map(len, rows))
+    numbers = np.full((len(rows), longest), fill or 0, dtype=np.int64)  # without padding, all have one length
+    for place, row in zip(numbers, rows, strict=True):
+        place[slice(len(row)) if at_end else slice(longest - len(row), None)] = row
+    return torch.from_numpy(numbers)
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
