@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +31,10 @@ class _Inside:
 
 #: None in a task's own code. A context of its own for each task and each thread.
 _inside: ContextVar[_Inside | None] = ContextVar("legit_worker_inside", default=None)
+
+
+#: The context of code that holds no lock.
+_STAYS = nullcontext()
 
 
 class Methods:
@@ -62,8 +66,7 @@ class Methods:
             _inside.reset(token)
 
 
-@contextmanager
-def leave(alias: str) -> Iterator[None]:
+def leave(alias: str) -> AbstractContextManager[None]:
     """Call model `alias` from here. Raise `LegitWorkerError` in a model's method that can't wait for it."""
     here = _here()
     if here is not None and here.lock is None:
@@ -71,23 +74,23 @@ def leave(alias: str) -> Iterator[None]:
             f"model {here.alias!r} calls model {alias!r} in its {here.method}(), for which other tasks wait: "
             f"call {alias!r} in preprocess(), or in the task before it calls {here.alias!r}"
         )
-    with away():
-        yield
+    return away()
+
+
+def away() -> AbstractContextManager[None]:
+    """Give up the lock of the method that this code is in, if it holds one, while it waits."""
+    here = _here()
+    return _STAYS if here is None or here.lock is None else _away(here, here.lock)
 
 
 @contextmanager
-def away() -> Iterator[None]:
-    """Give up the lock of the method that this code is in, if it holds one, while it waits."""
-    here = _here()
-    if here is None or here.lock is None:
-        yield
-        return
+def _away(here: _Inside, lock: threading.Lock) -> Iterator[None]:
     token = _inside.set(replace(here, is_away=True))
-    here.lock.release()
+    lock.release()
     try:
         yield
     finally:
-        here.lock.acquire()
+        lock.acquire()
         _inside.reset(token)
 
 

@@ -89,11 +89,18 @@ class Entrance:
 
     def _limit(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Limit | None:
         """This task's limits: its message's, its own, or the worker's. Raises `InvalidInputError`."""
-        header = job.headers.get("timelimit")
-        source = f"in its message's header timelimit={header!r}" if header else "in its own options"
-        soft = limits.seconds_of(soft, f"the soft time limit of {job.name}, {source},") or self.soft
-        hard = limits.seconds_of(hard, f"the time limit of {job.name}, {source},") or self.hard
+        if soft is None and hard is None:
+            soft, hard = self.soft, self.hard
+        else:
+            soft, hard = self._given(job, soft, hard)
         if not soft and not hard:
             return None
         tell = limits.timeout_callback(job.name, on_timeout, job.error_callback)
         return Limit(soft=soft, hard=hard, on_timeout=tell)
+
+    def _given(self, job: Job, soft: Any, hard: Any) -> tuple[float | None, float | None]:
+        header = job.headers.get("timelimit")
+        source = f"in its message's header timelimit={header!r}" if header else "in its own options"
+        soft = limits.seconds_of(soft, f"the soft time limit of {job.name}, {source},") or self.soft
+        hard = limits.seconds_of(hard, f"the time limit of {job.name}, {source},") or self.hard
+        return soft, hard

@@ -55,7 +55,7 @@ class Holdings:
 
     def keep_others_out(self) -> bool:
         """Whether no other task may run now."""
-        return _is_blind() or any(thing.keeps_others_out() for thing in self.shared)
+        return _is_blind() or (bool(self.shared) and any(thing.keeps_others_out() for thing in self.shared))
 
     def review(self, fiber: Fiber) -> None:
         """The task is about to park: it keeps what it needs, and others may have the rest."""

@@ -150,6 +150,12 @@ class Groups(Claims):
         # The next attempt of a retried task must not begin before Celery has told of this one.
         self._writer.store(write, waits=state != states.RETRY)
 
+    def ensure(self, fun: Any, args: tuple[Any, ...], **policy: Any) -> Any:
+        """Call what may fail while the server is away. The writer itself tries again."""
+        if _storing.get() is None or self.wrapped.ensure is not RedisBackend.ensure:
+            return super().ensure(fun, args, **policy)  # type: ignore[misc]
+        return fun(*args)
+
     @functools.cached_property
     def _writer(self) -> Writer:
         writer = Writer(self.as_uri(), self._connect, self._is_success)
