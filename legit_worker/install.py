@@ -52,7 +52,7 @@ class ModelPoolStep(bootsteps.Step):
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
         chosen = settings.load_or_exit()
-        for sentence in settings.not_yet_in_effect(chosen):
+        for sentence in (*settings.not_yet_in_effect(chosen), *settings.unknown_models(chosen)):
             logger.warning(sentence)
         import legit_worker
         from legit_worker import tasks

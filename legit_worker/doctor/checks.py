@@ -106,6 +106,8 @@ def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
         yield warning("LEGIT_WORKER_ENABLED is not 1 here: with this environment, workers are stock Celery's", "set it")
     for sentence in settings.not_yet_in_effect(chosen):
         yield warning(sentence, "leave it out, or wait for a release that reads it")
+    for sentence in settings.unknown_models(chosen):
+        yield warning(sentence, "correct the name, unless another worker has this model")
 
 
 def _versions() -> Iterator[Finding]:

@@ -4,10 +4,11 @@ In: `LEGIT_WORKER_*` variables, and the TOML file that `LEGIT_WORKER_CONFIG` nam
 frozen `Settings`, or a `SettingsError` that names every wrong variable. Nothing here imports Celery, and nothing reads
 a device: a process that only looks at its settings never opens a CUDA context.
 
-`schema.py` says which settings there are and what each may hold, `reading.py` reads and shows them, and `bounds.py`
-gives each app the bounds of all.
+`schema.py` says which settings there are, `values.py` what each may hold, and `reading.py` reads and shows them.
+`aliases.py` looks for models that only an app's list has, and `bounds.py` gives each app the bounds of all.
 """
 
+from legit_worker.settings.aliases import unknown_models
 from legit_worker.settings.bounds import with_bounds
 from legit_worker.settings.reading import (
     changed,
@@ -19,22 +20,21 @@ from legit_worker.settings.reading import (
     not_yet_in_effect,
     unknown,
 )
-from legit_worker.settings.schema import (
+from legit_worker.settings.schema import LIMITS, AppSettings, ModelSettings, Settings
+from legit_worker.settings.values import (
     KINDS_WITH_PATH,
     NAME,
     PREFIX,
     UNITS,
     Amount,
-    AppSettings,
     AppSource,
-    ModelSettings,
-    Settings,
     fold,
     path_variable,
 )
 
 __all__ = [
     "KINDS_WITH_PATH",
+    "LIMITS",
     "NAME",
     "PREFIX",
     "UNITS",
@@ -53,5 +53,6 @@ __all__ = [
     "not_yet_in_effect",
     "path_variable",
     "unknown",
+    "unknown_models",
     "with_bounds",
 ]

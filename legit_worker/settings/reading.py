@@ -18,7 +18,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_settings import TomlConfigSettingsSource
 
 from legit_worker.errors import SettingsError
-from legit_worker.settings.schema import BUILT_IN_TASKS, DELIMITER, GROUPS, PREFIX, Name, Settings, fold, spelled
+from legit_worker.settings.aliases import misspelt
+from legit_worker.settings.schema import GROUPS, Settings
+from legit_worker.settings.values import BUILT_IN_TASKS, DELIMITER, PREFIX, Name, fold, spelled
 
 #: Variables that Kubernetes sets for a service whose name begins with `legit-worker`. They are no settings.
 _OF_A_SERVICE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
@@ -61,6 +63,8 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
         settings = Settings(**{"enabled": enabled_by_default} | tree)
     except ValidationError as error:
         problems += [_problem(detail, given, file) for detail in error.errors(include_url=False, include_input=False)]
+    else:
+        problems += misspelt(settings)
     # Raised outside the handlers: pydantic's error may hold a password, and must not become this error's context.
     if problems:
         raise SettingsError("\n".join(problems))

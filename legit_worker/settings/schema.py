@@ -1,226 +1,51 @@
-"""Which settings there are, and what each may hold: `Settings`, and the groups of each model and each app.
+"""Which settings there are: `Settings`, and the groups of each model and each app. `values.py` says what each may hold.
 
 In: a variable's text, or a value of the TOML file. Out: frozen objects that were checked, or pydantic's error.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-PREFIX = "LEGIT_WORKER_"
-
-#: Stands between the parts of a variable's name.
-DELIMITER = "__"
-
-#: The built-in tasks that can have other names as well.
-BUILT_IN_TASKS = ("embed_text", "embed_image", "rerank", "prep_text", "prep_image")
-
-#: The kinds of model that are read from a path.
-KINDS_WITH_PATH = ("embed", "rerank", "sparse", "image")
-
-#: Bytes in one of each unit that an amount of memory can be written in.
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-#: The form of an app's or a queue's name.
-NAME = r"[A-Za-z0-9_.:-]{1,128}"
-
-#: The form of an amount. Fifteen digits are a petabyte, and a float holds them exactly.
-_AMOUNT = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
-
-#: Characters that an alias may have and that a shell does not allow in a variable's name: a variable has `_` instead.
-_UNSPELLABLE = re.compile(r"[-./]")
-
-#: Commas between app sources. A comma inside a queue's regex isn't followed by the start of another source.
-_BETWEEN_SOURCES = re.compile(r",\s*(?=(?:header|kwarg|queue):|reply_to\s*(?:,|$))")
-
-
-@dataclass(frozen=True)
-class Amount:
-    """An amount of memory: a number of bytes, or a share of the whole."""
-
-    #: As it was written: 4 in `4GiB`, 10 in `10%`.
-    number: float
-    #: `%`, or a key of `UNITS`.
-    unit: str = "B"
-
-    def __str__(self) -> str:
-        return f"{self.number:.15g}{self.unit}"
-
-    def of(self, total_bytes: int) -> int:
-        """Return bytes, on a device that has `total_bytes`. An amount in bytes may exceed the total."""
-        if self.unit == "%":
-            return int(total_bytes * self.number / 100)
-        return int(self.number * UNITS[self.unit])
-
-    @classmethod
-    def parse(cls, text: str) -> Amount:
-        """Read an amount written as `10%`, `4GiB`, `512 MiB` or `1000000`. Raises `ValueError`."""
-        found = _AMOUNT.fullmatch(text)
-        units = {unit.lower(): unit for unit in (*UNITS, "%")}
-        unit = units.get((found[2] or "B").lower()) if found else None
-        if found is None or unit is None:
-            raise ValueError(f"should be bytes, a number with {', '.join(UNITS)}, or a share such as 10%")
-        amount = cls(float(found[1]), unit)
-        if unit == "%" and amount.number > 100:
-            raise ValueError(f"{amount} is more than all there is: give at most 100%")
-        return amount
-
-
-@dataclass(frozen=True)
-class AppSource:
-    """One place to look for the name of the app that a task is for."""
-
-    #: Where to look.
-    kind: Literal["header", "kwarg", "queue", "reply_to"]
-    #: The header's or keyword argument's name; for `queue`, a regex whose group `app` is the app; else empty.
-    value: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.value}" if self.value else self.kind
-
-    @classmethod
-    def parse(cls, text: str) -> AppSource:
-        """Read a source written as `header:app`, `kwarg:app`, `queue:<regex>` or `reply_to`. Raises `ValueError`."""
-        kind, _, value = text.strip().partition(":")
-        if kind == "reply_to" and not value:
-            return cls("reply_to")
-        if kind == "header" and value:
-            return cls("header", value)
-        if kind == "kwarg" and value:
-            return cls("kwarg", value)
-        if kind == "queue" and value:
-            return cls("queue", _with_app_group(value))
-        raise ValueError(f"{text!r} should be header:<name>, kwarg:<name>, queue:<regex with (?P<app>…)> or reply_to")
-
-
-def _with_app_group(pattern: str) -> str:
-    """Return the pattern unchanged. Raises `ValueError` if it can't name an app."""
-    try:
-        groups = re.compile(pattern).groupindex
-    except re.error as error:
-        raise ValueError(f"queue:{pattern} is not a regular expression: {error}") from None
-    if "app" not in groups:
-        raise ValueError(f"queue:{pattern} has no group (?P<app>…): the app's name must match such a group")
-    return pattern
-
-
-def _matching(pattern: str, meaning: str) -> AfterValidator:
-    """Check that the whole string matches; the error says `meaning`."""
-
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"should be {meaning}")
-        return value
-
-    return AfterValidator(check)
-
-
-def nothing_if(word: str) -> BeforeValidator:
-    """Read this word as None."""
-    return BeforeValidator(lambda value: None if isinstance(value, str) and value.lower() == word else value)
-
-
-def _in_bytes(amount: Amount) -> Amount:
-    """Refuse a share, since there is no whole to take it of."""
-    if amount.unit == "%":
-        raise ValueError(f"should be bytes, such as 16MiB, and not a share such as {amount}")
-    return amount
-
-
-def listed(value: Any, separator: str | re.Pattern[str] = ",") -> Any:
-    """Split a string: JSON if it starts like JSON, else at the separators. Other values stay as they are."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON: {error}") from None
-    return [part.strip() for part in re.split(separator, value) if part.strip()]
-
-
-def _sources(value: Any) -> Any:
-    """Read each string of a list as an `AppSource`."""
-    value = listed(value, _BETWEEN_SOURCES)
-    if not isinstance(value, list):
-        return value
-    return tuple(AppSource.parse(source) if isinstance(source, str) else source for source in value)
-
-
-def _renames_by_alias(value: Any) -> Any:
-    """Read aliases in any of their spellings as `{alias: renames}`."""
-    value = listed(value)
-    if isinstance(value, Mapping):
-        return {alias: {} if renames is None else renames for alias, renames in value.items()}
-    if isinstance(value, list) and all(isinstance(alias, str) for alias in value):
-        return {alias: {} for alias in value}
-    raise ValueError('should be a task\'s name, a list of names, or {name: {"caller\'s argument": "built-in\'s"}}')
-
-
-def fold(alias: str) -> str:
-    """Reduce an alias to what tells models apart: `text-embedding-3` and `Text_Embedding_3` are one name."""
-    return _UNSPELLABLE.sub("_", alias.lower())
-
-
-#: A name that is part of a variable's name. Variables are often upper case, so case doesn't count.
-Key = Annotated[str, StringConstraints(to_lower=True, min_length=1)]
-SafeName = Annotated[str, _matching(NAME, "1 to 128 of the characters A-Z a-z 0-9 _ . : -")]
-AppName = Annotated[SafeName, StringConstraints(to_lower=True)]
-ModelAliases = Annotated[tuple[Key, ...], BeforeValidator(listed)]
-Folders = Annotated[tuple[Path, ...], BeforeValidator(listed)]
-Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
-AppSources = Annotated[tuple[AppSource, ...], BeforeValidator(_sources)]
-Kind = Annotated[
-    str,
-    _matching(
-        rf"{'|'.join(KINDS_WITH_PATH)}|simulated|[^\W\d][\w.]*:[^\W\d][\w.]*",
-        f"{', '.join(KINDS_WITH_PATH)}, simulated, or a class of your own as module:Class",
-    ),
-]
-DeviceName = Annotated[str, _matching(r"auto|cpu|cuda(:[0-9]+)?|simulated", "auto, cpu, cuda, cuda:N or simulated")]
-Memory = Annotated[
+from legit_worker.settings.values import (
+    FORMATS,
+    KINDS_WITH_PATH,
     Amount,
-    BeforeValidator(lambda value: Amount.parse(str(value)) if isinstance(value, str | int | float) else value),
-]
-Bytes = Annotated[Memory, AfterValidator(_in_bytes)]
-BuiltInTask = Annotated[str, _matching("|".join(BUILT_IN_TASKS), f"one of {', '.join(BUILT_IN_TASKS)}")]
-TaskAliases = Annotated[
-    dict[Annotated[str, StringConstraints(min_length=1)], dict[str, str | None]], BeforeValidator(_renames_by_alias)
-]
-Seconds = Annotated[float, Field(ge=0)]
-SomeSeconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+    AppName,
+    AppSource,
+    AppSources,
+    BuiltInTask,
+    Bytes,
+    Count,
+    DeviceName,
+    Folder,
+    Folders,
+    Formats,
+    Hosts,
+    Key,
+    Kind,
+    Memory,
+    ModelAliases,
+    Networks,
+    Pixels,
+    SafeName,
+    Seconds,
+    ServerUrl,
+    Some,
+    SomeSeconds,
+    TaskAliases,
+    at_home,
+    fold,
+    nothing_if,
+    spelled,
+)
 
-
-#: The parts of a setting's name, in lower case: `("models", "minilm", "path")`.
-Name = tuple[str, ...]
-
-
-def spelled(name: Name) -> str:
-    """Return the variable of this name."""
-    return PREFIX + DELIMITER.join(name).upper()
-
-
-def path_variable(alias: str) -> str:
-    """Return the variable that configures a model of this alias, as a shell takes it."""
-    return spelled(("models", fold(alias), "path"))
+#: The settings that bound what a task may bring: an app has its own, or those of all apps.
+LIMITS = ("max_items", "max_characters", "max_image_bytes", "max_pixels", "max_task_pixels", "image_formats")
 
 
 class _Group(BaseModel):
@@ -251,7 +76,7 @@ class ModelSettings(_Group):
         kind = info.data.get("kind")
         if not path and kind in KINDS_WITH_PATH:
             raise ValueError(f"a model of kind {kind!r} needs a path: a folder, or a name on the Hugging Face Hub")
-        return path
+        return None if path is None else str(at_home(path)) if kind in KINDS_WITH_PATH else path
 
 
 class AppSettings(_Group):
@@ -266,7 +91,7 @@ class AppSettings(_Group):
     #: The Celery task or the Laravel job that handles a result on the app's side.
     job: str | None = Field(default=None, validate_default=True)
     #: The server of the app's queue; None is the broker. It may hold a password, so no message shows it.
-    url: str | None = Field(default=None, repr=False)
+    url: ServerUrl = Field(default=None, repr=False)
     #: Precedes the queue's name in Redis.
     prefix: str = ""
     #: How arrays of floats are written.
@@ -287,6 +112,13 @@ class AppSettings(_Group):
     weight: float = Field(default=1.0, gt=0)
     #: The aliases of the models that it may use; None is all. Other workers may serve some of these.
     models: ModelAliases | None = None
+    #: What one of its tasks may bring; None takes the limit of all apps.
+    max_items: Some | None = None
+    max_characters: Some | None = None
+    max_image_bytes: Bytes | None = None
+    max_pixels: Pixels | None = None
+    max_task_pixels: Some | None = None
+    image_formats: Formats | None = None
 
     @field_validator("job")
     @classmethod
@@ -337,7 +169,7 @@ class Settings(BaseSettings):
     #: The most device memory to take; None is all but the headroom.
     vram_limit: Memory | None = None
     #: The folder in which workers of one GPU meet, to load one after the other; None is a folder of the user's own.
-    lock_dir: Path | None = None
+    lock_dir: Folder | None = None
     #: The most of the host's memory for weights that have left the device.
     host_cache: Bytes = Amount(0)
     #: Tasks in flight; None is the pool's measured default.
@@ -361,9 +193,9 @@ class Settings(BaseSettings):
     #: Folders that images may be read from by their path.
     prep_roots: Folders = ()
     #: Hosts that images may be fetched from.
-    prep_hosts: Names = ()
+    prep_hosts: Hosts = ()
     #: Private networks, as `10.0.0.0/8`, that a host of `prep_hosts` may be in.
-    prep_private: Names = ()
+    prep_private: Networks = ()
     #: By built-in task and then alias: the built-in's name for each of the caller's arguments, None to drop it.
     tasks: Annotated[dict[BuiltInTask, TaskAliases], AfterValidator(_aliased_once)] = Field(default_factory=dict)
     #: The bounds of each app's queue and dead letters, unless the app has its own; 0 sets no bound.
@@ -371,8 +203,22 @@ class Settings(BaseSettings):
     queue_max_seconds: Seconds = 0.0
     dead_max_length: Count = 0
     dead_max_seconds: Seconds = 0.0
+    #: The most items in one task. Several tasks are better: they share batches, and a bad item fails fewer others.
+    max_items: Some = 2048
+    #: The most characters in one text: forty times what the longest models take. Tokenizing takes time for each.
+    max_characters: Some = 1_000_000
+    #: The most bytes in one image's file.
+    max_image_bytes: Bytes = Amount(32, "MiB")
+    #: The most pixels in one image, as a large camera has. A file of half a megabyte can hold a hundred times as many.
+    max_pixels: Pixels = 64_000_000
+    #: The most pixels in all images of one task: some twenty seconds of decoding.
+    max_task_pixels: Some = 1_000_000_000
+    #: The formats that an image may have.
+    image_formats: Formats = FORMATS[:6]
     #: By app, in lower case.
     apps: dict[AppName, AppSettings] = Field(default_factory=dict)
+    #: The models that tasks may use that name none of `apps`; None is all, `none` is none.
+    no_app_models: Annotated[ModelAliases | None, nothing_if("none", ())] = None
     #: Where a task says which app it is for; the first that names one counts.
     app_from: AppSources = (AppSource("header", "app"), AppSource("kwarg", "app"))
     #: The most bytes of one routed envelope; a larger result is routed as a failure that says so.

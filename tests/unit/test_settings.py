@@ -32,6 +32,7 @@ from legit_worker.settings import (
     not_yet_in_effect,
     path_variable,
     unknown,
+    unknown_models,
     with_bounds,
 )
 
@@ -327,6 +328,70 @@ def test_an_empty_path_of_a_model_that_has_more_counts_as_not_set(toml: Any) -> 
 def test_what_kubernetes_sets_for_a_service_is_no_setting(name: str, text: str) -> None:
     assert loaded(**{name: text}) == load({})
     assert unknown(environ({name: text})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("PREP_PRIVATE", "10.0.0.0/33", "10.0.0.0/33.*10.0.0.0/8"),
+        ("PREP_PRIVATE", "10.0.0.0/8,internal", "internal"),
+        ("PREP_HOSTS", "https://", "'https://' should be a host"),
+        ("PREP_HOSTS", "a.example,*", "should be a host"),
+        ("PREP_HOSTS", "a.example/pictures", "should be a host"),
+        ("PREP_HOSTS", "ftp://a.example", "should be a host"),
+        ("PREP_HOSTS", "a.example:http", "should be a host"),
+        ("PREP_HOSTS", "me@a.example", "should be a host"),
+        ("PREP_ROOTS", "/images,~no-such-user/images", "no user"),
+        ("LOCK_DIR", "~no-such-user", "no user"),
+        ("APPS__VOD__URL", "reds://host/0", "reds:// is no server.*redis"),
+        ("IMAGE_FORMATS", "JPG", "'JPG' should be one of JPEG"),
+        ("IMAGE_FORMATS", "EPS", "'EPS' should be one of"),
+        ("IMAGE_FORMATS", "[]", "at least 1"),
+        ("MAX_PIXELS", "1000000000", "178956970"),
+        ("MAX_ITEMS", "0", "greater than or equal to 1"),
+        ("APPS__VOD__MODELS", "minlm", "APPS__VOD__MODELS names 'minlm', which is no model; did you mean minilm?"),
+        ("NO_APP_MODELS", "clip,minilmm_l6", "NO_APP_MODELS names 'minilmm_l6'.*did you mean minilm-l6?"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_the_start_by_its_name(name: str, text: str, said: str) -> None:
+    models = {f"MODELS__{alias}__PATH": "x" for alias in ("minilm", "minilm-l6", "clip")}
+    message = complaint(**models, **{name: text})
+    assert f"LEGIT_WORKER_{name}" in message
+    assert re.search(said, message)
+
+
+@pytest.mark.parametrize("host", ["a.example", "*.a.example:8443", "http://images:8080", "https://[::1]", "10.0.0.7"])
+def test_hosts_of_every_form_are_taken(host: str) -> None:
+    assert loaded(PREP_HOSTS=host).prep_hosts == (host,)
+
+
+@pytest.mark.parametrize("url", ["redis://h/0", "rediss://h", "sentinel://a;sentinel://b:2", "sqla+sqlite:///x", "h:1"])
+def test_urls_of_servers_that_celery_knows_are_taken(url: str) -> None:
+    assert loaded(APPS__VOD__URL=url).apps["vod"].url == url
+
+
+@pytest.mark.parametrize("other", ["bge-m3", "minilm-l12", "minilm-l6-int8"])
+def test_a_model_that_only_another_worker_has_is_told_and_not_refused(other: str) -> None:
+    chosen = loaded(**{"MODELS__minilm-l6__PATH": "x", "APPS__VOD__MODELS": f"minilm_l6,{other}"})
+    (sentence,) = unknown_models(chosen)
+    assert sentence == (
+        f"LEGIT_WORKER_APPS__VOD__MODELS names {other!r}, and this worker has no such model: it has minilm-l6."
+    )
+
+
+def test_home_folders_are_written_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    models = {"MODELS__M__PATH": "~/m", "MODELS__S__KIND": "x:Y", "MODELS__S__PATH": "~"}
+    chosen = loaded(PREP_ROOTS="~/a,/b", LOCK_DIR="~", **models)
+    assert chosen.prep_roots == (Path("/home/me/a"), Path("/b"))
+    assert chosen.lock_dir == Path("/home/me")
+    assert (chosen.models["m"].path, chosen.models["s"].path) == ("/home/me/m", "~")
+
+
+def test_no_models_for_tasks_without_an_app_is_not_all_of_them() -> None:
+    assert loaded().no_app_models is None
+    assert loaded(NO_APP_MODELS="none").no_app_models == ()
+    assert loaded(NO_APP_MODELS="a, B").no_app_models == ("a", "b")
 
 
 def test_unknown_variables_are_told_without_loading_any() -> None:
@@ -788,6 +853,15 @@ WITH_EFFECT = {
     "PREP_ROOTS": "/images",
     "PREP_HOSTS": "*.example.org",
     "PREP_PRIVATE": "10.0.0.0/8",
+    "MAX_ITEMS": "10",
+    "MAX_CHARACTERS": "1000",
+    "MAX_IMAGE_BYTES": "1MiB",
+    "MAX_PIXELS": "1000000",
+    "MAX_TASK_PIXELS": "2000000",
+    "IMAGE_FORMATS": "jpeg,PNG",
+    **{f"APPS__VOD__MAX_{name}": "5" for name in ("ITEMS", "CHARACTERS", "IMAGE_BYTES", "PIXELS", "TASK_PIXELS")},
+    "APPS__VOD__IMAGE_FORMATS": "PNG",
+    "NO_APP_MODELS": "none",
     "TASKS__PREP_TEXT": "p",
     "TASKS__PREP_IMAGE": '{"i": {}}',
     "DEVICE": "cpu",
