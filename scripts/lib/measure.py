@@ -10,6 +10,7 @@ queue, and the clock starts. It stops when every task's result is in the backend
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,14 @@ STUCK_SECONDS = 180
 FETCHED_AT_ONCE = 256
 #: Tasks that load the model and fill its caches before anything is timed.
 WARM_UP_TASKS = 24
+
+
+#: One text, or the texts of one task.
+Item = str | list[str]
+#: Keyword arguments of tasks, which take turns.
+Options = Sequence[dict[str, Any]]
+#: The model that both sides have.
+MODEL: Options = ({"model": "minilm"},)
 
 
 class StuckError(RunError):
@@ -74,29 +83,34 @@ class Watch:
             raise StuckError(f"{self._worker.name}: no result for {STUCK_SECONDS} s. The end of its log:\n{tail}")
 
 
-def warm_up(side: Side, texts: Sequence[str]) -> None:
+def warm_up(side: Side, texts: Sequence[Item], options: Options = MODEL) -> None:
     """Waits until the worker is up, has loaded its model, and has answered some tasks."""
-    timed_run(side, texts[:WARM_UP_TASKS])
+    timed_run(side, texts[:WARM_UP_TASKS], options=options)
 
 
-def timed_run(side: Side, texts: Sequence[str], task: str = TASK) -> Run:
-    """All texts, one task each, at once. Raises when a task fails, or the worker dies or is stuck."""
-    ids = _publish(side, texts, task)
-    keys = [side.client.backend.get_key_for_task(task_id) for task_id in ids]
+def timed_run(side: Side, items: Sequence[Item], task: str = TASK, options: Options = MODEL) -> Run:
+    """All items, one task each, at once. Raises when a task fails, or the worker dies or is stuck."""
+    keys = stage(side, items, task, options)
     store = side.client.backend.client
     started = time.perf_counter()
     store.rename(STAGING, QUEUE)
-    _wait(store, keys, Watch(side.worker))
+    wait(store, keys, Watch(side.worker))
     seconds = time.perf_counter() - started
+    return Run(seconds=seconds, answers=collect(side, keys))
+
+
+def collect(side: Side, keys: list[str]) -> list[Any]:
+    """What each task gave, which the backend then forgets. Raises when a task failed."""
+    store = side.client.backend.client
     answers = [_answer(side.name, value) for value in _fetch(store, keys)]
     store.delete(*keys)
-    return Run(seconds=seconds, answers=answers)
+    return answers
 
 
-def lone_task(side: Side, text: str) -> float:
+def lone_task(side: Side, item: Item) -> float:
     """Seconds from sending one task to an idle worker until its result is here, as an ordinary client waits for it."""
     started = time.perf_counter()
-    result = side.client.send_task(TASK, args=[text])
+    result = side.client.send_task(TASK, [item], MODEL[0])
     result.get(timeout=STUCK_SECONDS)
     seconds = time.perf_counter() - started
     result.forget()
@@ -114,13 +128,19 @@ def _normalized(vectors: Iterable[Sequence[float]]) -> numpy.ndarray:
     return numpy.asarray(matrix / numpy.linalg.norm(matrix, axis=1, keepdims=True))
 
 
-def _publish(side: Side, texts: Sequence[str], task: str) -> list[str]:
-    """To the staging list. The publisher has no result backend: it would subscribe to every single result."""
+def stage(side: Side, items: Sequence[Item], task: str = TASK, options: Options = MODEL, **sending: Any) -> list[str]:
+    """One message per item, to the staging list. Returns their results' keys. Each item takes the next of `options`.
+
+    The publisher has no result backend: it would subscribe to every single result.
+    """
     with Celery(broker=side.url, set_as_current=False) as publisher:
-        return [publisher.send_task(task, args=[text], queue=STAGING).id for text in texts]
+        pairs = zip(items, itertools.cycle(options))
+        ids = [publisher.send_task(task, [item], chosen, queue=STAGING, **sending).id for item, chosen in pairs]
+    return [side.client.backend.get_key_for_task(task_id) for task_id in ids]
 
 
-def _wait(store: Any, keys: list[str], watch: Callable[[int], None]) -> None:
+def wait(store: Any, keys: list[str], watch: Callable[[int], None]) -> None:
+    """Until each of these keys has its result."""
     while (done := store.exists(*keys)) < len(keys):
         watch(done)
         time.sleep(TICK_SECONDS)

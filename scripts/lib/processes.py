@@ -59,6 +59,16 @@ class Process:
         """The exit code, once it has ended. Raises `subprocess.TimeoutExpired`."""
         return self._popen.wait(seconds)
 
+    def kill(self) -> None:
+        """Ends it and all that it started, and waits until it is gone."""
+        self.send_all(signal.SIGKILL)
+        self._popen.wait()
+
+    def send_all(self, number: int) -> None:
+        """A signal to the process and to all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 

@@ -8,8 +8,10 @@ both run the same command line but for the project's name.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,16 +58,25 @@ def start_stock_celery(processes: Processes, broker: str) -> Side:
     return start_side(processes, "stock Celery", "stock_project", f"{broker}/1", model)
 
 
-def start_side(processes: Processes, name: str, project: str, url: str, settings: dict[str, str]) -> Side:
-    """A worker on this project, with these variables, and its client."""
-    celery = str(Path(sys.executable).with_name("celery"))
-    command = [celery, "-A", project, "worker", "--pool=solo"]
-    folder = STOCK_FOLDER if project == "stock_project" else None
-    worker = processes.start(name.replace(" ", "-"), command, _environment(processes, url) | settings, folder)
+def start_side(
+    processes: Processes,
+    name: str,
+    project: str,
+    url: str,
+    settings: dict[str, str],
+    options: Sequence[str] = ("--pool=solo",),
+    python: Path | None = None,
+) -> Side:
+    """A worker on this project, with these variables and options, and its client. `python` is another environment's."""
+    celery = [str(python), "-m", "celery"] if python else [str(Path(sys.executable).with_name("celery"))]
+    command = [*celery, "-A", project, "worker", *options]
+    folder = None if project == "legit_worker" else STOCK_FOLDER
+    label = re.sub(r"\W+", "-", name)
+    worker = processes.start(label, command, worker_environment(processes, url) | settings, folder)
     return Side(name=name, client=Celery(broker=url, backend=url), worker=worker, url=url)
 
 
-def _environment(processes: Processes, url: str) -> dict[str, str]:
+def worker_environment(processes: Processes, url: str) -> dict[str, str]:
     """The user's environment, so that `LEGIT_WORKER_WINDOW=256 scripts/bench` works, less what names another broker."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
     ours = {"CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url}

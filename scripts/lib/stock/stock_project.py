@@ -19,16 +19,16 @@ app = Celery("stock_project")
 
 
 @cache
-def model() -> SentenceTransformer:
-    """Loaded by the first task, and kept."""
+def loaded(name: str) -> SentenceTransformer:
+    """Loaded by the first task that names it, and kept. All names are the same weights, each with a copy of its own."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(os.environ["MODEL_PATH"])
 
 
 @app.task(name="legit_worker.embed_text")
-def embed_text(text: str | list[str]) -> list[float]:
-    return model().encode(text).tolist()
+def embed_text(text: str | list[str], model: str = "minilm") -> list[float]:
+    return loaded(model).encode(text).tolist()
 
 
 @cache

