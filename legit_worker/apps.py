@@ -1,4 +1,4 @@
-"""Which app a task is for. Pure.
+"""Which app a task is for. Pure, but for `of_current_task`, which asks Celery which task that is.
 
 In: the settings, and a task's request as Celery parsed it. Out: a name, or None. The settings may not have that app.
 """
@@ -22,6 +22,20 @@ def identify(chosen: Settings, request: Mapping[str, Any]) -> str | None:
         if isinstance(name, str) and name:
             return name.lower()
     return None
+
+
+def of_current_task(chosen: Settings) -> str:
+    """Return the app that this thread's or fiber's task is for; "" if the settings have no app of this name.
+
+    A task that runs eagerly inside another one, and names no app, is for the app of the outer one.
+    """
+    from celery._state import _task_stack
+
+    for task in reversed(_task_stack.stack):
+        name = identify(chosen, vars(task.request))
+        if name in chosen.apps:
+            return name
+    return ""
 
 
 def header(name: str, request: Mapping[str, Any]) -> Any:

@@ -1,17 +1,15 @@
 """The built-in tasks, and their aliases.
 
 In: JSON, from any client. Out: JSON. A task refuses bad input with `InvalidInputError` before it reaches a batch, and
-never retries it.
+never retries it: `inputs/` is the border.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from inspect import signature
@@ -19,24 +17,24 @@ from typing import Any
 
 from celery import Celery
 
-from legit_worker import settings
+from legit_worker import apps, settings
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.images import image_of
+from legit_worker.inputs.limits import Limits, limits_of
+from legit_worker.inputs.reading import at, check_counts, images_of, is_chunks, items_of, texts_of, texts_or_prepared
+from legit_worker.inputs.texts import text_of
+from legit_worker.inputs.types import Pair
 from legit_worker.models.handle import Handle
 from legit_worker.models.preparing import each
-from legit_worker.models.protocol import ImageFile
 from legit_worker.prep import processes, sources
-from legit_worker.prep.images import MAX_BYTES, open_image, pixels, resize_of, shrink
-from legit_worker.prep.texts import PreparedText, tokenizer_of
+from legit_worker.prep.images import resize_of, shrink
+from legit_worker.prep.texts import tokenizer_of
 from legit_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: The most items in one task. Several tasks are better: they share batches anyway, and a bad item fails fewer others.
-MAX_ITEMS = 2048
-
-#: The most characters in one text: about forty times what the longest models take. The time of tokenizing grows with
-#: the text, even if the model then cuts it.
-MAX_CHARACTERS = 1_000_000
+#: The most items in one task, unless `LEGIT_WORKER_MAX_ITEMS` says otherwise.
+MAX_ITEMS: int = Settings.model_fields["max_items"].default
 
 
 def embed_text(text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True) -> Any:
@@ -46,25 +44,27 @@ def embed_text(text: Any, model: str | None = None, normalize: bool | None = Non
     `truncate=False` refuses a text that the model would cut. Returns floats, `[dim]` or `[n, dim]`. Raises
     `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
     """
-    if isinstance(text, list) and text and all(map(_is_chunks, text)):
+    if isinstance(text, list) and text and all(map(is_chunks, text)):
         rows = iter(embed_text([piece for pieces in text for piece in pieces], model, normalize, truncate))
         return [[next(rows) for _ in pieces] for pieces in text]
     handle = Handle(model, "embed")
-    texts = _items(text, "text", _check_prepared)
+    texts = texts_or_prepared(text, "text", _limits())
     if not truncate:
         for index, item in enumerate(texts):
-            _at(index, text, handle.check_length, item)
-    return _plain(handle.encode(texts if isinstance(text, list) else texts[0], **_normalizing(normalize)))
+            at(index, text, handle.check_length, item)
+    vectors = handle.encode(texts if isinstance(text, list) else texts[0], **_normalizing(normalize))
+    return _plain(vectors, isinstance(text, list))
 
 
 def embed_image(image: Any, model: str | None = None, normalize: bool | None = None) -> Any:
-    """Embed an image, or a list of images, each as base64 of a file that Pillow reads.
+    """Embed an image, or a list of images, each as base64 of a file of one of `LEGIT_WORKER_IMAGE_FORMATS`.
 
     Arguments, result and errors as for `embed_text`, with kind `image`.
     """
     handle = Handle(model, "image")
-    images = _items(image, "image", _open_image)
-    return _plain(handle.encode(images if isinstance(image, list) else images[0], **_normalizing(normalize)))
+    images = images_of(image, "image", _limits())
+    vectors = handle.encode(images if isinstance(image, list) else images[0], **_normalizing(normalize))
+    return _plain(vectors, isinstance(image, list))
 
 
 def rerank(
@@ -75,16 +75,17 @@ def rerank(
     `model=None` is the one configured model of kind `rerank`; `top_k=None` returns all. Returns
     `[{"index": place in documents, "score": float}]`. Raises the errors of `embed_text`.
     """
-    _check_text(query)
+    limits = _limits()
+    question = text_of(query, limits.max_characters)
     if not isinstance(documents, list):
         raise InvalidInputError(f"documents must be a list of texts, got {type(documents).__name__}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise InvalidInputError(f"top_k must be a whole number of at least 1, got {top_k!r}")
-    texts = _items(documents, "documents", _check_text)
-    scores = Handle(model, "rerank").predict([(query, text) for text in texts])
+    texts = texts_of(documents, "documents", limits)
+    scores = Handle(model, "rerank").predict([Pair(question, text) for text in texts])
     if scores.ndim != 1:
         raise InvalidInputError(f"model {model!r} gives {scores.shape[1]} scores per pair: it classifies, not ranks")
-    best = sorted(enumerate(_plain(scores)), key=lambda pair: -pair[1])[:top_k]
+    best = sorted(enumerate(_plain(scores, True)), key=lambda pair: -pair[1])[:top_k]
     return [{"index": index, "score": score} for index, score in best]
 
 
@@ -97,7 +98,7 @@ def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = No
     `UnknownModelError`.
     """
     slot = Handle(model, "embed").slot
-    spec, texts = slot.spec, _items(text, "text", _check_text)
+    spec, texts = slot.spec, texts_of(text, "text", _limits())
     tokenizer = tokenizer_of(spec.path, spec.revision) if spec.path and spec.kind == "embed" else None
     if tokenizer is None:
         if chunk_tokens is not None:
@@ -106,7 +107,7 @@ def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = No
     if chunk_tokens is None:
         done: list[Any] = each(lambda item: tokenizer.prepare(item).to_json(), texts, slot.alias)
     else:
-        _check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
+        check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
         cut = functools.partial(tokenizer.chunks, tokens=chunk_tokens, overlap=overlap)
         done = each(lambda item: [piece.to_json() for piece in cut(item)], texts, slot.alias)
     return done if isinstance(text, list) else done[0]
@@ -115,33 +116,55 @@ def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = No
 def prep_image(image: Any, model: str | None = None) -> Any:
     """Fetch, decode and resize an image, or each image of a list, for `embed_image`. Returns base64 of a PNG.
 
-    `image` is base64 of a file that Pillow reads, a path under one of `LEGIT_WORKER_PREP_ROOTS`, or a URL on one of
-    `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises `InvalidInputError`,
-    `UnknownModelError`.
+    `image` is base64 of a file of one of `LEGIT_WORKER_IMAGE_FORMATS`, a path under one of `LEGIT_WORKER_PREP_ROOTS`,
+    or a URL on one of `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises
+    `InvalidInputError`, `UnknownModelError`.
     """
-    spec = Handle(model, "image").slot.spec
+    spec, limits = Handle(model, "image").slot.spec, _limits()
     edge = resize_of(spec.path, spec.revision) if spec.path and spec.kind == "image" else None
-    done = _items(image, "image", lambda item: processes.run(_prepare_image, item, _limits(), edge, size=_size(item)))
+    where = _where(limits.max_image_bytes)
+    sizes: list[int] = []
+
+    def prepare(item: Any) -> str:
+        prepared, size = processes.run(_prepare_image, item, where, limits, edge, size=_size(item, limits))
+        sizes.append(size)
+        limits.check_pixels(sum(sizes), len(sizes))
+        return str(prepared)
+
+    done = items_of(image, "image", prepare, limits)
     return done if isinstance(image, list) else done[0]
 
 
-def _prepare_image(image: Any, limits: sources.Limits, edge: tuple[int, int] | None) -> str:
-    return base64.b64encode(shrink(sources.read(image, limits), edge)).decode()
+def _prepare_image(source: Any, where: sources.Limits, limits: Limits, edge: tuple[int, int] | None) -> tuple[str, int]:
+    """Return base64 of the prepared file, and the number of pixels that the original has."""
+    image, size = image_of(sources.read(source, where), limits)
+    return base64.b64encode(shrink(image, edge)).decode(), size
 
 
-def _size(image: Any) -> int:
+def _size(image: Any, limits: Limits) -> int:
     """Return the bytes that one image takes on its way to a helper and back."""
-    return len(image) if isinstance(image, str) and not sources.is_remote(image) else MAX_BYTES
+    return len(image) if isinstance(image, str) and not sources.is_remote(image) else limits.max_image_bytes
+
+
+_chosen = functools.cache(settings.load)
+
+
+def _limits() -> Limits:
+    """Return the limits of the current task's app."""
+    chosen = _chosen()
+    return _limits_of(apps.of_current_task(chosen) if chosen.apps else "")
 
 
 @functools.cache
-def _limits() -> sources.Limits:
-    chosen = settings.load()
+def _limits_of(app: str) -> Limits:
+    return limits_of(_chosen(), app)
+
+
+def _where(max_bytes: int) -> sources.Limits:
+    """Return where files may be read from."""
+    chosen = _chosen()
     return sources.Limits(
-        max_bytes=MAX_BYTES,
-        roots=chosen.prep_roots,
-        hosts=chosen.prep_hosts,
-        allow_private=chosen.prep_private,
+        max_bytes=max_bytes, roots=chosen.prep_roots, hosts=chosen.prep_hosts, allow_private=chosen.prep_private
     )
 
 
@@ -210,78 +233,16 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
     app.task(name=name, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
 
 
-def _items(value: Any, name: str, check: Callable[[Any], Any]) -> list[Any]:
-    """Check each item of a list, or the one item, and return the results. Raises `InvalidInputError`."""
-    items = value if isinstance(value, list) else [value]
-    if not items:
-        raise InvalidInputError(f"{name} is an empty list: send at least one item")
-    if len(items) > MAX_ITEMS:
-        raise InvalidInputError(f"{name} has {len(items)} items and one task takes {MAX_ITEMS}: send several tasks")
-    return [_at(index, value, check, item) for index, item in enumerate(items)]
-
-
-def _at(index: int, value: Any, check: Callable[[Any], Any], item: Any) -> Any:
-    """Return `check(item)`. If `value` is a list, an error names the item's place."""
-    try:
-        return check(item)
-    except InvalidInputError as error:
-        if isinstance(value, list):
-            raise InvalidInputError(f"item {index}: {error}") from None
-        raise
-
-
-def _check_text(text: Any) -> str:
-    if isinstance(text, float) and not math.isfinite(text):
-        raise InvalidInputError(f"expected text, got {text}, which is not even a finite number")
-    if not isinstance(text, str):
-        raise InvalidInputError(f"expected text, got {type(text).__name__}: send a string")
-    if not text.strip():
-        raise InvalidInputError("the text is empty: send at least one word")
-    if len(text) > MAX_CHARACTERS:
-        raise InvalidInputError(f"the text has {len(text)} characters and one may have {MAX_CHARACTERS}: split it")
-    return text
-
-
-def _is_chunks(item: Any) -> bool:
-    """Tell whether the item is the pieces of one text, as `prep_text` returns them with `chunk_tokens`."""
-    return isinstance(item, list) and bool(item) and all(isinstance(piece, dict) for piece in item)
-
-
-def _check_prepared(text: Any) -> Any:
-    return PreparedText.from_json(text) if isinstance(text, dict) else _check_text(text)
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise InvalidInputError(f"{name} must be a whole number, got {count!r}")
-
-
-def _open_image(image: Any) -> Any:
-    """Read an image in base64. A helper decodes it; without helpers, only its head is read now."""
-    if not isinstance(image, str) or not image:
-        raise InvalidInputError(f"expected an image as base64, got {type(image).__name__}")
-    if len(image) > MAX_BYTES * 4 / 3:
-        raise InvalidInputError(f"the image has over {MAX_BYTES} bytes, the most that one may have: resize it")
-    try:
-        file = base64.b64decode(image, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidInputError(f"the image can't be read: {error}") from None
-    if processes.helpers() is None:
-        return ImageFile(open_image(file))
-    from PIL import Image
-
-    return Image.frombytes("RGB", *processes.run(pixels, file, size=len(file)))
-
-
 def _normalizing(normalize: bool | None) -> dict[str, bool]:
     return {} if normalize is None else {"normalize_embeddings": bool(normalize)}
 
 
-def _plain(values: Any) -> Any:
-    """Return an array as lists for JSON. Raises `InvalidInputError` if a number is not finite."""
+def _plain(values: Any, is_list: bool) -> Any:
+    """Return an array as lists for JSON. If a number is not finite, raise `InvalidInputError` with its item's place."""
     import numpy as np
 
-    if not np.isfinite(values).all():
-        raise InvalidInputError("the model's result is not finite for this input")
+    finite = np.isfinite(values)
+    if not finite.all():
+        whose = f"item {finite.reshape(len(finite), -1).all(axis=1).argmin()}: " if is_list else ""
+        raise InvalidInputError(f"{whose}the model's result is not finite for this input")
     return values.tolist()

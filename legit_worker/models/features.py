@@ -17,6 +17,8 @@ from sentence_transformers import util
 from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.texts import check_unicode
+from legit_worker.inputs.types import Text
 
 #: Numbers of an image or a sound that count as one unit of cost.
 NUMBERS_PER_COST = 1024
@@ -51,11 +53,8 @@ def check_text(value: Any) -> None:
     """Raise `InvalidInputError` if `value` is not text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InvalidInputError(f"expected text, got {what(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"the text is not valid Unicode: {error}") from None
+    if type(value) is not Text:
+        check_unicode(value)
 
 
 def what(value: Any) -> str:
@@ -150,7 +149,9 @@ def dense_rows(rows: Sequence[NDArray[Any]], dimension: int | None, *, normalize
         return np.array([])
     vectors: Any = np.stack(rows)[:, :dimension]
     if normalize:
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        # In float16, the squares of a norm of 256 are infinite.
+        wide = vectors.astype(np.promote_types(vectors.dtype, np.float32), copy=False)
+        vectors = (wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)).astype(vectors.dtype)
     if precision and precision != "float32":
         vectors = util.quantize_embeddings(vectors, precision=precision)
     return vectors

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.types import PreparedText
 from legit_worker.models.features import (
     Prepared,
     Prompted,
@@ -40,12 +41,13 @@ from legit_worker.models.features import (
     to_numpy,
     what,
 )
+from legit_worker.models.modalities import AsText, check_image, with_pixels
 from legit_worker.models.options import refuse
 from legit_worker.models.preparing import Aside
-from legit_worker.models.protocol import ImageFile, Plan
+from legit_worker.models.protocol import Plan
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.shortway import ShortWay, has_several_tokenizers, minds_task, short_way
-from legit_worker.prep.texts import PreparedText
+from legit_worker.prep.images import Edge, resize_of
 
 
 class SentenceModel:
@@ -57,6 +59,7 @@ class SentenceModel:
         self._precision = tf32 if dtype == "tf32" else nullcontext
         self._revision = revision
         self._model: Any = None
+        self._as_text: Callable[[Any], Any] = lambda value: value
         self._tokenize: ShortWay | None = None
         self._aside = Aside()
         self._minds_task = False
@@ -74,6 +77,7 @@ class SentenceModel:
             model_kwargs={"dtype": self._dtype} if self._dtype else None,
         ).eval()
         move(self._model, device)
+        self._as_text = AsText(self._model)
         self._tokenize = short_way(self._model)
         self._minds_task = minds_task(self._model)
         self._has_several_tokenizers = has_several_tokenizers(self._model)
@@ -127,7 +131,7 @@ class SentenceModel:
         return features
 
     def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
-        return dict(self._model.preprocess(inputs, prompt=prompt, **_if_any(task)))
+        return dict(self._model.preprocess(list(map(self._as_text, inputs)), prompt=prompt, **_if_any(task)))
 
     def _of_ids(self, prepared: PreparedText, prompted: Prompted) -> dict[str, Any]:
         if self._tokenize is None or prompted.prompt or prompted.task:
@@ -286,15 +290,18 @@ class TextEmbedding(Embedding):
 class ImageEmbedding(TextEmbedding):
     """Kind `image`: vectors of images, and of texts if the model takes both, as CLIP does."""
 
+    #: The size that the model wants.
+    _edge: Edge | None = None
+
+    def load(self, device: str) -> None:
+        """As the other kinds."""
+        super().load(device)
+        self._edge = resize_of(self._path, self._revision)
+
     def preprocess(self, item: Any) -> Prepared:
-        """A `PIL.Image.Image`, an `ImageFile`, or a text. A string is never a path or an address to read from."""
+        """A `PIL.Image.Image`, `ImageBytes`, a text, or a dict of both. A string is never an address to read from."""
         prompted = item if isinstance(item, Prompted) else Prompted(item, None)
-        if isinstance(prompted.input, ImageFile):
-            prompted = replace(prompted, input=prompted.input.decode())
-        if isinstance(prompted.input, str):
-            self._check(prompted.input)
-            prompted = replace(prompted, input={"text": prompted.input})
-        return super().preprocess(prompted)
+        return super().preprocess(replace(prompted, input=with_pixels(prompted.input, self._edge)))
 
     def sample(self, cost: int) -> Any:
         """An image of any size: the model's processor resizes it."""
@@ -303,12 +310,7 @@ class ImageEmbedding(TextEmbedding):
         return Image.new("RGB", (256, 256))
 
     def _check(self, value: Any) -> None:
-        from PIL.Image import Image
-
-        if isinstance(value, dict):
-            value = value.get("text")
-        if not isinstance(value, Image):
-            check_text(value)
+        check_image(value)
 
 
 class SparseEmbedding(Embedding):

@@ -7,25 +7,10 @@ settings as `module:Class`. It need not import anything from here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
-
-from legit_worker.prep.images import decode
 
 #: A call of `encode` or `predict`: the items to compute, and the function that makes the result of their outputs.
 Plan = tuple[list[Any], Callable[[list[Any]], Any]]
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image whose file is in memory. Its pixels are decoded when its turn comes."""
-
-    #: What `PIL.Image.open` gives, before anything asks for a pixel.
-    opened: Any
-
-    def decode(self) -> Any:
-        """A `PIL.Image.Image` in RGB, turned as its camera noted. Raises `InvalidInputError`."""
-        return decode(self.opened)
 
 
 @runtime_checkable

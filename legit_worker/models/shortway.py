@@ -15,8 +15,9 @@ import torch
 from sentence_transformers.base.modules import Router
 
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.types import PreparedText
 from legit_worker.models.preparing import LONG
-from legit_worker.prep.texts import PER_TOKEN, PROBES, PreparedText, beginnings, fingerprint, is_word_by_word
+from legit_worker.prep.texts import PER_TOKEN, PROBES, beginnings, fingerprint, is_word_by_word
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ other string is base64. Only the folders and hosts that the operator named are r
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import ipaddress
@@ -26,6 +25,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.binary import bytes_of
 
 #: Bytes read at a time.
 CHUNK = 1 << 16
@@ -34,7 +34,6 @@ CHUNK = 1 << 16
 PORTS = {"https": 443, "http": 80}
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_DATA = re.compile(r"data:[^,]*;base64,")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def read(source: Any, limits: Limits) -> bytes:
         raise
     except ValueError:  # no address has this form: brackets, surrogates, names of 64 letters
         raise InvalidInputError("this is neither a path nor a URL that could be read") from None
-    return _read_base64(source, limits)
+    return bytes_of(source, limits.max_bytes)
 
 
 def is_remote(source: str) -> bool:
@@ -77,20 +76,6 @@ def is_remote(source: str) -> bool:
 
 def _is_path(source: str) -> bool:
     return source.startswith(("/", "./", "file:")) and not source.startswith("/9j/")
-
-
-def _read_base64(text: str, limits: Limits) -> bytes:
-    head = _DATA.match(text[:256])
-    text = text[head.end() :] if head else text
-    if len(text) > limits.max_bytes * 4 / 3 + 4:
-        raise _too_large(limits)
-    try:
-        content = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise InvalidInputError(f"this is not base64: {error}") from None
-    if len(content) > limits.max_bytes:
-        raise _too_large(limits)
-    return content
 
 
 def _read_path(source: str, limits: Limits) -> bytes:

@@ -10,18 +10,15 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.types import PreparedText
 
 #: Texts on which two tokenizers must agree to count as one: case, scripts, white space, and more than any limit.
 PROBES = ("A text.", "MIXED Case, ünïcödé, 中文, عربى 🎉 and\ttabs\n", " lead and trail ", "word " * 20_000)
-
-#: The key that marks a prepared text, and the version of its form.
-MARK, VERSION = "prepared", 1
 
 #: Characters of a text's beginning for each token that a model takes: more than most texts have, in any language.
 PER_TOKEN = 8
@@ -88,32 +85,6 @@ def beginnings(text: str, tokens: int) -> Iterator[str]:
         yield text[: found.end()]
         length *= LONGER
     yield text
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedText:
-    """A text's token ids."""
-
-    #: Special tokens included.
-    ids: tuple[int, ...]
-    #: The fingerprint of the tokenizer that made them.
-    tokenizer: str
-    #: Whether the text was longer than the model takes, so that these ids are only its beginning.
-    cut: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Write the JSON that `prep_text` returns."""
-        return {MARK: VERSION, "ids": list(self.ids), "tokenizer": self.tokenizer, "cut": self.cut}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PreparedText:
-        """Read the JSON of `to_json`, from any sender. Raises `InvalidInputError`."""
-        match value:
-            case {"prepared": 1, "ids": [_, *_] as ids, "tokenizer": str(tokenizer), "cut": bool(cut)} if all(
-                type(number) is int and number >= 0 for number in ids
-            ):
-                return cls(tuple(ids), tokenizer, cut)
-        raise InvalidInputError(f"expected text, or what prep_text returns, got dict with {sorted(value)[:5]}")
 
 
 def fingerprint(tokenize: Callable[[str], Sequence[int]]) -> str:

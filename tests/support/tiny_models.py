@@ -99,8 +99,11 @@ def build_sparse(folder: Path) -> Path:
     return folder / "model"
 
 
-def build_image(folder: Path) -> Path:
-    """A `SentenceTransformer` on CLIP, of images and texts. Pillow prepares the images: torchvision is not needed."""
+def build_image(folder: Path, prompt: str | None = None) -> Path:
+    """A `SentenceTransformer` on CLIP, of images and texts. Pillow prepares the images: torchvision is not needed.
+
+    `prompt` stands before each text.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
@@ -127,7 +130,8 @@ def build_image(folder: Path) -> Path:
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(clip)
-    SentenceTransformer(modules=[Transformer(str(clip))]).save(str(folder / "model"))
+    prompts = {"prompts": {"search": prompt}, "default_prompt_name": "search"} if prompt else {}
+    SentenceTransformer(modules=[Transformer(str(clip))], **prompts).save(str(folder / "model"))
     return folder / "model"
 
 

@@ -12,7 +12,11 @@ from PIL import Image
 
 from legit_worker import settings, tasks
 from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.limits import limits_of
+from legit_worker.inputs.reading import images_of
 from legit_worker.testing import use_models, vector
+
+DEFAULTS = limits_of(settings.Settings(), "")
 
 
 def png(size: tuple[int, int]) -> bytes:
@@ -29,11 +33,11 @@ def test_an_image_that_would_fill_memory_is_refused_by_its_head_alone() -> None:
     bomb = png((9000, 9000))
     assert len(bomb) < 100_000
     with pytest.raises(InvalidInputError, match=r"9000 x 9000 pixels and one may have 64000000"):
-        tasks._open_image(encoded(bomb))
+        images_of(encoded(bomb), "image", DEFAULTS)
 
 
 def test_an_image_is_decoded_only_when_its_turn_comes() -> None:
-    file = tasks._open_image(encoded(png((8, 4))))
+    (file,) = images_of(encoded(png((8, 4))), "image", DEFAULTS)
     assert file.decode().size == (8, 4)
     assert file.decode().mode == "RGB"
 
@@ -43,7 +47,7 @@ def test_an_image_file_that_ends_early_is_invalid_input() -> None:
     whole = io.BytesIO()
     noise.save(whole, "PNG")
     with pytest.raises(InvalidInputError, match="can't be read"):
-        tasks._open_image(encoded(whole.getvalue()[:-500])).decode()
+        images_of(encoded(whole.getvalue()[:-500]), "image", DEFAULTS)[0].decode()
 
 
 @pytest.mark.parametrize("text", ["", " \n", None, 3, float("nan"), b"bytes", {}], ids=repr)
