@@ -56,9 +56,10 @@ class ModelPoolStep(bootsteps.Step):
             logger.warning(sentence)
         import legit_worker
         from legit_worker import tasks
-        from legit_worker.models import requirements
+        from legit_worker.models import fence, requirements
         from legit_worker.models.quiet import quiet_libraries
 
+        fence.use(chosen)
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":

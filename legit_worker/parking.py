@@ -88,8 +88,7 @@ def give_way(what: str) -> None:
 def serving(alias: str) -> AbstractContextManager[object]:
     """Enter this package's own code on behalf of a task that calls a model.
 
-    What ends the task is raised where it waits, or at the end. Raises `UnknownModelError` if the task's app may not use
-    the model.
+    What ends the task is raised where it waits, or at the end.
     """
     return _host.serving(alias)
 

@@ -19,6 +19,7 @@ from legit_worker import parking
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
+from legit_worker.models import fence
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
 from legit_worker.models.policy import Request
@@ -131,9 +132,10 @@ class Handle:
 
     @property
     def slot(self) -> Slot:
-        """The configured model. Raises `UnknownModelError`."""
+        """The configured model. Raises `UnknownModelError`, also if the task's app may not use it."""
         registry = default_registry()
         slot = registry.get(self._alias) if self._alias else registry.only(self._kind)
+        fence.check(slot.alias)
         last_called.set(slot.alias)
         return slot
 

@@ -5,21 +5,20 @@ In: futures that tasks wait for (`legit_worker.parking`). Out: control to the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from legit_worker import parking
-from legit_worker.errors import DeviceLostError, UnknownModelError
+from legit_worker.errors import DeviceLostError
 from legit_worker.pool import fibers
 from legit_worker.pool.clock import work_of
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.running import Running
-from legit_worker.settings import fold
 
 #: Seconds between two looks at the time of a task that waits without parking.
 LOOK = 0.25
@@ -34,14 +33,11 @@ class FiberHost(parking.Host):
         engine: Engine,
         running: Running,
         *,
-        models_of: Callable[[str], Collection[str] | None],
         is_inline: bool,
     ) -> None:
-        """`models_of` says which models an app may use, None for all."""
         self._loop = loop
         self._engine = engine
         self._running = running
-        self._models_of = models_of
         # Without an event loop nobody would come back to a parked task.
         self._is_inline = is_inline
 
@@ -109,7 +105,6 @@ class FiberHost(parking.Host):
         if fiber is None:
             yield
             return
-        self._check_allowed(fiber, alias)
         if self._loop.lost is not None:
             self._loop.send_back(fiber, self._loop.lost)
         with fiber.served():
@@ -117,14 +112,6 @@ class FiberHost(parking.Host):
                 yield
             except DeviceLostError as error:
                 self._loop.send_back(fiber, error)
-
-    def _check_allowed(self, fiber: Fiber, alias: str) -> None:
-        allowed = self._models_of(fiber.app)
-        if allowed is not None and fold(alias) not in map(fold, allowed):
-            raise UnknownModelError(
-                f"app {fiber.app!r} may not use model {alias!r}, only {', '.join(allowed)}: "
-                f"see LEGIT_WORKER_APPS__{fiber.app.upper()}__MODELS"
-            )
 
     @property
     def is_pressing(self) -> bool:

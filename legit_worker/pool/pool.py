@@ -167,13 +167,7 @@ class ModelPool(SoloPool):
         self._fetching = Fetching(self.engine, self._intake, self._pace)
         self._entrance = Entrance(self.app, chosen, self.options, wake=self._loop.wake, is_inline=self._inline)
         self._computing = Computing(self.engine, self._loop)
-        self._host = FiberHost(
-            self._loop,
-            self.engine,
-            self._running,
-            models_of=lambda app: chosen.apps[app].models if app else None,
-            is_inline=self._inline,
-        )
+        self._host = FiberHost(self._loop, self.engine, self._running, is_inline=self._inline)
 
     def __repr__(self) -> str:
         return f"<ModelPool: {self._loop!r}, {self._intake!r}, {self.engine!r}>"

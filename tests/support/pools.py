@@ -97,8 +97,7 @@ class PlayedPool:
         self.results: list[Any] = []
         #: Celery's callback.
         self.told: Callable[[Any], Any] = self.results.append
-        everything = lambda app: None  # noqa: E731
-        parking.use(FiberHost(self.loop, self.engine, self.running, models_of=everything, is_inline=False))
+        parking.use(FiberHost(self.loop, self.engine, self.running, is_inline=False))
 
     def send(self, body: Callable[[], Any], name: str = "task", **options: Any) -> Fiber:
         """A task comes."""

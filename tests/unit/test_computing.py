@@ -31,7 +31,7 @@ class Loop:
         self.computing = Computing(self.engine, self)  # type: ignore[arg-type]
         self._ready: deque[Fiber] = deque()
         self.lost = None
-        host: Any = FiberHost(self, self.engine, Running(), models_of=lambda app: None, is_inline=False)  # type: ignore[arg-type]
+        host: Any = FiberHost(self, self.engine, Running(), is_inline=False)  # type: ignore[arg-type]
         parking.use(host)
         #: The most items that ever waited at a time.
         self.most = 0

@@ -248,7 +248,7 @@ def test_a_task_that_waited_too_long_is_told_although_it_was_woken_for_nothing(p
 
 
 def test_without_a_loop_nobody_parks_not_even_after_its_own_code(pool: PlayedPool) -> None:
-    parking.use(FiberHost(pool.loop, pool.engine, pool.running, models_of=lambda app: None, is_inline=True))
+    parking.use(FiberHost(pool.loop, pool.engine, pool.running, is_inline=True))
 
     def over() -> None:
         fiber = fibers.current()
