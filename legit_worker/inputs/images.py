@@ -89,7 +89,7 @@ def _opened(image: ImageBytes) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is this package's own
+            warnings.simplefilter("ignore")  # of broken metadata, and of a size within this package's own bound
             return Image.open(io.BytesIO(image.file), formats=image.formats)
     except UnidentifiedImageError:
         raise InvalidInputError(f"the image can't be read: it is none of {', '.join(image.formats)}") from None

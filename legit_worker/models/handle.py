@@ -20,6 +20,7 @@ from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
 from legit_worker.models import fence
+from legit_worker.models.finite import with_second_try
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
 from legit_worker.models.policy import Request
@@ -58,6 +59,16 @@ def _batches(model: LoadedModel, prepared: list[Any]) -> Iterable[list[int]]:
         costs = [model.cost(prepared[index]) for index in indexes]
         for cut in pack(costs, DIRECT_BUDGET, CostModel()):
             yield [indexes[position] for position in cut]
+
+
+def _computed(model: LoadedModel, items: list[Any]) -> list[Any]:
+    """Compute items as this process does, and those whose outputs are not finite once more, each alone."""
+
+    def alone(item: Any) -> Any:
+        take_turns(model.alias)
+        return compute_directly(model, [item])[0]
+
+    return with_second_try(items, _compute(model, items), alone)
 
 
 _compute: Compute = compute_directly
@@ -188,7 +199,7 @@ class Handle:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
         items = list(items)  # a generator's code is the task's own
         with self._use() as model:
-            return _compute(model, items)
+            return _computed(model, items)
 
     def check_length(self, text: str) -> None:
         """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any."""
@@ -203,7 +214,7 @@ class Handle:
             if "sentences" in options:  # the library's name for it until version 6
                 options["inputs"] = options.pop("sentences")
             items, finish = plan(*inputs, **options)
-            return finish(_compute(model, items))
+            return finish(_computed(model, items))
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """Call a method that computes no batch."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import StartWorker, Worker
+from harness import Broker, Sides, StartWorker, Worker
 from tiny_models import build_image, picture
 
 from legit_worker.errors import InvalidInputError
@@ -252,6 +252,23 @@ def test_what_is_no_image_is_refused_by_name_and_without_an_objects_address(
     with pytest.raises(InvalidInputError, match=f"item 1: .*{message}") as refused:
         ask_image(multimodal, [encoded(picture(1)), image])
     assert "0x" not in str(refused.value)
+
+
+# Numbers
+
+
+def test_an_item_that_is_not_finite_is_computed_alone_before_it_fails(sides: Sides, broker: Broker) -> None:
+    """All are there before the worker starts, so they share batches, and the shorter ones are padded."""
+    client = broker.client()
+    texts = [*("x" * length for length in range(1, 25)), "bad"]
+    results = [client.send_task("legit_worker.embed_text", [text], {"model": "padded"}) for text in texts]
+    worker = sides.worker("modelpool", broker=broker)
+    *lengths, bad = worker.answers(results)
+    assert [vector[0] for vector in lengths] == list(range(1, 25))
+    assert any(vector[1] > 1 for vector in lengths)
+    assert isinstance(bad, InvalidInputError)
+    with pytest.raises(InvalidInputError, match="item 2: the model's result is not finite"):
+        worker.ask("legit_worker.embed_text", ["long", "a", "bad", "bad too"], model="padded")
 
 
 # Limits

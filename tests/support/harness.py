@@ -368,6 +368,7 @@ CUSTOM = {"LEGIT_WORKER_DEVICE": "cpu"} | {
     for name in (
         "upper",
         "planned",
+        "padded",
         "ending",
         "laborious",
         "nested",

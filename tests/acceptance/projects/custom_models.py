@@ -142,6 +142,25 @@ class Planned(Upper):
         return ([inputs] if is_single else inputs), finish
 
 
+class Padded(Planned):
+    """Gives the length of each item; NaN if a batch pads an item, and for an item that begins with `bad`."""
+
+    def forward(self, batch: Sequence[Any]) -> list[Any]:
+        """One number for each item."""
+        import numpy as np
+
+        longest = max(map(len, batch))
+        lengths = [len(item) if len(item) == longest and item[:3] != "bad" else np.nan for item in batch]
+        return [np.array([length, len(batch)], dtype=np.float32) for length in lengths]
+
+    def plan_encode(self, inputs: Any) -> tuple[list[Any], Any]:
+        """Shape `[n, 2]`, or `[2]` for one string."""
+        import numpy as np
+
+        is_single = isinstance(inputs, str)
+        return [inputs] if is_single else inputs, lambda rows: rows[0] if is_single else np.stack(rows)
+
+
 class Picky(Upper):
     """Refuses items that begin with `bad`, before they reach a batch."""
 
