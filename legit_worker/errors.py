@@ -28,6 +28,10 @@ class ModelLoadError(LegitWorkerError):
     retryable = True
 
 
+class BackendError(LegitWorkerError):
+    """A backend can't compute a model."""
+
+
 class WaitedTooLongError(LegitWorkerError):
     """A task waited longer than `LEGIT_WORKER_MAX_WAIT_SECONDS` for company, for its turn and for models to load."""
 

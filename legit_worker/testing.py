@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from legit_worker.device.simulated import Ledger
@@ -28,8 +29,12 @@ class ModelOnDevice(SimulatedModel):
 
 
 @contextmanager
-def use_models(models: Mapping[str, ModelSettings | Mapping[str, Any]]) -> Iterator[registry.Registry]:
+def use_models(
+    models: Mapping[str, ModelSettings | Mapping[str, Any]], cache_dir: Path | None = None
+) -> Iterator[registry.Registry]:
     """Within the block, handles and a worker's pool find these models instead of the environment's, on the CPU.
+
+    `cache_dir`: as the setting of this name.
 
     ```python
     with use_models({"minilm": {"kind": "simulated"}}):
@@ -39,7 +44,7 @@ def use_models(models: Mapping[str, ModelSettings | Mapping[str, Any]]) -> Itera
     specs = {
         alias: spec if isinstance(spec, ModelSettings) else ModelSettings(**spec) for alias, spec in models.items()
     }
-    chosen = registry.Registry(specs, lambda: "cpu")
+    chosen = registry.Registry(specs, lambda: "cpu", cache_dir=cache_dir)
     before = registry.use(chosen)
     try:
         yield chosen

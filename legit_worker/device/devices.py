@@ -46,9 +46,11 @@ class Device:
         return f"<{type(self).__name__} {self.name}>"
 
     def launch(self, compute: Callable[[], Any]) -> Launch:
-        """Compute a batch. Raises the errors of `compute`."""
+        """Compute a batch. Raises the errors of `compute`, which may itself return a launch that is under way."""
         start = monotonic()
         outputs = compute()
+        if isinstance(outputs, Launch):
+            return outputs
         return Launch(outputs=outputs, seconds=monotonic() - start)
 
     def loading(self) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""The built-in kinds, on sentence-transformers: `embed`, `image`, `sparse`, `rerank`.
+"""The built-in kinds that embed, on sentence-transformers: `embed`, `image`, `sparse`. `reranker.py` has the other one.
 
 In: texts, images, pairs. Out: numpy arrays with the values, shapes and dtypes that sentence-transformers gives.
 
@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ import sentence_transformers
 import torch
 from numpy.typing import NDArray
 
-from legit_worker.device.cpu import speed_up_linear_layers
+from legit_worker import golden
 from legit_worker.device.cuda import move, tf32, to_device
+from legit_worker.device.devices import Launch
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.types import PreparedText
+from legit_worker.models.backend import Backend, pictures
 from legit_worker.models.features import (
     Prepared,
     Prompted,
@@ -39,7 +42,6 @@ from legit_worker.models.features import (
     largest,
     sparse_rows,
     to_numpy,
-    what,
 )
 from legit_worker.models.modalities import AsText, check_image, with_pixels
 from legit_worker.models.options import refuse
@@ -53,11 +55,22 @@ from legit_worker.prep.images import Edge, resize_of
 class SentenceModel:
     """What the four kinds share. The loader thread reads the weights; all other methods run where the tasks run."""
 
-    def __init__(self, path: str, dtype: str | None = None, revision: str | None = None) -> None:
+    #: What a comparison of backends must know: whether rows are scores that rank, and whether inputs are pictures.
+    is_ranking = takes_pictures = False
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str | None = None,
+        revision: str | None = None,
+        backend: str = "torch",
+        cache_dir: Path | None = None,
+    ) -> None:
         self._path = path
         self._dtype = "float32" if dtype == "tf32" else dtype
         self._precision = tf32 if dtype == "tf32" else nullcontext
         self._revision = revision
+        self._backend = Backend(backend, dtype, cache_dir)
         self._model: Any = None
         self._as_text: Callable[[Any], Any] = lambda value: value
         self._tokenize: ShortWay | None = None
@@ -70,18 +83,24 @@ class SentenceModel:
         if is_missing_folder(self._path):
             # The library would take the path for a name on the Hub, and complain about its characters.
             raise FileNotFoundError(f"there is no folder {self._path}")
+        dtype = self._backend.dtype_to_read(self._dtype)
         self._model = self._open(
             self._path,
             device="cpu",
             revision=self._revision,
-            model_kwargs={"dtype": self._dtype} if self._dtype else None,
+            model_kwargs={"dtype": dtype} if dtype else None,
         ).eval()
         move(self._model, device)
         self._as_text = AsText(self._model)
         self._tokenize = short_way(self._model)
         self._minds_task = minds_task(self._model)
         self._has_several_tokenizers = has_several_tokenizers(self._model)
-        speed_up_linear_layers(self._model)
+        self._backend.choose(device, self)
+
+    @property
+    def backend(self) -> dict[str, str]:
+        """What computes it, and why, as `inspect stats` shows it."""
+        return self._backend.report()
 
     def _open(self, path: str, **options: Any) -> Any:
         raise NotImplementedError
@@ -92,6 +111,7 @@ class SentenceModel:
 
     def unload(self) -> None:
         """Free the weights' memory now: the library's objects are in cycles, and failed tasks may hold this one."""
+        self._backend.unload()
         self._model.to("meta")
 
     def sample(self, cost: int) -> Any:
@@ -99,7 +119,9 @@ class SentenceModel:
         return "a " * cost
 
     def memory(self) -> int:
-        """Bytes of its parameters and buffers."""
+        """Bytes of its parameters and buffers, or of its graphs."""
+        if self._backend.graphs is not None:
+            return self._backend.graphs.memory
         tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -156,10 +178,21 @@ class SentenceModel:
         return identity_of(item.features)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Prepared]) -> torch.Tensor:
+    def forward(self, batch: Sequence[Prepared]) -> torch.Tensor | Launch:
         """Compute one row per item, as the model's last module gives it: shape `[n, dim]`."""
+        features = self._features(batch)
+        if self._backend.graphs is not None:
+            return self._backend.graphs.launch(features, len(batch))
         with self._precision():
-            return self._output(self._model(self._features(batch), **_if_any(batch[0].task)))
+            return self.compute(to_device(features, self._model.device), batch[0].task)
+
+    def compute(self, features: dict[str, Any], task: str | None = None) -> torch.Tensor:
+        """The rows of a batch's features, by torch."""
+        return self._output(self._model(features, **_if_any(task)))
+
+    def trial_inputs(self) -> list[list[Any]]:
+        """Each kind of input that it takes, short and long ones."""
+        return [golden.texts()]
 
     def _output(self, features: dict[str, Any]) -> torch.Tensor:
         embeddings: torch.Tensor = features["sentence_embedding"]
@@ -172,10 +205,8 @@ class SentenceModel:
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         if batch[0].raw is not None:
             inputs = [item.raw.input for item in batch if item.raw]
-            features = self._features_of(inputs, batch[0].raw.prompt, batch[0].task)
-        else:
-            features = collate([item.features for item in batch], self._model.tokenizer)
-        return to_device(features, self._model.device)
+            return self._features_of(inputs, batch[0].raw.prompt, batch[0].task)
+        return collate([item.features for item in batch], self._model.tokenizer)
 
     def _items(
         self, inputs: Any, prompt_name: str | None, prompt: str | None, task: str | None = None
@@ -290,6 +321,8 @@ class TextEmbedding(Embedding):
 class ImageEmbedding(TextEmbedding):
     """Kind `image`: vectors of images, and of texts if the model takes both, as CLIP does."""
 
+    takes_pictures = True
+
     #: The size that the model wants.
     _edge: Edge | None = None
 
@@ -309,6 +342,10 @@ class ImageEmbedding(TextEmbedding):
 
         return Image.new("RGB", (256, 256))
 
+    def trial_inputs(self) -> list[list[Any]]:
+        """Pictures, and texts if it takes texts, too."""
+        return [pictures(), *(super().trial_inputs() if "text" in self._model.modalities else [])]
+
     def _check(self, value: Any) -> None:
         check_image(value)
 
@@ -320,7 +357,8 @@ class SparseEmbedding(Embedding):
         return sentence_transformers.SparseEncoder(path, **options)
 
     def _output(self, features: dict[str, Any]) -> torch.Tensor:
-        return super()._output(features).to_dense()
+        rows = super()._output(features)
+        return rows.to_dense() if rows.layout is not torch.strided else rows
 
     def postprocess(self, output: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The values that are not zero, and their places."""
@@ -346,53 +384,6 @@ class SparseEmbedding(Embedding):
         def finish(rows: list[Any]) -> Any:
             kept = [largest(places, values, most) for places, values in rows]
             return sparse_rows(kept, self._model.get_embedding_dimension())
-
-        return items, finish
-
-
-class Reranker(SentenceModel):
-    """Kind `rerank`: scores of pairs of texts, as `CrossEncoder.predict` gives them."""
-
-    def _open(self, path: str, **options: Any) -> Any:
-        return sentence_transformers.CrossEncoder(path, **options)
-
-    def _check(self, value: Any) -> None:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise InvalidInputError(f"a reranker takes pairs of two texts, not {what(value)}")
-        for part in value:
-            check_text(part)
-
-    def sample(self, cost: int) -> Any:
-        """A pair of about `cost` tokens."""
-        return ("a " * (cost // 2), "a " * (cost // 2))
-
-    def _output(self, features: dict[str, Any]) -> torch.Tensor:
-        scores: torch.Tensor = features["scores"].float()
-        return scores.reshape(len(scores), -1)  # one row of logits per pair, shape `[n, labels]`
-
-    def plan_predict(
-        self,
-        inputs: Any,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        *,
-        activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        apply_softmax: bool = False,
-        **others: Any,
-    ) -> Plan:
-        """A float32 for one pair, shape `[n]` for several, `[n, labels]` if the model has several labels."""
-        refuse(others, "predict")
-        items, is_single = self._items(inputs, prompt_name, prompt)
-
-        def finish(rows: list[Any]) -> Any:
-            if not rows:
-                return np.array([])
-            scores = (activation_fn or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
-            if self._model.num_labels == 1:
-                scores = scores.squeeze(-1)
-            elif apply_softmax:
-                scores = torch.nn.functional.softmax(scores, dim=1)
-            return scores.numpy()[0] if is_single else scores.numpy()
 
         return items, finish
 

@@ -98,6 +98,11 @@ class LoadedModel:
             )
         return method
 
+    @property
+    def backend(self) -> dict[str, str]:
+        """What computes a model of a built-in kind, and why; empty for other kinds."""
+        return dict(getattr(self.model, "backend", {}))
+
     # In and out of memory.
 
     def load(self) -> None:

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ KINDS = {
     "embed": "legit_worker.models.kinds:TextEmbedding",
     "image": "legit_worker.models.kinds:ImageEmbedding",
     "sparse": "legit_worker.models.kinds:SparseEmbedding",
-    "rerank": "legit_worker.models.kinds:Reranker",
+    "rerank": "legit_worker.models.reranker:Reranker",
     "simulated": "legit_worker.models.simulated:SimulatedModel",
 }
 
@@ -86,9 +87,10 @@ class Loader:
     that a worker that is told to stop need not wait for weights that nobody will use.
     """
 
-    def __init__(self, device: Callable[[], str], shelf: Shelf) -> None:
+    def __init__(self, device: Callable[[], str], shelf: Shelf, cache_dir: Path | None = None) -> None:
         self._device_name = device
         self._shelf = shelf
+        self._cache_dir = cache_dir
         self._one_at_a_time = threading.Lock()
 
     def start(self, slot: Slot, orders: Orders) -> None:
@@ -150,6 +152,8 @@ class Loader:
             _measure(slot, model, device)
         give_back_freed()
         logger.info("model %r loaded on %s in %.1f s, %.0f MiB", slot.alias, device.name, seconds, slot.size / 2**20)
+        if slot.spec.backend != "torch":
+            logger.info("model %r is computed by %s: %s", slot.alias, *model.backend.values())
         return model, seconds
 
     def _read(self, slot: Slot, cls: Any, orders: Orders, device: Device) -> LoadedModel:
@@ -157,7 +161,7 @@ class Loader:
         model = self._shelf.take(slot.alias)
         self._shelf.clear_device()
         if model is None:
-            own = _construct(cls, slot.alias, slot.spec)
+            own = _construct(cls, slot.alias, slot.spec, self._cache_dir)
             model = LoadedModel(slot.alias, slot.spec.kind, own, device, slot.activations, orders)
             model.load()
         else:
@@ -176,8 +180,11 @@ def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
         give_back_cached()  # the next batch may be a small one, and other processes may want the rest
 
 
-def _construct(cls: Any, alias: str, spec: ModelSettings) -> Any:
-    offered = {"alias": alias, "path": spec.path, "dtype": spec.dtype, "revision": spec.revision}
+def _construct(cls: Any, alias: str, spec: ModelSettings, cache_dir: Path | None) -> Any:
+    offered = {
+        **{"alias": alias, "path": spec.path, "dtype": spec.dtype, "revision": spec.revision},
+        **{"backend": spec.backend, "cache_dir": cache_dir},
+    }
     wanted = inspect.signature(cls).parameters
     return cls(**{name: value for name, value in offered.items() if name in wanted})
 

@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from legit_worker import settings
 from legit_worker.device import cuda
@@ -27,6 +28,7 @@ class Registry:
     """All configured models. One per process.
 
     `budget`: how many bytes may be taken; by default, nothing bounds them. `host_cache`: bytes for evicted weights.
+    `cache_dir`: where converted models are kept; None is the user's own folder.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Registry:
         device: Callable[[], str],
         budget: Budget | None = None,
         host_cache: int = 0,
+        cache_dir: Path | None = None,
     ) -> None:
         #: Evicted weights that wait in the host's memory.
         self.shelf = Shelf(host_cache)
@@ -42,7 +45,7 @@ class Registry:
         self.device = device
         self.slots = {alias: Slot(alias=alias, spec=spec, size=estimate(spec)) for alias, spec in models.items()}
         self._by_name = {settings.fold(alias): slot for alias, slot in self.slots.items()}
-        loader = Loader(device, self.shelf)
+        loader = Loader(device, self.shelf, cache_dir)
         self.residency = Residency(self.slots.values(), budget or Unbounded(), loader, self.shelf)
 
     def __repr__(self) -> str:
@@ -104,7 +107,7 @@ def _of_settings() -> Registry:
     if chosen.device == "simulated" and chosen.vram_limit is not None:
         simulated_device().ledger.total = chosen.vram_limit.of(ENDLESS)
     device = functools.partial(cuda.choose, chosen.device)
-    return Registry(chosen.models, device, DeviceBudget(chosen), chosen.host_cache.of(0))
+    return Registry(chosen.models, device, DeviceBudget(chosen), chosen.host_cache.of(0), chosen.cache_dir)
 
 
 def _before_fork() -> None:

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from legit_worker.errors import SettingsError
-from legit_worker.settings import KINDS_WITH_PATH, Settings
+from legit_worker.settings import KINDS_WITH_PATH, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 EXTRAS = {"device": "sentence-transformers", "prep": "prep"}
 
+#: The package that computes a backend, and so does an extra of this name. `auto` goes without.
+BACKENDS = {"openvino": "openvino", "onnx": "openvino"}
+
 
 def check(chosen: Settings) -> None:
     """Raise `SettingsError` if a configured model can't be used here."""
@@ -39,6 +42,21 @@ def check(chosen: Settings) -> None:
                 f"model {alias!r} is of kind {model.kind!r}, which needs {' and '.join(missing)}, not installed in "
                 f"this Python: pip install 'legit-worker[{EXTRAS[chosen.role]}]'"
             )
+        if chosen.role == "device":
+            _check_backend(alias, model)
+
+
+def _check_backend(alias: str, model: ModelSettings) -> None:
+    package = BACKENDS.get(model.backend)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise SettingsError(
+            f"model {alias!r} has BACKEND={model.backend}, which needs {package}, not installed in this Python: "
+            f"pip install 'legit-worker[{package}]'"
+        )
+    if model.dtype == "int8" and importlib.util.find_spec("nncf") is None:
+        raise SettingsError(
+            f"model {alias!r} has DTYPE=int8, which needs nncf, not installed in this Python: pip install nncf"
+        )
 
 
 def is_missing_folder(path: str) -> bool:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 #: Bytes of a value by `DTYPE`. `auto`, as None, is what the file has.
-DTYPES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 
 #: No header of a file is longer, bytes: the format's own bound.
 LONGEST_HEADER = 100_000_000

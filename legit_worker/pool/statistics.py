@@ -35,6 +35,8 @@ def _of_model(slot: Slot, engine: Engine) -> dict[str, Any]:
         "reserve": slot.reserve,
         "loads": slot.loads,
     }
+    if slot.model is not None:
+        info |= slot.model.backend
     counters = engine.counters.get(slot.alias)
     if counters is not None:
         info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from legit_worker.settings.values import (
+    DTYPES_OF,
     FORMATS,
     KINDS_WITH_PATH,
     Amount,
@@ -65,8 +66,11 @@ class ModelSettings(_Group):
     pin: bool = False
     #: Seconds without a call after which it may be evicted; None keeps it until something needs its memory.
     keep_alive: Seconds | None = None
-    #: The type of its weights; None takes the files' own. `tf32`: float32, whose products a GPU rounds to TF32.
-    dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] | None = None
+    #: What computes it: torch; OpenVINO on a CPU, by the model's torch modules or by its ONNX file; `auto`: the faster.
+    backend: Literal["torch", "openvino", "onnx", "auto"] = "torch"
+    #: The type of its weights; None takes the files' own. `tf32`: float32, whose products a GPU rounds to TF32. `int8`:
+    #: OpenVINO's products of 8 bits.
+    dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
     #: The branch, tag or commit on the Hub; None is the newest.
     revision: str | None = None
 
@@ -77,6 +81,23 @@ class ModelSettings(_Group):
         if not path and kind in KINDS_WITH_PATH:
             raise ValueError(f"a model of kind {kind!r} needs a path: a folder, or a name on the Hugging Face Hub")
         return None if path is None else str(at_home(path)) if kind in KINDS_WITH_PATH else path
+
+    @field_validator("backend")
+    @classmethod
+    def _is_of_a_built_in_kind(cls, backend: str, info: ValidationInfo) -> str:
+        kind = info.data.get("kind")
+        if backend != "torch" and kind not in (*KINDS_WITH_PATH, None):
+            raise ValueError(f"kind {kind!r} computes by itself: only {', '.join(KINDS_WITH_PATH)} have other backends")
+        return backend
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_of_the_backend(cls, dtype: str | None, info: ValidationInfo) -> str | None:
+        backend = info.data.get("backend")
+        allowed = DTYPES_OF.get(backend or "", ())
+        if dtype is not None and allowed and dtype not in allowed:
+            raise ValueError(f"backend {backend!r} computes {', '.join(allowed)}")
+        return dtype
 
 
 class AppSettings(_Group):
@@ -170,6 +191,8 @@ class Settings(BaseSettings):
     vram_limit: Memory | None = None
     #: The folder in which workers of one GPU meet, to load one after the other; None is a folder of the user's own.
     lock_dir: Folder | None = None
+    #: The folder for what can be made anew, such as converted models; None is the user's own, `~/.cache/legit_worker`.
+    cache_dir: Folder | None = None
     #: The most of the host's memory for weights that have left the device.
     host_cache: Bytes = Amount(0)
     #: Tasks in flight; None is the pool's measured default.

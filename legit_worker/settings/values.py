@@ -28,6 +28,14 @@ BUILT_IN_TASKS = ("embed_text", "embed_image", "rerank", "prep_text", "prep_imag
 #: The kinds of model that are read from a path.
 KINDS_WITH_PATH = ("embed", "rerank", "sparse", "image")
 
+#: The types of weights that a backend takes.
+DTYPES_OF = {
+    "torch": ("auto", "float32", "tf32", "float16", "bfloat16"),
+    "openvino": ("auto", "float32", "bfloat16", "int8"),
+    "onnx": ("auto", "float32", "bfloat16"),
+    "auto": ("auto", "float32", "tf32", "float16", "bfloat16"),
+}
+
 #: Bytes in one of each unit that an amount of memory can be written in.
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 

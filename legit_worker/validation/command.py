@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from legit_worker import settings
+from legit_worker import golden, settings
 from legit_worker.errors import SettingsError
 from legit_worker.settings import ModelSettings
-from legit_worker.validation import golden, reference
+from legit_worker.validation import reference
 from legit_worker.validation.comparison import Comparison, Finding, Tolerance
 from legit_worker.validation.reference import Reference, ValidationError
 from legit_worker.validation.run import Outcome, validate

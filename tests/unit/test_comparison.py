@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from legit_worker.golden import texts
 from legit_worker.validation.comparison import Failed, Tolerance, compare
-from legit_worker.validation.golden import texts
 
 ROWS, DIMENSION = 12, 8
 REFERENCE = np.random.default_rng(0).normal(size=(ROWS, DIMENSION)).tolist()

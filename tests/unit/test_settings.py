@@ -89,6 +89,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         vram_headroom=Amount(10, "%"),
         vram_limit=None,
         lock_dir=None,
+        cache_dir=None,
         window=None,
         max_queue_delay=None,
         max_wait_seconds=None,
@@ -122,6 +123,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         ("VRAM_LIMIT", "1000000", "vram_limit", Amount(1_000_000, "B")),
         ("HOST_CACHE", "8GiB", "host_cache", Amount(8, "GiB")),
         ("LOCK_DIR", "/var/lock/gpus", "lock_dir", Path("/var/lock/gpus")),
+        ("CACHE_DIR", "/var/cache/models", "cache_dir", Path("/var/cache/models")),
         ("WINDOW", "1", "window", 1),
         ("WINDOW", "100000", "window", 100_000),
         ("MAX_QUEUE_DELAY", "auto", "max_queue_delay", None),
@@ -157,6 +159,9 @@ def test_a_variable_sets_its_field(variable: str, text: str, field: str, value: 
         ("PIN", "off", "pin", False),
         ("KEEP_ALIVE", "300", "keep_alive", 300.0),
         ("KEEP_ALIVE", "0.5", "keep_alive", 0.5),
+        ("BACKEND", "openvino", "backend", "openvino"),
+        ("BACKEND", "onnx", "backend", "onnx"),
+        ("BACKEND", "auto", "backend", "auto"),
         ("DTYPE", "auto", "dtype", "auto"),
         ("DTYPE", "float32", "dtype", "float32"),
         ("DTYPE", "float16", "dtype", "float16"),
@@ -233,7 +238,7 @@ def test_an_apps_defaults_are_those_documented() -> None:
 
 def test_a_models_defaults_are_those_documented() -> None:
     assert loaded(MODELS__M__PATH="x").models["m"] == ModelSettings(
-        path="x", kind="embed", pin=False, keep_alive=None, dtype=None, revision=None
+        path="x", kind="embed", pin=False, keep_alive=None, backend="torch", dtype=None, revision=None
     )
 
 
@@ -514,7 +519,9 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
         ("MODELS__M__PIN", "tight", "valid boolean"),
         ("MODELS__M__KEEP_ALIVE", "5m", "valid number"),
         ("MODELS__M__KEEP_ALIVE", "-1", "greater than or equal to 0"),
-        ("MODELS__M__DTYPE", "int8", "bfloat16"),
+        ("MODELS__M__DTYPE", "int9", "bfloat16"),
+        ("MODELS__M__DTYPE", "int8", "backend 'torch' computes auto, float32"),
+        ("MODELS__M__BACKEND", "tensorrt", "openvino"),
         ("APPS__A__RESULT_ROUTING", "maybe", "valid boolean"),
         ("APPS__A__QUEUE", "a b", "1 to 128 of the characters"),
         ("APPS__A__QUEUE", "q" * 129, "1 to 128 of the characters"),
@@ -843,6 +850,7 @@ WITH_EFFECT = {
     "STALL_SECONDS": "2",
     "HOST_CACHE": "4GiB",
     "LOCK_DIR": "/var/lock/gpus",
+    "CACHE_DIR": "/var/cache/models",
     "ENABLED": "1",
     "VRAM_HEADROOM": "20%",
     "VRAM_LIMIT": "4GiB",
@@ -876,6 +884,7 @@ WITH_EFFECT = {
     "TASKS__EMBED_TEXT": "e",
     "MODELS__M__PATH": "x",
     "MODELS__M__PIN": "1",
+    "MODELS__M__BACKEND": "auto",
     "MODELS__M__DTYPE": "float16",
     "MODELS__M__REVISION": "main",
     "RESULT_MAX_BYTES": "1MiB",

@@ -1,0 +1,105 @@
+"""A built-in kind's backend: what computes its batches, torch or OpenVINO.
+
+In: the operator's choice, and a model that torch has loaded. Out: its graphs, with torch's weights gone; or none, and a
+model that torch computes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from legit_worker.backends.choice import Subject, Wanted, choose
+from legit_worker.backends.graphs import Graphs
+from legit_worker.device.cpu import speed_up_linear_layers
+from legit_worker.models.features import collate
+
+if TYPE_CHECKING:
+    from legit_worker.models.kinds import SentenceModel
+
+#: Sizes of the pictures of a trial, in pixels: an image processor that keeps them makes images of different sizes.
+PICTURES = tuple((64 + 8 * number, 120 - 8 * number) for number in range(8))
+
+
+class Backend:
+    """What computes one model. The loader thread chooses it; `graphs` is None while torch computes."""
+
+    def __init__(self, name: str, dtype: str | None, cache_dir: Path | None) -> None:
+        self._name, self._dtype, self._cache_dir = name, dtype, cache_dir
+        self.graphs: Graphs | None = None
+        self._reason = ""
+
+    def dtype_to_read(self, dtype: str | None) -> str | None:
+        """The type in which torch reads the weights: to convert them, without another rounding."""
+        if self._name == "torch":
+            return dtype
+        return None if dtype in (None, "auto") else "float32"
+
+    def report(self) -> dict[str, str]:
+        """For `inspect stats`."""
+        name = "torch" if self.graphs is None else f"openvino {self.graphs.dtype}"
+        return {"backend": name, **({"backend_reason": self._reason} if self._reason else {})}
+
+    def choose(self, device: str, model: SentenceModel) -> None:
+        """Find out what computes it, and free torch's weights if that is not torch. Raises `BackendError`."""
+        library: Any = model._model
+        if self._name == "torch":
+            speed_up_linear_layers(library)
+            return
+        stored = next((one.dtype for one in library.parameters() if one.is_floating_point()), torch.float32)
+        library.float()
+        wanted = Wanted(backend=self._name, dtype=self._dtype, cache_dir=self._cache_dir, device=device)
+        chosen = choose(wanted, _subject(model, stored))
+        self.graphs, self._reason = chosen.graphs, chosen.reason
+        if self.graphs is not None:
+            library.to("meta")
+
+    def unload(self) -> None:
+        """Free the graphs."""
+        self.graphs = None
+
+
+def _subject(model: SentenceModel, stored: torch.dtype) -> Subject:
+    library: Any = model._model
+    obstacle = _obstacle(model)
+    groups = [] if obstacle else [[model.preprocess(item) for item in inputs] for inputs in model.trial_inputs()]
+    if any(len({item.key for item in group}) > 1 for group in groups):
+        obstacle = "its inputs have different shapes"
+    return Subject(
+        kind=type(model).__name__,
+        is_ranking=model.is_ranking,
+        takes_pictures=model.takes_pictures,
+        module=library,
+        compute=model.compute,
+        groups=[[item.features for item in group] for group in groups],
+        collate=lambda items: collate(items, library.tokenizer),
+        obstacle=obstacle,
+        stored=stored,
+        tune=lambda: speed_up_linear_layers(library),
+    )
+
+
+def _obstacle(model: SentenceModel) -> str | None:
+    """What an input's features don't tell, and `forward` needs; None if there is nothing."""
+    library: Any = model._model
+    if "task" in library.get_model_kwargs():
+        return "its modules treat queries and documents differently"
+    if any(getattr(module, "include_prompt", True) is False for module in library):
+        return "its pooling leaves out the prompt, whose length differs"
+    if model.preprocess(model.trial_inputs()[0][0]).raw is not None:
+        return "its inputs have no rows that can be padded"
+    return None
+
+
+def pictures() -> list[Any]:
+    """Pictures of different sizes and colours."""
+    from PIL import Image
+
+    gradient = Image.linear_gradient("L")
+    bands = [gradient.rotate(45 * number) for number in range(len(PICTURES))]
+    return [
+        Image.merge("RGB", (bands[number], bands[number - 1], bands[number - 3])).resize(size)
+        for number, size in enumerate(PICTURES)
+    ]

