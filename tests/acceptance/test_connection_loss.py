@@ -109,7 +109,7 @@ def in_flight(worker: Worker, alias: str) -> list[AsyncResult[Any]]:
 def reconnect(worker: Worker, results: list[AsyncResult[Any]]) -> list[AsyncResult[Any]]:
     """The same tasks, seen by a client that has no connection from before."""
     kombu.pools.reset()
-    worker.client = worker.broker.client()
+    worker.renew_client()
     return [worker.client.AsyncResult(result.id) for result in results]
 
 

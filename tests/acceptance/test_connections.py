@@ -145,7 +145,7 @@ def test_connections_are_disturbed_in_the_middle_of_batches(
         poll(lambda: len(runs(worker)) >= 30 * (number + 1), "some more to be done")  # noqa: B023
         DISTURBANCES[disturbance](redis_server)
     kombu.pools.reset()
-    worker.client = broker.client()
+    worker.renew_client()
     worker.answers([worker.client.AsyncResult(result.id) for result in results])
     assert runs(worker) == Counter(f"text {number}" for number in range(400))
     poll(lambda: not redis_server.client.hlen("unacked"), "all messages to be acked")

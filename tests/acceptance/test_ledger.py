@@ -213,7 +213,7 @@ def test_a_server_that_is_killed_while_tasks_are_parked_hears_of_their_ends(
     server.kill()
     server.start()
     kombu.pools.reset()
-    worker.client = broker.client()
+    worker.renew_client()
     worker.settle([worker.client.AsyncResult(result.id) for result in sent])
     assert runs(worker) == once(names(20))
     nothing_left(on_broker_of(broker))

@@ -25,7 +25,7 @@ TASKS = 300
 def fresh_client(worker: Worker) -> None:
     """The client's connections may be gone with the worker's."""
     kombu.pools.reset()
-    worker.client = worker.broker.client()
+    worker.renew_client()
 
 
 def runs(worker: Worker) -> Counter[str]:

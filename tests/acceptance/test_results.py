@@ -38,6 +38,7 @@ class Stored:
 
     def __post_init__(self) -> None:
         self.client = replace(self.worker.broker, backend="disabled://").client()
+        self.client.conf.control_exchange = self.worker.client.conf.control_exchange
 
     def send(self, task: str, *names: str, **options: Any) -> list[str]:
         """Send one task for each name. Returns their ids."""

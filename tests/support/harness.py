@@ -169,7 +169,6 @@ class Broker:
         app = Client(f"client-of-{self.queue}", broker=self.url, backend=self.backend, set_as_current=False)
         app.conf.update(
             task_default_queue=self.queue,
-            control_exchange=self.queue,
             task_serializer="json",
             result_serializer="json",
             accept_content=["json"],
@@ -202,7 +201,9 @@ class Worker:
         self.broker = broker
         self.name = f"worker{number}-{os.getpid()}@tests"
         self.path = folder / f"worker{number}.log"
-        self.client = broker.client()
+        # The ready-made app has Celery's own.
+        self._control = {} if project == "legit_worker" else {"control_exchange": broker.queue}
+        self.renew_client()
         self._command = [
             *celery_command(project, "worker", "--loglevel=INFO"),
             f"--hostname={self.name}",
@@ -214,6 +215,11 @@ class Worker:
         self._environment = project_environment(broker, environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._hears = False
+
+    def renew_client(self) -> None:
+        """Have a client with connections of its own: where a server was replaced, the old ones wait for it."""
+        self.client = self.broker.client()
+        self.client.conf.update(self._control)
 
     def start(self) -> None:
         """Start the command, and don't wait for it."""
