@@ -28,6 +28,9 @@ from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
 
+#: What kombu's publishing says, as an `AttributeError`, if its channel was closed while it tried again (5.5 to 5.7).
+CLOSED = "'NoneType' object has no attribute 'client'"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -155,6 +158,7 @@ def _is_unsent_retry(reject: Reject) -> bool:
     """Whether `Task.retry` raised it (celery.app.task, 5.5 to 5.7), and not the task."""
     frames = (frame for frame, _ in traceback.walk_tb(reject.__traceback__))
     is_away_now = isinstance(reject.reason, OperationalError | OSError) or is_away(reject.reason)
+    is_away_now = is_away_now or (isinstance(reject.reason, AttributeError) and str(reject.reason) == CLOSED)
     return is_away_now and any(frame.f_code is Task.retry.__code__ for frame in frames)
 
 
