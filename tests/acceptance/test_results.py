@@ -328,7 +328,7 @@ def test_tasks_that_never_run_wait_for_their_apps_server_and_hold_up_nobody(
     worker = start_worker("counted", broker=broker, environment=variables)
     apps = Apps(worker, {"alpha": AppQueue(server.url, queue_name(broker, "alpha")), "beta": app_queue(broker, "beta")})
     server.stop()
-    apps.client.control.revoke(["revoked"], reply=True)
+    poll(lambda: apps.client.control.revoke(["revoked"], reply=True), "the worker to hear of it")
     sent = {
         apps.send("counted", "expired", expires=datetime(2020, 1, 1, tzinfo=timezone.utc)).id: "REVOKED",
         apps.send("counted", "revoked", task_id="revoked").id: "REVOKED",
@@ -349,7 +349,7 @@ def test_tasks_that_never_run_wait_for_their_apps_server_and_hold_up_nobody(
 
 
 def test_tasks_that_never_run_wait_for_the_result_backend(stored: Stored) -> None:
-    stored.client.control.revoke(["revoked"], reply=True)
+    poll(lambda: stored.client.control.revoke(["revoked"], reply=True), "the worker to hear of it")
     stored.backend.stop()
     ids = stored.send("counted", "expired", expires=datetime(2020, 1, 1, tzinfo=timezone.utc))
     ids += stored.send("counted", "revoked", task_id="revoked")
