@@ -32,9 +32,9 @@ def shrink(image: ImageBytes, edge: Edge | None) -> bytes:
 
 
 def decoded(image: ImageBytes, edge: Edge | None) -> Any:
-    """A `PIL.Image.Image` in RGB. A helper decodes and resizes it, if there are helpers. Raises `InvalidInputError`."""
+    """A `PIL.Image.Image` in RGB, resized as above, by a helper if there are helpers. Raises `InvalidInputError`."""
     if processes.helpers() is None:
-        return decode(image)
+        return _shrunk(image, edge)
     from PIL import Image
 
     return Image.frombytes("RGB", *processes.run(_pixels, image, edge, size=len(image.file)))
