@@ -30,6 +30,7 @@ from legit_worker.broker.reserve import (
     Source,
 )
 from legit_worker.broker.returning import held_by
+from legit_worker.broker.tally import tally
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class AskingChannel(HearingChannel):
         is_message = unsure.payload() is not None
         self._verdict = ("+" if is_message else "-") + unsure.sha1
         if not is_message:
+            tally["unreadable"] += 1
             logger.error(
                 "%d bytes in queue %s are no message, and are put into the list %s: %.100r",
                 *(len(unsure.raw), unsure.source.queue, self.ledger.keys.unreadable, unsure.raw),

@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from legit_worker.broker.ledger import Ledger
 from legit_worker.broker.returning import Keys, recover
 from legit_worker.broker.scripts import Script
+from legit_worker.broker.tally import tally
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class Lease(threading.Thread):
         tags, now = list(self._ledger.held), self._renewals[0]
         for start in range(0, len(tags), RENEWED):
             RENEW.run(self._client, [self._keys.index], repr(now), *tags[start : start + RENEWED])
+        tally["renewed"] += len(tags)
 
     def _recover(self, owner: str, process: dict[str, Any]) -> None:
         """Give back what a dead owner held."""
@@ -190,6 +192,7 @@ class Lease(threading.Thread):
             prefix=self._keys.prefix,
         )
         moved = recover(self._client, keys, owner, renewals=process.get("renewals", ()))
+        tally["recovered"] += moved
         if self._forget(owner) and moved:
             logger.warning("worker %s has died: its %d messages are given back", owner.rpartition(":")[0], moved)
 

@@ -13,6 +13,7 @@ import kombu
 from kombu.utils.encoding import str_to_bytes
 
 from legit_worker.broker.returning import DELIVERIES, count
+from legit_worker.broker.tally import tally
 
 #: The list of records on Redis, and the queue of records on other brokers.
 DEAD = "legit.dead"
@@ -32,6 +33,7 @@ def bury(message: Any, reason: str) -> None:
 
     Raises what the broker's connection raises.
     """
+    tally["poisoned"] += 1
     ledger = getattr(message.channel, "ledger", None)
     if ledger is not None:
         source = ledger.held.get(message.delivery_tag)

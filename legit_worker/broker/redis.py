@@ -31,6 +31,7 @@ from legit_worker.broker.failover import enduring
 from legit_worker.broker.ledger import BURY, missing
 from legit_worker.broker.reserve import Reserved
 from legit_worker.broker.returning import DELIVERIES, count
+from legit_worker.broker.tally import tally
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ class ReservingChannel(AskingChannel):
 
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
         keys, client = self.ledger.keys, self.plain_client
+        tally["unreadable"] += 1
         if self.ledger.forget(tag) is missing:  # its consumer does not ack
             client.rpush(keys.unreadable, raw)
         else:

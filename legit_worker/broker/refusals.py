@@ -16,6 +16,7 @@ from kombu.exceptions import ContentDisallowed, SerializationError
 from kombu.utils.encoding import safe_repr
 
 from legit_worker.broker.redis import UNREADABLE_KEY, ReservingChannel
+from legit_worker.broker.tally import tally
 
 logger = logging.getLogger(__name__)
 
@@ -103,4 +104,5 @@ def refuse(message: Any, error: Exception) -> None:
         message.channel.put_aside(message)
         logger.error("the message was put into the list %s", UNREADABLE_KEY)
     else:
+        tally["unreadable"] += 1
         message.reject_log_error(logger, (Exception,))

@@ -19,6 +19,7 @@ from kombu.utils.json import dumps, loads
 from redis import Redis
 
 from legit_worker.broker.scripts import Script
+from legit_worker.broker.tally import tally
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class _Move:
             raw = dumps(redelivered(loads(bytes_to_str(noted))[0], died=died))
         except Exception:  # kombu's JSON calls constructors, which may raise anything
             raw, to, command = _cut_out(noted), self.keys.unreadable, "RPUSH"
+            tally["unreadable"] += 1
             logger.error("%d unacked bytes are no message, and were put into the list %s: %.100r", len(raw), to, raw)
         keys = [self.keys.unacked, self.keys.index, self.keys.held(self.owner), to, self.keys.owners]
         sha1 = hashlib.sha1(noted, usedforsecurity=False).hexdigest()

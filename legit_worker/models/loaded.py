@@ -73,6 +73,11 @@ class LoadedModel:
     def __repr__(self) -> str:
         return f"<LoadedModel {self.alias} ({self.kind}) on {self._device.name}>"
 
+    @property
+    def device(self) -> str:
+        """The name of the device that it is on."""
+        return self._device.name
+
     def _optional(self, name: str) -> Callable[..., Any] | None:
         method: Callable[..., Any] | None = getattr(self.model, name, None)
         return method

@@ -297,4 +297,5 @@ def admit(request: Request, now: float) -> None:
 def leave(slot: Slot) -> tuple[Slot, LoadedModel | None]:
     """A model leaves memory."""
     model, slot.model, slot.state = slot.model, None, "unloaded"
+    slot.evictions += 1
     return slot, model

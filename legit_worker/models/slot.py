@@ -34,6 +34,8 @@ class Slot:
     #: What its last load took, reading and moving alone, and how often it was loaded.
     load_seconds: float = 0.0
     loads: int = 0
+    #: How often it left memory.
+    evictions: int = 0
     #: There while it is resident or draining.
     model: LoadedModel | None = None
     #: Why and when its last load failed.

@@ -55,8 +55,7 @@ class Engine:
         self.calls = 0
 
     def __repr__(self) -> str:
-        waiting = {alias: len(queue) for alias, queue in self._queues.items()}
-        return f"<Engine: {waiting} waiting, {len(self._flights)} batches in flight>"
+        return f"<Engine: {self.waiting()} waiting, {len(self._flights)} batches in flight>"
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -101,6 +100,10 @@ class Engine:
         """Nothing that waits will be computed any more."""
         for queue in self._queues.values():
             queue.forget()
+
+    def waiting(self) -> dict[str, int]:
+        """How many items wait, by model. Any thread may ask."""
+        return {alias: len(queue) for alias, queue in list(self._queues.items())}
 
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, if all items of a model had one length."""

@@ -14,13 +14,14 @@ import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import inf
 from typing import Any, Protocol
 
 from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
+from legit_worker.batching.histogram import COST, ITEMS, SECONDS, Histogram
 from legit_worker.batching.packer import padded, pick
 from legit_worker.batching.sizing import Sizing
 from legit_worker.batching.twins import distinct, with_twins
@@ -75,6 +76,25 @@ class BatchModel(Protocol):
         """Make a task's output of one of `forward`'s. Raises what the model raises."""
 
 
+class Shape:
+    """How large one model's batches were, and how long they took."""
+
+    __slots__ = ("items", "padded_cost", "seconds")
+
+    def __init__(self) -> None:
+        self.items, self.padded_cost, self.seconds = Histogram(ITEMS), Histogram(COST), Histogram(SECONDS)
+
+    def note(self, items: int, padded_cost: int, seconds: float) -> None:
+        """A batch went well."""
+        self.items.observe(items)
+        self.padded_cost.observe(padded_cost)
+        self.seconds.observe(seconds)
+
+
+#: The numbers among `Counters`.
+SUMMED = ("batches", "items", "cost", "padded_cost", "forward_seconds", "out_of_memory", "duplicates")
+
+
 @dataclass
 class Counters:
     """What was computed so far; `inspect stats` shows it."""
@@ -90,18 +110,22 @@ class Counters:
     out_of_memory: int = 0
     #: Items that were not computed, since their batch had an equal one.
     duplicates: int = 0
+    #: For metrics.
+    shape: Shape = field(default_factory=Shape, compare=False, repr=False)
 
     def __add__(self, other: Counters) -> Counters:
         mine, others = vars(self), vars(other)
-        return Counters(**{name: mine[name] + others[name] for name in mine})
+        return Counters(**{name: mine[name] + others[name] for name in SUMMED})
 
     def note(self, costs: Sequence[int], seconds: float) -> None:
         """A batch of items of these costs went well, and took this long."""
+        padded_cost = padded(costs)
         self.batches += 1
         self.items += len(costs)
         self.cost += sum(costs)
-        self.padded_cost += padded(costs)
+        self.padded_cost += padded_cost
         self.forward_seconds += seconds
+        self.shape.note(len(costs), padded_cost, seconds)
 
     @property
     def waste(self) -> float:
