@@ -52,7 +52,7 @@ class ModelPoolStep(bootsteps.Step):
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
         chosen = settings.load_or_exit()
-        for sentence in (*settings.not_yet_in_effect(chosen), *settings.unknown_models(chosen)):
+        for sentence in settings.unknown_models(chosen):
             logger.warning(sentence)
         import legit_worker
         from legit_worker import tasks
@@ -69,6 +69,10 @@ class ModelPoolStep(bootsteps.Step):
                 return  # ModelPool checks its requirements itself
         requirements.check_or_exit(chosen)
         quiet_libraries()
+        if chosen.metrics_port is not None:
+            from legit_worker import metrics
+
+            metrics.enable(worker.app)
         if chosen.role == "prep":
             aliases = ", ".join(chosen.models) or "none"
             logger.info(

@@ -104,8 +104,6 @@ def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
     yield ok(f"{ours} variables, role {chosen.role}, {len(chosen.models)} models, {len(chosen.apps)} apps")
     if not settings.is_enabled(default=app.main == "legit_worker"):
         yield warning("LEGIT_WORKER_ENABLED is not 1 here: with this environment, workers are stock Celery's", "set it")
-    for sentence in settings.not_yet_in_effect(chosen):
-        yield warning(sentence, "leave it out, or wait for a release that reads it")
     for sentence in settings.unknown_models(chosen):
         yield warning(sentence, "correct the name, unless another worker has this model")
 

@@ -27,7 +27,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, limits, own, reports, shown, sql, statistics, turns
+from legit_worker.pool import fibers, figures, limits, own, reports, shown, sql, statistics, turns
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
@@ -168,6 +168,10 @@ class ModelPool(SoloPool):
         self._entrance = Entrance(self.app, chosen, self.options, wake=self._loop.wake, is_inline=self._inline)
         self._computing = Computing(self.engine, self._loop)
         self._host = FiberHost(self._loop, self.engine, self._running, is_inline=self._inline)
+        #: What metrics ask; None if nobody wants them.
+        self.figures = figures.shown(
+            self.app, chosen, self._running, self.engine, self._intake, self._loop, self._watcher
+        )
 
     def __repr__(self) -> str:
         return f"<ModelPool: {self._loop!r}, {self._intake!r}, {self.engine!r}>"

@@ -17,7 +17,6 @@ from legit_worker.settings.reading import (
     listed_changes,
     load,
     load_or_exit,
-    not_yet_in_effect,
     unknown,
 )
 from legit_worker.settings.schema import LIMITS, AppSettings, ModelSettings, Settings
@@ -50,7 +49,6 @@ __all__ = [
     "listed_changes",
     "load",
     "load_or_exit",
-    "not_yet_in_effect",
     "path_variable",
     "unknown",
     "unknown_models",

@@ -240,12 +240,6 @@ def _shown(variable: Variable) -> str:
     return spelling if spelling.upper().endswith("URL") else f"{spelling}={text!r}"
 
 
-def not_yet_in_effect(settings: Settings) -> list[str]:
-    """Return one sentence for each setting that was changed and has no effect in this release."""
-    names = () if settings.metrics_port is None else ("metrics_port",)
-    return [f"{spelled((name,))} is set, and has no effect in this release." for name in names]
-
-
 def changed(group: BaseModel, parents: Name = ()) -> Iterator[str]:
     """Write each setting that differs from its default as `VARIABLE=value`. A URL loses its user and password."""
     for field, value in group:

@@ -250,8 +250,8 @@ class Settings(BaseSettings):
     result_retry_seconds: Seconds = 300.0
     #: A task may hold the main thread for this many seconds while others wait, before the log says so.
     stall_seconds: SomeSeconds = 5.0
-    #: The port of Prometheus metrics and health; None serves neither.
-    metrics_port: Annotated[Annotated[int, Field(ge=1, le=65535)] | None, nothing_if("off")] = None
+    #: The port of Prometheus metrics and health; 0 is any free one, None serves neither.
+    metrics_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | None, nothing_if("off")] = None
 
     @classmethod
     def settings_customise_sources(

@@ -53,10 +53,9 @@ def test_what_is_wrong_is_named_with_its_fix(broker: Broker, model: dict[str, st
     code, found = doctor(broker, "project", **model, LEGIT_WORKER_WINDOW="many")
     assert code == 1
     assert "LEGIT_WORKER_WINDOW='many'" in about(found, "settings", "failure")
-    code, found = doctor(broker, **model, CELERY_BROKER_URL="redis://localhost:1/0", LEGIT_WORKER_METRICS_PORT="9100")
+    code, found = doctor(broker, **model, CELERY_BROKER_URL="redis://localhost:1/0")
     assert code == 1
     assert "localhost:1/0 does not answer" in about(found, "broker", "failure")
-    assert "METRICS_PORT" in about(found, "settings", "warning")
     code, found = doctor(broker, LEGIT_WORKER_MODELS__GONE__PATH="/nowhere/model")
     assert code == 1
     assert "/nowhere/model is neither a folder" in about(found, "models", "warning")

@@ -28,7 +28,7 @@ def test_the_table_names_tests_in_every_line() -> None:
 
 def test_the_architecture_names_files_that_are_there() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    rooms = "batching|broker|device|models|pool|prep|results|routing|settings"
+    rooms = "batching|broker|device|metrics|models|pool|prep|results|routing|settings"
     named = set(re.findall(rf"\b(?:{rooms})/\w+\.py", text))
     assert named
     assert [name for name in sorted(named) if not (ROOT / "legit_worker" / name).is_file()] == []

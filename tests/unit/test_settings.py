@@ -29,7 +29,6 @@ from legit_worker.settings import (
     is_enabled,
     is_prep,
     load,
-    not_yet_in_effect,
     path_variable,
     unknown,
     unknown_models,
@@ -139,6 +138,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         ("APP_FROM", "reply_to", "app_from", (AppSource("reply_to"),)),
         ("METRICS_PORT", "9100", "metrics_port", 9100),
         ("METRICS_PORT", "off", "metrics_port", None),
+        ("METRICS_PORT", "0", "metrics_port", 0),
     ],
 )
 def test_a_variable_sets_its_field(variable: str, text: str, field: str, value: Any) -> None:
@@ -500,7 +500,7 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
         ("MAX_HELD_SECONDS", "x", "valid number"),
         ("MAX_BATCH_SECONDS", "nan", "finite"),
         ("PREP_PROCESSES", "-1", "greater than or equal to 0"),
-        ("METRICS_PORT", "0", "greater than or equal to 1"),
+        ("METRICS_PORT", "-1", "greater than or equal to 0"),
         ("METRICS_PORT", "65536", "less than or equal to 65535"),
         ("APP_FROM", "header", "header:<name>"),
         ("APP_FROM", "cookie:app", "header:<name>"),
@@ -838,95 +838,6 @@ def test_a_broken_file_counts_as_enabled(toml: Any) -> None:
 def test_is_enabled_reads_the_process_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     set_only(monkeypatch, ENABLED="1")
     assert is_enabled() is True
-
-
-# not_yet_in_effect
-
-WITHOUT_EFFECT = {
-    "METRICS_PORT": "9100",
-}
-
-WITH_EFFECT = {
-    "STALL_SECONDS": "2",
-    "HOST_CACHE": "4GiB",
-    "LOCK_DIR": "/var/lock/gpus",
-    "CACHE_DIR": "/var/cache/models",
-    "ENABLED": "1",
-    "VRAM_HEADROOM": "20%",
-    "VRAM_LIMIT": "4GiB",
-    "MODELS__M__KEEP_ALIVE": "60",
-    "ROLE": "prep",
-    "PREP_PROCESSES": "2",
-    "PREP_SECONDS": "5",
-    "PREP_ROOTS": "/images",
-    "PREP_HOSTS": "*.example.org",
-    "PREP_PRIVATE": "10.0.0.0/8",
-    "MAX_ITEMS": "10",
-    "MAX_CHARACTERS": "1000",
-    "MAX_IMAGE_BYTES": "1MiB",
-    "MAX_PIXELS": "1000000",
-    "MAX_TASK_PIXELS": "2000000",
-    "IMAGE_FORMATS": "jpeg,PNG",
-    **{f"APPS__VOD__MAX_{name}": "5" for name in ("ITEMS", "CHARACTERS", "IMAGE_BYTES", "PIXELS", "TASK_PIXELS")},
-    "APPS__VOD__IMAGE_FORMATS": "PNG",
-    "NO_APP_MODELS": "none",
-    "TASKS__PREP_TEXT": "p",
-    "TASKS__PREP_IMAGE": '{"i": {}}',
-    "DEVICE": "cpu",
-    "WINDOW": "3",
-    "MAX_QUEUE_DELAY": "1",
-    "MAX_WAIT_SECONDS": "60",
-    "MAX_BATCH_SECONDS": "1",
-    "MAX_HELD_SECONDS": "3",
-    "MAX_DELIVERIES": "4",
-    "LEASE_SECONDS": "20",
-    "APP_FROM": "reply_to",
-    "TASKS__EMBED_TEXT": "e",
-    "MODELS__M__PATH": "x",
-    "MODELS__M__PIN": "1",
-    "MODELS__M__BACKEND": "auto",
-    "MODELS__M__DTYPE": "float16",
-    "MODELS__M__REVISION": "main",
-    "RESULT_MAX_BYTES": "1MiB",
-    "RESULT_RETRY_SECONDS": "10",
-    "APPS__VOD__RESULT_ROUTING": "on",
-    "APPS__VOD__QUEUE": "q",
-    "APPS__VOD__FORMAT": "laravel",
-    "APPS__VOD__JOB": "job",
-    "APPS__VOD__URL": URL,
-    "APPS__VOD__PREFIX": "p",
-    "APPS__VOD__ENCODING": "base64",
-    "APPS__VOD__REPLY_TO_PREFIX": "vod.",
-    **dict.fromkeys(("QUEUE_MAX_LENGTH", "QUEUE_MAX_SECONDS", "DEAD_MAX_LENGTH", "DEAD_MAX_SECONDS"), "10"),
-    **dict.fromkeys(("APPS__VOD__QUEUE_MAX_LENGTH", "APPS__VOD__QUEUE_MAX_SECONDS"), "0"),
-    **dict.fromkeys(("APPS__VOD__DEAD_MAX_LENGTH", "APPS__VOD__DEAD_MAX_SECONDS"), "20"),
-    "APPS__VOD__BATCHING": "off",
-    "APPS__VOD__WEIGHT": "2",
-    "APPS__VOD__MODELS": "m",
-}
-
-
-@pytest.mark.parametrize("variable", WITHOUT_EFFECT)
-def test_a_setting_without_effect_is_told(variable: str) -> None:
-    (sentence,) = not_yet_in_effect(loaded(**{"MODELS__M__PATH": "x", variable: WITHOUT_EFFECT[variable]}))
-    assert sentence == f"LEGIT_WORKER_{variable} is set, and has no effect in this release."
-
-
-def test_settings_with_effect_are_not_told() -> None:
-    assert not_yet_in_effect(loaded(**WITH_EFFECT)) == []
-
-
-def test_a_default_that_is_spelt_out_is_not_told() -> None:
-    defaults = {"ROLE": "device", "VRAM_HEADROOM": "10%", "METRICS_PORT": "off", "APPS__A__FORMAT": "json"}
-    assert not_yet_in_effect(loaded(**defaults)) == []
-
-
-def test_every_setting_either_has_an_effect_or_is_told() -> None:
-    told = {re.sub("__(M|VOD)__", "__*__", name) for name in {*WITHOUT_EFFECT, *WITH_EFFECT}}
-    fields = {name.upper() for name in Settings.model_fields} - {"MODELS", "APPS", "TASKS"}
-    fields |= {f"MODELS__*__{name.upper()}" for name in ModelSettings.model_fields} - {"MODELS__*__KIND"}
-    fields |= {f"APPS__*__{name.upper()}" for name in AppSettings.model_fields}
-    assert {name for name in told if not name.startswith("TASKS")} == fields
 
 
 # What it imports
