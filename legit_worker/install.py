@@ -52,6 +52,11 @@ class ModelPoolStep(bootsteps.Step):
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
         chosen = settings.load_or_exit()
+        if chosen.log == "json":
+            from legit_worker.logs import write_json
+
+            worker.quiet = True  # no banner
+            write_json(chosen)
         for sentence in settings.unknown_models(chosen):
             logger.warning(sentence)
         import legit_worker

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from celery import Celery
 
-from legit_worker import metrics
+from legit_worker import logs, metrics
 from legit_worker.broker.owners import held_here
 from legit_worker.broker.tally import tally
 from legit_worker.metrics.catalogue import OTHER, Sample
@@ -32,7 +32,12 @@ from legit_worker.settings import Settings
 
 
 def shown(app: Celery, chosen: Settings, *parts: Any) -> Figures | None:
-    """Return a pool's figures if the settings want metrics, and have the worker serve them."""
+    """Return a pool's figures if the settings want metrics, and have the worker serve them. The log is as they say.
+
+    A worker that was installed into does both already. One that has this pool by `-P custom` may lack that.
+    """
+    if chosen.log == "json":
+        logs.write_json(chosen)
     if chosen.metrics_port is None:
         return None
     metrics.enable(app)

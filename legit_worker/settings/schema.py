@@ -252,6 +252,8 @@ class Settings(BaseSettings):
     stall_seconds: SomeSeconds = 5.0
     #: The port of Prometheus metrics and health; 0 is any free one, None serves neither.
     metrics_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | None, nothing_if("off")] = None
+    #: How the log's lines are written: as Celery writes them, or one JSON object for each.
+    log: Literal["text", "json"] = "text"
 
     @classmethod
     def settings_customise_sources(

@@ -139,6 +139,7 @@ def test_nothing_set_is_the_documented_defaults() -> None:
         ("METRICS_PORT", "9100", "metrics_port", 9100),
         ("METRICS_PORT", "off", "metrics_port", None),
         ("METRICS_PORT", "0", "metrics_port", 0),
+        ("LOG", "json", "log", "json"),
     ],
 )
 def test_a_variable_sets_its_field(variable: str, text: str, field: str, value: Any) -> None:

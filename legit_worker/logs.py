@@ -1,0 +1,96 @@
+"""`LEGIT_WORKER_LOG=json`: each line of a worker's log is one JSON object.
+
+In: Celery's own set-up of the log. Out: the same handlers, levels and files, with another format. Where the project
+sets up the log itself, by `setup_logging`, handlers of its own, or formatters of its own, nothing changes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from datetime import datetime, timezone
+from typing import Any
+
+from celery import signals
+from celery._state import get_current_task
+from celery.utils.log import ColorFormatter
+
+from legit_worker.apps import identify
+from legit_worker.models.handle import last_called
+from legit_worker.settings import Settings
+
+#: What a record has anyway. What else it has, a caller gave as `extra`.
+OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "task_id", "task_name"}
+
+#: Celery's own `extra`: the task's arguments and result, of which the message has the beginning.
+DATA = "data"
+
+#: The numbers among these that are fields of the object.
+NUMBERS = ("runtime", "waited")
+
+
+class JsonFormatter(logging.Formatter):
+    """Any thread may use it. A value that JSON doesn't have is written as Python writes it."""
+
+    def __init__(self, chosen: Settings) -> None:
+        super().__init__()
+        self._chosen = chosen
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one object on one line, with what is known."""
+        moment = datetime.fromtimestamp(record.created, timezone.utc)
+        fields: dict[str, Any] = {
+            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **self._of_task(record),
+            **({"exception": _exception(record.exc_info[1])} if record.exc_info and record.exc_info[1] else {}),
+            **({"stack": record.stack_info} if record.stack_info else {}),
+        }
+        extra = {name: value for name, value in vars(record).items() if name not in OWN and name != DATA}
+        return json.dumps({**extra, **fields}, default=repr, ensure_ascii=False)
+
+    def _of_task(self, record: logging.LogRecord) -> dict[str, Any]:
+        """The task that the line is about: the one that runs here, or the one that Celery's line names."""
+        task, data = get_current_task(), getattr(record, DATA, None)
+        if task is not None and task.request.id:
+            fields = {"task_id": task.request.id, "task": task.name, **self._of_request(task.request)}
+        elif isinstance(data, dict) and "id" in data:
+            fields = {"task_id": data["id"], "task": data.get("name")}
+        else:
+            fields = {}
+        numbers = record.args if isinstance(record.args, dict) else {}
+        return {**fields, **{name: numbers[name] for name in NUMBERS if name in numbers}}
+
+    def _of_request(self, request: Any) -> dict[str, str]:
+        """The app that the task is for, and the model that it called last, as far as they are known."""
+        known = {"app": identify(self._chosen, vars(request)), "model": last_called.get()}
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def _forget_model(**_: Any) -> None:
+    """A task begins. In pools that run tasks one after the other, the last one's model is still known."""
+    last_called.set(None)
+
+
+def _exception(error: BaseException) -> dict[str, str]:
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    return {"type": type(error).__name__, "message": str(error), "traceback": "".join(lines)}
+
+
+def write_json(chosen: Settings) -> None:
+    """Let Celery's handlers of this process and its children write JSON from now on."""
+    formatter = JsonFormatter(chosen)
+
+    def set_up(logger: logging.Logger | None = None, **_: Any) -> None:
+        for handler in logger.handlers if logger is not None else ():
+            if isinstance(handler.formatter, ColorFormatter | JsonFormatter):
+                handler.setFormatter(formatter)
+
+    signals.task_prerun.connect(_forget_model, dispatch_uid="legit_worker.logs")
+    for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
+        signal.connect(set_up, weak=False, dispatch_uid="legit_worker.logs")
+    for name in (None, "celery", "celery.task", "celery.redirected"):
+        set_up(logging.getLogger(name))
