@@ -6,8 +6,7 @@ seconds, by task and app. A prefork pool's children are counted too, since their
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
+import inspect
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
@@ -34,72 +33,78 @@ STATES = {
 RAN = ("succeeded", "failed")
 
 
+class Cell:
+    """What is counted of one task and one app."""
+
+    __slots__ = ("queue", "states", "total", "wait")
+
+    def __init__(self) -> None:
+        self.states: dict[str, int] = {}
+        self.queue, self.wait, self.total = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
+
+
+class OfTask:
+    """What is counted of one task. A class of requests has its own, so that a request looks for nothing."""
+
+    __slots__ = ("apps", "received", "redelivered")
+
+    def __init__(self) -> None:
+        self.received = self.redelivered = 0
+        self.apps: dict[str, Cell] = {}
+
+
 class Tally:
-    """One worker's. The main thread counts; so may the threads of a threads pool. Any thread may read."""
+    """One worker's. The main thread counts, without a lock. In a threads pool several do, and may lose a count."""
 
     def __init__(self, chosen: Settings, here: Callable[[], tuple[str, float] | None]) -> None:
         """`here` gives the app of the task that runs here, and the seconds that it was parked; None if none runs."""
         self._chosen = chosen
         self._here = here
-        # Among those who count. Whoever reads takes none.
-        self._lock = threading.Lock()
-        self._counts: dict[str, Counter[tuple[str, ...]]] = {
-            name: Counter() for name in ("messages_received_total", "messages_redelivered_total", "tasks_total")
-        }
-        self._seconds: dict[str, dict[tuple[str, ...], Histogram]] = {
-            name: {} for name in ("task_queue_seconds", "task_wait_seconds", "task_seconds")
-        }
+        self._tasks: dict[str, OfTask] = {}
+        #: Messages whose task this worker does not have.
+        self.unknown = 0
 
-    def received(self, task: str, is_redelivered: bool) -> None:
-        """A message came."""
-        with self._lock:
-            self._counts["messages_received_total"][(task,)] += 1
-            if is_redelivered:
-                self._counts["messages_redelivered_total"][(task,)] += 1
+    def of_task(self, name: str) -> OfTask:
+        """Return what is counted of a task that the project has."""
+        return self._tasks.setdefault(name, OfTask())
 
-    def unknown(self) -> None:
-        """A message came whose task this worker does not have."""
-        with self._lock:
-            self._counts["tasks_total"][(OTHER, OTHER, "unknown")] += 1
-
-    def began(self, task: str, request: Any, seconds: float) -> None:
-        """A task began, this long after its message came."""
-        label = (task, self._here_or_asked(request)[0])
-        with self._lock:
-            self._observe("task_queue_seconds", label, seconds)
-
-    def ended(self, task: str, state: str, request: Any, seconds: float | None) -> None:
-        """A task ended, this long after its message came; None if that says nothing."""
-        app, waited = self._here_or_asked(request)
-        with self._lock:
-            self._counts["tasks_total"][(task, app, state)] += 1
-            if seconds is None or state not in RAN:
-                return
-            self._observe("task_seconds", (task, app), seconds)
-            if waited is not None:
-                self._observe("task_wait_seconds", (task, app), waited)
+    def ended(self, counts: OfTask, state: str, request: Counting) -> None:
+        """A task ended."""
+        here = self._here()
+        app = self._asked(request) if here is None else here[0] or OTHER
+        cell = counts.apps.get(app)
+        if cell is None:
+            cell = counts.apps[app] = Cell()
+        cell.states[state] = cell.states.get(state, 0) + 1
+        if state not in RAN or request.eta is not None:  # which came long before it was to begin
+            return
+        cell.total.observe(monotonic() - request.came)
+        if request.began:
+            cell.queue.observe(request.began - request.came)
+        if here is not None:
+            cell.wait.observe(here[1])
 
     def samples(self) -> Iterator[Sample]:
         """All of it."""
-        for name, counts in self._counts.items():
-            yield from ((name, labels, count) for labels, count in list(counts.items()))
-        for name, histograms in self._seconds.items():
-            yield from ((name, labels, histogram) for labels, histogram in list(histograms.items()))
+        if self.unknown:
+            yield "tasks_total", (OTHER, OTHER, "unknown"), self.unknown
+        for task, counts in list(self._tasks.items()):
+            yield "messages_received_total", (task,), counts.received
+            yield "messages_redelivered_total", (task,), counts.redelivered
+            for app, cell in list(counts.apps.items()):
+                yield from _of_cell(task, app, cell)
 
-    def _observe(self, name: str, labels: tuple[str, str], seconds: float) -> None:
-        histograms = self._seconds[name]
-        histogram = histograms.get(labels)
-        if histogram is None:
-            histogram = histograms[labels] = Histogram(SECONDS)
-        histogram.observe(seconds)
-
-    def _here_or_asked(self, request: Any) -> tuple[str, float | None]:
-        """The app that a task is for, if the settings have it, and the seconds that the task was parked."""
-        here = self._here()
-        if here is not None:
-            return here[0] or OTHER, here[1]
+    def _asked(self, request: Any) -> str:
+        """The app that a message names, if the settings have it."""
         app = identify(self._chosen, request.request_dict)
-        return (app if app in self._chosen.apps else OTHER) or OTHER, None
+        return app if app is not None and app in self._chosen.apps else OTHER
+
+
+def _of_cell(task: str, app: str, cell: Cell) -> Iterator[Sample]:
+    yield from (("tasks_total", (task, app, state), count) for state, count in list(cell.states.items()))
+    yield "task_queue_seconds", (task, app), cell.queue
+    yield "task_seconds", (task, app), cell.total
+    yield "task_wait_seconds", (task, app), cell.wait
 
 
 def count_requests(app: Celery, tally: Tally) -> Callable[[], None]:
@@ -107,10 +112,11 @@ def count_requests(app: Celery, tally: Tally) -> Callable[[], None]:
     create = strategy.create_request_cls
 
     def create_counted(*args: Any, **options: Any) -> Any:
-        return counted(create(*args, **options), tally)
+        made = create(*args, **options)
+        return counted(made, tally, inspect.signature(create).bind(*args, **options).arguments["task"].name)
 
     def note_unknown(sender: Any = None, **_: Any) -> None:
-        tally.unknown()
+        tally.unknown += 1
 
     strategy.create_request_cls = create_counted
     signals.task_unknown.connect(note_unknown, weak=False)
@@ -122,28 +128,31 @@ def count_requests(app: Celery, tally: Tally) -> Callable[[], None]:
     return undo
 
 
-def counted(wrapped: Any, tally: Tally) -> Any:
-    """Return a subclass of a class of requests, which counts them."""
-    return type("Counted", (Counting, wrapped), {"tally": tally})
+def counted(wrapped: Any, tally: Tally, task: str) -> Any:
+    """Return a subclass of one task's class of requests, which counts them."""
+    return type("Counted", (Counting, wrapped), {"tally": tally, "counts": tally.of_task(task)})
 
 
 class Counting:
     """Mixed into a class of requests. Counts each message once as it comes, and once as its task ends."""
 
     tally: Tally
-    #: Celery's. Its `name` may be one that the message chose.
-    task: Any
+    counts: OfTask
     eta: Any
+    #: When the message came, and when its task began; 0 before that. Both by the monotonic clock.
+    came = began = 0.0
+    has_ended = False
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         super().__init__(message, *args, **options)  # type: ignore[call-arg]
-        self.came, self.has_ended = monotonic(), False
-        self.tally.received(self.task.name, deliveries_of(message) > 0)
+        self.came = monotonic()
+        self.counts.received += 1
+        if deliveries_of(message):
+            self.counts.redelivered += 1
 
     def on_accepted(self, pid: Any, time_accepted: float) -> Any:
-        """Do as Celery does, and count the wait before the task."""
-        if self.eta is None:
-            self.tally.began(self.task.name, self, time_accepted - self.came)
+        """Do as Celery does."""
+        self.began = time_accepted
         return super().on_accepted(pid, time_accepted)  # type: ignore[misc]
 
     def on_success(self, outcome: tuple[bool, Any, float], **options: Any) -> Any:
@@ -168,5 +177,4 @@ class Counting:
     def _end(self, state: str) -> None:
         if not self.has_ended:
             self.has_ended = True
-            seconds = None if self.eta is not None else monotonic() - self.came
-            self.tally.ended(self.task.name, state, self, seconds)
+            self.tally.ended(self.counts, state, self)

@@ -40,8 +40,9 @@ def test_tasks_and_batches_are_counted(serve: Callable[..., tuple[Worker, Endpoi
     scrape = endpoint.wait_for("tasks_total", "raises_before", "other", "failed", value=3)
     ended = {("one", "succeeded"): 20, ("no_model", "succeeded"): 5, ("raises_before", "failed"): 3}
     assert scrape.all("tasks_total") == {(task, "other", state): count for (task, state), count in ended.items()}
-    assert scrape.all("messages_received_total") == {("one",): 20, ("no_model",): 5, ("raises_before",): 3}
-    assert scrape.all("messages_redelivered_total") == {}
+    received = {task: count for (task,), count in scrape.all("messages_received_total").items() if count}
+    assert received == {"one": 20, "no_model": 5, "raises_before": 3}
+    assert not any(scrape.all("messages_redelivered_total").values())
     for name in ("task_queue_seconds", "task_seconds", "task_wait_seconds"):
         assert scrape.all(f"{name}_count")["one", "other"] == 20, name
         assert scrape.one(f"{name}_bucket", "one", "other", "+Inf") == 20, name
@@ -149,10 +150,10 @@ def test_dead_letters_are_counted(serve: Callable[..., tuple[Worker, Endpoint]],
     worker.kill()
     other, second = serve(broker=broker, environment={"LEGIT_WORKER_MAX_DELIVERIES": "1"})
     other.answers([task])
+    second.wait_for("tasks_total", "sleeps", "other", "failed", value=1)
+    second.wait_for("recovered_messages_total", value=1)
     scrape = second.wait_for("dead_letters_total", "poisoned", "", value=1)
     assert scrape.one("messages_redelivered_total", "sleeps") == 1
-    assert scrape.one("tasks_total", "sleeps", "other", "failed") == 1
-    assert scrape.one("recovered_messages_total") == 1
 
 
 def test_what_is_held_is_told_and_renewed(serve: Callable[..., tuple[Worker, Endpoint]], broker: Broker) -> None:

@@ -140,7 +140,7 @@ MESSAGE = SimpleNamespace(delivery_info={}, headers={})
 )
 def test_a_task_is_counted_once_by_its_end(end: Any, expected: str) -> None:
     counting = tally()
-    request = counted(Request, counting)(MESSAGE)
+    request = counted(Request, counting, "embed")(MESSAGE)
     end(request)
     end(request)
     assert counts(counting, "tasks_total") == {("embed", "other", expected): 1}
@@ -149,29 +149,29 @@ def test_a_task_is_counted_once_by_its_end(end: Any, expected: str) -> None:
 
 def test_a_soft_time_limit_and_a_start_are_no_end() -> None:
     counting = tally()
-    request = counted(Request, counting)(MESSAGE)
+    request = counted(Request, counting, "embed")(MESSAGE)
     request.on_accepted(1, request.came + 0.5)
     request.on_timeout(True, 1)
     request.send_event("task-started")
     assert counts(counting, "tasks_total") == {}
+    request.on_success((False, 1, 0.1))
     assert counts(counting, "task_queue_seconds") == {("embed", "other"): pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize(("here", "app"), [(("alpha", 0.25), "alpha"), (("", 0.25), "other"), (None, "alpha")])
 def test_the_app_is_the_running_tasks_or_the_messages(here: tuple[str, float] | None, app: str) -> None:
     counting = tally(here)
-    request = counted(Request, counting)(MESSAGE)
+    request = counted(Request, counting, "embed")(MESSAGE)
     request.request_dict = {"headers": {"app": "ALPHA"}}
     request.on_success((False, 1, 0.1))
     assert counts(counting, "tasks_total") == {("embed", app, "succeeded"): 1}
-    waits = {("embed", app): 0.25} if here else {}
-    assert counts(counting, "task_wait_seconds") == waits
+    assert counts(counting, "task_wait_seconds") == {("embed", app): 0.25 if here else 0}
 
 
 def test_an_app_that_nobody_configured_is_no_label() -> None:
     counting = tally()
     for number in range(100):
-        request = counted(Request, counting)(MESSAGE)
+        request = counted(Request, counting, "embed")(MESSAGE)
         request.request_dict = {"headers": {"app": f"stranger-{number}"}}
         request.on_success((False, 1, 0.1))
     assert counts(counting, "tasks_total") == {("embed", "other", "succeeded"): 100}
@@ -179,17 +179,17 @@ def test_an_app_that_nobody_configured_is_no_label() -> None:
 
 def test_a_task_that_was_to_start_later_has_no_seconds() -> None:
     counting = tally()
-    request = counted(Request, counting)(MESSAGE)
+    request = counted(Request, counting, "embed")(MESSAGE)
     request.eta = "2026-01-01"
     request.on_accepted(1, 1e9)
     request.on_success((False, 1, 0.1))
     assert counts(counting, "tasks_total") == {("embed", "other", "succeeded"): 1}
-    assert counts(counting, "task_seconds") == counts(counting, "task_queue_seconds") == {}
+    assert counts(counting, "task_seconds") == counts(counting, "task_queue_seconds") == {("embed", "other"): 0}
 
 
 def test_a_message_of_a_dead_worker_is_a_redelivery() -> None:
     counting = tally()
-    counted(Request, counting)(SimpleNamespace(delivery_info={}, headers={"x-delivery-count": 2}))
+    counted(Request, counting, "embed")(SimpleNamespace(delivery_info={}, headers={"x-delivery-count": 2}))
     assert counts(counting, "messages_redelivered_total") == {("embed",): 1}
 
 
