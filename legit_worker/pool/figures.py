@@ -112,7 +112,7 @@ class Figures:
 def _of_slot(slot: Slot) -> Iterator[Sample]:
     labels = (slot.alias,)
     model = slot.model
-    backend = str(getattr(slot.spec, "backend", "torch"))
+    backend = str(slot.spec.backend)
     yield "model_info", (slot.alias, slot.spec.kind, backend, model.device if model is not None else ""), 1
     yield from (("model_state", (slot.alias, state), int(slot.state == state)) for state in get_args(State))
     yield "model_weights_bytes", labels, slot.size
