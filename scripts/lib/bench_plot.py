@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plot
 
 #: The tables of the left side, from top to bottom, and the row that the others are divided by.
-MODES, REFERENCE = ("noop", "short", "mixed", "lists", "two-models"), "stock solo"
+MODES, REFERENCE = ("noop", "short", "mixed"), "stock solo"
 #: Limits, not peers: what the library does without tasks.
 LIMIT, OURS, OTHER = "#bbbbbb", "#1f6fb2", "#e0934a"
 
