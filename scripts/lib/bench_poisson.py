@@ -48,7 +48,7 @@ def poisson(bench: Bench, mode: str) -> tuple[list[Table], list[Point]]:
             for load in LOADS[bench.full]:
                 for name, (side, capacity) in meters.items():
                     progress.update(bar, description=f"{name} at {load:.0%} of {capacity:.0f} tasks/s")
-                    points.append(_point(bench.full, name, side, load, capacity, number))
+                    points.append(_point(bench, name, side, load, capacity, number))
                     progress.advance(bar)
     for side, _ in meters.values():
         side.worker.kill()
@@ -76,17 +76,19 @@ def _start(bench: Bench) -> dict[str, Meter]:
 def _capacity(bench: Bench, side: Side) -> float:
     """Tasks a second when all are there at once."""
     with bench.console.status(f"poisson: what {side.name} can do"):
-        warm_up(side, short_titles(CAPACITY_TASKS))
-        return statistics.median(timed_run(side, short_titles(CAPACITY_TASKS)).tasks_per_second for _ in range(3))
+        titles = short_titles(bench.tasks or CAPACITY_TASKS)
+        warm_up(side, titles)
+        return statistics.median(timed_run(side, titles).tasks_per_second for _ in range(3))
 
 
 def _lone(side: Side) -> float:
     return statistics.median(lone_task(side, text) for text in short_titles(LONE_TASKS))
 
 
-def _point(full: bool, name: str, side: Side, load: float, capacity: float, seed: int) -> Point:
+def _point(bench: Bench, name: str, side: Side, load: float, capacity: float, seed: int) -> Point:
     rate = load * capacity
-    count = round(min(max(TASKS[full], rate * SECONDS[full]), max(rate * LONGEST[full], 20)))
+    least, shortest, longest = TASKS[bench.full], SECONDS[bench.full], LONGEST[bench.full]
+    count = bench.tasks or round(min(max(least, rate * shortest), max(rate * longest, 20)))
     times = poisson_times(rate, count, seed)
     latencies, seconds = open_loop(side, short_titles(count), times)
     p50, p99 = (percentile(latencies, share) for share in (0.5, 0.99))
