@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from legit_worker.backends import onnx
 from legit_worker.backends.agreement import Agreement, of_scores, of_vectors
 from legit_worker.backends.cache import Cache
 from legit_worker.backends.graphs import PRECISIONS, Features, Graphs, convert, core, has_bfloat16, quantized
@@ -33,6 +34,9 @@ LEAST_COSINE = 0.9999
 #: The least cosine of a backend that was chosen, by `DTYPE`. Below it, the conversion is wrong, and not just less
 #: precise: for bfloat16 0.9999 is usual, and for int8 0.99.
 LEAST_BY_DTYPE = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.9}
+
+#: The same for an ONNX file, whose weights may have any precision.
+LEAST_OF_FILE = 0.9
 
 #: Of the texts of a validation, a chosen backend is compared on one in this many at each load.
 ONE_IN = 4
@@ -55,6 +59,8 @@ class Wanted:
     cache_dir: Path | None
     #: Where the model's torch weights are to be.
     device: str
+    #: The model's files on this machine; None if there are none.
+    folder: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Subject:
     module: Any
     #: From a batch's features to its rows, by torch.
     compute: Callable[[dict[str, Any]], Any]
+    #: From the features behind the last module to rows.
+    finish: Callable[[dict[str, Any]], Any]
     #: Each kind of input, as the features of single items: short and long ones.
     groups: Sequence[Sequence[dict[str, Any]]]
     #: Joins items' features, padded.
@@ -97,14 +105,27 @@ def choose(wanted: Wanted, subject: Subject) -> Chosen:
     if reason := _obstacle(wanted, subject):
         raise BackendError(f"BACKEND={wanted.backend}: {reason}. Set this model's BACKEND=torch")
     dtype = _dtype(wanted, subject)
-    graphs = _graphs(wanted, subject, dtype)
+    is_file = wanted.backend == "onnx"
+    try:
+        graphs = Graphs([_of_file(wanted, subject)], dtype) if is_file else _graphs(wanted, subject, dtype)
+    except BackendError as error:
+        raise BackendError(f"BACKEND={wanted.backend}: {error}. Set this model's BACKEND=torch") from error
     agreement = compare(subject, graphs, one_in=ONE_IN)
-    if agreement.worst_cosine < LEAST_BY_DTYPE[dtype]:
+    least = LEAST_OF_FILE if is_file else LEAST_BY_DTYPE[dtype]
+    if agreement.worst_cosine < least:
         raise BackendError(
             f"BACKEND={wanted.backend}: {dtype} results differ from torch's, worst cosine "
-            f"{agreement.worst_cosine:.6f} and not {LEAST_BY_DTYPE[dtype]}. Set this model's BACKEND=torch"
+            f"{agreement.worst_cosine:.6f} and not {least}. Set this model's BACKEND=torch"
         )
     return Chosen(graphs=graphs, reason=f"worst cosine with torch {agreement.worst_cosine:.6f}")
+
+
+def _of_file(wanted: Wanted, subject: Subject) -> Any:
+    """The graph of the model's ONNX file. It is not kept: the file is there."""
+    file = onnx.find(wanted.folder)
+    if len(subject.groups) > 1:
+        raise BackendError(f"{file} has one graph, and this model takes images and texts")
+    return onnx.read(file, list(subject.module), subject.finish, subject.collate(_two_lengths(subject.groups[0])))
 
 
 def _tried(wanted: Wanted, subject: Subject) -> Chosen:

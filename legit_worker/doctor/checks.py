@@ -30,7 +30,18 @@ from legit_worker.routing.wires import reach
 CELERY = ((5, 5), (5, 8))
 
 #: The packages whose versions are reported. Another check reports a missing one, if it needs the package.
-PACKAGES = ("celery", "kombu", "redis", "greenlet", "torch", "sentence-transformers", "tokenizers", "nvidia-ml-py")
+PACKAGES = (
+    "celery",
+    "kombu",
+    "redis",
+    "greenlet",
+    "torch",
+    "sentence-transformers",
+    "tokenizers",
+    "openvino",
+    "nncf",
+    "nvidia-ml-py",
+)
 
 #: The first Redis that has BLMOVE.
 REDIS = (6, 2)
@@ -199,6 +210,10 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
             tokenizer = tokenizer_of(model.path, model.revision) if model.kind == "embed" else None
             prepared = f", tokenizer {tokenizer.fingerprint} can be read without it" if tokenizer else ""
             yield ok(f"{alias}: kind {model.kind} at {model.path}{prepared}")
+        if model.backend == "auto" and _version("openvino") is None:
+            yield warning(
+                f"{alias}: BACKEND=auto, and openvino is not installed", "pip install 'legit-worker[openvino]'"
+            )
 
 
 def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
@@ -262,7 +277,7 @@ def _batches(chosen: settings.Settings) -> Iterator[Finding]:
         if "error" in seen:
             yield failure(seen["error"], "correct this model's settings, or its files")
             continue
-        rates = f"{seen['alone']:.0f} texts/s alone, {seen['batched']:.0f} in batches"
+        rates = f"{seen['alone']:.0f} texts/s alone, {seen['batched']:.0f} in batches, by {seen['backend']}"
         if seen["cosine"] >= COSINE:
             yield ok(f"{alias} on {seen['device']}: {rates}; worst cosine between the two {seen['cosine']:.6f}")
         else:

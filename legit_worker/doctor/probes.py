@@ -79,8 +79,10 @@ def _batches(alias: str) -> dict[str, Any]:
         alone = np.stack([handle.encode(text) for text in TEXTS])
         end = perf_counter()
     lengths = np.linalg.norm(together, axis=1) * np.linalg.norm(alone, axis=1)
+    loaded = default_registry().get(alias).model
     return {
         "device": default_registry().device(),
+        "backend": loaded.backend.get("backend") if loaded else None,
         "cosine": float(((together * alone).sum(axis=1) / lengths).min()),
         "batched": len(TEXTS) / (middle - start),
         "alone": len(TEXTS) / (end - middle),

@@ -15,6 +15,7 @@ from legit_worker.backends.choice import Subject, Wanted, choose
 from legit_worker.backends.graphs import Graphs
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.models.features import collate
+from legit_worker.prep.texts import model_folder
 
 if TYPE_CHECKING:
     from legit_worker.models.kinds import SentenceModel
@@ -50,7 +51,8 @@ class Backend:
             return
         stored = next((one.dtype for one in library.parameters() if one.is_floating_point()), torch.float32)
         library.float()
-        wanted = Wanted(backend=self._name, dtype=self._dtype, cache_dir=self._cache_dir, device=device)
+        folder = model_folder(model._path, model._revision)
+        wanted = Wanted(backend=self._name, dtype=self._dtype, cache_dir=self._cache_dir, device=device, folder=folder)
         chosen = choose(wanted, _subject(model, stored))
         self.graphs, self._reason = chosen.graphs, chosen.reason
         if self.graphs is not None:
@@ -73,6 +75,7 @@ def _subject(model: SentenceModel, stored: torch.dtype) -> Subject:
         takes_pictures=model.takes_pictures,
         module=library,
         compute=model.compute,
+        finish=model._output,
         groups=[[item.features for item in group] for group in groups],
         collate=lambda items: collate(items, library.tokenizer),
         obstacle=obstacle,

@@ -121,6 +121,7 @@ def _as_json(alias: str, known: Reference, tolerance: Tolerance, notes: list[str
         "skipped": outcome.skipped,
         "batches": outcome.batches,
         "items": outcome.items,
+        "backend": outcome.backend,
         "paths": paths,
     }
 
@@ -141,7 +142,7 @@ def _print(alias: str, known: Reference, tolerance: Tolerance, notes: list[str],
 def _table(alias: str, known: Reference, outcome: Outcome) -> Table:
     title = f"{alias}: {len(known.texts)} texts by {len(outcome.comparisons)} paths"
     if outcome.batches:
-        title += f", {outcome.items} items in {outcome.batches} batches"
+        title += f", {outcome.items} items in {outcome.batches} batches by {outcome.backend}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("path", "rows", "worst cosine", "mean cosine", "most off", "length off", "order", "wrong"):
         table.add_column(heading, justify="left" if heading == "path" else "right")

@@ -39,13 +39,19 @@ def make(texts: Iterable[str], model: ModelSettings) -> Iterator[tuple[str, list
     """Compute each text's vector by `SentenceTransformer.encode`, alone, on the CPU, without a worker."""
     from sentence_transformers import SentenceTransformer
 
-    options = {"dtype": model.dtype} if model.dtype else None
+    dtype = _dtype(model)
+    options = {"dtype": dtype} if dtype else None
     try:
         encoder = SentenceTransformer(model.path, device="cpu", revision=model.revision, model_kwargs=options)
     except Exception as error:
         raise ValidationError(f"the model at {model.path} can't be loaded: {error}") from error
     for text in texts:
         yield text, encoder.encode(text, show_progress_bar=False).tolist()
+
+
+def _dtype(model: ModelSettings) -> str | None:
+    """The type in which torch makes the reference: another backend is compared with float32, whatever it computes."""
+    return model.dtype if model.backend == "torch" else "float32"
 
 
 def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSettings) -> None:
@@ -60,7 +66,7 @@ def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSetti
 def origin(model: ModelSettings) -> dict[str, Any]:
     """Describe what makes the vectors: the model, and the packages' versions."""
     made_with = {package: version(package) for package in PACKAGES}
-    return {"model": model.path, "revision": model.revision, "dtype": model.dtype, "made_with": made_with}
+    return {"model": model.path, "revision": model.revision, "dtype": _dtype(model), "made_with": made_with}
 
 
 def read(path: Path) -> Reference:

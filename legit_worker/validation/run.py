@@ -43,6 +43,8 @@ class Outcome:
     #: The batches and items that the worker's pool counted; None if it did not answer.
     batches: int | None
     items: int | None
+    #: What computed them, as `openvino float32`; None likewise.
+    backend: str | None = None
 
     @property
     def agrees(self) -> bool:
@@ -90,7 +92,8 @@ def validate(
         finally:
             _forget(letters)
     comparisons = {path: compare(reference.vectors, letters.answers[path], tolerance) for path in letters.answers}
-    return Outcome(comparisons=comparisons, skipped=skipped, batches=counted.get("batches"), items=counted.get("items"))
+    told = {name: counted.get(name) for name in ("batches", "items", "backend")}
+    return Outcome(comparisons=comparisons, skipped=skipped, **told)
 
 
 def _skipped(app: Celery) -> dict[str, str]:

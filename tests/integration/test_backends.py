@@ -221,3 +221,70 @@ def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
     child.join(60)
     assert child.exitcode == 0
     np.testing.assert_allclose(queue.get(), expected, **CLOSE)
+
+
+def export(path: Path, names: dict[str, str]) -> Path:
+    """Write the transformer of a model to `onnx/model.onnx`, as Optimum does. Returns the model's folder."""
+    import torch
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    pytest.importorskip("onnx")
+    architectures = {"embed": AutoModel, "sparse": AutoModelForMaskedLM, "rerank": AutoModelForSequenceClassification}
+    transformer = architectures[names["kind"]].from_pretrained(path).eval()
+    inputs = ["input_ids", "attention_mask", "token_type_ids"]
+
+    class Exported(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = transformer
+
+        def forward(self, *values: Any) -> Any:
+            return self.transformer(**dict(zip(inputs, values, strict=True)))[0]
+
+    (path / "onnx").mkdir(exist_ok=True)
+    axes = {0: "batch", 1: "sequence"}
+    torch.onnx.export(
+        Exported(),
+        tuple(torch.ones(2, 7, dtype=torch.long) for _ in inputs),
+        str(path / "onnx" / "model.onnx"),
+        input_names=inputs,
+        output_names=[names["output"]],
+        dynamic_axes={
+            name: axes if names["kind"] != "rerank" or name in inputs else {0: "batch"}
+            for name in [*inputs, names["output"]]
+        },
+        dynamo=False,
+    )
+    return path
+
+
+ONNX = {
+    "embed": (tiny_models.build_dense, {"kind": "embed", "output": "last_hidden_state"}),
+    "sparse": (tiny_models.build_sparse, {"kind": "sparse", "output": "logits"}),
+    "rerank": (tiny_models.build_cross_encoder, {"kind": "rerank", "output": "logits"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ONNX)
+def test_an_onnx_file_is_read_as_the_library_reads_it(serve: Serve, kind: str, tmp_path: Path) -> None:
+    build, names = ONNX[kind]
+    path = export(build(tmp_path), names)
+    registry = serve(kind, "onnx", path=str(path))
+    handle = legit_worker.model("m")
+    if kind == "rerank":
+        reranker = sentence_transformers.CrossEncoder(str(path), device="cpu")
+        np.testing.assert_allclose(handle.predict(PAIRS), reranker.predict(PAIRS), **CLOSE)
+    elif kind == "sparse":
+        sparse = sentence_transformers.SparseEncoder(str(path), device="cpu")
+        np.testing.assert_allclose(handle.encode(TEXTS).toarray(), sparse.encode(TEXTS).to_dense().numpy(), **CLOSE)
+    else:
+        dense = sentence_transformers.SentenceTransformer(str(path), device="cpu")
+        np.testing.assert_allclose(handle.encode(TEXTS), dense.encode(TEXTS), **CLOSE)
+    assert backend_of(registry)["backend"] == "openvino float32"
+
+
+def test_a_folder_without_an_onnx_file_says_so(serve: Serve) -> None:
+    serve("embed", "onnx")
+    with pytest.raises(ModelLoadError, match=r"has no onnx/model\.onnx: export it by Optimum"):
+        legit_worker.model("m").encode("a text")
