@@ -191,6 +191,11 @@ class FairQueue:
         return self._first(FRONT, INTERLEAVED)
 
     @property
+    def calls(self) -> int:
+        """The calls that have items here."""
+        return sum(lane.calls for lane in self._lanes.values())
+
+    @property
     def has_twins(self) -> bool:
         """Whether equal items wait."""
         return self._twins.more > 0

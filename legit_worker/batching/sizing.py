@@ -34,6 +34,10 @@ LAUNCH_SHARE = 0.05
 SHORT = 0.15
 
 
+#: The share of the user's target latency that a batch, or a wait for company, may take. A task waits for the batch that
+#: runs and for its own, and perhaps for one of another model.
+TARGET_SHARE = 1 / 3
+
 #: Seconds of a batch beside an app that sends little: the least that they are bounded to, and how many times what that
 #: app's items take alone. Its next item waits for the batch that runs, and for its own.
 SHARED_SECONDS, SHARED = 0.02, 1.0
@@ -42,8 +46,10 @@ SHARED_SECONDS, SHARED = 0.02, 1.0
 class Sizing:
     """The size of one model's batches, learned from those that ran. Lives on the main thread, inside the engine."""
 
-    def __init__(self, max_seconds: float) -> None:
+    def __init__(self, max_seconds: float, target: float | None = None) -> None:
         self._max_seconds = max_seconds
+        # The seconds within which 99 of 100 tasks should be done, if the user has said so.
+        self._target = target
         self.costs = CostModel()
         # The most that may be tried, in items and in padded cost units.
         self._items = self._padded = 0.0
@@ -61,25 +67,32 @@ class Sizing:
             self._items = min(self._items, SHRINK * count)
             self._padded = min(self._padded, SHRINK * count * longest)
 
-    def items(self, longest: int, light_cost: int = 0) -> int:
+    def items(self, longest: int, light_cost: int = 0, round_seconds: float = 0.0) -> int:
         """The most items, padded to `longest`, that the next batch may have; at least 1.
 
-        `light_cost` is what an app that sends little adds to a batch; 0 if there is none.
+        `light_cost` is what an app that sends little adds to a batch; 0 if there is none. `round_seconds` is how long
+        one item of each call that waits would take.
         """
         if not self.costs.is_known:
             return FIRST_BATCH
         grown = int(min(self._items, self._padded // longest))
-        seconds = self._batch_seconds
+        seconds = self._batch_seconds(round_seconds)
         if light_cost:
             shared = max(SHARED_SECONDS, SHARED * self.costs.predict(1, light_cost))
             return max(1, min(grown, self.costs.largest(longest, min(seconds, shared))))
         return max(1, min(grown, self.costs.largest(longest, seconds)), self.costs.worth_a_try(longest, seconds))
 
-    @property
-    def _batch_seconds(self) -> float:
-        """How long a batch should be: its launch matters little, and the user's bound is kept."""
+    def _batch_seconds(self, round_seconds: float) -> float:
+        """How long a batch should be: its launch matters little, and the user's bound is kept.
+
+        So is the target, unless more calls wait than can have an item each within it. Then only large batches make the
+        queue shorter.
+        """
         launch = self.costs.launch_seconds
-        return max(min(self._max_seconds, max(SHORT, launch / LAUNCH_SHARE)), LAUNCHES * launch)
+        seconds = min(self._max_seconds, max(SHORT, launch / LAUNCH_SHARE))
+        if self._target is not None and round_seconds <= self._target:
+            seconds = min(seconds, TARGET_SHARE * self._target)
+        return max(seconds, LAUNCHES * launch)
 
     def surplus_seconds(self, cost: float, longest: int) -> float:
         """Seconds of device time for this much cost of items this long, in full batches, less the next batch.

@@ -35,11 +35,14 @@ class Engine:
         self,
         *,
         max_batch_seconds: float,
+        target_latency: float | None = None,
         weight_of: Callable[[str], float],
         watch: Callable[[Launch, Callable[[], None]], None] = lambda launch, on_done: None,
     ) -> None:
         """`watch` is as by `Flights`."""
-        self._new_queue = partial(ModelQueue, max_batch_seconds=max_batch_seconds, weight_of=weight_of)
+        self._new_queue = partial(
+            ModelQueue, max_batch_seconds=max_batch_seconds, target_latency=target_latency, weight_of=weight_of
+        )
         self._flights = Flights(watch)
         self._queues: dict[str, ModelQueue] = {}
         self._demand = Demand()

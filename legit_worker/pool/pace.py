@@ -7,9 +7,10 @@ messages, acks, heartbeats, remote control.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 
-from legit_worker.batching.sizing import LAUNCH_SHARE
+from legit_worker.batching.sizing import LAUNCH_SHARE, TARGET_SHARE
 
 #: Seconds to listen for one more task before a batch, when the last ones came singly. A broker on this machine
 #: answers in a third of it; a lone task waits no longer than this.
@@ -42,11 +43,13 @@ class Pace:
     Fetching fills the window, and a full window packs into even batches; but it must not take longer than computing
     what was fetched, or tasks wait for nothing. It goes on for longer if tasks stand waiting and a batch takes as long
     for one item as for many, as on a GPU: until the launch is a small part of the time. With `max_delay` set by the
-    user, that bounds the wait instead.
+    user, that bounds the wait instead. A part of the user's target latency bounds both.
     """
 
-    def __init__(self, max_delay: float | None) -> None:
-        self._max_delay = max_delay
+    def __init__(self, max_delay: float | None, target_latency: float | None = None) -> None:
+        most = inf if target_latency is None else TARGET_SHARE * target_latency
+        self._max_delay = None if max_delay is None else min(max_delay, most)
+        self._max_fetch = min(MAX_FETCH_SECONDS, most)
         self._batch_done_at = 0.0
         #: When this round of fetching began; None until the first look after a batch.
         self._began: float | None = None
@@ -102,9 +105,9 @@ class Pace:
     ) -> float | None:
         """Seconds to listen for one more task; None if enough time went into fetching."""
         glance = _glance(launch_seconds)
-        if elapsed <= min(MAX_FETCH_SECONDS, waiting_seconds):
+        if elapsed <= min(self._max_fetch, waiting_seconds):
             return max(glance, min(LOOK, waiting_seconds)) if self._backlog else glance
-        if self._backlog and elapsed < min(MAX_FETCH_SECONDS, launch_seconds / LAUNCH_SHARE) and not full():
+        if self._backlog and elapsed < min(self._max_fetch, launch_seconds / LAUNCH_SHARE) and not full():
             return glance
         return None
 

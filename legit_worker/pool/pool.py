@@ -96,7 +96,7 @@ class ModelPool(SoloPool):
         self._suspects = Suspects(self._settings.max_deliveries)
         self._adoption = Adoption(self._running, self._suspects)
         self._wakeup = Wakeup()
-        self._pace = Pace(self._settings.max_queue_delay)
+        self._pace = Pace(self._settings.max_queue_delay, self._settings.target_latency)
         self._soft = SoftShutdown(self.app)
         self._make_engine()
         self._make_loop()
@@ -110,14 +110,13 @@ class ModelPool(SoloPool):
     def _make_engine(self) -> None:
         """The parts that compute, and those that watch."""
         chosen = self._settings
-        self.engine = Engine(
+        engine = self.engine = Engine(
             max_batch_seconds=chosen.max_batch_seconds,
+            target_latency=chosen.target_latency,
             weight_of=lambda app: chosen.apps[app].weight if app else 1.0,
             watch=Waiter(self._wakeup.set).watch,
         )
-        self._share = Share(
-            self.engine.held_seconds, calls=lambda: self.engine.calls, max_seconds=chosen.max_held_seconds
-        )
+        self._share = Share(engine.held_seconds, calls=lambda: engine.calls, max_seconds=chosen.max_held_seconds)
         self._reports = Reports(
             counters=lambda: sum(self.engine.counters.values(), Counters()),
             loads=lambda: sum(slot.loads for slot in default_registry().slots.values()),

@@ -167,10 +167,11 @@ class ModelQueue:
         model: BatchModel,
         *,
         max_batch_seconds: float,
+        target_latency: float | None = None,
         weight_of: Callable[[str], float],
     ) -> None:
         self.model = model
-        self.sizing = Sizing(max_batch_seconds)
+        self.sizing = Sizing(max_batch_seconds, target_latency)
         self.counters = Counters()
         #: Device seconds that the model had: the engine serves the queue with the least.
         self.seconds = 0.0
@@ -209,8 +210,11 @@ class ModelQueue:
 
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were all items of one length."""
-        count = len(self._fair)
-        return self.sizing.costs.predict(count, round(self._fair.cost / count)) if count else 0.0
+        return self._seconds_of(len(self._fair))
+
+    def _seconds_of(self, count: int) -> float:
+        """How long as many items would take, as predicted, if they were as long as those that wait."""
+        return self.sizing.costs.predict(count, round(self._fair.cost / len(self._fair))) if count else 0.0
 
     def surplus_seconds(self, demand: Demand, *, loading: int = 0, calls: float = 0) -> float:
         """Device seconds for all that waits, for the items of `loading` tasks, and for `calls` more calls.
@@ -326,7 +330,8 @@ class ModelQueue:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = self._fair.first(1)[0].cost if len(self._fair) else 1
         by_memory = min(self._room.most, self.model.largest_cost(longest))
-        return int(min(by_memory, longest * self.sizing.items(longest, self._fair.light_cost)))
+        items = self.sizing.items(longest, self._fair.light_cost, self._seconds_of(self._fair.calls))
+        return int(min(by_memory, longest * items))
 
     def _pick(self, candidates: list[Item]) -> list[Item]:
         """The batch that holds the first candidate, taken out of the queue."""

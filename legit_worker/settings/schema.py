@@ -205,6 +205,8 @@ class Settings(BaseSettings):
     lease_seconds: Annotated[float, Field(ge=1, le=86_400)] = 30.0
     #: The most seconds that a task waits for company; None lets the pool decide.
     max_queue_delay: Annotated[Seconds | None, nothing_if("auto")] = None
+    #: Seconds within which 99 of 100 tasks should be done; None sets no target.
+    target_latency: Annotated[SomeSeconds | None, nothing_if("off")] = None
     #: The most seconds that a task waits in all; None sets no bound.
     max_wait_seconds: Annotated[SomeSeconds | None, nothing_if("off")] = None
     #: The most seconds that one forward should take.

@@ -52,6 +52,20 @@ def test_a_lone_task_is_computed_after_one_glance() -> None:
     assert listener.asked == [pace_module.GLANCE]
 
 
+@pytest.mark.parametrize("delay", [None, 10.0], ids=["by itself", "as long as the user allows"])
+def test_a_wait_for_company_takes_a_part_of_the_target_latency(
+    delay: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(pace_module, "monotonic", lambda: now)
+    pace, listener = Pace(delay, target_latency=0.3), Listener(hears=True)
+    pace.task_arrived()
+    while not ask(pace, listener, launch_seconds=1.0):
+        pace.task_arrived()
+        now += 0.01
+    assert now - 100.0 == pytest.approx(0.1, abs=0.02)
+
+
 def test_while_tasks_come_it_fetches() -> None:
     pace, listener = Pace(None), Listener(hears=True)
     for _ in range(50):
