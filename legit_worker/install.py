@@ -7,14 +7,18 @@ the solo pool for ModelPool. They ack late unless the project chose otherwise, a
 from __future__ import annotations
 
 import logging
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps, signals
 from celery.concurrency.solo import TaskPool as SoloPool
 
-from legit_worker import settings
+# Clients and beat import this module, too. So what reads settings, pydantic above all, is imported where it is used.
 from legit_worker.device.cpu import bound_kernels
 from legit_worker.prep.guard import forbid_cuda
+
+if TYPE_CHECKING:
+    from legit_worker import settings
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,10 @@ def install(app: Celery) -> Celery:
     With `LEGIT_WORKER_ROLE=prep` the workers keep their pool and get the prep tasks, and this process and its children
     can't start CUDA any more. Call it before anything else imports torch.
     """
+    if not any(name.startswith("LEGIT_WORKER_") for name in os.environ):
+        return app
+    from legit_worker import settings
+
     if settings.is_enabled():
         enable(app)
     elif settings.unknown():
@@ -34,6 +42,7 @@ def install(app: Celery) -> Celery:
 
 def enable(app: Celery) -> None:
     """Do what `install` does if legit_worker is enabled."""
+    from legit_worker import settings
     from legit_worker.routing.backend import route_results
 
     if settings.is_prep():
@@ -51,6 +60,9 @@ class ModelPoolStep(bootsteps.Step):
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
+        import legit_worker
+        from legit_worker import settings
+
         chosen = settings.load_or_exit()
         if chosen.log == "json":
             from legit_worker.logs import write_json
@@ -59,7 +71,6 @@ class ModelPoolStep(bootsteps.Step):
             write_json(chosen)
         for sentence in settings.unknown_models(chosen):
             logger.warning(sentence)
-        import legit_worker
         from legit_worker import tasks
         from legit_worker.models import fence, requirements
         from legit_worker.models.quiet import quiet_libraries
@@ -109,6 +120,8 @@ class ModelPoolStep(bootsteps.Step):
 
 def _tell_unknown(**_: Any) -> None:
     """Warn of variables that are no settings: `LEGIT_WORKER_ENABLED` may be misspelt."""
+    from legit_worker import settings
+
     for sentence in settings.unknown():
         logger.warning("legit_worker is off, and %s", sentence)
 

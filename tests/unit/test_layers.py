@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_the_arithmetic_of_batches_imports_nothing_but_numpy(path: Path) -> None
 def test_importing_it_imports_neither_torch_nor_nvml(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'pynvml', 'transformers'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_client_whose_environment_has_no_settings_imports_next_to_nothing() -> None:
+    code = (
+        "import sys; from celery import Celery; import legit_worker; legit_worker.install(Celery()); "
+        "print(sorted({'numpy', 'torch', 'pydantic', 'redis', 'asyncio'} & set(sys.modules)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LEGIT_WORKER_")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == "[]"
 
 
