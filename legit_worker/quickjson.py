@@ -1,29 +1,35 @@
-"""Celery's `json` serializer, faster: orjson where kombu's encoder and decoder would give the same.
+"""Celery's `json` serializer, faster: orjson writes long lists of floats, and reads what kombu would read alike.
 
-In: values and JSON. Out: JSON that every client decodes as it decodes kombu's, and the values that kombu would decode.
-What orjson treats in another way goes through kombu: numbers that are not finite, integers beyond 64 bits, keys that
-are no text, text outside of ASCII, and every type that JSON does not know, which orjson may know.
+In: values and JSON. Out: kombu's own bytes, and the values that kombu would decode. All but lists of finite floats is
+written by kombu. What orjson reads in another way goes through kombu: numbers that are not finite, integers beyond 64
+bits, halves of characters, and dicts that stand for other objects.
 
 Sources: kombu.utils.json and kombu.serialization (5.5 to 5.7); orjson 3.10 to 3.13.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from kombu.serialization import registry
 from kombu.utils import json
 
-#: Types that both write alike. Subclasses are others: an enum, a named tuple, a lazy text.
-PLAIN = frozenset((str, int, float, bool, type(None)))
-CONTAINERS = frozenset((dict, list, tuple))
-KNOWN = PLAIN | CONTAINERS
+#: A list of fewer numbers is kombu's.
+FEW = 16
 
-#: The most lists and dicts of a value that are looked at. A value that contains itself has no end.
-MOST_CONTAINERS = 10_000
+CONTAINERS = frozenset((dict, list, tuple))
+
+#: How deep such a list may lie in a value.
+LEVELS = 6
+
+#: Stands for a list of numbers while kombu writes the rest. Nobody else knows this word.
+MARK = f"numbers-{uuid4().hex}-"
+MARKED = re.compile(f'"{MARK}([0-9]+)"')
 
 #: The most brackets in JSON for orjson. kombu's decoder gives up at some 900 levels, and orjson at 1,024.
 MOST_BRACKETS = 500
@@ -36,7 +42,7 @@ DIGITS = bytes(ord("0") if byte in b"0123456789" else ord(" ") for byte in range
 def use() -> Callable[[], None]:
     """Have Celery's `json` serializer use these, unless the project has registered its own. Returns what undoes this.
 
-    Of 384 floats, kombu's encoder makes JSON in 0.28 ms, and this one in 0.02.
+    Of 384 floats, kombu makes JSON in 0.17 ms, and this in 0.04.
     """
     encoder, decoder = registry._encoders.get("json"), registry._decoders.get("application/json")
     if encoder is None or encoder.encoder is not json.dumps or decoder is not json.loads:
@@ -52,42 +58,42 @@ def use() -> Callable[[], None]:
 
 
 def dumps(value: Any) -> str:
-    """Write a value as JSON, in ASCII. Raises what kombu raises."""
-    if _is_written_alike(value):
-        try:
-            found = orjson.dumps(value)
-        except TypeError:  # an integer beyond 64 bits, a key that is no text, half a character, or too many levels
-            found = None
-        if found is not None and found.isascii():
-            return found.decode("ascii")
+    """Write a value as JSON: the bytes are kombu's. Raises what kombu raises."""
+    numbers: list[str] = []
+    rest = _without_numbers(value, numbers, LEVELS)
     try:
-        return str(json.dumps(value))
+        text = str(json.dumps(rest))
     except Exception as error:
         _leave_out_caller(error)
         raise
+    return MARKED.sub(lambda found: numbers[int(found[1])], text) if numbers else text
 
 
-def _is_written_alike(value: Any) -> bool:
-    """Whether orjson writes what kombu writes, if it does not raise."""
-    if type(value) not in CONTAINERS:
-        return False
-    left, count = [value], 0
-    while left:
-        one = left.pop()
-        count += 1
-        parts = one.values() if type(one) is dict else one
-        kinds = {*map(type, parts)}
-        if float in kinds and not isfinite(sum(parts if len(kinds) == 1 else _floats(parts))):
-            return False
-        if not kinds <= PLAIN:
-            if not kinds <= KNOWN or count + len(left) > MOST_CONTAINERS:
-                return False
-            left += [part for part in parts if type(part) in CONTAINERS]
-    return True
+def _without_numbers(value: Any, numbers: list[str], levels: int) -> Any:
+    """Return the value with a mark in place of each long list of floats, whose JSON goes to `numbers`."""
+    kind = type(value)
+    if levels == 0 or not value or (kind is not list and kind is not dict and kind is not tuple):
+        return value
+    parts = value.values() if kind is dict else value
+    kinds = {*map(type, parts)}
+    if kinds == {float}:
+        if kind is dict or len(value) < FEW or not isfinite(sum(value)):
+            return value
+        numbers.append(_written(value))
+        return f"{MARK}{len(numbers) - 1}"
+    if kinds.isdisjoint(CONTAINERS):
+        return value
+    inner = (_without_numbers(part, numbers, levels - 1) for part in parts)
+    return dict(zip(value, inner, strict=True)) if kind is dict else list(inner)
 
 
-def _floats(values: Any) -> list[float]:
-    return [value for value in values if type(value) is float]
+def _written(numbers: list[float] | tuple[float, ...]) -> str:
+    """Write numbers as Python does, which writes small and large ones in another form than orjson."""
+    text = orjson.dumps(numbers).decode("ascii")
+    if "e" not in text and "0.0000" not in text:
+        return text.replace(",", ", ")
+    parts = text[1:-1].split(",")
+    return f"[{', '.join(repr(float(part)) if 'e' in part or '0.0000' in part else part for part in parts)}]"
 
 
 def loads(text: Any) -> Any:
