@@ -60,7 +60,7 @@ def test_a_burst_of_texts_has_the_librarys_vectors(worker: Worker, library: Any)
     lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((found * expected).sum(axis=1) / lengths).min() >= COSINE
     counted = worker.pool()["models"]["fast"]
-    assert counted["items"] >= TASKS
+    assert counted["items"] + counted.get("duplicates", 0) >= TASKS  # long ones are cut, and then some are equal
     assert counted["batches"] < TASKS
     assert counted["forward_seconds"] > 0
 
