@@ -26,9 +26,12 @@ from legit_worker.pool.running import Running
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Turn, Watcher
 
-#: Seconds after which a turn resumes no more of the tasks that gave way, and no more tasks begin before the next turn:
-#: messages, heartbeats, and those tasks whose batch is done come first.
+#: Seconds after which a turn resumes no more of the tasks that gave way: messages and heartbeats come first.
 FULL_TURN = 0.02
+
+#: Seconds after which no more tasks begin before the next turn: those whose batch is done go on first. Long enough for
+#: a full batch of tasks whose own code takes some milliseconds each.
+MOST_BEGINNING = 0.25
 
 
 class Loop:
@@ -79,7 +82,7 @@ class Loop:
     def admit(self, fiber: Fiber) -> None:
         """Start a task that came, or keep it until it may start."""
         may_start = self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early())
-        if may_start and self._started_for < FULL_TURN:
+        if may_start and self._started_for < MOST_BEGINNING:
             self.start(fiber)
         else:
             self.backlog.append(fiber)  # for the next turn, which `start` has come
@@ -171,7 +174,7 @@ class Loop:
         self._started_for = 0.0
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
             self.start(first)
-            if self._started_for >= FULL_TURN:
+            if self._started_for >= MOST_BEGINNING:
                 break  # the next turn is near: `start` set the wakeup
 
     def _resume_all(self, ready: deque[Fiber], *, until: float) -> None:
