@@ -48,6 +48,11 @@ def worker(start_module_worker: StartWorker, paths: dict[str, Path]) -> Worker:
     return Sides(start_module_worker).worker("modelpool", **settings)
 
 
+def served(model: dict[str, Any]) -> int:
+    """Its items; an equal one that waited at the same time is not computed again."""
+    return int(model.get("items", 0) + model.get("duplicates", 0))
+
+
 def test_tasks_that_encode_queries_and_documents_share_batches_and_get_the_librarys_vectors(
     worker: Worker, library: dict[str, Any]
 ) -> None:
@@ -63,7 +68,7 @@ def test_tasks_that_encode_queries_and_documents_share_batches_and_get_the_libra
     for (alias, method, text), answer in zip(wanted, answers, strict=True):
         np.testing.assert_allclose(answer, getattr(library[alias], method)(text), **CLOSE, err_msg=f"{alias} {method}")
     after = worker.pool()
-    assert after["items"] - before["items"] == len(wanted)
+    assert sum(map(served, after["models"].values())) - sum(map(served, before["models"].values())) == len(wanted)
     assert after["batches"] - before["batches"] < len(wanted) / 2
 
 
