@@ -29,10 +29,6 @@ from legit_worker.pool.watcher import Turn, Watcher
 #: Seconds after which a turn resumes no more of the tasks that gave way: messages and heartbeats come first.
 FULL_TURN = 0.02
 
-#: Seconds after which no more tasks begin before the next turn: those whose batch is done go on first. Long enough for
-#: a full batch of tasks whose own code takes some milliseconds each.
-MOST_BEGINNING = 0.25
-
 
 class Loop:
     """One pool's. Lives on the main thread, except for `wake` and `note_lost`. Owns the backlog and who is ready."""
@@ -68,8 +64,6 @@ class Loop:
         #: Tasks that came and have not begun.
         self.backlog = Backlog()
         self._ready: deque[Fiber] = deque()
-        # Seconds that the tasks took which began since the last turn began others.
-        self._started_for = 0.0
         # Tasks that must be ended or warned once their batch is over.
         self._due: dict[Fiber, None] = {}
         #: The device is gone for good.
@@ -81,21 +75,17 @@ class Loop:
 
     def admit(self, fiber: Fiber) -> None:
         """Start a task that came, or keep it until it may start."""
-        may_start = self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early())
-        if may_start and self._started_for < MOST_BEGINNING:
+        if self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early()):
             self.start(fiber)
         else:
-            self.backlog.append(fiber)  # for the next turn, which `start` has come
+            self.backlog.append(fiber)
 
     def start(self, fiber: Fiber) -> None:
         """Run a task until it parks for the first time, or ends."""
         self._pace.task_arrived()
         self._running.add(fiber)
         self._watcher.follow(fiber)
-        try:
-            self._switch_to(fiber)
-        finally:
-            self._started_for += fiber.ran_seconds
+        self._switch_to(fiber)
         self._wakeup.set()
 
     def wake(self, fiber: Fiber) -> None:
@@ -171,11 +161,8 @@ class Loop:
         if is_over:
             return
         early = self._intake.may_start_early
-        self._started_for = 0.0
         while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
             self.start(first)
-            if self._started_for >= MOST_BEGINNING:
-                break  # the next turn is near: `start` set the wakeup
 
     def _resume_all(self, ready: deque[Fiber], *, until: float) -> None:
         """Resume each fiber that is ready now. From `until` on, those that only gave way are the next turn's first."""

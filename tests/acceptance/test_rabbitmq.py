@@ -57,7 +57,7 @@ def test_parked_tasks_run_once_through_three_lost_connections(
     results = [worker.client.AsyncResult(result.id) for result in results]
     assert worker.answers(results) == [f"TEXT {number}" for number in range(TASKS)]
     assert runs(worker) == Counter(f"text {number}" for number in range(TASKS))
-    assert worker.inspect().active() == {worker.name: []}
+    poll(lambda: worker.inspect().active() == {worker.name: []}, "the last one to be acked")
     assert worker.stop() == 0
     with kombu.Connection(rabbit.url) as connection:
         assert connection.default_channel.queue_declare("work", passive=True).message_count == 0

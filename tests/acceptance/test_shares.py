@@ -91,7 +91,7 @@ def test_a_stopping_worker_takes_no_more_from_a_quorum_queue(start_worker: Start
     last = [worker.send("sleeps", 0.05) for _ in range(100)]
     poll(lambda: done(worker) > 20, "the first tasks")
     last.append(worker.send("one", "text", alias="slow_to_load"))  # which keeps it for two seconds
-    worker.wait_for_log(last[-1].id)
+    poll(lambda: worker.pool()["parked"], "it to wait for its model")
     worker.signal(signal.SIGTERM)
     worker.wait_for_log("still finishing")
     later = [client.send_task("no_model", [number]) for number in range(200)]

@@ -63,7 +63,7 @@ def test_tasks_that_hold_what_there_is_little_of_are_no_stall(
 def test_a_stall_is_told_once_with_its_task_its_cause_and_the_way_out(start_worker: StartWorker) -> None:
     worker = start(start_worker)
     worker.send("computes", 1.0)  # or each may end before the next one comes
-    send(worker, "holds_a_lock")
+    send(worker, "holds_a_lock", 8)  # the first failure is stored once all have begun
     poll(lambda: "both locks are taken" in worker.log, "a task's patience to end")
     before = worker.log.partition("both locks are taken")[0]
     stalled = re.findall(rf"(holds_a_lock\[\S+\]) {WARNING} for \d\.\d s, and \d+ parked tasks can't go on", before)

@@ -304,7 +304,8 @@ class Worker:
 
     def stats(self) -> dict[str, Any]:
         """What `celery inspect stats` shows for this worker."""
-        answer = self.inspect().stats()
+        # The first question is lost if the worker connects again meanwhile.
+        answer = self.inspect().stats() or self.inspect().stats()
         assert answer, f"{self.name} does not answer inspect:\n{self.tail()}"
         stats: dict[str, Any] = answer[self.name]
         return stats

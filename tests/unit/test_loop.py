@@ -109,30 +109,6 @@ def test_a_turn_ends_while_many_tasks_give_way_and_each_gets_its_part(
         assert "".join(order) == turn
 
 
-def test_a_turn_comes_between_tasks_whose_own_code_takes_long(
-    pool: PlayedPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those whose batch is done go on then; else the first one's result would wait for the last one's own code."""
-    begun: list[str] = []
-    now = 0.0
-    monkeypatch.setattr(loop, "monotonic", lambda: now)
-
-    def long(name: str) -> None:
-        nonlocal now
-        begun.append(name)
-        now += loop.MOST_BEGINNING * 0.6
-        pool.engine.call()
-
-    for name in "abcdefg":
-        pool.send(partial(long, name), name)
-    assert "".join(begun) == "ab"
-    pool.turn()
-    assert pool.ended[:2] == ["a", "b"]
-    assert len(begun) < 7
-    pool.run()
-    assert "".join(begun) == "".join(pool.ended) == "abcdefg"
-
-
 def test_what_is_due_is_raised_where_the_task_waits_and_in_no_other(pool: PlayedPool) -> None:
     errors: list[str] = []
     waits = waits_in_vain(pool, SoftTimeLimitExceeded, errors)
