@@ -216,10 +216,13 @@ def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
     expected = legit_worker.model("m").encode(TEXTS)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=lambda: queue.put(legit_worker.model("m").encode(TEXTS)))
+    child = context.Process(target=lambda: queue.put(legit_worker.model("m").encode(TEXTS)), daemon=True)
     child.start()
-    child.join(60)
-    assert child.exitcode == 0
+    try:
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
     np.testing.assert_allclose(queue.get(), expected, **CLOSE)
 
 
