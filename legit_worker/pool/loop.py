@@ -96,7 +96,10 @@ class Loop:
         self._wakeup.set()
 
     def look_again(self) -> None:
-        """Look again whether a task may begin: nothing in a turn tells when a doubt about messages is over."""
+        """Look again whether a task may begin: nothing in a turn tells when a doubt about messages is over.
+
+        Nor when the broker has heard how many may run beside suspects.
+        """
         if self.backlog:
             self._wakeup.set()
 

@@ -285,7 +285,8 @@ class ModelPool(SoloPool):
         else:
             self._suspects.add(fiber)
             self._loop.admit(fiber)
-            self._wake_suspects()
+            if self._suspects.bound < inf:
+                self._loop.look_again()
 
     def _run_end(self, end: Callable[[], None], name: str) -> None:
         """Run Celery's code for a task that ends without running."""
@@ -295,11 +296,6 @@ class ModelPool(SoloPool):
         fiber = Fiber(end, app="", name=name, wake=self._loop.wake)
         fiber.phase = Phase.ENDING
         self._loop.start(fiber)
-
-    def _wake_suspects(self) -> None:
-        """Look again whether one may start beside suspects: nothing in a turn tells when the broker has heard."""
-        if self._suspects.bound < inf and self._loop.backlog:
-            self._wakeup.set()
 
     def _run_inline(self, fiber: Fiber) -> None:
         """Run a task to its end. No hub comes round, so what it does otherwise is done between two tasks."""

@@ -223,6 +223,7 @@ class Worker:
 
     def start(self) -> None:
         """Start the command, and don't wait for it."""
+        self._hears = False
         with self.path.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
