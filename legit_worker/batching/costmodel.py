@@ -187,10 +187,10 @@ def nearest_to_one(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """The terms, none of them negative, that bring each row's sum nearest to 1.
 
     Asks scipy if a model's library has imported it already: its solver takes a third of the time. To import it here
-    would keep the main thread between two batches.
+    would keep the main thread between two batches. While a loader thread imports it, the module lacks its solver.
     """
-    if optimize := sys.modules.get("scipy.optimize"):
-        solution: NDArray[np.float64] = optimize.nnls(rows, np.ones(len(rows)))[0]
+    if nnls := getattr(sys.modules.get("scipy.optimize"), "nnls", None):
+        solution: NDArray[np.float64] = nnls(rows, np.ones(len(rows)))[0]
         return solution
     return best_choice(rows)
 

@@ -280,18 +280,24 @@ class ModelQueue:
     def succeeded(self, batch: list[Item], launch: Launch) -> None:
         """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
         computed = distinct(batch)
-        costs = [item.cost for item in computed]
-        self.sizing.observe(len(costs), max(costs), launch.seconds)
-        self.model.observe(len(costs), max(costs), launch)
-        self._room.did_fit(padded(costs))
-        self.counters.note(costs, launch.seconds)
         self.counters.duplicates += len(batch) - len(computed)
+        self._learn([item.cost for item in computed], launch)
         try:
             outputs = {id(item.group or item): output for item, output in zip(computed, launch.outputs, strict=True)}
         except Exception as error:  # a sequence of the model's own
             self.failed(batch, error)
             return
         self._deliver(batch, outputs)
+
+    def _learn(self, costs: list[int], launch: Launch) -> None:
+        """Let the next batches be sized by this one. If that fails, its tasks get their outputs all the same."""
+        self.counters.note(costs, launch.seconds)
+        try:
+            self.sizing.observe(len(costs), max(costs), launch.seconds)
+            self.model.observe(len(costs), max(costs), launch)
+            self._room.did_fit(padded(costs))
+        except Exception:
+            logger.exception("nothing was learned from a batch of %d items of model %r", len(costs), self.model.alias)
 
     def _deliver(self, batch: list[Item], outputs: dict[int, Any]) -> None:
         """Each item gets the output of its group; of equal items, all but the last one get a copy."""

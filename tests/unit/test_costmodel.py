@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,3 +101,8 @@ def test_without_scipy_the_fit_is_as_good_as_scipys(seen: list[tuple[int, int, f
     mine = best_choice(rows)
     assert (mine >= 0).all()
     assert np.linalg.norm(rows @ mine - 1) == pytest.approx(off, rel=1e-6, abs=1e-9)
+
+
+def test_scipy_that_another_thread_is_importing_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", ModuleType("scipy.optimize"))
+    assert taught(4e-3, 1e-4, 1e-7).predict(4, 100) == pytest.approx(4e-3 + 1e-4 * 400 + 1e-7 * 4 * 100**2)

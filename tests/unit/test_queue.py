@@ -209,6 +209,14 @@ def test_a_dropped_call_is_not_computed() -> None:
     assert (stays.done.done(), gone.done.done()) == (True, False)
 
 
+def test_a_batch_that_nothing_is_learned_from_reaches_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = queue(Letters())
+    call = ask(subject, ["one"])
+    monkeypatch.setattr(subject.sizing, "observe", lambda *_: 1 / 0)
+    run_all(subject)
+    assert outputs(call) == ["oneone"]
+
+
 def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
     entry = Letters()
     subject = queue(entry, max_batch_seconds=0.05)
