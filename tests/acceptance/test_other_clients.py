@@ -113,7 +113,7 @@ def test_php_pushes_messages_to_redis_and_reads_the_results_keys(
 def test_a_worker_started_by_the_plain_command_answers_what_php_must_send_and_no_more(
     broker: Broker, tmp_path: Path
 ) -> None:
-    """The queue is the one that workers read by default, and the worker is as the guide starts it."""
+    """The queue is the one that workers read by default, and the worker is as the documents start it."""
     from sentence_transformers import SentenceTransformer
 
     php()

