@@ -58,20 +58,23 @@ class _Group(BaseModel):
 class ModelSettings(_Group):
     """One model: `LEGIT_WORKER_MODELS__<ALIAS>__…`."""
 
-    #: What kind of model it is: a built-in kind, or a class of the user's own as `module:Class`.
+    #: What kind of model it is: `embed`, `rerank`, `sparse`, `image`, `simulated`, or a class of your own as
+    #: `module:Class`.
     kind: Kind = "embed"
-    #: A folder, or a name on the Hugging Face Hub. Other kinds may give it a meaning of their own.
+    #: A folder, or a name in the local Hugging Face cache or on the Hub. A class of your own may give it another
+    #: meaning.
     path: str | None = Field(default=None, validate_default=True)
-    #: Whether to load it at start and never evict it.
+    #: Whether to load it before the worker is ready, and never evict it.
     pin: bool = False
-    #: Seconds without a call after which it may be evicted; None keeps it until something needs its memory.
+    #: Seconds without a call after which it is evicted. If it is not set, the model stays until another one needs its
+    #: memory.
     keep_alive: Seconds | None = None
     #: What computes it: torch; OpenVINO on a CPU, by the model's torch modules or by its ONNX file; `auto`: the faster.
     backend: Literal["torch", "openvino", "onnx", "auto"] = "torch"
-    #: The type of its weights; None takes the files' own. `tf32`: float32, whose products a GPU rounds to TF32. `int8`:
-    #: OpenVINO's products of 8 bits.
+    #: The type of its weights; the one of the files if it is not set. `tf32`: float32, whose products a GPU rounds to
+    #: TF32. `int8`: OpenVINO's products of 8 bits.
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
-    #: The branch, tag or commit on the Hub; None is the newest.
+    #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None
 
     @field_validator("path")
@@ -105,35 +108,37 @@ class AppSettings(_Group):
 
     #: Whether its results also go to its own queue.
     result_routing: bool = False
-    #: The app's queue; None is `<app>.results`.
+    #: The app's queue; `<app>.results` if it is not set.
     queue: SafeName | None = None
-    #: How a result is wrapped for the app.
+    #: The form of a result on the app's queue.
     format: Literal["json", "celery", "laravel"] = "json"
-    #: The Celery task or the Laravel job that handles a result on the app's side.
+    #: The Celery task or the Laravel job that handles a result on the app's side. Formats `celery` and `laravel` need
+    #: it.
     job: str | None = Field(default=None, validate_default=True)
-    #: The server of the app's queue; None is the broker. It may hold a password, so no message shows it.
+    #: The server of the app's queue; the broker if it is not set. It may hold a password, so no message shows it.
     url: ServerUrl = Field(default=None, repr=False)
-    #: Precedes the queue's name in Redis.
+    #: What stands before the queue's name in Redis.
     prefix: str = ""
     #: How arrays of floats are written.
     encoding: Literal["json", "base64"] = "json"
-    #: A message's `reply_to` names the queue if it begins like this; None lets no message name a queue.
+    #: A message's `reply_to` names the queue if it begins like this. If it is not set, no message names a queue.
     reply_to_prefix: SafeName | None = None
-    #: The most entries of its queue, after which its results wait; 0 sets no bound, None takes the one of all apps.
+    #: The most entries of its queue, after which its results wait; 0 sets no bound. If it is not set, the bound of all
+    #: apps holds.
     queue_max_length: Count | None = None
-    #: Seconds after which a result leaves its queue unread; 0 and None likewise.
+    #: Seconds after which a result leaves its queue unread. 0 and no value mean the same as for `QUEUE_MAX_LENGTH`.
     queue_max_seconds: Seconds | None = None
-    #: The most dead letters of this app, after which the oldest go; 0 and None likewise.
+    #: The most dead letters of this app, after which the oldest go. 0 and no value mean the same.
     dead_max_length: Count | None = None
-    #: Seconds after which a dead letter of this app goes; 0 and None likewise.
+    #: Seconds after which a dead letter of this app goes. 0 and no value mean the same.
     dead_max_seconds: Seconds | None = None
     #: Whether its tasks share batches; otherwise each task runs alone and to its end, as under Celery's solo pool.
     batching: bool = True
     #: Its share of a busy device, relative to the other apps'.
     weight: float = Field(default=1.0, gt=0)
-    #: The aliases of the models that it may use; None is all. Other workers may serve some of these.
+    #: The aliases of the models that it may use; all if it is not set. Other workers may serve some of these.
     models: ModelAliases | None = None
-    #: What one of its tasks may bring; None takes the limit of all apps.
+    #: What one of its tasks may bring. If it is not set, the limit of all apps holds.
     max_items: Some | None = None
     max_characters: Some | None = None
     max_image_bytes: Bytes | None = None
@@ -177,51 +182,55 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
-    #: Whether the worker's pool is swapped; otherwise the worker is stock Celery.
+    #: Whether the worker's pool is swapped; otherwise the worker is stock Celery. `celery -A legit_worker` has 1.
     enabled: bool = False
     #: Whether this worker runs models, or prepares their input without ever touching CUDA.
     role: Literal["device", "prep"] = "device"
     #: By alias, in lower case. A task may use any name that `fold` makes the same.
     models: Annotated[dict[Key, ModelSettings], AfterValidator(_told_apart)] = Field(default_factory=dict)
-    #: The device that models run on.
+    #: The device that models run on: `auto`, `cpu`, `cuda`, `cuda:N` or `simulated`.
     device: DeviceName = "auto"
-    #: Device memory to leave free.
+    #: Device memory to leave free: `4GiB`, or a share.
     vram_headroom: Memory = Amount(10, "%")
-    #: The most device memory to take; None is all but the headroom.
+    #: The most device memory to take: `4GiB`, or a share. If it is not set, all but the headroom.
     vram_limit: Memory | None = None
-    #: The folder in which workers of one GPU meet, to load one after the other; None is a folder of the user's own.
+    #: The folder in which workers of one GPU meet, to load one after the other; a folder of the user's own if it is not
+    #: set.
     lock_dir: Folder | None = None
-    #: The folder for what can be made anew, such as converted models; None is the user's own, `~/.cache/legit_worker`.
+    #: The folder for what can be made anew, such as converted models; `~/.cache/legit_worker` if it is not set.
     cache_dir: Folder | None = None
-    #: The most of the host's memory for weights that have left the device.
+    #: The most of the host's memory for weights that have left the device, such as `16GiB`.
     host_cache: Bytes = Amount(0)
-    #: Tasks in flight; None is the pool's measured default.
+    #: The most tasks in flight. If it is not set, the pool's measured default.
     window: int | None = Field(default=None, ge=1, le=100_000)
-    #: Predicted seconds of work that this worker may hold; None is the pool's measured default.
+    #: Predicted seconds of work that this worker may hold; the rest stays in the queue, for others. If it is not set,
+    #: the pool's measured default.
     max_held_seconds: SomeSeconds | None = None
-    #: How often a message is delivered to workers that die before it is done; 0 is no bound.
+    #: How often a message is delivered to workers that die before it is done; 0 sets no bound.
     max_deliveries: int = Field(default=5, ge=0, le=1000)
-    #: Seconds within which a dead worker's messages are given to others.
+    #: Seconds within which a dead worker's messages are given to others, on Redis.
     lease_seconds: Annotated[float, Field(ge=1, le=86_400)] = 30.0
-    #: The most seconds that a task waits for company; None lets the pool decide.
+    #: The most seconds that a task waits for company; with `auto`, the worker decides.
     max_queue_delay: Annotated[Seconds | None, nothing_if("auto")] = None
-    #: Seconds within which 99 of 100 tasks should be done; None sets no target.
+    #: Seconds within which 99 of 100 tasks should be done; `off` sets no target.
     target_latency: Annotated[SomeSeconds | None, nothing_if("off")] = None
-    #: The most seconds that a task waits in all; None sets no bound.
+    #: The most seconds that a task waits in all, after which it fails; `off` sets no bound.
     max_wait_seconds: Annotated[SomeSeconds | None, nothing_if("off")] = None
-    #: The most seconds that one forward should take.
+    #: The most seconds that one batch should take. A model's first batch, a single item and two launches may take
+    #: longer.
     max_batch_seconds: SomeSeconds = 0.5
     #: The number of helper processes that prepare input beside the worker.
     prep_processes: int = Field(default=0, ge=0)
     #: The most seconds that a helper takes for one input.
     prep_seconds: SomeSeconds = 30.0
-    #: Folders that images may be read from by their path.
+    #: Folders that `prep_image` may read files from.
     prep_roots: Folders = ()
-    #: Hosts that images may be fetched from.
+    #: Hosts that `prep_image` may fetch from.
     prep_hosts: Hosts = ()
     #: Private networks, as `10.0.0.0/8`, that a host of `prep_hosts` may be in.
     prep_private: Networks = ()
-    #: By built-in task and then alias: the built-in's name for each of the caller's arguments, None to drop it.
+    #: Other names of a built-in task, as JSON: for each name, the built-in's name for each of the caller's arguments,
+    #: or `null` to drop the argument.
     tasks: Annotated[dict[BuiltInTask, TaskAliases], AfterValidator(_aliased_once)] = Field(default_factory=dict)
     #: The bounds of each app's queue and dead letters, unless the app has its own; 0 sets no bound.
     queue_max_length: Count = 0
@@ -242,9 +251,10 @@ class Settings(BaseSettings):
     image_formats: Formats = FORMATS[:6]
     #: By app, in lower case.
     apps: dict[AppName, AppSettings] = Field(default_factory=dict)
-    #: The models that tasks may use that name none of `apps`; None is all, `none` is none.
+    #: The models that tasks may use that name no app of the settings; all if it is not set, and `none` is none.
     no_app_models: Annotated[ModelAliases | None, nothing_if("none", ())] = None
-    #: Where a task says which app it is for; the first that names one counts.
+    #: Where a task says which app it is for; the first that names one counts: `header:<name>`, `kwarg:<name>`,
+    #: `queue:<regex with (?P<app>…)>`, `reply_to`.
     app_from: AppSources = (AppSource("header", "app"), AppSource("kwarg", "app"))
     #: The most bytes of one routed envelope; a larger result is routed as a failure that says so.
     result_max_bytes: Bytes = Amount(16, "MiB")
@@ -252,7 +262,7 @@ class Settings(BaseSettings):
     result_retry_seconds: Seconds = 300.0
     #: A task may hold the main thread for this many seconds while others wait, before the log says so.
     stall_seconds: SomeSeconds = 5.0
-    #: The port of Prometheus metrics and health; 0 is any free one, None serves neither.
+    #: The port of Prometheus metrics and health; 0 is any free one, and `off` serves neither.
     metrics_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | None, nothing_if("off")] = None
     #: How the log's lines are written: as Celery writes them, or one JSON object for each.
     log: Literal["text", "json"] = "text"

@@ -21,6 +21,13 @@ def test_each_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     assert [link for link in links(page.read_text()) if not is_there(page, link)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_table_has_a_head(page: Path) -> None:
+    """Rows without one are shown as they are written."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE)
+    assert [table for table in tables if not re.match(r"\|.*\n\|(?:-+\|)+\n", table)] == []
+
+
 def links(text: str) -> list[str]:
     """The links to other pages, and to headings of this one."""
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:", link)]
