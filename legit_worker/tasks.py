@@ -21,15 +21,26 @@ from legit_worker import apps, settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.images import image_of
 from legit_worker.inputs.limits import Limits, limits_of
-from legit_worker.inputs.reading import at, check_counts, images_of, is_chunks, items_of, texts_of, texts_or_prepared
+from legit_worker.inputs.options import SCALED, form_of, wording_of
+from legit_worker.inputs.reading import (
+    at,
+    check_counts,
+    check_pieces,
+    images_of,
+    is_chunks,
+    items_of,
+    texts_of,
+    texts_or_prepared,
+)
 from legit_worker.inputs.texts import text_of
-from legit_worker.inputs.types import Pair
+from legit_worker.inputs.types import Pair, PreparedText
 from legit_worker.models.handle import Handle
 from legit_worker.models.preparing import each
+from legit_worker.models.prompts import CALLS, chosen_prompt, filled
 from legit_worker.prep import processes, sources
 from legit_worker.prep.images import resize_of, shrink
-from legit_worker.prep.texts import tokenizer_of
-from legit_worker.settings import Settings
+from legit_worker.prep.texts import TextTokenizer, tokenizer_of
+from legit_worker.settings import ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -37,33 +48,70 @@ logger = logging.getLogger(__name__)
 MAX_ITEMS: int = Settings.model_fields["max_items"].default
 
 
-def embed_text(text: Any, model: str | None = None, normalize: bool | None = None, truncate: bool = True) -> Any:
+def embed_text(
+    text: Any,
+    model: str | None = None,
+    normalize: bool | None = None,
+    truncate: bool = True,
+    task: str | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    dimensions: int | None = None,
+    precision: str | None = None,
+) -> Any:
     """Embed a text, a result of `prep_text`, or a list of these.
 
     `model=None` is the one configured model of kind `embed`; `normalize=None` leaves the vector's length to the model;
-    `truncate=False` refuses a text that the model would cut. Returns floats, `[dim]` or `[n, dim]`. Raises
-    `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
+    `truncate=False` refuses a text that the model would cut. `task`: `query` or `document` give what the library's
+    `encode_query` and `encode_document` give; `prompt_name`, `prompt`, `dimensions` and `precision` are its
+    `prompt_name`, `prompt`, `truncate_dim` and `precision`. What is None is as the alias's settings have it. Returns
+    numbers, `[dim]` or `[n, dim]`. Raises `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
     """
+    limits, handle = _limits(), Handle(model, "embed")
+    wording = wording_of(task, prompt_name, prompt, limits.max_characters)
+    form = form_of(dimensions, precision, normalize)
+
+    def embedded(texts: list[Any], is_list: bool) -> Any:
+        if not truncate:
+            for index, item in enumerate(texts):
+                at(index, text, functools.partial(handle.check_length, **wording), item)
+        return _plain(_encoded(handle, texts if is_list else texts[0], wording, form), is_list)
+
     if isinstance(text, list) and text and all(map(is_chunks, text)):
-        rows = iter(embed_text([piece for pieces in text for piece in pieces], model, normalize, truncate))
-        return [[next(rows) for _ in pieces] for pieces in text]
-    handle = Handle(model, "embed")
-    texts = texts_or_prepared(text, "text", _limits())
-    if not truncate:
-        for index, item in enumerate(texts):
-            at(index, text, handle.check_length, item)
-    vectors = handle.encode(texts if isinstance(text, list) else texts[0], **_normalizing(normalize))
-    return _plain(vectors, isinstance(text, list))
+        limits.check_count(text, "text")
+        cut = [texts_or_prepared(pieces, "text", limits) for pieces in text]
+        rows = iter(embedded([piece for pieces in cut for piece in pieces], True))
+        return [[next(rows) for _ in pieces] for pieces in cut]
+    return embedded(texts_or_prepared(text, "text", limits), isinstance(text, list))
 
 
-def embed_image(image: Any, model: str | None = None, normalize: bool | None = None) -> Any:
+def _encoded(handle: Handle, texts: Any, wording: dict[str, str], form: dict[str, Any]) -> Any:
+    """Encode texts as the task says. Raises `InvalidInputError` if one text alone has no scale."""
+    call = CALLS.get(wording.get("task", ""), "encode")
+    spec = handle.named.spec
+    if form.get("precision", spec.precision) in SCALED and (not isinstance(texts, list) or len(texts) < 2):
+        raise InvalidInputError(
+            f"precision {form.get('precision', spec.precision)} takes its scale from the vectors of one task, and one "
+            "vector has none: send several texts, or ask for binary"
+        )
+    options = {name: value for name, value in wording.items() if name != "task"}
+    return getattr(handle, call)(texts, **options, **form)
+
+
+def embed_image(
+    image: Any,
+    model: str | None = None,
+    normalize: bool | None = None,
+    dimensions: int | None = None,
+    precision: str | None = None,
+) -> Any:
     """Embed an image, or a list of images, each as base64 of a file of one of `LEGIT_WORKER_IMAGE_FORMATS`.
 
     Arguments, result and errors as for `embed_text`, with kind `image`.
     """
-    handle = Handle(model, "image")
+    handle, form = Handle(model, "image"), form_of(dimensions, precision, normalize)
     images = images_of(image, "image", _limits())
-    vectors = handle.encode(images if isinstance(image, list) else images[0], **_normalizing(normalize))
+    vectors = _encoded(handle, images if isinstance(image, list) else images[0], {}, form)
     return _plain(vectors, isinstance(image, list))
 
 
@@ -89,28 +137,62 @@ def rerank(
     return [{"index": index, "score": score} for index, score in best]
 
 
-def prep_text(text: Any, model: str | None = None, chunk_tokens: int | None = None, overlap: int = 0) -> Any:
+def prep_text(
+    text: Any,
+    model: str | None = None,
+    chunk_tokens: int | None = None,
+    overlap: int = 0,
+    task: str | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    dimensions: int | None = None,
+    precision: str | None = None,
+) -> Any:
     """Tokenize a text, or each text of a list. `embed_text` gives the result the same vector as the text.
 
-    `chunk_tokens` splits each text into a list of pieces. A piece has at most this many tokens, special ones included,
-    and begins with the last `overlap` tokens of the piece before. Never touches a device, and never loads the model.
-    If the tokenizer can't be read without the model, returns the text unchanged. Raises `InvalidInputError`,
-    `UnknownModelError`.
+    `task`, `prompt_name` and `prompt` say what stands before the text, as for `embed_text`, which need not be told.
+    `dimensions` and `precision` change no token: they are taken so that both tasks can have the same arguments.
+    `chunk_tokens` splits each text into a list of pieces. A piece has at most this many tokens, special ones and the
+    prompt included, and begins with the last `overlap` tokens of the piece before. Never touches a device, and never
+    loads the model. If the tokenizer can't be read without the model, returns the text unchanged, or refuses to if
+    something is to stand before it. Raises `InvalidInputError`, `UnknownModelError`.
     """
-    slot = Handle(model, "embed").slot
-    spec, texts = slot.spec, texts_of(text, "text", _limits())
+    limits, named = _limits(), Handle(model, "embed").named
+    wording = wording_of(task, prompt_name, prompt, limits.max_characters)
+    form_of(dimensions, precision, None)
+    spec, texts = named.spec, texts_of(text, "text", limits)
     tokenizer = tokenizer_of(spec.path, spec.revision) if spec.path and spec.kind == "embed" else None
     if tokenizer is None:
         if chunk_tokens is not None:
             raise InvalidInputError(f"model {model!r} has no tokenizer.json that could be read: chunk_tokens needs it")
+        if wording:
+            raise InvalidInputError(
+                f"model {model!r} can't be prepared for {' and '.join(wording)}: send the text itself to embed_text"
+            )
         return text
+    before = _before(spec, tokenizer, wording)
     if chunk_tokens is None:
-        done: list[Any] = each(lambda item: tokenizer.prepare(item).to_json(), texts, slot.alias)
+        one = functools.partial(tokenizer.prepare, prompt=before, limit=spec.max_seq_length)
+        done: list[Any] = each(lambda item: one(item).to_json(), texts, named.alias)
     else:
         check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
-        cut = functools.partial(tokenizer.chunks, tokens=chunk_tokens, overlap=overlap)
-        done = each(lambda item: [piece.to_json() for piece in cut(item)], texts, slot.alias)
+        cut = functools.partial(
+            tokenizer.chunks, tokens=chunk_tokens, overlap=overlap, prompt=before, limit=spec.max_seq_length
+        )
+        done = each(lambda item: _pieces(cut(item), limits), texts, named.alias)
     return done if isinstance(text, list) else done[0]
+
+
+def _before(spec: ModelSettings, tokenizer: TextTokenizer, wording: dict[str, str]) -> str | None:
+    """Return what stands before a text, as `embed_text` would choose it."""
+    call, _, chosen = filled(spec, CALLS.get(wording.get("task", ""), "encode"), (), {**wording, "task": None})
+    task = next((name for name, of in CALLS.items() if of == call), None)
+    return chosen_prompt(tokenizer.prompts, tokenizer.default, task, chosen.get("prompt_name"), chosen.get("prompt"))
+
+
+def _pieces(pieces: list[PreparedText], limits: Limits) -> list[dict[str, Any]]:
+    check_pieces(pieces, "a text", limits)
+    return [piece.to_json() for piece in pieces]
 
 
 def prep_image(image: Any, model: str | None = None) -> Any:
@@ -120,7 +202,7 @@ def prep_image(image: Any, model: str | None = None) -> Any:
     or a URL on one of `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises
     `InvalidInputError`, `UnknownModelError`.
     """
-    spec, limits = Handle(model, "image").slot.spec, _limits()
+    spec, limits = Handle(model, "image").named.spec, _limits()
     edge = resize_of(spec.path, spec.revision) if spec.path and spec.kind == "image" else None
     where = _where(limits.max_image_bytes)
     sizes: list[int] = []
@@ -231,10 +313,6 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
     # typing: Celery would refuse arguments at the client, before they are renamed.
     # shared: by default Celery gives a task to every app of the process.
     app.task(name=name, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
-
-
-def _normalizing(normalize: bool | None) -> dict[str, bool]:
-    return {} if normalize is None else {"normalize_embeddings": bool(normalize)}
 
 
 def _plain(values: Any, is_list: bool) -> Any:

@@ -40,12 +40,29 @@ def texts_of(value: Any, name: str, limits: Limits) -> list[Text]:
 
 
 def texts_or_prepared(value: Any, name: str, limits: Limits) -> list[Text | PreparedText]:
-    """The same, each a text or a result of `prep_text`. Raises `InvalidInputError`."""
+    """The same, each a text or a result of `prep_text`. Raises `InvalidInputError`.
+
+    The pieces of a text may be more than the items of a list, if they have no more tokens than it may have characters.
+    """
+    if is_chunks(value) and len(value) > limits.max_items:
+        pieces = [at(index, value, PreparedText.from_json, item) for index, item in enumerate(value)]
+        check_pieces(pieces, name, limits)
+        return list(pieces)
 
     def read(item: Any) -> Text | PreparedText:
         return PreparedText.from_json(item) if isinstance(item, dict) else text_of(item, limits.max_characters)
 
     return items_of(value, name, read, limits)
+
+
+def check_pieces(pieces: list[PreparedText], name: str, limits: Limits) -> None:
+    """Raise `InvalidInputError` if the pieces of one text are too many."""
+    tokens = sum(len(piece.ids) for piece in pieces)
+    if len(pieces) > limits.max_items and tokens > limits.max_characters:
+        raise InvalidInputError(
+            f"{name} has {len(pieces)} pieces of {tokens} tokens in all, and one text may have {limits.max_items} "
+            f"pieces, or {limits.max_characters} tokens: send several tasks"
+        )
 
 
 def images_of(value: Any, name: str, limits: Limits) -> list[ImageBytes]:

@@ -55,10 +55,13 @@ class PreparedText:
     tokenizer: str
     #: Whether the text was longer than the model takes, so that these ids are only its beginning.
     cut: bool = False
+    #: What stands before the text, and is among these ids; None: whoever prepared the text knew of no prompt.
+    prompt: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Write the JSON that `prep_text` returns."""
-        return {MARK: VERSION, "ids": list(self.ids), "tokenizer": self.tokenizer, "cut": self.cut}
+        prompted = {} if self.prompt is None else {"prompt": self.prompt}
+        return {MARK: VERSION, "ids": list(self.ids), "tokenizer": self.tokenizer, "cut": self.cut, **prompted}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PreparedText:
@@ -66,8 +69,8 @@ class PreparedText:
         match value:
             case {"prepared": 1, "ids": [_, *_] as ids, "tokenizer": str(tokenizer), "cut": bool(cut)} if all(
                 type(number) is int and number >= 0 for number in ids
-            ):
-                return cls(tuple(ids), tokenizer, cut)
+            ) and isinstance(prompt := value.get("prompt"), str | None):
+                return cls(tuple(ids), tokenizer, cut, prompt)
         raise InvalidInputError(
             f"expected text, or what prep_text returns, got dict with {sorted(map(str, value))[:5]}"
         )

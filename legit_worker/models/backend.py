@@ -15,6 +15,7 @@ from legit_worker.backends.choice import Subject, Wanted, choose
 from legit_worker.backends.graphs import Graphs
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.models.features import collate
+from legit_worker.models.shortway import leaves_out_prompts
 from legit_worker.prep.texts import model_folder
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _obstacle(model: SentenceModel) -> str | None:
     library: Any = model._model
     if "task" in library.get_model_kwargs():
         return "its modules treat queries and documents differently"
-    if any(getattr(module, "include_prompt", True) is False for module in library):
+    if leaves_out_prompts(library):
         return "its pooling leaves out the prompt, whose length differs"
     if model.preprocess(model.trial_inputs()[0][0]).raw is not None:
         return "its inputs have no rows that can be padded"

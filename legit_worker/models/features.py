@@ -35,6 +35,8 @@ class Prompted:
     prompt: str | None
     #: `query`, `document`, or another task that the model treats in its own way.
     task: str | None = None
+    #: The most tokens that are read; None is the model's own limit.
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

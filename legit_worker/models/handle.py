@@ -9,7 +9,7 @@ inside a ModelPool, the pool parks the task and lets its items share batches wit
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -23,11 +23,13 @@ from legit_worker.models import fence
 from legit_worker.models.finite import with_second_try
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
+from legit_worker.models.options import LACKS
 from legit_worker.models.policy import Request
 from legit_worker.models.preparing import prepare, take_turns
+from legit_worker.models.prompts import CALLS, filled
 from legit_worker.models.registry import default_registry
 from legit_worker.models.residency import Residency
-from legit_worker.models.slot import Slot
+from legit_worker.models.slot import Named, Slot
 
 #: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.
 DIRECT_BUDGET = 4096
@@ -142,13 +144,18 @@ class Handle:
         return f"<Handle {self._alias or 'the one of kind ' + self._kind}>"
 
     @property
-    def slot(self) -> Slot:
-        """The configured model. Raises `UnknownModelError`, also if the task's app may not use it."""
+    def named(self) -> Named:
+        """The alias, as configured. Raises `UnknownModelError`, also if the task's app may not use it."""
         registry = default_registry()
-        slot = registry.get(self._alias) if self._alias else registry.only(self._kind)
-        fence.check(slot.alias)
-        last_called.set(slot.alias)
-        return slot
+        named = registry.find(self._alias) if self._alias else registry.only(self._kind)
+        fence.check(named.alias)
+        last_called.set(named.alias)
+        return named
+
+    @property
+    def slot(self) -> Slot:
+        """The model that the alias means. Raises as `named` does."""
+        return self.named.slot
 
     def encode(self, *inputs: Any, **options: Any) -> Any:
         """Embed one text or image, or a list of them: shape `[dim]` or `[n, dim]`, numpy float32.
@@ -195,25 +202,74 @@ class Handle:
         """
         return self._call("predict", *inputs, **options)
 
+    def rank(
+        self,
+        query: Any,
+        documents: Sequence[Any],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Score documents against a query, best first, as `CrossEncoder.rank` does. Takes `predict`'s options.
+
+        Returns `[{"corpus_id": place in documents, "score": float}]`, with `"text"` if documents are asked for. Raises
+        `ValueError` for a model with several scores per pair, and as `encode` does.
+        """
+        scores = self.predict([(query, document) for document in documents], **options)
+        if scores.ndim != 1:
+            raise ValueError("rank() takes a model with one score per pair: use predict() with pairs instead")
+        found = [{"corpus_id": place, "score": score} for place, score in enumerate(scores.tolist())]
+        if return_documents:
+            found = [row | {"text": document} for row, document in zip(found, documents, strict=True)]
+        return sorted(found, key=lambda row: row["score"], reverse=True)[:top_k]
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The model's prompts by name. Loads the model if it is not there yet."""
+        prompts: dict[str, str] = self._ask("prompts")
+        return prompts
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """The most tokens of a text that are read; None if there is no limit. Loads the model likewise."""
+        limit: int | None = self.named.spec.max_seq_length or self._ask("max_seq_length")
+        return limit
+
+    def get_max_seq_length(self) -> int | None:
+        """The library's other name for it."""
+        return self.max_seq_length
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise `AttributeError`, with the reason if the library's objects have this attribute."""
+        reason = f": {LACKS[name]}" if name in LACKS else ""
+        raise AttributeError(f"a handle has no {name}{reason}")
+
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
         items = list(items)  # a generator's code is the task's own
         with self._use() as model:
             return _computed(model, items)
 
-    def check_length(self, text: str) -> None:
-        """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any."""
+    def check_length(self, text: Any, **options: Any) -> None:
+        """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any.
+
+        `options` are those of `encode`, and `task`: the prompt counts, too.
+        """
         with self._use() as model:
             take_turns(model.alias)
             if model.has("check_length"):
-                model.alone("check_length", text)
+                call = CALLS.get(options.pop("task", None) or "", "encode")
+                call, inputs, chosen = filled(self.named.spec, call, (text,), options)
+                items, _ = model.plan(call)(*inputs, **chosen)
+                model.alone("check_length", *items)
 
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
-        with self._use() as model:
-            plan = model.plan(name)
-            if "sentences" in options:  # the library's name for it until version 6
-                options["inputs"] = options.pop("sentences")
-            items, finish = plan(*inputs, **options)
+        named = self.named
+        if "sentences" in options:  # the library's name for it until version 6
+            options["inputs"] = options.pop("sentences")
+        call, places, chosen = filled(named.spec, name, inputs, options)
+        with use(named.slot, default_registry().residency) as model:
+            items, finish = model.plan(call)(*places, **chosen)
             return finish(_computed(model, items))
 
     def _ask(self, name: str, *arguments: Any) -> Any:

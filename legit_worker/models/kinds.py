@@ -10,8 +10,8 @@ calls the engine: `plan_encode` and `plan_predict` say which items a call has, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,17 @@ from legit_worker.models.features import (
 from legit_worker.models.modalities import AsText, check_image, with_pixels
 from legit_worker.models.options import refuse
 from legit_worker.models.preparing import Aside
+from legit_worker.models.prompts import first_prompt, named_prompt
 from legit_worker.models.protocol import Plan
 from legit_worker.models.requirements import is_missing_folder
-from legit_worker.models.shortway import ShortWay, has_several_tokenizers, minds_task, short_way
+from legit_worker.models.shortway import (
+    ShortWay,
+    has_several_tokenizers,
+    leaves_out_prompts,
+    minds_task,
+    short_way,
+    without_prompt_length,
+)
 from legit_worker.prep.images import Edge, resize_of
 
 
@@ -65,17 +73,23 @@ class SentenceModel:
         revision: str | None = None,
         backend: str = "torch",
         cache_dir: Path | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """`options`: more arguments of the library's constructor, as `loader.library_options` gives them."""
         self._path = path
         self._dtype = "float32" if dtype == "tf32" else dtype
         self._precision = tf32 if dtype == "tf32" else nullcontext
         self._revision = revision
+        self._options = dict(options or {})
         self._backend = Backend(backend, dtype, cache_dir)
         self._model: Any = None
         self._as_text: Callable[[Any], Any] = lambda value: value
         self._tokenize: ShortWay | None = None
         self._aside = Aside()
+        self._limit: int | None = None
+        self._ways: dict[int, ShortWay] = {}
         self._minds_task = False
+        self._leaves_out_prompts = False
         self._has_several_tokenizers = False
 
     def load(self, device: str) -> None:
@@ -84,16 +98,16 @@ class SentenceModel:
             # The library would take the path for a name on the Hub, and complain about its characters.
             raise FileNotFoundError(f"there is no folder {self._path}")
         dtype = self._backend.dtype_to_read(self._dtype)
+        more = {**self._options.pop("model_kwargs", {}), **({"dtype": dtype} if dtype else {})}
         self._model = self._open(
-            self._path,
-            device="cpu",
-            revision=self._revision,
-            model_kwargs={"dtype": dtype} if dtype else None,
+            self._path, device="cpu", revision=self._revision, model_kwargs=more or None, **self._options
         ).eval()
         move(self._model, device)
         self._as_text = AsText(self._model)
         self._tokenize = short_way(self._model)
+        self._limit = self._model.max_seq_length
         self._minds_task = minds_task(self._model)
+        self._leaves_out_prompts = leaves_out_prompts(self._model)
         self._has_several_tokenizers = has_several_tokenizers(self._model)
         self._backend.choose(device, self)
 
@@ -132,38 +146,73 @@ class SentenceModel:
             features = self._of_ids(prompted.input, prompted)
             return Prepared(features, len(prompted.input.ids), "text")
         self._check(prompted.input)
-        prompt, task, way = prompted.prompt, prompted.task, self._tokenize
-        if way is not None and isinstance(prompted.input, str) and not prompt and not task:
-            features = self._aside.run(functools.partial(way, prompted.input), way.reads(prompted.input))
+        prompt, task, way = prompted.prompt, prompted.task, self._way(prompted.limit)
+        if way is not None and isinstance(prompted.input, str) and not task and (way.takes_prompts or not prompt):
+            text = (prompt or "") + prompted.input
+            features = self._aside.run(functools.partial(way, text), way.reads(text))
             return Prepared(features, len(features["input_ids"]), "text")
         features = self._features_of_one(prompted)
         if self._has_several_tokenizers or not can_be_padded(features):
-            return Prepared({}, max(1, len(str(prompted.input).split())), ("raw", prompt, task), task, prompted)
+            key = ("raw", prompt, task, prompted.limit)
+            return Prepared({}, max(1, len(str(prompted.input).split())), key, task, prompted)
         return Prepared(features, cost_of(features), (task, key_of(features)), task)
+
+    def _way(self, limit: int | None) -> ShortWay | None:
+        """The short way of a text that is read up to this limit."""
+        if self._tokenize is None or limit is None or limit == self._limit:
+            return self._tokenize
+        if limit not in self._ways:
+            self._ways[limit] = replace(self._tokenize, limit=limit)
+        return self._ways[limit]
 
     def _features_of_one(self, one: Prompted) -> dict[str, Any]:
         """The input's features, as the library gives them. Reads a long text only as far as it changes them."""
-        way = self._tokenize if isinstance(one.input, str) and not one.task else None
+        way = self._way(one.limit) if isinstance(one.input, str) and not one.task else None
         for start in (one.input,) if way is None else way.beginnings(one.input):
-            read = functools.partial(self._features_of, [start], one.prompt, one.task)
+            read = functools.partial(self._features_of, [start], one.prompt, one.task, one.limit)
             # `forward` uses several tokenizers, too: never on two threads at once.
             features = self._aside.run(read, 0 if self._has_several_tokenizers else characters(start))
             if way is not None and len(features["input_ids"][0]) == way.limit:
                 break
         return features
 
-    def _features_of(self, inputs: list[Any], prompt: str | None, task: str | None) -> dict[str, Any]:
-        return dict(self._model.preprocess(list(map(self._as_text, inputs)), prompt=prompt, **_if_any(task)))
+    def _features_of(
+        self, inputs: list[Any], prompt: str | None, task: str | None, limit: int | None = None
+    ) -> dict[str, Any]:
+        with _limited(self._model, limit):
+            features = self._model.preprocess(list(map(self._as_text, inputs)), prompt=prompt, **_if_any(task))
+        return dict(features) if self._leaves_out_prompts else without_prompt_length(features)
 
     def _of_ids(self, prepared: PreparedText, prompted: Prompted) -> dict[str, Any]:
-        if self._tokenize is None or prompted.prompt or prompted.task:
+        if self._tokenize is None or prompted.task or (prepared.prompt and not self._tokenize.takes_prompts):
             raise InvalidInputError(
                 "this model, its prompt or its task needs the text itself: send it without prep_text"
             )
-        return self._tokenize.of_ids(prepared)
+        if (prepared.prompt or "") != (prompted.prompt or ""):
+            raise InvalidInputError(
+                f"the text was prepared with the prompt {prepared.prompt or ''!r}, and the prompt here is "
+                f"{prompted.prompt or ''!r}: give prep_text and embed_text the same one"
+            )
+        return self._tokenize.of_ids(prepared, prompted.limit)
 
     def _check(self, value: Any) -> None:
-        check_text(value)
+        """A text, a dict that has one, or two texts that are read as one."""
+        match value:
+            case {"text": text} if len(value) == 1:
+                check_text(text)
+            case list() | tuple() if len(value) == 2:
+                for part in value:
+                    check_text(part)
+            case _:
+                check_text(value)
+
+    def prompts(self) -> dict[str, str]:
+        """Its prompts by name."""
+        return dict(self._model.prompts)
+
+    def max_seq_length(self) -> int | None:
+        """The most tokens that it reads; None if there is no limit."""
+        return self._limit
 
     def cost(self, item: Prepared) -> int:
         """Tokens of a text; for an image, its numbers in units of `NUMBERS_PER_COST`."""
@@ -205,26 +254,32 @@ class SentenceModel:
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         if batch[0].raw is not None:
             inputs = [item.raw.input for item in batch if item.raw]
-            return self._features_of(inputs, batch[0].raw.prompt, batch[0].task)
+            return self._features_of(inputs, batch[0].raw.prompt, batch[0].task, batch[0].raw.limit)
         return collate([item.features for item in batch], self._model.tokenizer)
 
     def _items(
-        self, inputs: Any, prompt_name: str | None, prompt: str | None, task: str | None = None
+        self,
+        inputs: Any,
+        prompt_name: str | None,
+        prompt: str | None,
+        task: str | None = None,
+        limit: int | None = None,
     ) -> tuple[list[Prompted], bool]:
         """The call's items, and whether it has a single input, whose result is no list."""
         is_single = self._model.is_singular_input(inputs)
-        if prompt is None:
-            prompt = self._named_prompt(prompt_name or self._model.default_prompt_name)
+        items = [inputs] if is_single else list(inputs)
+        chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self._model.default_prompt_name)
+        is_told = prompt is not None or prompt_name is not None or task is not None
         task = task if self._minds_task else None
-        return [Prompted(one, prompt, task) for one in ([inputs] if is_single else inputs)], is_single
+
+        def prompted(one: Any) -> Prompted:
+            knows = isinstance(one, PreparedText) and one.prompt is not None and not is_told
+            return Prompted(one, one.prompt if knows else chosen, task, limit)
+
+        return list(map(prompted, items)), is_single
 
     def _named_prompt(self, name: str | None) -> str | None:
-        if name is None:
-            return None
-        prompts: dict[str, str] = self._model.prompts
-        if name not in prompts:
-            raise ValueError(f"prompt_name={name!r} is not among this model's prompts: {sorted(prompts)}")
-        return prompts[name]
+        return named_prompt(self._model.prompts, name)
 
 
 class Embedding(SentenceModel):
@@ -237,20 +292,15 @@ class Embedding(SentenceModel):
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """As `plan_encode`, with the prompt for queries, and the model's own way for them if it has one."""
-        name = prompt_name or self._first_prompt(prompt, "query")
+        name = prompt_name if prompt is not None else prompt_name or first_prompt(self._model.prompts, "query")
         return self.plan_encode(inputs, name, prompt, task="query", **options)
 
     def plan_encode_document(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """The same for documents."""
-        name = prompt_name or self._first_prompt(prompt, "document", "passage", "corpus")
+        name = prompt_name if prompt is not None else prompt_name or first_prompt(self._model.prompts, "document")
         return self.plan_encode(inputs, name, prompt, task="document", **options)
-
-    def _first_prompt(self, prompt: str | None, *names: str) -> str | None:
-        if prompt is not None:
-            return None
-        return next((name for name in names if name in self._model.prompts), None)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
         """Compare each vector with each, by the model's own function: shape `[n, m]`."""
@@ -284,11 +334,12 @@ class TextEmbedding(Embedding):
         truncate_dim: int | None = None,
         precision: str | None = "float32",
         task: str | None = None,
+        max_seq_length: int | None = None,
         **others: Any,
     ) -> Plan:
         """`Handle.encode` describes the arguments; shape `[dim]` for one input, `[n, dim]` for a list."""
-        refuse(others, "encode")
-        items, is_single = self._items(inputs, prompt_name, prompt, task)
+        refuse(others, "encode", truncate_dim=truncate_dim)
+        items, is_single = self._items(inputs, prompt_name, prompt, task, max_seq_length)
 
         def finish(rows: list[Any]) -> Any:
             dimension = truncate_dim or self._model.truncate_dim
@@ -297,18 +348,22 @@ class TextEmbedding(Embedding):
 
         return items, finish
 
-    def check_length(self, text: str | PreparedText) -> None:
+    def check_length(self, item: Prompted) -> None:
         """Raise `InvalidInputError`, with both numbers, if the model would cut the text."""
+        text = item.input
         if isinstance(text, PreparedText):
             if text.cut:
                 raise InvalidInputError("the text was cut by prep_text: split it with chunk_tokens")
             return
-        limit = self._model.max_seq_length
+        check_text(text)
+        own = getattr(self._model[0], f"{item.task}_length", None)
+        limit = own or item.limit or self._limit
         tokenizer = self._model.tokenizer
         if limit is None or tokenizer is None:
             return
-        text = (self._named_prompt(self._model.default_prompt_name) or "") + text
-        for start in (text,) if self._tokenize is None else self._tokenize.beginnings(text):
+        text = (item.prompt or "") + text
+        way = self._way(limit)
+        for start in (text,) if way is None else way.beginnings(text):
             count = functools.partial(tokenizer, start, truncation=False, verbose=False)
             length = len(self._aside.run(count, len(start))["input_ids"])
             if length > limit:
@@ -374,11 +429,12 @@ class SparseEmbedding(Embedding):
         *,
         max_active_dims: int | None = None,
         task: str | None = None,
+        max_seq_length: int | None = None,
         **others: Any,
     ) -> Plan:
         """The result is a `scipy.sparse.csr_array` of shape `[n, vocabulary]`, with one row for one text."""
-        refuse(others, "encode")
-        items, _ = self._items(inputs, prompt_name, prompt, task)
+        refuse(others, "encode", max_active_dims=max_active_dims)
+        items, _ = self._items(inputs, prompt_name, prompt, task, max_seq_length)
         most = max_active_dims or self._model.max_active_dims
 
         def finish(rows: list[Any]) -> Any:
@@ -386,6 +442,19 @@ class SparseEmbedding(Embedding):
             return sparse_rows(kept, self._model.get_embedding_dimension())
 
         return items, finish
+
+
+@contextmanager
+def _limited(library: Any, limit: int | None) -> Iterator[None]:
+    """Have the library read this many tokens of each text. Used by one thread at a time."""
+    if limit is None:
+        yield
+        return
+    before, library.max_seq_length = library.max_seq_length, limit
+    try:
+        yield
+    finally:
+        library.max_seq_length = before
 
 
 def _if_any(task: str | None) -> dict[str, str]:

@@ -183,10 +183,16 @@ def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
 def _construct(cls: Any, alias: str, spec: ModelSettings, cache_dir: Path | None) -> Any:
     offered = {
         **{"alias": alias, "path": spec.path, "dtype": spec.dtype, "revision": spec.revision},
-        **{"backend": spec.backend, "cache_dir": cache_dir},
+        **{"backend": spec.backend, "cache_dir": cache_dir, "options": library_options(spec)},
     }
     wanted = inspect.signature(cls).parameters
     return cls(**{name: value for name, value in offered.items() if name in wanted})
+
+
+def library_options(spec: ModelSettings) -> dict[str, Any]:
+    """The model's settings that the library's constructor has as arguments, if they were made."""
+    names = ("local_files_only", "trust_remote_code", "model_kwargs", "processor_kwargs")
+    return {name: value for name in names if (value := getattr(spec, name))}
 
 
 def device_of(name: str) -> Device:

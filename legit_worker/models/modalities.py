@@ -40,10 +40,24 @@ def with_pixels(value: Any, edge: Edge | None) -> Any:
     """Decode the images in an input. Called in a model's method: others may come into it, since a helper may decode."""
     if isinstance(value, dict):
         return {name: with_pixels(part, edge) for name, part in value.items()}
+    if hasattr(value, "__array_interface__") and not hasattr(value, "getpixel"):
+        return _of_array(value)
     if not isinstance(value, ImageBytes):
         return value
     with away():
         return decoded(value, edge)
+
+
+def _of_array(value: Any) -> Any:
+    """Make an image of a numpy array. The library guesses of other arrays which of their axes is which."""
+    from PIL import Image
+
+    if value.dtype != "uint8" or value.ndim != 3 or value.shape[2] != 3:
+        raise InvalidInputError(
+            f"an image as an array has the shape [height, width, 3] and the dtype uint8, and this one has "
+            f"{list(value.shape)} and {value.dtype}: give a PIL.Image.Image"
+        )
+    return Image.fromarray(value)
 
 
 class AsText:

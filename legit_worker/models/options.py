@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 #: They say how to compute, which the engine decides.
-IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "device"})
+IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "chunk_size"})
+
+#: Arguments that are looked at, and refused for some values.
+LOOKED_AT = frozenset({"convert_to_tensor", "output_value", "device", "pool"})
 
 
-def refuse(options: Mapping[str, Any], method: str) -> None:
-    """Raise `ValueError` or `TypeError`, with the reason, for what `method` can't do."""
+def refuse(options: Mapping[str, Any], method: str, **counts: int | None) -> None:
+    """Raise `ValueError` or `TypeError`, with the reason, for what `method` can't do. `counts` must be 1 or more."""
     if options.get("convert_to_tensor") or options.get("convert_to_numpy") is False:
         raise ValueError(
             "tensors are refused: a task that keeps one would hold device memory that the engine counts as free; "
@@ -21,6 +24,34 @@ def refuse(options: Mapping[str, Any], method: str) -> None:
         )
     if options.get("output_value", "sentence_embedding") != "sentence_embedding":
         raise ValueError(f"output_value={options['output_value']!r} is refused: only sentence embeddings are batched")
-    unknown = sorted(set(options) - IGNORED - {"convert_to_tensor", "output_value"})
+    if options.get("pool") is not None or isinstance(options.get("device"), list | tuple):
+        raise ValueError(
+            "pools and lists of devices are refused: the worker computes on the one device of LEGIT_WORKER_DEVICE; "
+            "for more devices, start one worker for each"
+        )
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} would leave no numbers: give at least 1, or None for all")
+    unknown = sorted(set(options) - IGNORED - LOOKED_AT)
     if unknown:
         raise TypeError(f"{method}() takes no {', '.join(unknown)}")
+
+
+#: Why a handle lacks an attribute that the library's objects have.
+_MANY_PROCESSES = "the worker shares its device among tasks; for more devices, start one worker for each"
+_PLACEMENT = "LEGIT_WORKER_DEVICE and DTYPE say where and as what a model computes"
+_TOKENS = (
+    "its tensors fit no batch here; check_length() compares a text with the model's limit, and "
+    "transformers.AutoTokenizer.from_pretrained() of the model's path tokenizes without the model"
+)
+_UNKNOWN = "a handle computes, and does not train, save or change a model"
+LACKS: Mapping[str, str] = {
+    **dict.fromkeys(("tokenize", "preprocess", "tokenizer", "processor"), _TOKENS),
+    **dict.fromkeys(
+        ("start_multi_process_pool", "stop_multi_process_pool", "encode_multi_process", "predict_multi_process"),
+        _MANY_PROCESSES,
+    ),
+    **dict.fromkeys(("to", "cpu", "cuda", "half", "float", "bfloat16", "device", "dtype", "compile"), _PLACEMENT),
+    **dict.fromkeys(("fit", "train", "eval", "save", "save_pretrained", "push_to_hub", "forward"), _UNKNOWN),
+    "truncate_sentence_embeddings": "give encode() truncate_dim, or the alias DIMENSIONS",
+}

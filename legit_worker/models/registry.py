@@ -6,6 +6,7 @@ In: the settings. Out: one `Slot` per alias, and the `Residency` that decides wh
 from __future__ import annotations
 
 import functools
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -21,7 +22,12 @@ from legit_worker.models.loader import Loader
 from legit_worker.models.residency import Residency
 from legit_worker.models.shelf import Shelf
 from legit_worker.models.sizes import estimate
-from legit_worker.models.slot import Slot
+from legit_worker.models.slot import Named, Slot
+
+#: Settings of an alias that its weights have no part in.
+PER_ALIAS = frozenset(
+    ("pin", "keep_alive", "task", "prompt_name", "prompt", "dimensions", "precision", "normalize", "max_seq_length")
+)
 
 
 class Registry:
@@ -43,8 +49,13 @@ class Registry:
         self.shelf = Shelf(host_cache)
         #: Gives the name of the device that models are put on.
         self.device = device
-        self.slots = {alias: Slot(alias=alias, spec=spec, size=estimate(spec)) for alias, spec in models.items()}
-        self._by_name = {settings.fold(alias): slot for alias, slot in self.slots.items()}
+        #: One for each copy of weights, by its first alias.
+        self.slots = {slot.alias: slot for slot in map(_slot, copies(models))}
+        #: All aliases, by their names in the settings.
+        self.aliases = {
+            alias: Named(alias, models[alias], slot) for slot in self.slots.values() for alias in slot.aliases
+        }
+        self._by_name = {settings.fold(alias): named for alias, named in self.aliases.items()}
         loader = Loader(device, self.shelf, cache_dir)
         self.residency = Residency(self.slots.values(), budget or Unbounded(), loader, self.shelf)
 
@@ -52,18 +63,22 @@ class Registry:
         return f"<Registry {list(self.slots.values())}>"
 
     def get(self, alias: str) -> Slot:
-        """The model that this name means: see `settings.fold`. Raises `UnknownModelError`."""
-        slot = self._by_name.get(settings.fold(str(alias)))
-        if slot is None:
+        """The model that this name means. Raises `UnknownModelError`."""
+        return self.find(alias).slot
+
+    def find(self, alias: str) -> Named:
+        """The alias that this name means: see `settings.fold`. Raises `UnknownModelError`."""
+        named = self._by_name.get(settings.fold(str(alias)))
+        if named is None:
             raise UnknownModelError(
                 f"no model {alias!r} is configured; there are: {self._names()}. "
                 f"Set {settings.path_variable(str(alias))} to add it"
             )
-        return slot
+        return named
 
-    def only(self, kind: str) -> Slot:
-        """The one model of this kind. Raises `UnknownModelError` where there is none, or more than one."""
-        found = [slot for slot in self.slots.values() if slot.spec.kind == kind]
+    def only(self, kind: str) -> Named:
+        """The one alias of this kind. Raises `UnknownModelError` if there is none, or more than one."""
+        found = [named for named in self.aliases.values() if named.spec.kind == kind]
         if len(found) != 1:
             raise UnknownModelError(
                 f"model=None means the one model of kind {kind!r}, and {len(found)} are configured; "
@@ -72,7 +87,34 @@ class Registry:
         return found[0]
 
     def _names(self) -> str:
-        return ", ".join(f"{alias} ({slot.spec.kind})" for alias, slot in self.slots.items()) or "none"
+        return ", ".join(f"{alias} ({named.spec.kind})" for alias, named in self.aliases.items()) or "none"
+
+
+def copies(models: Mapping[str, settings.ModelSettings]) -> list[dict[str, settings.ModelSettings]]:
+    """Group the aliases that one copy of weights serves, in the settings' order."""
+    found: dict[str, dict[str, settings.ModelSettings]] = {}
+    for alias, spec in models.items():
+        found.setdefault(_weights_of(alias, spec), {})[alias] = spec
+    return list(found.values())
+
+
+def _weights_of(alias: str, spec: settings.ModelSettings) -> str:
+    """What decides the weights. A kind that is not built in is told its alias, so each alias is its own."""
+    if spec.kind not in settings.KINDS_WITH_PATH:
+        return alias
+    return json.dumps(spec.model_dump(exclude=set(PER_ALIAS)), sort_keys=True, default=str)
+
+
+def _slot(group: Mapping[str, settings.ModelSettings]) -> Slot:
+    """The slot of one copy. It is pinned if an alias is, and kept for as long as one of them is to be kept."""
+    alias, spec = next(iter(group.items()))
+    times = [one.keep_alive for one in group.values()]
+    known = [seconds for seconds in times if seconds is not None]
+    merged = {
+        "pin": any(one.pin for one in group.values()),
+        "keep_alive": max(known) if len(known) == len(times) else None,
+    }
+    return Slot(alias=alias, spec=spec.model_copy(update=merged), aliases=tuple(group), size=estimate(spec))
 
 
 _making = threading.Lock()

@@ -55,16 +55,21 @@ class Reranker(SentenceModel):
         *,
         activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         apply_softmax: bool = False,
+        max_seq_length: int | None = None,
+        activation_fct: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **others: Any,
     ) -> Plan:
-        """A float32 for one pair, shape `[n]` for several, `[n, labels]` if the model has several labels."""
+        """A float32 for one pair, shape `[n]` for several, `[n, labels]` if the model has several labels.
+
+        `activation_fct` is the library's older name of `activation_fn`.
+        """
         refuse(others, "predict")
-        items, is_single = self._items(inputs, prompt_name, prompt)
+        items, is_single = self._items(inputs, prompt_name, prompt, None, max_seq_length)
 
         def finish(rows: list[Any]) -> Any:
             if not rows:
                 return np.array([])
-            scores = (activation_fn or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
+            scores = (activation_fn or activation_fct or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
             if self._model.num_labels == 1:
                 scores = scores.squeeze(-1)
             elif apply_softmax:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class ShortWay:
     limit: int | None
     #: Features that are the same for every text.
     rest: dict[str, Any]
+    #: Whether a prompt is nothing but the beginning of the text.
+    takes_prompts: bool = False
 
     def __call__(self, text: str) -> dict[str, Any]:
         """The text's features, each a list with one number per token."""
@@ -82,17 +84,18 @@ class ShortWay:
         """The fingerprint that a prepared text must have."""
         return fingerprint(lambda text: self(text)["input_ids"])
 
-    def of_ids(self, prepared: PreparedText) -> dict[str, Any]:
-        """The features of a text that `prep_text` tokenized. Raises `InvalidInputError`."""
+    def of_ids(self, prepared: PreparedText, limit: int | None = None) -> dict[str, Any]:
+        """The features of a text that `prep_text` tokenized, of at most `limit` tokens. Raises `InvalidInputError`."""
+        limit = limit or self.limit
         if prepared.tokenizer != self.fingerprint:
             raise InvalidInputError(
                 f"the text was prepared with tokenizer {prepared.tokenizer}, and this model's is {self.fingerprint}: "
                 f"prepare it for the same model, and with the same version of its files"
             )
-        if len(prepared.ids) > (self.limit or len(prepared.ids)) or max(prepared.ids) >= len(self.tokenizer):
+        if len(prepared.ids) > (limit or len(prepared.ids)) or max(prepared.ids) >= len(self.tokenizer):
             raise InvalidInputError(
                 f"the text has {len(prepared.ids)} tokens up to number {max(prepared.ids)}, and the model takes "
-                f"{self.limit} of {len(self.tokenizer)}"
+                f"{limit} of {len(self.tokenizer)}"
             )
         same = {"attention_mask": 1, "token_type_ids": 0}
         ids = list(prepared.ids)
@@ -123,14 +126,37 @@ def short_way(model: Any) -> ShortWay | None:
     try:
         expected = [model.preprocess([probe]) for probe in PROBES]
         rest = {name: value for name, value in expected[0].items() if not isinstance(value, torch.Tensor)}
-        way = ShortWay(model.tokenizer, model.max_seq_length, rest)
+        way = ShortWay(model.tokenizer, model.max_seq_length, rest, takes_prompts=not leaves_out_prompts(model))
         agrees = all(
             way(probe) == {name: _plain(value) for name, value in features.items()}
             for probe, features in zip(PROBES, expected, strict=True)
         )
     except Exception:  # a model of another kind can't take a plain text: it takes the long way
         return None
-    return way if agrees else None
+    return (way if _agrees_with_prompts(way, model) else replace(way, takes_prompts=False)) if agrees else None
+
+
+def _agrees_with_prompts(way: ShortWay, model: Any) -> bool:
+    """Whether a prompt changes a text's features as the same words in the text do."""
+    prompts = {"Find: ", *filter(None, model.prompts.values())}
+    try:
+        return way.takes_prompts and all(
+            way(prompt + probe) == without_prompt_length(_features(model, probe, prompt=prompt))
+            for prompt in prompts
+            for probe in PROBES
+        )
+    except Exception:
+        return False
+
+
+def leaves_out_prompts(model: Any) -> bool:
+    """Whether the model's pooling leaves out the prompt, and so must know its length."""
+    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
+
+
+def without_prompt_length(features: dict[str, Any]) -> dict[str, Any]:
+    """The features without what only such a pooling needs."""
+    return {name: value for name, value in features.items() if name != "prompt_length"}
 
 
 def minds_task(model: Any) -> bool:
@@ -156,8 +182,8 @@ def has_several_tokenizers(model: Any) -> bool:
     return len({id(getattr(route[0], "tokenizer", None)) for route in routes}) > 1
 
 
-def _features(model: Any, text: str, **task: str) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in model.preprocess([text], **task).items()}
+def _features(model: Any, text: str, **options: str) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in model.preprocess([text], **options).items()}
 
 
 def _plain(value: Any) -> Any:

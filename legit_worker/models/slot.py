@@ -19,10 +19,13 @@ State = Literal["unloaded", "loading", "resident", "draining", "failed"]
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Slot:
-    """One configured model. `Residency` alone changes it, under its lock; whoever reads it without may be late."""
+    """One model in memory. `Residency` alone changes it, under its lock; whoever reads it without may be late."""
 
+    #: Its name: the first alias of these weights.
     alias: str
     spec: ModelSettings
+    #: All aliases of these weights.
+    aliases: tuple[str, ...] = ()
     #: Bytes of its weights: as its files have them, and once it was loaded as they are in memory.
     size: int = 0
     state: State = "unloaded"
@@ -68,3 +71,12 @@ class Slot:
     def reserve(self) -> int:
         """Bytes to have beside the weights for its batches; 0 until it was loaded and measured once."""
         return int(MARGIN * self.activations.predict(*RESERVE)) if self.activations.is_known else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One alias: the model that it means, and the settings of its own."""
+
+    alias: str
+    spec: ModelSettings
+    slot: Slot

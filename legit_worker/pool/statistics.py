@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from legit_worker.models.registry import Registry
-from legit_worker.models.slot import Slot
+from legit_worker.models.slot import Named, Slot
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.running import Running
@@ -23,8 +23,16 @@ def of_work(running: Running, engine: Engine) -> dict[str, Any]:
 
 def of_models(registry: Registry, engine: Engine) -> dict[str, Any]:
     """Each model's state, bytes and batches, and the memory that all share."""
-    models = {alias: _of_model(slot, engine) for alias, slot in registry.slots.items()}
+    models = {
+        alias: _of_model(named.slot, engine) if alias == named.slot.alias else _of_another_name(named)
+        for alias, named in registry.aliases.items()
+    }
     return {"models": models, "memory": registry.residency.report()}
+
+
+def _of_another_name(named: Named) -> dict[str, Any]:
+    """An alias whose weights stand under another one."""
+    return {"kind": named.spec.kind, "state": named.slot.state, "shares": named.slot.alias}
 
 
 def _of_model(slot: Slot, engine: Engine) -> dict[str, Any]:

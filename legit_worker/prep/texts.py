@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ LONGER = 4
 #: another letter follow. Latin, Greek and Cyrillic letters only: no letter of theirs joins a space in any way.
 _LETTER = "[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0388-\u03ff\u0400-\u0481\u048a-\u052f]"
 CUT = re.compile(f"{_LETTER}(?= {_LETTER})")
+
+#: The prompts of a model that has none, as in the library.
+DEFAULT_PROMPTS = {"query": "", "document": ""}
+
+#: What a model without a list of modules begins with.
+PLAIN_MODULE = "sentence_transformers.models.Transformer"
+
+#: Settings of that module under which a query is not tokenized as a document is.
+BY_TASK = ("query_length", "document_length", "query_expansion")
 
 #: Parts of a Rust tokenizer that treat each word alone, or each character, and the settings under which they do.
 WORD_BY_WORD = {
@@ -95,10 +104,12 @@ def fingerprint(tokenize: Callable[[str], Sequence[int]]) -> str:
 class TextTokenizer:
     """A model's tokenizer, read from its `tokenizer.json`."""
 
-    def __init__(self, file: Path, limit: int) -> None:
+    def __init__(self, file: Path, limit: int, prompts: Mapping[str, str], default: str | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.limit = limit
+        #: The model's prompts by name, and the name of the one that stands before every text.
+        self.prompts, self.default = prompts, default
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._is_word_by_word = is_word_by_word(self._tokenizer)
@@ -106,28 +117,57 @@ class TextTokenizer:
         self._cut_at(limit)
         self.fingerprint = fingerprint(lambda text: self._tokenizer.encode(text).ids)
 
-    def prepare(self, text: str) -> PreparedText:
-        """Tokenize a text, and cut it where the model would."""
-        self._cut_at(self.limit)
-        for start in beginnings(text, self.limit) if self._is_word_by_word else [text]:
+    def prepare(self, text: str, prompt: str | None = None, limit: int | None = None) -> PreparedText:
+        """Tokenize a text behind its prompt, and cut it where the model would: after `limit` tokens, or its own."""
+        limit = limit or self.limit
+        self._cut_at(limit)
+        whole = (prompt or "") + text
+        for start in beginnings(whole, limit) if self._is_word_by_word else [whole]:
             found = self._tokenizer.encode(start)
             if found.overflowing:
                 break
-        return PreparedText(tuple(found.ids), self.fingerprint, cut=bool(found.overflowing))
+        return PreparedText(tuple(found.ids), self.fingerprint, cut=bool(found.overflowing), prompt=prompt)
 
-    def chunks(self, text: str, tokens: int, overlap: int) -> list[PreparedText]:
-        """Cut the text into pieces of at most `tokens`, special ones included, with `overlap` tokens in common."""
-        if not self._specials < tokens <= self.limit:
+    def chunks(
+        self, text: str, tokens: int, overlap: int, prompt: str | None = None, limit: int | None = None
+    ) -> list[PreparedText]:
+        """Cut the text into pieces of at most `tokens`, special ones and the prompt included.
+
+        Each piece has the prompt, and `overlap` tokens in common with the piece before it.
+        """
+        head = self._head(prompt, text)
+        least = self._specials + len(head)
+        if not least < tokens <= (limit or self.limit):
             raise InvalidInputError(
-                f"chunk_tokens is {tokens}, and this model takes from {self._specials + 1} to {self.limit} tokens"
+                f"chunk_tokens is {tokens}, and this model takes from {least + 1} to {limit or self.limit} tokens"
             )
-        if not 0 <= overlap < tokens - self._specials:
+        if not 0 <= overlap < tokens - least:
             raise InvalidInputError(
-                f"overlap is {overlap}, and chunks of {tokens} tokens take from 0 to {tokens - self._specials - 1}"
+                f"overlap is {overlap}, and chunks of {tokens} tokens take from 0 to {tokens - least - 1}"
             )
-        self._cut_at(tokens, overlap)
+        self._cut_at(tokens - len(head), overlap)
+        if head:
+            return [PreparedText(ids, self.fingerprint, prompt=prompt) for ids in self._behind(text, head)]
         found = self._tokenizer.encode(text)
-        return [PreparedText(tuple(piece.ids), self.fingerprint) for piece in (found, *found.overflowing)]
+        return [
+            PreparedText(tuple(piece.ids), self.fingerprint, prompt=prompt) for piece in (found, *found.overflowing)
+        ]
+
+    def _head(self, prompt: str | None, text: str) -> list[int]:
+        """The tokens of the prompt, as it stands before this text."""
+        if not prompt:
+            return []
+        self._tokenizer.no_truncation()
+        found = self._tokenizer.encode(prompt + text[:1], add_special_tokens=False)
+        end = len(prompt.rstrip())
+        return [token for token, (start, _) in zip(found.ids, found.offsets, strict=True) if start < end]
+
+    def _behind(self, text: str, head: list[int]) -> list[tuple[int, ...]]:
+        """The pieces' tokens: special ones, the prompt, a part of the text, special ones."""
+        found = self._tokenizer.encode(text)
+        mask = found.special_tokens_mask
+        front = mask.index(0) if 0 in mask else 0
+        return [(*piece.ids[:front], *head, *piece.ids[front:]) for piece in (found, *found.overflowing)]
 
     def _cut_at(self, tokens: int, overlap: int = 0) -> None:
         self._tokenizer.enable_truncation(tokens, stride=overlap)
@@ -140,15 +180,36 @@ def tokenizer_of(path: str, revision: str | None = None) -> TextTokenizer | None
     None if no tokenizer can be read without the model: the model's own worker then tokenizes.
     """
     folder = model_folder(path, revision)
-    if folder is None:
+    if folder is None or not _is_plain(folder):
         return None
+    config = _read(folder / "config_sentence_transformers.json")
+    prompts = DEFAULT_PROMPTS | {name: text or "" for name, text in (config.get("prompts") or {}).items()}
     for inner in (folder, folder / _first_module(folder)):
         limit = _read(inner / "sentence_bert_config.json").get("max_seq_length") or _read(
             inner / "tokenizer_config.json"
         ).get("model_max_length")
         if (inner / "tokenizer.json").is_file() and isinstance(limit, int) and 0 < limit < 2**20:
-            return TextTokenizer(inner / "tokenizer.json", limit)
+            return TextTokenizer(inner / "tokenizer.json", limit, prompts, config.get("default_prompt_name"))
     return None
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether the model takes a text's tokens as they are, behind a prompt's.
+
+    It does not if it has routes, code of its own, a chat template, a length for queries, or a pooling without prompts.
+    """
+    found = _read(folder / "modules.json")
+    modules = found if isinstance(found, list) else []
+    kind = str(modules[0].get("type", "")) if modules else PLAIN_MODULE
+    own = _read(folder / _first_module(folder) / "sentence_bert_config.json")
+    poolings = (_read(folder / str(module.get("path", "")) / "config.json") for module in modules[1:])
+    return (
+        kind.startswith("sentence_transformers.")
+        and kind.endswith(".Transformer")
+        and not any(map(own.get, BY_TASK))
+        and "message" not in own.get("modality_config", {})
+        and not any(pooling.get("include_prompt") is False for pooling in poolings)
+    )
 
 
 def model_folder(path: str, revision: str | None = None) -> Path | None:

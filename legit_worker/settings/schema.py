@@ -5,6 +5,8 @@ In: a variable's text, or a value of the TOML file. Out: frozen objects that wer
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from legit_worker.settings.values import (
+    DENSE_KINDS,
     DTYPES_OF,
     FORMATS,
     KINDS_WITH_PATH,
@@ -32,6 +35,7 @@ from legit_worker.settings.values import (
     Memory,
     ModelAliases,
     Networks,
+    Options,
     Pixels,
     SafeName,
     Seconds,
@@ -47,6 +51,26 @@ from legit_worker.settings.values import (
 
 #: The settings that bound what a task may bring: an app has its own, or those of all apps.
 LIMITS = ("max_items", "max_characters", "max_image_bytes", "max_pixels", "max_task_pixels", "image_formats")
+
+
+#: Settings of a model that mean something to the library alone, and those that fewer kinds have.
+OF_LIBRARY = (
+    *("local_files_only", "trust_remote_code", "model_kwargs", "processor_kwargs", "prompt_name", "prompt"),
+    "max_seq_length",
+)
+OPTIONS_OF = {
+    "task": ("embed", "image", "sparse"),
+    **dict.fromkeys(("dimensions", "precision", "normalize"), DENSE_KINDS),
+}
+
+#: Arguments of the weights' reader that have settings of their own, and those that the engine decides.
+TAKEN = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "set DTYPE"),
+    "device_map": "LEGIT_WORKER_DEVICE says where models run",
+    "code_revision": "REVISION pins the code, too",
+    "trust_remote_code": "set TRUST_REMOTE_CODE",
+    "revision": "set REVISION",
+}
 
 
 class _Group(BaseModel):
@@ -76,6 +100,28 @@ class ModelSettings(_Group):
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
     #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None
+    #: Whether to read the model from this machine alone, and never ask the Hub.
+    local_files_only: bool = False
+    #: Whether Python code of the model's repository may run in the worker. A model of the Hub needs a commit as REVISION.
+    trust_remote_code: bool = Field(default=False, validate_default=True)
+    #: More arguments for the library that reads the weights, as JSON.
+    model_kwargs: Options = Field(default_factory=dict)
+    #: More arguments for the library that reads the tokenizer or the image processor, as JSON.
+    processor_kwargs: Options = Field(default_factory=dict)
+    #: What the texts of a call are that does not say it.
+    task: Literal["query", "document"] | None = None
+    #: What stands before each text of a call that does not say it: one of the model's prompts, by its name.
+    prompt_name: str | None = None
+    #: The same, as a text.
+    prompt: str | None = None
+    #: The first numbers of each vector that are kept; all if it is not set.
+    dimensions: Some | None = None
+    #: How the numbers of a vector are written; as `float32`, or as the model computes them, if it is not set.
+    precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] | None = None
+    #: Whether each vector gets the length 1; as the model gives it if it is not set.
+    normalize: bool | None = None
+    #: The most tokens of a text that are read; the model's own limit if it is not set.
+    max_seq_length: Some | None = None
 
     @field_validator("path")
     @classmethod
@@ -84,6 +130,42 @@ class ModelSettings(_Group):
         if not path and kind in KINDS_WITH_PATH:
             raise ValueError(f"a model of kind {kind!r} needs a path: a folder, or a name on the Hugging Face Hub")
         return None if path is None else str(at_home(path)) if kind in KINDS_WITH_PATH else path
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _is_pinned(cls, trusts: bool, info: ValidationInfo) -> bool:
+        revision = info.data.get("revision") or ""
+        path = info.data.get("path") or ""
+        if trusts and not os.path.isdir(path) and not re.fullmatch("[0-9a-f]{40}", revision):
+            raise ValueError(
+                "code from the Hub runs here only if REVISION is a commit, 40 hex digits: read the code of that commit "
+                "first, since a branch or a tag may change later"
+            )
+        return trusts
+
+    @field_validator(*OF_LIBRARY, "task", "dimensions", "precision", "normalize")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kind, name = info.data.get("kind"), info.field_name or ""
+        allowed = OPTIONS_OF.get(name, KINDS_WITH_PATH)
+        if value not in (None, False, {}) and kind not in (*allowed, None):
+            raise ValueError(f"kind {kind!r} has no {name}: only {', '.join(allowed)} have")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_the_only_one(cls, prompt: str | None, info: ValidationInfo) -> str | None:
+        if prompt is not None and info.data.get("prompt_name") is not None:
+            raise ValueError("a model has PROMPT or PROMPT_NAME, not both")
+        return prompt
+
+    @field_validator("model_kwargs")
+    @classmethod
+    def _leaves_placement(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, setting in TAKEN.items():
+            if name in options:
+                raise ValueError(f"{name} is not taken from here: {setting}")
+        return options
 
     @field_validator("backend")
     @classmethod

@@ -36,6 +36,9 @@ DTYPES_OF = {
     "auto": ("auto", "float32", "tf32", "float16", "bfloat16"),
 }
 
+#: The kinds whose vectors are dense rows: they can be shortened, normalized and quantized.
+DENSE_KINDS = ("embed", "image")
+
 #: Bytes in one of each unit that an amount of memory can be written in.
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -166,6 +169,11 @@ def listed(value: Any, separator: str | re.Pattern[str] = ",") -> Any:
     return [part.strip() for part in re.split(separator, value) if part.strip()]
 
 
+def _options(value: Any) -> Any:
+    """Read a JSON object."""
+    return listed(value) if isinstance(value, str) and value.lstrip()[:1] == "{" else value
+
+
 def _sources(value: Any) -> Any:
     """Read each string of a list as an `AppSource`."""
     value = listed(value, _BETWEEN_SOURCES)
@@ -275,6 +283,8 @@ Seconds = Annotated[float, Field(ge=0)]
 SomeSeconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Some = Annotated[int, Field(ge=1)]
+#: Arguments by their names, as JSON.
+Options = Annotated[dict[str, Any], BeforeValidator(_options)]
 #: Pillow itself refuses larger images: 178,956,970 pixels (`Image.MAX_IMAGE_PIXELS`, twice).
 Pixels = Annotated[int, Field(ge=1, le=178_956_970)]
 

@@ -193,6 +193,7 @@ def _counted(app: Celery, run: str, alias: str) -> dict[str, Any]:
     replies = app.control.inspect(timeout=INSPECT_SECONDS, limit=1, pattern=f"{run}@*", matcher="glob").stats() or {}
     for name, stats in replies.items():
         if name.startswith(run):
-            counted: dict[str, Any] = stats.get("pool", {}).get("models", {}).get(alias, {})
-            return counted
+            models: dict[str, dict[str, Any]] = stats.get("pool", {}).get("models", {})
+            own = models.get(alias, {})
+            return models.get(own.get("shares", alias), own)
     return {}

@@ -47,6 +47,8 @@ NOTHING = {
 #: Where more is said about a setting.
 MORE = {
     "backend": "models.md#openvino-on-a-cpu",
+    **dict.fromkeys(("task", "prompt_name", "dimensions"), "models.md#two-aliases-of-one-model"),
+    **dict.fromkeys(("trust_remote_code", "model_kwargs"), "models.md#options-of-a-model"),
     "lock_dir": "gpu-memory.md#more-models-than-fit",
     "vram_limit": "gpu-memory.md#more-models-than-fit",
     "max_deliveries": "reliability.md#a-killed-worker",

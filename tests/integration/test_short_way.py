@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import AddedToken
 
 from legit_worker.models.kinds import TextEmbedding
-from legit_worker.models.shortway import short_way
+from legit_worker.models.shortway import short_way, without_prompt_length
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,16 @@ def test_a_model_whose_preprocessing_does_more_takes_the_long_way(
     assert short_way(minilm) is None
 
 
-def test_a_text_with_a_prompt_takes_the_long_way(ours: TextEmbedding) -> None:
-    [with_prompt], _ = ours.plan_encode("a text", prompt="query: ")
-    features = ours.preprocess(with_prompt).features
-    assert len(features["input_ids"][0]) > len(ours.preprocess("a text").features["input_ids"])
+def test_a_text_with_a_prompt_takes_the_short_way_unless_the_pooling_leaves_out_prompts(
+    minilm: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = short_way(minilm)
+    assert way is not None
+    assert way.takes_prompts
+    monkeypatch.setattr(minilm[1], "include_prompt", False)
+    way = short_way(minilm)
+    assert way is not None
+    assert not way.takes_prompts
 
 
 @pytest.mark.parametrize("prompt", ["", "query: "])
@@ -86,7 +92,7 @@ def test_a_long_text_has_the_librarys_own_features(
 ) -> None:
     [item], _ = ours.plan_encode(text, prompt=prompt)
     features = ours.preprocess(item).features
-    expected = minilm.preprocess([text], prompt=prompt)
+    expected = without_prompt_length(minilm.preprocess([text], prompt=prompt))
     assert {name: plain(value) for name, value in features.items()} == {
         name: plain(value) for name, value in expected.items()
     }

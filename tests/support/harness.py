@@ -316,11 +316,11 @@ class Worker:
         pool: dict[str, Any] = self.stats()["pool"]
         return pool
 
-    def send(self, task: str, *args: Any, **kwargs: Any) -> AsyncResult[Any]:
+    def send(self, task: str, /, *args: Any, **kwargs: Any) -> AsyncResult[Any]:
         """Send one task by its name."""
         return self.client.send_task(task, args, kwargs)
 
-    def ask(self, task: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, task: str, /, *args: Any, **kwargs: Any) -> Any:
         """Send one task and return its result, or raise its error."""
         return self.answer(self.send(task, *args, **kwargs))
 

@@ -44,16 +44,20 @@ def build_cross_encoder(folder: Path, labels: int = 1) -> Path:
     return _save_bert(BertForSequenceClassification, folder, num_labels=labels)
 
 
-def build_dense(folder: Path) -> Path:
-    """A `SentenceTransformer`: BERT, mean pooling, and two prompts of which none is the default."""
+def build_dense(folder: Path, default: str | None = None, *, include_prompt: bool = True) -> Path:
+    """A `SentenceTransformer`: BERT, mean pooling, and two prompts of which `default` stands before every text.
+
+    `include_prompt`: whether the pooling counts the prompt's tokens.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
     from transformers import BertModel
 
     bert = Transformer(str(_save_bert(BertModel, folder / "bert")))
-    pooling = Pooling(bert.get_embedding_dimension(), pooling_mode="mean")
-    model = SentenceTransformer(modules=[bert, pooling], prompts={"query": "query: ", "document": "document: "})
+    pooling = Pooling(bert.get_embedding_dimension(), pooling_mode="mean", include_prompt=include_prompt)
+    prompts = {"query": "query: ", "document": "document: "}
+    model = SentenceTransformer(modules=[bert, pooling], prompts=prompts, default_prompt_name=default)
     model.save(str(folder / "model"))
     return folder / "model"
 
