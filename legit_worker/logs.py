@@ -17,7 +17,7 @@ from celery._state import get_current_task
 from celery.utils.log import ColorFormatter
 
 from legit_worker.apps import identify
-from legit_worker.models.handle import last_called
+from legit_worker.models.handle import forget_calls, last_called
 from legit_worker.settings import Settings
 
 #: What a record has anyway. What else it has, a caller gave as `extra`.
@@ -72,7 +72,7 @@ class JsonFormatter(logging.Formatter):
 
 def _forget_model(**_: Any) -> None:
     """A task begins. In pools that run tasks one after the other, the last one's model is still known."""
-    last_called.set(None)
+    forget_calls()
 
 
 def _exception(error: BaseException) -> dict[str, str]:

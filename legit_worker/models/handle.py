@@ -133,6 +133,16 @@ def outcome(request: Request) -> LoadedModel:
 last_called: ContextVar[str | None] = ContextVar("legit_worker_last_called", default=None)
 
 
+#: What computed its result, as `LoadedModel.computed_by` tells; None if no model has.
+last_computed: ContextVar[dict[str, Any] | None] = ContextVar("legit_worker_last_computed", default=None)
+
+
+def forget_calls() -> None:
+    """A task begins: it has called no model."""
+    last_called.set(None)
+    last_computed.set(None)
+
+
 class Handle:
     """A model by its alias. Holds no weights, reads no settings until it is used, and may be kept for good."""
 
@@ -248,7 +258,9 @@ class Handle:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
         items = list(items)  # a generator's code is the task's own
         with self._use() as model:
-            return _computed(model, items)
+            outputs = _computed(model, items)
+            last_computed.set(model.computed_by([], None, None))
+            return outputs
 
     def check_length(self, text: Any, **options: Any) -> None:
         """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any.
@@ -270,7 +282,9 @@ class Handle:
         call, places, chosen = filled(named.spec, name, inputs, options)
         with use(named.slot, default_registry().residency) as model:
             items, finish = model.plan(call)(*places, **chosen)
-            return finish(_computed(model, items))
+            result = finish(_computed(model, items))
+            last_computed.set(model.computed_by(items, result, chosen.get("precision")))
+            return result
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """Call a method that computes no batch."""

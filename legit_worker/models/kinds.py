@@ -49,6 +49,7 @@ from legit_worker.models.preparing import Aside
 from legit_worker.models.prompts import first_prompt, named_prompt
 from legit_worker.models.protocol import Plan
 from legit_worker.models.requirements import is_missing_folder
+from legit_worker.models.revision import revision_of
 from legit_worker.models.shortway import (
     ShortWay,
     has_several_tokenizers,
@@ -87,6 +88,8 @@ class SentenceModel:
         self._tokenize: ShortWay | None = None
         self._aside = Aside()
         self._limit: int | None = None
+        self._computes_in = ""
+        self._commit: str | None = None
         self._ways: dict[int, ShortWay] = {}
         self._minds_task = False
         self._leaves_out_prompts = False
@@ -109,12 +112,33 @@ class SentenceModel:
         self._minds_task = minds_task(self._model)
         self._leaves_out_prompts = leaves_out_prompts(self._model)
         self._has_several_tokenizers = has_several_tokenizers(self._model)
+        floats = (one.dtype for one in self._model.parameters() if one.is_floating_point())
+        self._computes_in = (
+            "tf32" if self._precision is tf32 else str(next(floats, torch.float32)).removeprefix("torch.")
+        )
         self._backend.choose(device, self)
+        self._commit = revision_of(self._path, self._revision)
 
     @property
     def backend(self) -> dict[str, str]:
         """What computes it, and why, as `inspect stats` shows it."""
         return self._backend.report()
+
+    def computed_by(self, items: Sequence[Prompted], result: Any, precision: str | None) -> dict[str, Any]:
+        """What an index must know of a call's result: see `docs/result-routing.md`."""
+        graphs = self._backend.graphs
+        prompts = {item.prompt or None for item in items}
+        return {
+            "revision": self._commit,
+            "dimensions": self._dimensions(result, precision),
+            "dtype": precision if precision not in (None, "float32") else graphs.dtype if graphs else self._computes_in,
+            "prompt": prompts.pop() if len(prompts) == 1 else None,
+            "backend": "openvino" if graphs else "torch",
+        }
+
+    def _dimensions(self, result: Any, precision: str | None) -> int | None:
+        """How many numbers each row of a result has; None if these are no vectors."""
+        return None
 
     def _open(self, path: str, **options: Any) -> Any:
         raise NotImplementedError
@@ -287,6 +311,11 @@ class Embedding(SentenceModel):
 
     #: Each kind's own.
     plan_encode: Callable[..., Plan]
+
+    def _dimensions(self, result: Any, precision: str | None) -> int | None:
+        """A binary row has eight dimensions in each number."""
+        each = 8 if precision in ("binary", "ubinary") else 1
+        return int(result.shape[-1]) * each or None if hasattr(result, "shape") else None
 
     def plan_encode_query(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any

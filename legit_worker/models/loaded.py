@@ -32,6 +32,10 @@ MARGIN = 1.2
 UNMEASURED_COST = 16_384
 
 
+#: What `computed_by` tells.
+COMPUTED_BY = ("revision", "dimensions", "dtype", "prompt", "backend")
+
+
 class Surroundings(Protocol):
     """What a model asks about the memory around it. Any thread may ask."""
 
@@ -107,6 +111,11 @@ class LoadedModel:
     def backend(self) -> dict[str, str]:
         """What computes a model of a built-in kind, and why; empty for other kinds."""
         return dict(getattr(self.model, "backend", {}))
+
+    def computed_by(self, items: list[Any], result: Any, precision: str | None) -> dict[str, Any]:
+        """What an index must know of a call's result; nothing is known of a user's own model."""
+        own = self._optional("computed_by")
+        return dict.fromkeys(COMPUTED_BY) if own is None else own(items, result, precision)
 
     # In and out of memory.
 

@@ -187,7 +187,9 @@ class Routing:
         if app is None:
             self._count_unknown(mapping)
             return ()
-        return endings(app, task_id, mapping, status, value, model=handle.last_called.get())
+        return endings(
+            app, task_id, mapping, status, value, model=handle.last_called.get(), computed_by=handle.last_computed.get()
+        )
 
     def _routed_app(self, request: Request) -> str | None:
         """Return the app that the request names, if its results are routed."""
@@ -340,7 +342,7 @@ def _remember_start(task: Any = None, **_: Any) -> None:
     _told.set(None)
     setattr(task.request, STARTED_AT, time())
     setattr(task.request, GOES_ON, bool(task.request.chain))
-    handle.last_called.set(None)
+    handle.forget_calls()
 
 
 def _inherit(headers: dict[str, Any] | None = None, **_: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from time import time
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ def endings(
     value: Any,
     *,
     model: str | None = None,
+    computed_by: Mapping[str, Any] | None = None,
 ) -> Iterator[Ending]:
     """Return the endings that this task's end causes: its own, and if its chain stops here, the chain's.
 
@@ -48,7 +50,7 @@ def endings(
     chain = request.get("chain")
     is_inner = bool(chain or request.get(GOES_ON) or request.get("chord"))
     if route == "always" or (route != "never" and not is_inner):
-        yield _ending(app, task_id, request, status, value, model)
+        yield replace(_ending(app, task_id, request, status, value, model), computed_by=computed_by)
     if chain and status != "SUCCESS":
         yield from never_run(app, chain[0], request, status, value)
 

@@ -50,6 +50,8 @@ class Ending:
     attempt: int = 1
     #: The alias of the model that it called last.
     model: str | None = None
+    #: What computed its vectors or scores: revision, dimensions, dtype, prompt, backend. None if no model has.
+    computed_by: Mapping[str, Any] | None = None
     #: The producer's header `meta`.
     meta: Any = None
     #: The producer's header `queued_at`, an ISO 8601 time.
@@ -100,6 +102,7 @@ def _fields(ending: Ending) -> dict[str, Any]:
         "error": None if ending.error is None else _error(ending.error),
         "attempt": ending.attempt,
         "model": ending.model,
+        "computed_by": ending.computed_by,
         "meta": ending.meta,
         "queued_at": _checked_time(ending.queued_at),
         "started_at": None if ending.started_at is None else _time(ending.started_at),

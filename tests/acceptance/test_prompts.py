@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import tiny_models
+from appqueues import AppQueue
 from harness import StartWorker, Worker
 
 from legit_worker.errors import InvalidInputError
@@ -86,6 +87,7 @@ def worker(start_module_worker: StartWorker, paths: dict[str, Path]) -> Worker:
         for alias, own in models.items()
         for name, value in own.items()
     }
+    variables["LEGIT_WORKER_APPS__SEARCH__RESULT_ROUTING"] = "on"
     return start_module_worker("legit_worker", environment=variables)
 
 
@@ -185,6 +187,31 @@ def test_aliases_that_differ_in_what_they_ask_share_one_copy_of_the_weights(work
 def test_what_makes_no_sense_is_refused_with_a_reason(worker: Worker, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         embed(worker, "red", "e5", **options)
+
+
+@pytest.mark.parametrize(
+    ("alias", "options", "dimensions", "dtype", "prompt"),
+    [
+        ("e5", {}, 32, "float32", None),
+        ("e5_query", {}, 32, "float32", "query: "),
+        ("e5", {"task": "document", "dimensions": 16}, 16, "float32", "document: "),
+        ("e5_bits", {}, 32, "ubinary", None),
+        ("e5_other", {}, 32, "bfloat16", None),
+    ],
+)
+def test_an_app_is_told_what_computed_its_vectors(
+    worker: Worker, alias: str, options: dict[str, Any], dimensions: int, dtype: str, prompt: str | None
+) -> None:
+    queue = AppQueue(worker.broker.url, "search.results")
+    sent = worker.client.send_task(
+        "legit_worker.embed_text", ("red",), {"model": alias, **options}, headers={"app": "search"}
+    )
+    queue.wait_for([sent.id])
+    [envelope] = [one for one in queue.seen if one["id"] == sent.id]
+    told = envelope["computed_by"]
+    assert envelope["model"] == alias
+    assert told.pop("revision").startswith("sha256:")
+    assert told == {"dimensions": dimensions, "dtype": dtype, "prompt": prompt, "backend": "torch"}
 
 
 # By way of the prep stage.
