@@ -161,7 +161,8 @@ def prep_text(
     wording = wording_of(task, prompt_name, prompt, limits.max_characters)
     form_of(dimensions, precision, None)
     spec, texts = named.spec, texts_of(text, "text", limits)
-    tokenizer = tokenizer_of(spec.path, spec.revision) if spec.path and spec.kind == "embed" else None
+    is_readable = spec.path and spec.kind == "embed" and not spec.processor_kwargs  # which may change the tokenizer
+    tokenizer = tokenizer_of(spec.path or "", spec.revision) if is_readable else None
     if tokenizer is None:
         if chunk_tokens is not None:
             raise InvalidInputError(f"model {model!r} has no tokenizer.json that could be read: chunk_tokens needs it")

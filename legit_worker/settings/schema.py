@@ -102,7 +102,7 @@ class ModelSettings(_Group):
     revision: str | None = None
     #: Whether to read the model from this machine alone, and never ask the Hub.
     local_files_only: bool = False
-    #: Whether Python code of the model's repository may run in the worker. A model of the Hub needs a commit as REVISION.
+    #: Whether Python code of the model's repository may run in the worker. One of the Hub needs a commit as REVISION.
     trust_remote_code: bool = Field(default=False, validate_default=True)
     #: More arguments for the library that reads the weights, as JSON.
     model_kwargs: Options = Field(default_factory=dict)
