@@ -71,11 +71,12 @@ class ModelPoolStep(bootsteps.Step):
             write_json(chosen)
         for sentence in settings.unknown_models(chosen):
             logger.warning(sentence)
-        from legit_worker import tasks
+        from legit_worker import control, tasks
         from legit_worker.models import fence, requirements
         from legit_worker.models.quiet import quiet_libraries
 
         fence.use(chosen)
+        control.register()
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":

@@ -19,7 +19,7 @@ from legit_worker import parking
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
-from legit_worker.models import fence
+from legit_worker.models import caretaker, fence
 from legit_worker.models.finite import with_second_try
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
@@ -96,6 +96,7 @@ def use(slot: Slot, residency: Residency) -> Iterator[LoadedModel]:
                 yield model
             finally:
                 residency.give_back(slot)
+                caretaker.watch(residency)
             return
         request = residency.request(slot, must=parking.is_pressing() or is_in_another_call())
         try:
@@ -104,6 +105,7 @@ def use(slot: Slot, residency: Residency) -> Iterator[LoadedModel]:
             yield outcome(request)
         finally:
             residency.release(request)
+            caretaker.watch(residency)
 
 
 def _wait_for_load(request: Request, residency: Residency) -> None:

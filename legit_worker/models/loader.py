@@ -73,7 +73,7 @@ class Loads(Protocol):
         """Begin to load, when it is this model's turn."""
 
     def clear_device(self) -> None:
-        """Begin to move what leaves the device, though nothing is loaded in its place."""
+        """Begin to move what leaves the device, and to give freed memory back: nothing is loaded in its place."""
 
     def restart(self) -> None:
         """In a forked child, where no load of the parent's will end."""
@@ -102,7 +102,11 @@ class Loader:
 
     def clear_device(self) -> None:
         """On a new thread."""
-        _thread(self._shelf.move)
+        _thread(self._clear)
+
+    def _clear(self) -> None:
+        self._shelf.move()
+        give_back_freed()
 
     def restart(self) -> None:
         """The parent's thread, which may have had the turn, is not here."""

@@ -69,6 +69,8 @@ class Plan:
     serve: list[Request] = field(default_factory=list)
     fail: list[tuple[Request, BaseException]] = field(default_factory=list)
     evict: list[str] = field(default_factory=list)
+    #: They leave because an operator said so, and wait nowhere.
+    unload: list[str] = field(default_factory=list)
     load: list[str] = field(default_factory=list)
     drain: list[str] = field(default_factory=list)
     #: Models in `load` that get more memory than is allowed, for a task that can't wait.
@@ -96,7 +98,7 @@ def reserve(slots: Sequence[Slot], budget: int | None, wanted: Slot | None = Non
     """Bytes to keep for batches. Weights come first: if they leave less than that, batches are smaller."""
     present = [slot for slot in slots if slot.is_resident or slot.is_loading or slot is wanted]
     needed = max((slot.reserve for slot in present), default=0)
-    stays = sum(slot.size for slot in present if slot.spec.pin or slot.is_loading or slot is wanted)
+    stays = sum(slot.size for slot in present if slot.is_pinned or slot.is_loading or slot is wanted)
     return needed if budget is None else min(needed, max(0, budget - stays))
 
 
@@ -129,7 +131,7 @@ def to_drain(wanted: int, budget: int, slots: Sequence[Slot], reserved: int, loa
     for slot in sorted(slots, key=lambda slot: (slot.state != "draining", slot.users, slot.loaded_at)):
         if short <= 0:
             break
-        if slot.is_resident and not slot.spec.pin and (slot.state == "draining" or slot.loaded_at < loaded_before):
+        if slot.is_resident and not slot.is_pinned and (slot.state == "draining" or slot.loaded_at < loaded_before):
             chosen.append(slot.alias)
             short -= slot.size
     return chosen if short <= 0 else None
@@ -162,6 +164,7 @@ class _Decision:
         self._reopen()
         # First, or a model that has just been loaded would make room before those who waited for it had it.
         self._serve()
+        self._unload()
         self._keep_within()
         self._load()
 
@@ -170,7 +173,7 @@ class _Decision:
         if any(self._by_alias[request.slot.alias].state != "draining" for request in self._waiting):
             return
         for slot in self._slots:
-            if slot.state == "draining":
+            if slot.state == "draining" and not slot.is_leaving:
                 slot.state = "resident"
                 self.plan.reopen.append(slot.alias)
 
@@ -194,6 +197,16 @@ class _Decision:
         """Those who waited for this load have its error. Those who come later have it, too, for a while."""
         is_recent = request.since <= slot.failed_at or self._now - slot.failed_at <= LOAD_RETRY_AFTER
         return slot.state == "failed" and is_recent
+
+    def _unload(self) -> None:
+        """Those that are to leave go once nobody has them, and take no new requests until then."""
+        for slot in self._slots:
+            if slot.is_leaving and slot.is_idle:
+                slot.state = "unloaded"
+                self.plan.unload.append(slot.alias)
+            elif slot.is_leaving and slot.state == "resident" and not slot.is_pinned:
+                slot.state = "draining"
+                self.plan.drain.append(slot.alias)
 
     def _keep_within(self) -> None:
         """Other processes grow, and weights can be larger than their files: evict what is over the budget."""
@@ -262,7 +275,7 @@ class _Decision:
         return budget is not None and slot.size + self._pinned(slot) > budget
 
     def _pinned(self, but: Slot) -> int:
-        return sum(slot.size for slot in self._slots if slot.spec.pin and slot.is_resident and slot is not but)
+        return sum(slot.size for slot in self._slots if slot.is_pinned and slot.is_resident and slot is not but)
 
     def _idle(self) -> list[str]:
         return [slot.alias for slot in self._slots if slot.is_idle]
@@ -279,7 +292,7 @@ def carry_out(plan: Plan, slots: dict[str, Slot], now: float) -> list[tuple[Slot
         slots[alias].state = "resident"
     for request in plan.serve:
         admit(request, now)
-    left = [leave(slots[alias]) for alias in plan.evict]
+    left = [leave(slots[alias]) for alias in (*plan.evict, *plan.unload)]
     for alias in plan.load:
         slots[alias].state = "loading"
     for alias in plan.drain:
@@ -296,6 +309,6 @@ def admit(request: Request, now: float) -> None:
 
 def leave(slot: Slot) -> tuple[Slot, LoadedModel | None]:
     """A model leaves memory."""
-    model, slot.model, slot.state = slot.model, None, "unloaded"
+    model, slot.model, slot.state, slot.is_leaving = slot.model, None, "unloaded", False
     slot.evictions += 1
     return slot, model

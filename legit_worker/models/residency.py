@@ -63,6 +63,8 @@ class Residency:
         self._allowed = Allowance()
         self._read_at = self._decided_at = -inf
         self._effects = Effects()
+        #: Whether a loop or a thread calls `review` and `evict_idle`: see `caretaker`.
+        self.is_looked_after = False
 
     # Requests.
 
@@ -134,13 +136,42 @@ class Residency:
         """Evict what nobody has used for as long as its `keep_alive`. It does not wait in the host's memory."""
         now = self._clock()
         with self._lock:
-            for slot in self._slots.values():
-                if slot.is_idle and slot.spec.keep_alive is not None and now - slot.used_at > slot.spec.keep_alive:
-                    _, model = policy.leave(slot)
-                    if model is not None:
-                        self._effects.add(partial(self._shelf.forget, model))
-                        _log_leaving(slot, now)
+            idle = [
+                alias
+                for alias, slot in self._slots.items()
+                if slot.is_idle and slot.spec.keep_alive is not None and now - slot.used_at > slot.spec.keep_alive
+            ]
+            self._carry_out(policy.Plan(unload=idle))
         self._effects.do()
+
+    def next_look(self) -> float | None:
+        """Seconds until `evict_idle` or `review` has something to do; None: nothing before the next request."""
+        now, slots = self._clock(), [slot for slot in self._slots.values() if slot.is_resident and not slot.is_pinned]
+        ends = [slot.used_at + slot.spec.keep_alive - now for slot in slots if slot.spec.keep_alive is not None]
+        return 0.0 if self._waiting or policy.is_draining(slots) else min(ends, default=None)
+
+    # An operator's.
+
+    def unload(self, slot: Slot) -> None:
+        """Have a model leave once nobody has it, and not wait in the host's memory. Requests that come wait."""
+        with self._lock:
+            slot.is_leaving = slot.is_resident and not slot.is_pinned
+        self._shelf.drop(slot.alias)
+        self._advance()
+
+    def pin(self, slot: Slot, is_pinned: bool) -> None:
+        """Keep a model that is there for good, or not any longer."""
+        with self._lock:
+            slot.is_pinned = is_pinned
+            slot.is_leaving = slot.is_leaving and not is_pinned
+        self._advance()
+
+    def want(self, slot: Slot) -> None:
+        """A model that was to leave stays, and one whose load failed a moment ago may be tried again."""
+        with self._lock:
+            slot.is_leaving = False
+            if slot.state == "failed":
+                slot.state, slot.error = "unloaded", None
 
     def free(self, needed: int = 0, tries: int = 0) -> None:
         """A batch ran out of memory: free what it lacks, and no more than that.
@@ -213,6 +244,10 @@ class Residency:
         """Whether weights are being read."""
         return any(slot.is_loading for slot in self._slots.values())
 
+    def waiting(self, slot: Slot) -> int:
+        """How many requests wait for this model."""
+        return sum(request.slot is slot for request in list(self._waiting))
+
     def room_for_batches(self) -> int | None:
         """Bytes that a batch may take beside all weights, also those that are being read; None: nothing bounds them."""
         allowed, slots = self._allowed.now, self._slots.values()
@@ -237,10 +272,11 @@ class Residency:
         """In a forked child: nobody waits here, what the parent's tasks used is used by none, and no load will end."""
         self._lock, self._effects = threading.Lock(), Effects()
         self._waiting.clear()
+        self.is_looked_after = False
         self._loader.restart()
         self._shelf.restart()
         for slot in self._slots.values():
-            slot.users = 0
+            slot.users, slot.is_leaving = 0, False
             slot.state = "resident" if slot.model is not None else "unloaded"
             if slot.model is not None:
                 slot.model.restart()
@@ -280,9 +316,11 @@ class Residency:
         now = self._clock()
         for slot, model in policy.carry_out(plan, self._slots, now):
             if model is not None:
-                self._effects.add(partial(self._shelf.put, slot.alias, model, slot.size))
+                is_kept = slot.alias not in plan.unload
+                put = partial(self._shelf.put, slot.alias, model, slot.size)
+                self._effects.add(put if is_kept else partial(self._shelf.forget, model))
                 _log_leaving(slot, now)
-        if plan.evict and not plan.load:
+        if (plan.evict or plan.unload) and not plan.load:
             self._effects.add(self._loader.clear_device)
         self._effects.add(*(partial(self._loader.start, self._slots[alias], self) for alias in plan.load))
         for request in plan.serve:

@@ -84,6 +84,12 @@ class Shelf:
             kept = self._leaving.pop(alias, None) or self._here.pop(alias, None)
         return None if kept is None else kept.model
 
+    def drop(self, alias: str) -> None:
+        """Forget a model that waits here."""
+        model = self.take(alias)
+        if model is not None:
+            self.forget(model)
+
     def restart(self) -> None:
         """In a forked child: a thread that the child does not have may have been at it."""
         self._lock = threading.Lock()

@@ -39,6 +39,10 @@ class Slot:
     loads: int = 0
     #: How often it left memory.
     evictions: int = 0
+    #: Whether it may leave memory only when an operator says so: `PIN`, until an operator pins or unpins it.
+    is_pinned: bool = False
+    #: Whether it is to leave memory once nobody has it, since an operator said so.
+    is_leaving: bool = False
     #: There while it is resident or draining.
     model: LoadedModel | None = None
     #: Why and when its last load failed.
@@ -48,6 +52,9 @@ class Slot:
     activations: CostModel = field(default_factory=lambda: CostModel(BYTES_PRIOR, enough=ENOUGH))
     #: Whether trial batches measured them.
     is_calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        self.is_pinned = self.is_pinned or self.spec.pin
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.alias} ({self.spec.kind}): {self.state}>"
@@ -65,7 +72,7 @@ class Slot:
     @property
     def is_idle(self) -> bool:
         """Whether it may leave memory: it is there, nobody has it, and it is not pinned."""
-        return self.is_resident and not self.users and not self.spec.pin
+        return self.is_resident and not self.users and not self.is_pinned
 
     @property
     def reserve(self) -> int:

@@ -77,7 +77,7 @@ class Figures:
     def missing() -> list[str]:
         """One sentence for each pinned model that is not there."""
         slots = default_registry().slots.values()
-        return [f"model {slot.alias!r} is {slot.state}" for slot in slots if slot.spec.pin and not slot.is_resident]
+        return [f"model {slot.alias!r} is {slot.state}" for slot in slots if slot.is_pinned and not slot.is_resident]
 
     def samples(self) -> Iterator[Sample]:
         """All that metrics show of the pool."""

@@ -18,7 +18,7 @@ from celery.concurrency.base import apply_target
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.utils import threads
 
-from legit_worker import parking, quickjson, settings
+from legit_worker import control, parking, quickjson, settings
 from legit_worker.broker.ledger import Worker
 from legit_worker.broker.owners import in_doubt, join
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
@@ -85,6 +85,7 @@ class ModelPool(SoloPool):
         self._settings = settings.load_or_exit()
         # Here, and not in `install()` alone, since `-P custom` needs no `install()`.
         requirements.check_or_exit(self._settings)
+        control.register()
         quiet_libraries()
         self.on_apply = self._apply
         # Without an event loop (memory, filesystem transports) nobody would come back to a parked task.
@@ -212,6 +213,7 @@ class ModelPool(SoloPool):
         hub.add_reader(self._wakeup.fileno(), self._turn)
         self._intake.reconnect()
         residency = default_registry().residency
+        residency.is_looked_after = True
         every = [
             (IDLE_LOOK, residency.evict_idle),
             (WAITING_LOOK, residency.review),
@@ -298,11 +300,10 @@ class ModelPool(SoloPool):
         self._loop.start(fiber)
 
     def _run_inline(self, fiber: Fiber) -> None:
-        """Run a task to its end. No hub comes round, so what it does otherwise is done between two tasks."""
+        """Run a task to its end."""
         self._loop.start(fiber)
         if self._loop.lost is not None:
             self._ending.give_up(self._loop.lost)
-        default_registry().residency.evict_idle()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """`revoke(terminate=True)` on a running task: unwind its fiber."""

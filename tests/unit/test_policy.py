@@ -105,7 +105,7 @@ def test_what_drains_keeps_the_fewest_waiting_and_has_been_there_for_a_while(
     chosen = to_drain(wanted, budget, found, 0, before)
     for alias in chosen or ():
         assert by_alias[alias].is_resident
-        assert not by_alias[alias].spec.pin
+        assert not by_alias[alias].is_pinned
         assert by_alias[alias].loaded_at < before or by_alias[alias].state == "draining"
     if chosen is not None:
         assert weights(one for one in found if one.alias not in chosen) + wanted <= budget
@@ -232,7 +232,7 @@ class World:
         plan = decide(self.slots.values(), self.waiting, allowed, self.now)
         for alias in plan.evict:
             assert not self.slots[alias].users, f"{alias} was evicted while it was in use"
-            assert not self.slots[alias].spec.pin, f"{alias} was evicted though it is pinned"
+            assert not self.slots[alias].is_pinned, f"{alias} was evicted though it is pinned"
         assert not any(request.slot.state == "draining" and not plan.reopen for request in plan.serve)
         for left, _ in carry_out(plan, self.slots, self.now):
             self.device.give_back(left.alias, left.size)

@@ -623,3 +623,59 @@ def test_a_model_that_becomes_garbage_late_is_gone_before_the_next_load() -> Non
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_model_that_is_to_leave_takes_no_request_until_it_has_left() -> None:
+    scene = Scene(None)
+    held = scene.use("m0")
+    scene.residency.unload(scene.slots["m0"])
+    assert (scene.slots["m0"].state, scene.slots["m0"].is_leaving) == ("draining", True)
+    later = scene.ask("m0")
+    assert not later.future.done()
+    scene.residency.release(held)
+    scene.loader.end()
+    assert later.future.done()
+    assert scene.loader.loads == ["m0", "m0"]
+    assert not scene.slots["m0"].is_leaving
+
+
+def test_a_model_in_use_leaves_though_nobody_waits_for_its_memory() -> None:
+    scene = Scene(None)
+    held = scene.use("m0")
+    scene.residency.unload(scene.slots["m0"])
+    scene.residency.review()
+    scene.residency.release(held)
+    assert scene.slots["m0"].state == "unloaded"
+
+
+def test_a_pinned_model_is_not_unloaded_and_one_that_was_to_leave_is_pinned() -> None:
+    scene = Scene(budget=10, m0={"pin": True})
+    scene.touch("m0")
+    scene.residency.unload(scene.slots["m0"])
+    assert scene.resident == ["m0"]
+    scene.residency.pin(scene.slots["m0"], False)
+    held = scene.use("m0")
+    scene.residency.unload(scene.slots["m0"])
+    scene.residency.want(scene.slots["m0"])
+    scene.residency.pin(scene.slots["m0"], True)
+    scene.residency.release(held)
+    assert scene.resident == ["m0"]
+    assert isinstance(scene.ask("m1").future.exception(), ModelLoadError)
+    scene.residency.pin(scene.slots["m0"], False)
+    scene.use("m1")
+    assert scene.resident == ["m1"]
+
+
+def test_the_next_look_is_when_a_model_may_be_idle_or_now_if_somebody_waits() -> None:
+    scene = Scene(10, m0={"keep_alive": 5}, m2={"keep_alive": 1, "pin": True})
+    assert scene.residency.next_look() is None
+    scene.touch("m0")
+    assert scene.residency.next_look() == 5
+    scene.now += 2
+    assert scene.residency.next_look() == 3
+    held = scene.use("m0")
+    scene.ask("m1")
+    assert scene.residency.next_look() == 0
+    scene.residency.release(held)
+    scene.loader.end()
+    assert scene.residency.next_look() is None

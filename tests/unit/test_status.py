@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.cli import BAR, _memory
+from legit_worker.cli.status import BAR, _memory
 
 MIB = 2**20
 

@@ -1,0 +1,87 @@
+"""What all commands share: errors in one sentence, tables, and text that a terminal can show.
+
+In: an operator's command line. Out: `legit`, the group that the commands of the other modules join.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from celery import Celery
+from celery.bin.base import CeleryCommand
+from kombu.exceptions import OperationalError
+from rich import box
+from rich.table import Column, Table
+from rich.text import Text
+
+
+class _Plainly(click.Command):
+    """Reports an error in one sentence, instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises `UsageError` without a project, and `ClickException` for errors that it expects."""
+        from legit_worker.errors import LegitWorkerError
+
+        if not ctx.find_root().params.get("app"):
+            raise click.UsageError(f"name the project: celery -A yourproject {spelled(ctx)}")
+        with ctx.obj.app.connection_for_read() as connection:
+            away = (OperationalError, *connection.connection_errors)
+        try:
+            return super().invoke(ctx)
+        except LegitWorkerError as error:
+            raise click.ClickException(str(error)) from None
+        except away as error:
+            seen = str(error).rstrip(".")
+            raise click.ClickException(
+                f"the broker {connection.as_uri()} does not answer: {seen}. Start it, or correct its URL"
+            ) from None
+
+
+class Command(_Plainly, CeleryCommand):
+    """A command."""
+
+
+class Group(_Plainly, click.Group):
+    """A command with more commands below it."""
+
+
+def spelled(ctx: click.Context) -> str:
+    """Return the command's words after `celery`."""
+    return ctx.command_path.partition(" ")[2]
+
+
+def reach(app: Celery) -> None:
+    """Raise at once if the broker is away."""
+    from legit_worker.routing import wires
+
+    with app.connection_for_read() as connection:
+        wires.reach(connection)
+
+
+@click.group(name="legit", help="Look into legit_worker's workers.")
+def legit() -> None:
+    """Group the commands. Celery finds this by the entry point `celery.commands`."""
+
+
+def safe(text: Any) -> Text:
+    """Return what a stranger may have written as text that moves no cursor, and is no markup."""
+    return Text("".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in str(text)))
+
+
+def minute(at: str | None) -> str:
+    """Cut a time to its minute."""
+    return str(at or "")[:16].replace("T", " ")
+
+
+def new_table(*columns: Column | str, **options: Any) -> Table:
+    """Return a table without lines between its columns, which folds long words."""
+    table = Table(*columns, **options, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
+
+def mib(size: int) -> str:
+    """Write bytes in MiB."""
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,134 @@
+"""`celery legit models`, and Celery's own `inspect` and `control`: an operator changes what is in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from harness import ANSWER_SECONDS, StartWorker, Worker, celery_command, poll, project_environment
+
+MIB = 2**20
+
+#: Columns of the narrowest terminal.
+COLUMNS = 80
+
+
+def model(alias: str, numbers: str, **more: str) -> dict[str, str]:
+    found = {"KIND": "simulated", "PATH": numbers} | more
+    return {f"LEGIT_WORKER_MODELS__{alias.upper()}__{key}": value for key, value in found.items()}
+
+
+#: Room for two of three models. A call of `slow` with thirty words is a batch of its own: 0.3 s.
+SETTINGS = {
+    "LEGIT_WORKER_ENABLED": "1",
+    "LEGIT_WORKER_DEVICE": "simulated",
+    "LEGIT_WORKER_VRAM_LIMIT": str(200 * MIB),
+    **model("first", f"0,0,{100 * MIB}"),
+    **model("slow", f"0.3,0.01,{100 * MIB},0.5"),
+    **model("large", f"0,0,{300 * MIB}"),
+}
+
+
+@pytest.fixture(scope="module")
+def one(start_module_worker: StartWorker) -> Worker:
+    worker = start_module_worker("project", environment=SETTINGS)
+    worker.wait_until_it_hears()
+    return worker
+
+
+def celery(worker: Worker, *words: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command of the project's, that is over."""
+    finished = subprocess.run(
+        celery_command("project", *words),
+        env=project_environment(worker.broker, SETTINGS | variables) | {"COLUMNS": str(COLUMNS)},
+        capture_output=True,
+        text=True,
+        timeout=3 * ANSWER_SECONDS,
+        check=False,
+    )
+    assert finished.returncode == code, finished.stdout + finished.stderr
+    return finished
+
+
+def legit(worker: Worker, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    there = ("--destination", worker.name, "--timeout", "30")  # which end with the worker's answer
+    return celery(worker, "legit", "models", *words, *there, code=code)
+
+
+def seen(worker: Worker, alias: str) -> dict[str, object]:
+    replies = worker.client.control.broadcast(
+        "legit_models", reply=True, destination=[worker.name], limit=1, timeout=ANSWER_SECONDS
+    )
+    found: dict[str, object] = replies[0][worker.name]["models"][alias]
+    return found
+
+
+def test_a_model_is_loaded_pinned_unpinned_and_unloaded(one: Worker) -> None:
+    assert "is being loaded" in legit(one, "load", "Slow").stdout
+    assert seen(one, "slow")["state"] == "resident"
+    assert "is in memory, and is pinned" in legit(one, "pin", "slow").stdout
+    refused = legit(one, "unload", "slow", code=1)
+    assert "is pinned: unpin it first" in refused.stderr
+    table = legit(one)
+    assert one.name in table.stdout
+    row = next(line.split() for line in table.stdout.splitlines() if line.startswith("slow"))
+    assert row == ["slow", "resident,", "pinned", "100", "0", "0", row[6], "s", "ago", "1"]
+    assert all(len(line) <= COLUMNS for line in table.stdout.splitlines())
+    legit(one, "unpin", "slow")
+    assert "has left memory" in legit(one, "unload", "slow").stdout
+    (found,) = json.loads(legit(one, "--json").stdout).values()
+    assert found["models"]["slow"]["state"] == "unloaded"
+    assert found["memory"]["weights"] == 0
+    assert one.ask("one", "a task", "slow")
+
+
+def test_a_model_in_use_leaves_once_its_calls_are_done_and_the_calls_that_come_load_it_again(one: Worker) -> None:
+    before = one.pool()["models"]["slow"]["loads"]
+    tasks = [one.send("one", f"{number} {'word ' * 29}", "slow") for number in range(8)]
+    poll(lambda: seen(one, "slow")["users"], "a call to use the model")
+    assert "leaves memory once" in legit(one, "unload", "slow").stdout
+    assert one.ask("one", "a later task", "slow")
+    one.answers(tasks)
+    assert all(task.successful() for task in tasks)
+    assert seen(one, "slow")["loads"] == before + 1
+
+
+def test_what_can_not_be_done_is_one_sentence(one: Worker) -> None:
+    unknown = legit(one, "load", "nosuch", code=1)
+    assert "no model 'nosuch' is configured; there are: first" in unknown.stderr
+    large = legit(one, "load", "large", code=1)
+    assert "raise LEGIT_WORKER_VRAM_LIMIT" in large.stderr
+    nobody = celery(one, "legit", "models", "--destination", "nobody@nowhere", code=1)
+    assert "no worker told of its models" in nobody.stderr
+
+
+def test_celerys_own_commands_do_the_same(one: Worker) -> None:
+    there = ("--destination", one.name, "--timeout", "10")
+    assert "legit_pin <alias>" in celery(one, "control", "--list").stdout
+    assert "legit_models" in celery(one, "inspect", "--list").stdout
+    assert "'first'" in celery(one, "control", "legit_load", "first", *there).stdout
+    poll(lambda: seen(one, "first")["state"] == "resident", "the load")
+    shown = json.loads(celery(one, "inspect", "legit_models", "--json", *there).stdout)
+    assert shown[one.name]["models"]["first"]["loads"] >= 1
+    celery(one, "control", "legit_unload", "first", *there)
+    assert seen(one, "first")["state"] == "unloaded"
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_under_other_pools_keep_alive_holds_and_commands_work_or_say_why_not(
+    start_worker: StartWorker, pool: str
+) -> None:
+    settings = SETTINGS | model("first", f"0,0,{100 * MIB}", KEEP_ALIVE="0.5")
+    worker = start_worker("idle", "--concurrency=1", pool=f"--pool={pool}", environment=settings)
+    assert worker.ask("one", "a task", "first")
+    pid, resident = worker.ask("in_memory")
+    assert (pid == worker.pid) is (pool == "threads")
+    assert resident in (["first"], []), "it may have left by now"
+    poll(lambda: worker.ask("in_memory")[1] == [], "the model to leave")
+    if pool == "threads":
+        assert "is in memory" in legit(worker, "load", "slow").stdout or seen(worker, "slow")["loads"] == 1
+        legit(worker, "unload", "slow")
+    else:
+        refused = legit(worker, "load", "slow", code=1)
+        assert "each process loads models of its own" in refused.stderr

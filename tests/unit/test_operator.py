@@ -1,0 +1,107 @@
+"""What an operator does to one process's models, and who looks after them without a loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from budgets import Limited
+
+from legit_worker.errors import UnknownModelError
+from legit_worker.models import operator
+from legit_worker.models.handle import Handle, use
+from legit_worker.models.operator import RefusedError
+from legit_worker.models.registry import Registry
+from legit_worker.models.registry import use as use_registry
+from legit_worker.settings import ModelSettings
+
+SIZE = 100
+
+
+def registry(most: int | None = None, load_seconds: float = 0.0, **more: float) -> Registry:
+    """Two models of 100 bytes."""
+    spec = ModelSettings(kind="simulated", path=f"0,0,{SIZE},{load_seconds}", **more)
+    return Registry({"a": spec, "b": spec}, lambda: "cpu", Limited(most))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_load_ends_later_and_nobody_has_the_model_then() -> None:
+    models = registry(load_seconds=0.1)
+    assert operator.load(models, "A") == "model 'a' is being loaded"
+    until(lambda: models.slots["a"].state == "resident")
+    until(lambda: models.slots["a"].users == 0)
+    assert operator.load(models, "a") == "model 'a' is in memory"
+    assert operator.unload(models, "a") == "model 'a' has left memory"
+    assert operator.unload(models, "a") == "model 'a' is not in memory"
+
+
+def test_what_can_not_be_done_is_refused_with_the_next_step() -> None:
+    models = registry(most=SIZE, load_seconds=0.1)
+    with pytest.raises(UnknownModelError, match="there are: a"):
+        operator.load(models, "c")
+    operator.pin(models, "a")
+    with pytest.raises(RefusedError, match="is being loaded"):
+        operator.unload(models, "a")
+    until(lambda: models.slots["a"].is_pinned)
+    with pytest.raises(RefusedError, match="is pinned: unpin it first"):
+        operator.unload(models, "a")
+    models.slots["b"].size = SIZE
+    with pytest.raises(RefusedError, match="beside the pinned models"):
+        operator.load(models, "b")
+    operator.unpin(models, "a")
+    operator.load(models, "b")
+    until(lambda: models.slots["b"].state == "resident")
+    assert models.slots["a"].state == "unloaded"
+
+
+def test_a_model_in_use_says_so_and_leaves_after_it() -> None:
+    models = registry()
+    with use(models.slots["a"], models.residency):
+        assert "once 1 calls are done" in operator.unload(models, "a")
+        assert operator.shown(models)["models"]["a"]["is_leaving"]
+    until(lambda: models.slots["a"].state == "unloaded")
+
+
+def test_a_load_waits_for_memory_and_has_it_without_any_loop() -> None:
+    models = registry(most=SIZE)
+    models.slots["a"].size = models.slots["b"].size = SIZE
+    with use(models.slots["a"], models.residency):
+        assert "waits for memory (its weights take 100 bytes" in operator.load(models, "b")
+        assert operator.shown(models)["models"]["b"]["waiting"] == 1
+    until(lambda: models.slots["b"].state == "resident")
+
+
+def caretakers() -> int:
+    return sum(thread.name == "legit-caretaker" for thread in threading.enumerate())
+
+
+def test_an_idle_model_goes_after_its_keep_alive_where_no_loop_evicts_and_so_does_the_thread() -> None:
+    models = registry(keep_alive=0.1)
+    before = use_registry(models)
+    try:
+        assert Handle("a").map(["x"])
+        assert models.slots["a"].state == "resident"
+        until(lambda: models.slots["a"].state == "unloaded")
+        until(lambda: not caretakers())
+        assert Handle("a").map(["x"])
+        until(lambda: models.slots["a"].state == "unloaded")
+        assert models.slots["a"].loads == 2
+        until(lambda: not caretakers())
+    finally:
+        use_registry(before)
+
+
+def test_a_loop_that_looks_after_the_models_needs_no_thread() -> None:
+    models = registry(keep_alive=0.1)
+    models.residency.is_looked_after = True
+    with use(models.slots["a"], models.residency):
+        pass
+    assert not caretakers()
