@@ -67,8 +67,9 @@ def _named(source: AppSource, request: Mapping[str, Any], chosen: Settings) -> A
             kwargs = request.get("kwargs")
             return kwargs.get(source.value) if isinstance(kwargs, Mapping) else None
         case "queue":
-            info = request.get("delivery_info") or {}
-            found = re.fullmatch(source.value, info.get("routing_key") or "")
+            info = request.get("delivery_info")
+            key = info.get("routing_key") if isinstance(info, Mapping) else None
+            found = re.fullmatch(source.value, key) if isinstance(key, str) and key else None
             return found["app"] if found else None
         case "reply_to":  # an app's name, or a queue under an app's prefix
             name = request.get("reply_to")

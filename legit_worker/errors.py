@@ -6,6 +6,9 @@ In: nothing. Out: exception classes. Their only argument is the message, so each
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class LegitWorkerError(Exception):
     """The base of all errors raised by legit_worker."""
@@ -66,3 +69,17 @@ class RoutingError(LegitWorkerError):
 
 class SettingsError(LegitWorkerError, ValueError):
     """A setting is unknown or has a bad value; the message names the variable."""
+
+
+#: The most characters of a stranger's value in an error.
+MOST_SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """Write a stranger's value for an error: only its beginning, and in a form that UTF-8 can encode."""
+    return _short.repr(value).encode(errors="backslashreplace").decode()
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = MOST_SHOWN
+_short.maxlevel = 2

@@ -18,7 +18,7 @@ from typing import Any
 from celery import Celery
 
 from legit_worker import apps, settings
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.images import image_of
 from legit_worker.inputs.limits import Limits, limits_of
 from legit_worker.inputs.options import SCALED, form_of, wording_of
@@ -128,7 +128,7 @@ def rerank(
     if not isinstance(documents, list):
         raise InvalidInputError(f"documents must be a list of texts, got {type(documents).__name__}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InvalidInputError(f"top_k must be a whole number of at least 1, got {top_k!r}")
+        raise InvalidInputError(f"top_k must be a whole number of at least 1, got {shown(top_k)}")
     texts = texts_of(documents, "documents", limits)
     scores = Handle(model, "rerank").predict([Pair(question, text) for text in texts])
     if scores.ndim != 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.binary import bytes_of
 from legit_worker.inputs.images import image_of
 from legit_worker.inputs.limits import Limits
@@ -93,4 +93,4 @@ def check_counts(**counts: Any) -> None:
     """Raise `InvalidInputError` for a count that is no whole number."""
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int):
-            raise InvalidInputError(f"{name} must be a whole number, got {count!r}")
+            raise InvalidInputError(f"{name} must be a whole number, got {shown(count)}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 
 #: The key that marks a prepared text, and the version of its form.
 MARK, VERSION = "prepared", 1
@@ -72,5 +72,5 @@ class PreparedText:
             ) and isinstance(prompt := value.get("prompt"), str | None):
                 return cls(tuple(ids), tokenizer, cut, prompt)
         raise InvalidInputError(
-            f"expected text, or what prep_text returns, got dict with {sorted(map(str, value))[:5]}"
+            f"expected text, or what prep_text returns, got dict with {shown(sorted(map(str, value)))}"
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from legit_worker import settings
 from legit_worker.device import cuda
 from legit_worker.device.simulated import ENDLESS, simulated_device
-from legit_worker.errors import UnknownModelError
+from legit_worker.errors import UnknownModelError, shown
 from legit_worker.models import forks
 from legit_worker.models.budget import Budget, DeviceBudget, Unbounded
 from legit_worker.models.loader import Loader
@@ -70,10 +70,9 @@ class Registry:
         """The alias that this name means: see `settings.fold`. Raises `UnknownModelError`."""
         named = self._by_name.get(settings.fold(str(alias)))
         if named is None:
-            raise UnknownModelError(
-                f"no model {alias!r} is configured; there are: {self._names()}. "
-                f"Set {settings.path_variable(str(alias))} to add it"
-            )
+            name = shown(alias)
+            hint = f". Set {settings.path_variable(alias)} to add it" if name == repr(alias) == f"'{alias}'" else ""
+            raise UnknownModelError(f"no model {name} is configured; there are: {self._names()}{hint}")
         return named
 
     def only(self, kind: str) -> Named:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
 import celery
@@ -18,7 +18,7 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from greenlet import GreenletExit
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,10 @@ AGAIN = 1.0
 #: From this release on, `Request.on_timeout` tells all who are to know of a hard limit. Before, it leaves the signal,
 #: the event and whether the message goes back to `Request.on_failure`, which prefork calls, too (billiard.pool).
 TELLS_ALL = (5, 7)
+
+
+#: The longest limit, in seconds: thirty years. Beyond what a float holds, a number could not be compared with a clock.
+MOST_SECONDS = 1e9
 
 
 class TimeLimitPassed(GreenletExit):
@@ -84,9 +88,9 @@ def seconds_of(value: Any, what: str) -> float | None:
             number = int(value) if value.strip().isdecimal() else float(value)
     if value is None:
         return None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number) or number < 0:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= MOST_SECONDS:
         raise InvalidInputError(
-            f"{what} is {value!r}: send a number of seconds, 0 or more, or null, which is no limit of its own"
+            f"{what} is {shown(value)}: send a number of seconds, 0 or more, or null, which is no limit of its own"
         )
     return number or None
 

@@ -30,6 +30,9 @@ from legit_worker.inputs.binary import bytes_of
 #: Bytes read at a time.
 CHUNK = 1 << 16
 
+#: The most characters of a path or a URL: what servers take, and what a file system takes.
+MOST_CHARACTERS = 4096
+
 #: The schemes of a URL, and their ports.
 PORTS = {"https": 443, "http": 80}
 
@@ -58,6 +61,8 @@ def read(source: Any, limits: Limits) -> bytes:
     if not isinstance(source, str) or not source:
         raise InvalidInputError(f"expected base64, a path or a URL, got {type(source).__name__}")
     try:
+        if is_remote(source):
+            _check_address(source)
         if _is_path(source):
             return _read_path(source, limits)
         if is_remote(source):
@@ -67,6 +72,13 @@ def read(source: Any, limits: Limits) -> bytes:
     except ValueError:  # no address has this form: brackets, surrogates, names of 64 letters
         raise InvalidInputError("this is neither a path nor a URL that could be read") from None
     return bytes_of(source, limits.max_bytes)
+
+
+def _check_address(source: str) -> None:
+    """Raise `ValueError` for what is no address, and would not be shown in an error either."""
+    if len(source) > MOST_CHARACTERS:
+        raise InvalidInputError(f"a path or a URL has at most {MOST_CHARACTERS} characters, and this has {len(source)}")
+    source.encode()
 
 
 def is_remote(source: str) -> bool:
@@ -88,9 +100,16 @@ def _read_path(source: str, limits: Limits) -> bytes:
     roots = [root.resolve() for root in limits.roots]
     candidates = (Path(root, path).resolve() for root in roots)
     for found in candidates:
-        if found.is_file() and any(found.is_relative_to(root) for root in roots):
+        if _is_file(found) and any(found.is_relative_to(root) for root in roots):
             return _read_file(found, roots, limits)
     raise _not_there(source)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is longer than names are
+        return False
 
 
 def _read_file(path: Path, roots: list[Path], limits: Limits) -> bytes:

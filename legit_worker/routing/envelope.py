@@ -87,7 +87,7 @@ def _refusal(ending: Ending, message: str, max_bytes: int) -> bytes:
             continue
         if len(envelope) <= max_bytes:
             return envelope
-    return _dumped(_fields(replace(failed, meta=None)))
+    return _dumped(_fields(replace(failed, meta=None)), errors="replace")
 
 
 def _fields(ending: Ending) -> dict[str, Any]:
@@ -135,9 +135,10 @@ def _checked_time(text: Any) -> str | None:
         return None
 
 
-def _dumped(value: Any) -> bytes:
+def _dumped(value: Any, errors: str = "strict") -> bytes:
     # Neither PHP nor JavaScript can read NaN.
-    return json.dumps(value, default=_plain_object, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, default=_plain_object, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors=errors)
 
 
 def _plain_object(value: Any) -> Any:

@@ -74,7 +74,7 @@ def message(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:
 
 def stable_id(task_id: str) -> str:
     """Return the same id for every envelope of a task, so that consumers see duplicates."""
-    return str(uuid.uuid5(NAMESPACE, task_id))
+    return str(uuid.uuid5(NAMESPACE, task_id.encode(errors="backslashreplace").decode()))
 
 
 def _celery(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:

@@ -51,6 +51,9 @@ FORMATS = (
 #: The form of a host that files may be fetched from. A `*.` stands for all hosts below.
 _HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|[0-9a-f:.]+", re.IGNORECASE)
 
+#: The servers whose databases have numbers.
+_NUMBERED = ("redis", "rediss", "valkey", "valkeys", "sentinel")
+
 #: The form of an app's or a queue's name.
 NAME = r"[A-Za-z0-9_.:-]{1,128}"
 
@@ -247,7 +250,24 @@ def _server(url: str | None) -> str | None:
         name = scheme.partition("+")[0]
         if found and name not in TRANSPORT_ALIASES and re.fullmatch(r"[\w-]*", name):
             raise ValueError(f"{name}:// is no server that Celery knows: redis, rediss, sentinel, amqp, amqps are")
+        if found and "+" not in scheme:
+            _check_place(name, one.strip())
     return url
+
+
+def _check_place(scheme: str, url: str) -> None:
+    """Refuse a URL that kombu could not read when a result is to be delivered. No error shows a part of it."""
+    from kombu.utils.url import parse_url
+
+    try:
+        path = parse_url(url)["virtual_host"] or "0"
+    except (KeyError, TypeError, ValueError):
+        problem = "has a port that is no port, an open bracket, or an option that is no option of the server"
+    else:
+        if scheme not in _NUMBERED or path.strip("/").isdecimal():
+            return
+        problem = "should end in the number of a database, such as /0"
+    raise ValueError(f"the URL {problem}; write what is special in a password as %XX")
 
 
 #: A name that is part of a variable's name. Variables are often upper case, so case doesn't count.

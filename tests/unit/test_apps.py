@@ -66,3 +66,8 @@ def test_a_message_names_no_queue_where_nothing_lets_it(chosen: Settings) -> Non
 def test_a_child_carries_the_app_where_its_worker_will_look() -> None:
     assert carrier(settings("kwarg:app,header:for")) == "for"
     assert AppSource("header", carrier(settings("kwarg:app"))) == AppSource("header", "legit_worker_app")
+
+
+@pytest.mark.parametrize("info", [True, 7, ["a"], {"routing_key": -1}, {"routing_key": ["a"]}, {"routing_key": ""}])
+def test_an_odd_address_names_no_app(info: Any) -> None:
+    assert identify(settings("queue:(?P<app>.*)", a={}), {"delivery_info": info}) is None

@@ -204,3 +204,9 @@ def test_the_documents_tell_how_large_a_vector_is(document: str) -> None:
     assert "a quarter of the" in text
     assert f"{BASE64_BYTES:,}" in text
     assert f"{JSON_BYTES:,}" in text
+
+
+def test_an_id_that_is_no_unicode_is_sent_even_so() -> None:
+    envelope = sealed(id="a\ud800")
+    assert envelope["id"] == "a?"
+    assert envelope["status"] == "FAILURE"

@@ -69,3 +69,7 @@ def test_another_broker_gets_the_same_in_a_message(kind: str) -> None:
     body = json.loads(parcel.body)
     assert (body["data"] if kind == "laravel" else body[0][0]) == json.loads(ENVELOPE)
     assert parcel.properties["correlation_id"] == stable_id("a1")
+
+
+def test_an_id_that_is_no_unicode_has_its_own_uuid_too() -> None:
+    assert stable_id("a\ud800") != stable_id("a\udfff")

@@ -205,3 +205,10 @@ def test_a_task_that_the_watcher_cannot_look_at_takes_the_limits_from_no_other(
             subject.stop()
     assert set(subject.take_due()) == {tasks[1]}
     assert len([record for record in caplog.records if "the watcher failed" in record.message]) == 1
+
+
+@pytest.mark.parametrize("value", [10**400, "x" * 10_000, {"a" * 1000: ["b" * 1000] * 1000}])
+def test_a_large_value_is_refused_by_its_beginning(value: Any) -> None:
+    with pytest.raises(InvalidInputError) as error:
+        seconds_of(value, "the limit")
+    assert len(str(error.value)) < 600
