@@ -82,4 +82,4 @@ def shown(value: Any) -> str:
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = MOST_SHOWN
-_short.maxlevel = 2
+_short.maxlevel, _short.maxlist, _short.maxdict = 2, 3, 3
