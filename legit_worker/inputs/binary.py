@@ -6,6 +6,7 @@ behind a `data:` head.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import re
 
@@ -41,6 +42,6 @@ def bytes_of(text: str, most: int) -> bytes:
     if len(raw) % 4:
         raise InvalidInputError(f"this is not base64 with padding: its {len(raw)} characters are no multiple of 4")
     try:
-        return binascii.a2b_base64(raw, strict_mode=True)
+        return base64.b64decode(raw, validate=True)
     except binascii.Error as error:
         raise InvalidInputError(f"this is not base64: {error}") from None

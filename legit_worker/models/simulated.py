@@ -97,7 +97,8 @@ class SimulatedModel:
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[np.float32]:
         """Cosines, shape `[n, m]`."""
-        return _directions(embeddings1) @ _directions(embeddings2).T
+        cosines: NDArray[np.float32] = _directions(embeddings1) @ _directions(embeddings2).T
+        return cosines
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> NDArray[np.float32]:
         """Cosines, shape `[n]`."""
