@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from math import inf
 from time import monotonic
@@ -43,6 +44,9 @@ STORE_SECONDS = 5.0
 #: Seconds that a warm shutdown waits, after the last task's code is over, for a result backend that takes no results.
 #: Most of what kills a worker that does not end waits for 30 seconds or longer.
 BACKEND_SECONDS = 20.0
+
+#: Names of threads that may be in C++ or Rust when the process ends.
+FOREIGN = ("legit-loader", "legit-tokenizer")
 
 
 class Ending:
@@ -107,8 +111,16 @@ class Ending:
         self._tend_hub()
         # A thread that waits for the device must not come back to an interpreter that is gone.
         self._engine.wait(FLIGHT_SECONDS)
+        # Nor one that loads a model. Celery's worker decides on its exit code after this. If the worker is a thread, as
+        # in a test's own process, the exit code is not the worker's.
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(_leave, self._exit_code, _is_in_foreign_code)
         # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
         self._release()
+
+    def _exit_code(self) -> int:
+        """What Celery's worker ends with: 0 if it has no other code."""
+        return int(getattr(getattr(self.consumer, "controller", None), "exitcode", None) or os.EX_OK)
 
     def _waits_in_vain(self) -> bool:
         """Whether all that still runs waits for a server that is away, and has for long enough.
@@ -190,7 +202,7 @@ class Ending:
         state.should_stop = os.EX_SOFTWARE
         if self.consumer is not None:  # in the middle of a warm shutdown, `should_stop` comes too late
             self.consumer.controller.exitcode = os.EX_SOFTWARE
-        atexit.register(_leave)
+        atexit.register(_leave, lambda: os.EX_SOFTWARE, lambda: True)
         self._loop.note_lost(error)
         logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
         self._loop.backlog.clear()
@@ -203,15 +215,22 @@ class Ending:
                     self._loop.forget(fiber)
 
 
-def _leave() -> None:
-    """End a process whose device is lost, when nothing but Python's own end is left.
+def _is_in_foreign_code() -> bool:
+    return any(thread.name in FOREIGN for thread in threading.enumerate())
 
-    That would free tensors, which torch then answers by an abort and another exit code.
+
+def _leave(exit_code: Callable[[], int], must: Callable[[], bool]) -> None:
+    """If it must be so, end the process when nothing but Python's own end is left.
+
+    That end would free tensors of a lost device, or unwind threads in C++: torch answers by an abort and another exit
+    code, or the process never ends.
     """
+    if not must():
+        return
     atexit.unregister(_leave)
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        os._exit(os.EX_SOFTWARE)
+        os._exit(exit_code())

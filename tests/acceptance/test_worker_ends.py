@@ -137,8 +137,7 @@ def begin(start: StartWorker, heir: Life, folder: Path, pool: str, soft_seconds:
         conf={"worker_soft_shutdown_timeout": soft_seconds},
         wait=False,
         LEGIT_WORKER_WINDOW=str(WINDOW),
-        **MODELS,
-        **settings,
+        **(MODELS | settings),
     )
 
 
@@ -180,6 +179,20 @@ def test_no_task_is_lost_and_none_that_began_early_or_ended_runs_again(
             assert "Traceback" not in life.worker.log
         inherit(heir, life)
         check(life, heir, sent[moment], way)
+
+
+@pytest.mark.parametrize("name", ["QUIT", "TERM and QUIT"])
+def test_a_load_that_is_in_a_librarys_own_code_does_not_keep_a_worker_from_its_end(
+    start_worker: StartWorker, heirs: Heirs, tmp_path: Path, name: str
+) -> None:
+    """Python's end would unwind the loader's thread in C++, which ends the process by an abort, or never."""
+    models = {"LEGIT_WORKER_MODELS__BUSY__KIND": "stopping:Deep"}
+    life = begin(start_worker, heirs.of("modelpool"), tmp_path / "deep", "modelpool", 0, **models)
+    life.send("late", "text", 0.0)
+    poll(lambda: any(what == "loads" for _, what, *_ in life.journal.notes()), "the load to begin")
+    end(life, WAYS[name])
+    assert life.worker.wait() in WAYS[name].exit_codes
+    assert "terminate called" not in life.worker.log
 
 
 def side_of(pool: str) -> str:

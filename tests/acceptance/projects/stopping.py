@@ -5,6 +5,7 @@ In: an item, and how long to take. Out: notes of when each began and ended, and 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,29 @@ class Busy(Upper):
         note(None, "computes")
         time.sleep(0.3)
         return super().forward(batch)
+
+
+class Lingering:
+    """Keeps Python's own end waiting, for as long as a thread needs to come back from C++."""
+
+    def __del__(self) -> None:
+        """Goes when the modules go."""
+        time.sleep(1.0)
+
+
+class Deep(Upper):
+    """Loads for a minute, in short stays in C++ that let other threads run."""
+
+    def load(self, device: str) -> None:
+        """As a library does that reads weights."""
+        import torch
+
+        sys.modules["lingering"] = Lingering()  # type: ignore[assignment]
+        note(None, "loads")
+        until = time.monotonic() + 60
+        matrix = torch.ones(500, 500)
+        while time.monotonic() < until:
+            torch.mm(matrix, matrix)
 
 
 def work(task: Noted, item: str, seconds: float = 0.0, path: str = "") -> str:
