@@ -207,6 +207,23 @@ class FairQueue:
             return iter(busy[0][3].first(of_one))
         return islice(_interleave(busy), of_several)
 
+    def due(self, budget: int) -> list[Item]:
+        """The items of a fair batch of this cost whose apps have no more than a batch waiting, if another has more.
+
+        A batch is picked by length from many more items. Those of an app that sends little would wait for their turn.
+        """
+        if sum(lane.waiting > 0 for lane in self._lanes.values()) < 2:
+            return []
+        fair: list[Item] = []
+        for item in self.front():
+            budget -= item.cost
+            if fair and budget < 0:
+                break
+            fair.append(item)
+        if all(lane.waiting <= len(fair) for lane in self._lanes.values()):
+            return []
+        return [item for item in fair if item.place.waiting <= len(fair)]
+
     @property
     def has_light(self) -> bool:
         """Whether items of a light app wait."""

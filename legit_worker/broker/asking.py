@@ -25,6 +25,7 @@ from legit_worker.broker.reserve import (
     NO_ROOM,
     RESERVE,
     SHA1,
+    SHARED_MESSAGES,
     UNSURE,
     Reserved,
     Source,
@@ -103,6 +104,8 @@ class AskingChannel(HearingChannel):
             room, company = 1, [0, 0, 0]
         else:
             room = self.qos.can_consume_max_estimate() or self._group
+            if ledger.worker is not None and ledger.worker.is_shared():
+                room = min(room, SHARED_MESSAGES)
             company = [ledger.max_deliveries, ledger.awake, ledger.bound]
         new_tag, verdict, self._verdict = f"{uuid4()}.", self._verdict, ""
         is_owned = int(bool(ledger.owner))

@@ -74,6 +74,8 @@ class BellPoller(stock.MultiChannelPoller):
     def on_poll_start(self) -> None:
         """Ask for messages and send the acks: the hub is about to wait."""
         settle()
+        for channel in list(self._channels):
+            channel.deliver_rest()
         is_paused = bool(getattr(self, "_paused_brpop", False))  # kombu 5.7 pauses while the prefetch count is used up
         super().on_poll_start()
         flush_acks(may_wait=not is_paused)

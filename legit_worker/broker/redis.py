@@ -130,6 +130,8 @@ class ReservingChannel(AskingChannel):
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Ask for messages: kombu has room for more and awaits no answer. Only BRPOP uses `timeout`."""
+        if self._reserved:  # not all of the last answer is delivered
+            return
         if self.refusal is not None or self._no_ack_queues.issuperset(self.active_queues):
             self._asked = []
             super()._brpop_start(timeout or self.patience())
@@ -166,6 +168,18 @@ class ReservingChannel(AskingChannel):
                     *(len(reserved.raw), reserved.source.queue, UNREADABLE_KEY, reserved.raw),
                 )
                 self._move_aside(reserved.raw, reserved.tag)
+            if self._reserved and self._is_hurried():
+                return
+
+    def _is_hurried(self) -> bool:
+        """Tell whether a task waits that should not wait for the rest: the hub goes round first."""
+        worker = self.ledger.worker
+        return worker is not None and self.connection.cycle.hub is not None and worker.is_hurried()
+
+    def deliver_rest(self) -> None:
+        """Go on with what was left for a task that waited. The hub has gone round since."""
+        if self._reserved and not self._closing:
+            self._deliver_reserved()
 
     def _deliver_payload(self, payload: dict[str, Any], reserved: Reserved) -> None:
         lacked = reserved.complete(payload)

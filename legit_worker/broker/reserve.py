@@ -16,6 +16,9 @@ from legit_worker.quickjson import loads
 MOST_MESSAGES = 64
 MOST_BYTES = 1 << 20
 
+#: The same while an app sends little beside others: its next message waits until these have become tasks, 0.5 ms each.
+SHARED_MESSAGES = 16
+
 #: Messages that a worker holds at most while it holds a suspect: a message that other workers held as they died. The
 #: fewer deliveries the suspect has left, the fewer others it takes with it; the last one it spends alone. So no good
 #: message dies for another's crashes, and yet good ones don't wait for each other.

@@ -151,6 +151,16 @@ class Engine:
         return queue is not None and queue.is_urgent
 
     @property
+    def is_hurried(self) -> bool:
+        """Whether such a batch can be handed over now."""
+        return self.is_urgent and self.can_step
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether an app that sends little has sent something of late."""
+        return any(queue.is_shared for queue in self._queues.values())
+
+    @property
     def is_busy(self) -> bool:
         """Whether a batch is in flight."""
         return bool(self._flights)

@@ -13,7 +13,7 @@ import gc
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import inf
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: A batch of this part of the limit shows that the limit holds, and raises it by this factor: 36 of them double it.
 NEAR, RAISE = 0.8, 1.02
+
+#: An item of this part of a batch's longest one fills the batch up: beside shorter ones, padding would take too long.
+EVEN = 0.5
 
 #: How often an item that runs out of memory, alone in its batch, is tried before it fails. Others come and go on a
 #: device; the failures of an item that never fits are quick.
@@ -208,6 +211,11 @@ class ModelQueue:
         """Whether an item of an app waits that sends little: it must not wait for company."""
         return self._fair.has_light
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether an app that sends little has sent something of late: others must be done in small parts."""
+        return self._fair.light_cost > 0
+
     def waiting_seconds(self) -> float:
         """How long all that waits would take, as predicted, were all items of one length."""
         return self._seconds_of(len(self._fair))
@@ -258,7 +266,8 @@ class ModelQueue:
         """Take out the batch that is next; something waits."""
         if self._parts:
             return self._parts.take_next()
-        return self._pick(list(self._fair.front()))
+        budget = self._budget()
+        return self._pick(list(self._fair.front()), budget, self._fair.due(budget))
 
     def batch_of(self, chunk: Chunk) -> list[Item]:
         """Take out a batch with items of this chunk, whoever is next. Empty if none of them wait."""
@@ -267,7 +276,7 @@ class ModelQueue:
         if part is not None:
             return self._parts.take(part)
         others = [item for item in self._fair.front() if item.chunk is not chunk]
-        return self._pick(mine + others) if mine else []
+        return self._pick(mine + others, self._budget()) if mine else []
 
     def put_back(self, batch: list[Item]) -> None:
         """It was not computed, and is next."""
@@ -339,18 +348,31 @@ class ModelQueue:
         items = self.sizing.items(longest, self._fair.light_cost, self._seconds_of(self._fair.calls))
         return int(min(by_memory, longest * items))
 
-    def _pick(self, candidates: list[Item]) -> list[Item]:
-        """The batch that holds the first candidate, taken out of the queue."""
+    def _pick(self, candidates: list[Item], budget: int, due: Sequence[Item] = ()) -> list[Item]:
+        """The batch that holds the first candidate, and those that are `due`, taken out of the queue."""
         first = candidates[0]
+        if due:
+            candidates = list(dict.fromkeys([first, *due, *candidates]))  # of equal items, those that are due count
         if self._fair.has_twins:
             candidates = distinct(candidates)
-        batch = self._cut([item for item in candidates if item.key == first.key], self._budget())
+        candidates = [item for item in candidates if item.key == first.key]
+        batch = self._cut_around(frozenset(due), candidates, budget)
         by_memory = self.model.largest_cost(max(item.cost for item in batch))
         if padded([item.cost for item in batch]) > by_memory:  # longer ones take more for each unit
             batch = self._cut([first, *(item for item in batch if item is not first)], by_memory)
         batch = with_twins(batch)
         self._fair.take(batch)
         return batch
+
+    def _cut_around(self, due: Collection[Item], candidates: list[Item], budget: int) -> list[Item]:
+        """Cut a batch from the candidates. If some are due, it is made of them, and others only fill it up."""
+        if not due:
+            return self._cut(candidates, budget)
+        batch = self._cut([candidates[0], *(item for item in candidates[1:] if item in due)], budget)
+        longest = max(item.cost for item in batch)
+        even = [item for item in candidates if longest * EVEN <= item.cost <= longest]
+        others = sorted(set(even).difference(batch), key=lambda item: -item.cost)
+        return batch + others[: max(0, budget // longest - len(batch))]
 
     def _cut(self, candidates: list[Item], budget: int) -> list[Item]:
         chosen = pick([item.cost for item in candidates], budget, self.sizing.costs)

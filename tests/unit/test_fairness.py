@@ -128,6 +128,26 @@ def test_an_app_whose_items_are_left_behind_is_not_light_and_neither_is_one_that
     assert not queue.light_cost
 
 
+def test_items_are_due_if_their_app_has_no_more_than_a_batch_and_another_has_more() -> None:
+    queue = queue_of()
+    add(queue, FakeCall(app="big"), [10] * 1000)
+    few = [add(queue, FakeCall(app="small"), [10])[0] for _ in range(8)]
+    assert set(queue.due(200)) == set(few)
+    add(queue, FakeCall(app="small"), [10] * 100)
+    assert queue.due(200) == []  # two floods take turns by cost, and batches are picked by length
+
+
+def test_nothing_is_due_if_nobody_has_more_than_a_batch_or_nobody_else_waits() -> None:
+    queue = queue_of()
+    assert queue.due(100) == []
+    add(queue, FakeCall(app="one"), [10] * 3)
+    add(queue, FakeCall(app="two"), [10] * 3)
+    assert queue.due(100) == []
+    alone = queue_of()
+    add(alone, FakeCall(app="one"), [10] * 1000)
+    assert alone.due(100) == []
+
+
 def test_dropping_a_call_leaves_the_others() -> None:
     queue = queue_of()
     gone, stays = FakeCall(), FakeCall()

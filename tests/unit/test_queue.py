@@ -209,6 +209,28 @@ def test_a_dropped_call_is_not_computed() -> None:
     assert (stays.done.done(), gone.done.done()) == (True, False)
 
 
+def test_what_an_app_sends_at_once_is_not_thinned_out_by_the_lengths_of_a_flood() -> None:
+    subject = queue(Letters())
+    for _ in range(20):
+        ask(subject, ["x" * 10] * 8, "big")
+    run_all(subject)
+    flood = [ask(subject, ["x" * 8], "big") for _ in range(1000)]
+    few = [ask(subject, ["x" * (8 + number % 5)], "small") for number in range(8)]
+    step(subject)
+    assert all(call.is_over for call in few)
+    assert any(call.is_over for call in flood)
+
+
+def test_a_long_item_that_is_due_is_not_padded_with_short_ones() -> None:
+    model = Letters()
+    subject = queue(model)
+    ask(subject, ["x"] * 1000, "big")
+    ask(subject, ["x" * 100], "small")
+    while not any(len(batch[0]) == 100 for batch in model.batches):
+        step(subject)
+    assert ["x" * 100] in model.batches
+
+
 def test_a_batch_that_nothing_is_learned_from_reaches_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = queue(Letters())
     call = ask(subject, ["one"])

@@ -1,0 +1,54 @@
+"""How a channel hands over what a reservation brought: all at once, or bit by bit while a task is in a hurry."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+from legit_worker.broker.redis import ReservingChannel
+from legit_worker.broker.reserve import Reserved, Source
+
+
+class Channel(ReservingChannel):
+    """One without a connection, which keeps what it delivers."""
+
+    def __init__(self, count: int, hurried: list[bool]) -> None:
+        source = Source(queue="work", key="work", acks=True)
+        self._reserved = deque(Reserved(source, str(number), b"{}") for number in range(count))
+        self._closing = False
+        #: One answer for each question; then nobody is in a hurry.
+        self.hurried = hurried
+        self.delivered: list[str] = []
+        worker = SimpleNamespace(is_hurried=lambda: bool(self.hurried) and self.hurried.pop(0))
+        self.ledger: Any = SimpleNamespace(worker=worker)
+        self.connection = SimpleNamespace(cycle=SimpleNamespace(hub=object()))
+
+    def _deliver_payload(self, payload: dict[str, Any], reserved: Reserved) -> None:
+        self.delivered.append(reserved.tag)
+
+
+def test_all_messages_are_delivered_at_once_if_no_task_is_in_a_hurry() -> None:
+    channel = Channel(4, [])
+    channel._deliver_reserved()
+    assert channel.delivered == ["0", "1", "2", "3"]
+
+
+def test_the_rest_waits_for_the_hub_while_a_task_is_in_a_hurry() -> None:
+    channel = Channel(4, [False, True, True])
+    channel._deliver_reserved()
+    assert channel.delivered == ["0", "1"]
+    channel._brpop_start()
+    assert channel.delivered == ["0", "1"], "nothing is asked for before the rest is delivered"
+    channel.deliver_rest()
+    assert channel.delivered == ["0", "1", "2"], "each time the hub comes round, at least one goes on"
+    channel.deliver_rest()
+    assert channel.delivered == ["0", "1", "2", "3"]
+
+
+def test_a_channel_that_closes_delivers_nothing_more() -> None:
+    channel = Channel(2, [True])
+    channel._deliver_reserved()
+    channel._closing = True
+    channel.deliver_rest()
+    assert (channel.delivered, len(channel._reserved)) == (["0"], 1)
