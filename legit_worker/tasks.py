@@ -115,6 +115,88 @@ def embed_image(
     return _plain(vectors, isinstance(image, list))
 
 
+def embed_sparse(
+    text: Any,
+    model: str | None = None,
+    task: str | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    max_active: int | None = None,
+) -> Any:
+    """Embed a text, or a list of texts, as sparse vectors: `{"indices": [int], "values": [float]}`.
+
+    `max_active` keeps the largest values alone. The other arguments and errors are those of `embed_text`, with kind
+    `sparse`.
+    """
+    if max_active is not None and (type(max_active) is not int or max_active < 1):
+        raise InvalidInputError(f"max_active must be a whole number of at least 1, got {shown(max_active)}")
+    most = {} if max_active is None else {"max_active_dims": max_active}
+    found = _of_texts(
+        Handle(model, "sparse"), text, wording_of(task, prompt_name, prompt, _limits().max_characters), most
+    )
+    _plain(found.data[None], False)
+    rows = [
+        {"indices": found.indices[start:end].tolist(), "values": found.data[start:end].tolist()}
+        for start, end in zip(found.indptr[:-1], found.indptr[1:], strict=True)
+    ]
+    return rows if isinstance(text, list) else rows[0]
+
+
+def embed_multi(
+    text: Any,
+    model: str | None = None,
+    normalize: bool | None = None,
+    task: str | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+) -> Any:
+    """Embed a text, or a list of texts, with a vector for each token: `[tokens, dim]`, or a list of these.
+
+    The arguments and errors are those of `embed_text`, with kind `multi`.
+    """
+    wording, form = wording_of(task, prompt_name, prompt, _limits().max_characters), form_of(None, None, normalize)
+    found = _of_texts(Handle(model, "multi"), text, wording, form)
+    if not isinstance(text, list):
+        return _plain(found, False)
+    return [at(index, text, functools.partial(_plain, is_list=False), rows) for index, rows in enumerate(found)]
+
+
+def _of_texts(handle: Handle, text: Any, wording: dict[str, str], options: dict[str, Any]) -> Any:
+    """Encode texts as the task says."""
+    texts = texts_of(text, "text", _limits())
+    return _encoded(handle, texts if isinstance(text, list) else texts[0], wording, options)
+
+
+def classify(pair: Any, model: str | None = None, top_k: int | None = None) -> Any:
+    """Score each label of a pair of texts, or of a list of pairs, as `CrossEncoder.predict(apply_softmax=True)` does.
+
+    `model=None` is the one configured model of kind `rerank`. Returns `[{"label": name, "score": float}]`, best first,
+    for each pair; `top_k=None` returns all. Raises the errors of `embed_text`.
+    """
+    _check_top_k(top_k)
+    limits, is_list = _limits(), isinstance(pair, list) and bool(pair) and isinstance(pair[0], list)
+    pairs = items_of(pair if is_list else [pair], "pair", functools.partial(_pair, limits=limits), limits)
+    handle = Handle(model, "rerank")
+    scores = handle.predict(pairs, apply_softmax=True)
+    rows = _plain(scores if scores.ndim == 2 else scores[:, None], is_list)
+    named = [
+        [{"label": label, "score": score} for label, score in zip(handle.labels, row, strict=True)] for row in rows
+    ]
+    best = [sorted(row, key=lambda one: -one["score"])[:top_k] for row in named]
+    return best if is_list else best[0]
+
+
+def _pair(value: Any, limits: Limits) -> Pair:
+    if not isinstance(value, list) or len(value) != 2:
+        raise InvalidInputError(f"expected a pair of two texts, got {type(value).__name__}")
+    return Pair(*(text_of(one, limits.max_characters) for one in value))
+
+
+def _check_top_k(top_k: Any) -> None:
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise InvalidInputError(f"top_k must be a whole number of at least 1, got {shown(top_k)}")
+
+
 def rerank(
     query: Any, documents: Any, model: str | None = None, top_k: int | None = None
 ) -> list[dict[str, int | float]]:
@@ -127,12 +209,13 @@ def rerank(
     question = text_of(query, limits.max_characters)
     if not isinstance(documents, list):
         raise InvalidInputError(f"documents must be a list of texts, got {type(documents).__name__}")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InvalidInputError(f"top_k must be a whole number of at least 1, got {shown(top_k)}")
+    _check_top_k(top_k)
     texts = texts_of(documents, "documents", limits)
     scores = Handle(model, "rerank").predict([Pair(question, text) for text in texts])
     if scores.ndim != 1:
-        raise InvalidInputError(f"model {model!r} gives {scores.shape[1]} scores per pair: it classifies, not ranks")
+        raise InvalidInputError(
+            f"model {model!r} gives {scores.shape[1]} scores per pair: it classifies, so use legit_worker.classify"
+        )
     best = sorted(enumerate(_plain(scores, True)), key=lambda pair: -pair[1])[:top_k]
     return [{"index": index, "score": score} for index, score in best]
 
@@ -254,7 +337,10 @@ def _where(max_bytes: int) -> sources.Limits:
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "embed_text": embed_text,
     "embed_image": embed_image,
+    "embed_sparse": embed_sparse,
+    "embed_multi": embed_multi,
     "rerank": rerank,
+    "classify": classify,
     "prep_text": prep_text,
     "prep_image": prep_image,
 }

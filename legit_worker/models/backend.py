@@ -19,7 +19,7 @@ from legit_worker.models.shortway import leaves_out_prompts
 from legit_worker.prep.texts import model_folder
 
 if TYPE_CHECKING:
-    from legit_worker.models.kinds import SentenceModel
+    from legit_worker.models.sentence import SentenceModel
 
 #: Sizes of the pictures of a trial, in pixels: an image processor that keeps them makes images of different sizes.
 PICTURES = tuple((64 + 8 * number, 120 - 8 * number) for number in range(8))

@@ -236,6 +236,12 @@ class Handle:
         return sorted(found, key=lambda row: row["score"], reverse=True)[:top_k]
 
     @property
+    def labels(self) -> list[str]:
+        """The names of a classifier's scores, in their order. Loads the model if it is not there yet."""
+        labels: list[str] = self._ask("labels")
+        return labels
+
+    @property
     def prompts(self) -> dict[str, str]:
         """The model's prompts by name. Loads the model if it is not there yet."""
         prompts: dict[str, str] = self._ask("prompts")

@@ -38,6 +38,7 @@ KINDS = {
     "embed": "legit_worker.models.kinds:TextEmbedding",
     "image": "legit_worker.models.kinds:ImageEmbedding",
     "sparse": "legit_worker.models.kinds:SparseEmbedding",
+    "multi": "legit_worker.models.multivector:MultiVector",
     "rerank": "legit_worker.models.reranker:Reranker",
     "simulated": "legit_worker.models.simulated:SimulatedModel",
 }

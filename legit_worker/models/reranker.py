@@ -15,9 +15,9 @@ import torch
 from legit_worker import golden
 from legit_worker.errors import InvalidInputError
 from legit_worker.models.features import check_text, what
-from legit_worker.models.kinds import SentenceModel
 from legit_worker.models.options import refuse
 from legit_worker.models.protocol import Plan
+from legit_worker.models.sentence import SentenceModel
 
 
 class Reranker(SentenceModel):
@@ -33,6 +33,11 @@ class Reranker(SentenceModel):
             raise InvalidInputError(f"a reranker takes pairs of two texts, not {what(value)}")
         for part in value:
             check_text(part)
+
+    def labels(self) -> list[str]:
+        """The names of its scores, in their order."""
+        names = self._model.config.id2label
+        return [str(names.get(place, place)) for place in range(self._model.num_labels)]
 
     def trial_inputs(self) -> list[list[Any]]:
         """Pairs of a short text and any other one."""

@@ -59,8 +59,9 @@ OF_LIBRARY = (
     "max_seq_length",
 )
 OPTIONS_OF = {
-    "task": ("embed", "image", "sparse"),
-    **dict.fromkeys(("dimensions", "precision", "normalize"), DENSE_KINDS),
+    "task": ("embed", "image", "sparse", "multi"),
+    **dict.fromkeys(("dimensions", "precision"), DENSE_KINDS),
+    "normalize": (*DENSE_KINDS, "multi"),
 }
 
 #: Arguments of the weights' reader that have settings of their own, and those that the engine decides.
@@ -82,7 +83,7 @@ class _Group(BaseModel):
 class ModelSettings(_Group):
     """One model: `LEGIT_WORKER_MODELS__<ALIAS>__…`."""
 
-    #: What kind of model it is: `embed`, `rerank`, `sparse`, `image`, `simulated`, or a class of your own as
+    #: What kind of model it is: `embed`, `rerank`, `sparse`, `multi`, `image`, `simulated`, or a class of your own as
     #: `module:Class`.
     kind: Kind = "embed"
     #: A folder, or a name in the local Hugging Face cache or on the Hub. A class of your own may give it another

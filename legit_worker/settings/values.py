@@ -23,10 +23,13 @@ PREFIX = "LEGIT_WORKER_"
 DELIMITER = "__"
 
 #: The built-in tasks that can have other names as well.
-BUILT_IN_TASKS = ("embed_text", "embed_image", "rerank", "prep_text", "prep_image")
+BUILT_IN_TASKS = (
+    *("embed_text", "embed_image", "embed_sparse", "embed_multi", "rerank", "classify"),
+    *("prep_text", "prep_image"),
+)
 
 #: The kinds of model that are read from a path.
-KINDS_WITH_PATH = ("embed", "rerank", "sparse", "image")
+KINDS_WITH_PATH = ("embed", "rerank", "sparse", "multi", "image")
 
 #: The types of weights that a backend takes.
 DTYPES_OF = {

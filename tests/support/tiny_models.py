@@ -91,6 +91,28 @@ def build_capped(folder: Path, tokens: int) -> Path:
     return folder / "model"
 
 
+def build_multi(folder: Path) -> Path:
+    """A `MultiVectorEncoder`: BERT, a projection, and queries that are filled up to a width, as ColBERT's are."""
+    import string
+
+    import torch
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+    from transformers import BertModel
+
+    expansion = {"strategy": "fixed", "attend": False, "length": 16}
+    bert = Transformer(str(_save_bert(BertModel, folder / "bert")), query_expansion=expansion)
+    torch.manual_seed(0)
+    dense = Dense(32, 12, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings")
+    mask = MultiVectorMask(skiplist_words=list(string.punctuation))
+    modules = [bert, dense, mask, Normalize(module_input_name="token_embeddings")]
+    MultiVectorEncoder(modules=modules, prompts={"query": "query: ", "document": "document: "}).save(
+        str(folder / "model")
+    )
+    return folder / "model"
+
+
 def build_sparse(folder: Path) -> Path:
     """A `SparseEncoder`: BERT's word predictions, SPLADE pooling."""
     from sentence_transformers import SparseEncoder

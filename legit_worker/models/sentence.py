@@ -1,0 +1,235 @@
+"""What the built-in kinds on sentence-transformers share. `kinds.py` and its neighbours have each kind's own.
+
+In: texts, images, pairs. Out: numpy arrays with the values, shapes and dtypes that sentence-transformers gives.
+
+The library's own code preprocesses each item alone, in its task. A batch is the items' features, padded together, and
+`forward` is the library's own. So a batch computes for an item what `encode` computes for this item alone. No model
+calls the engine: `plan_encode` and `plan_predict` say which items a call has, and how their outputs become its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from legit_worker import golden
+from legit_worker.device.cuda import move, tf32, to_device
+from legit_worker.device.devices import Launch
+from legit_worker.inputs.types import PreparedText
+from legit_worker.models.backend import Backend
+from legit_worker.models.features import (
+    Prepared,
+    Prompted,
+    can_be_padded,
+    check_text,
+    collate,
+    cost_of,
+    identity_of,
+    key_of,
+    to_numpy,
+)
+from legit_worker.models.prompts import named_prompt
+from legit_worker.models.requirements import is_missing_folder
+from legit_worker.models.revision import revision_of
+from legit_worker.models.tokenizing import Tokenizing, if_any
+
+
+class SentenceModel:
+    """What the built-in kinds share. The loader thread reads the weights; all other methods run where the tasks run."""
+
+    #: What a comparison of backends must know: whether rows are scores that rank, and whether inputs are pictures.
+    is_ranking = takes_pictures = False
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str | None = None,
+        revision: str | None = None,
+        backend: str = "torch",
+        cache_dir: Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`options`: more arguments of the library's constructor, as `loader.library_options` gives them."""
+        self._path = path
+        self._dtype = "float32" if dtype == "tf32" else dtype
+        self._precision = tf32 if dtype == "tf32" else nullcontext
+        self._revision = revision
+        self._options = dict(options or {})
+        self._backend = Backend(backend, dtype, cache_dir)
+        self._model: Any = None
+        self._texts: Any = None
+        self._computes_in = ""
+        self._commit: str | None = None
+
+    def load(self, device: str) -> None:
+        """Read the weights from the path, or from the local cache, and put them on `device`."""
+        if is_missing_folder(self._path):
+            # The library would take the path for a name on the Hub, and complain about its characters.
+            raise FileNotFoundError(f"there is no folder {self._path}")
+        dtype = self._backend.dtype_to_read(self._dtype)
+        more = {**self._options.pop("model_kwargs", {}), **({"dtype": dtype} if dtype else {})}
+        self._model = self._open(
+            self._path, device="cpu", revision=self._revision, model_kwargs=more or None, **self._options
+        ).eval()
+        move(self._model, device)
+        self._texts = Tokenizing(self._model)
+        floats = (one.dtype for one in self._model.parameters() if one.is_floating_point())
+        self._computes_in = (
+            "tf32" if self._precision is tf32 else str(next(floats, torch.float32)).removeprefix("torch.")
+        )
+        self._backend.choose(device, self)
+        self._commit = revision_of(self._path, self._revision)
+
+    @property
+    def backend(self) -> dict[str, str]:
+        """What computes it, and why, as `inspect stats` shows it."""
+        return self._backend.report()
+
+    def computed_by(self, items: Sequence[Prompted], result: Any, precision: str | None) -> dict[str, Any]:
+        """What an index must know of a call's result: see `docs/result-routing.md`."""
+        graphs = self._backend.graphs
+        prompts = {item.prompt or None for item in items}
+        return {
+            "revision": self._commit,
+            "dimensions": self._dimensions(result, precision),
+            "dtype": precision if precision not in (None, "float32") else graphs.dtype if graphs else self._computes_in,
+            "prompt": prompts.pop() if len(prompts) == 1 else None,
+            "backend": "openvino" if graphs else "torch",
+        }
+
+    def _dimensions(self, result: Any, precision: str | None) -> int | None:
+        """How many numbers each row of a result has; None if these are no vectors."""
+        return None
+
+    def _open(self, path: str, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def to(self, device: str) -> None:
+        """Move the weights."""
+        move(self._model, device)
+
+    def unload(self) -> None:
+        """Free the weights' memory now: the library's objects are in cycles, and failed tasks may hold this one."""
+        self._backend.unload()
+        self._model.to("meta")
+
+    def sample(self, cost: int) -> Any:
+        """A text of about `cost` tokens."""
+        return "a " * cost
+
+    def memory(self) -> int:
+        """Bytes of its parameters and buffers, or of its graphs."""
+        if self._backend.graphs is not None:
+            return self._backend.graphs.memory
+        tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def preprocess(self, item: Any) -> Prepared:
+        """Tokenize or resize one input. Raises `InvalidInputError` if the input is not of this model's kind."""
+        prompted = item if isinstance(item, Prompted) else Prompted(item, None)
+        if isinstance(prompted.input, PreparedText):
+            features = self._texts.of_ids(prompted.input, prompted)
+            return Prepared(features, len(prompted.input.ids), "text")
+        self._check(prompted.input)
+        short = self._texts.by_short_way(prompted)
+        if short is not None:
+            return Prepared(short, len(short["input_ids"]), "text")
+        features, task = self._texts.by_the_library(prompted), prompted.task
+        if self._texts.has_several or not can_be_padded(features):
+            key = ("raw", prompted.prompt, task, prompted.limit)
+            return Prepared({}, max(1, len(str(prompted.input).split())), key, task, prompted)
+        return Prepared(features, cost_of(features), (task, key_of(features)), task)
+
+    def _check(self, value: Any) -> None:
+        """A text, a dict that has one, or two texts that are read as one."""
+        match value:
+            case {"text": text} if len(value) == 1:
+                check_text(text)
+            case list() | tuple() if len(value) == 2:
+                for part in value:
+                    check_text(part)
+            case _:
+                check_text(value)
+
+    def prompts(self) -> dict[str, str]:
+        """Its prompts by name."""
+        return dict(self._model.prompts)
+
+    def max_seq_length(self) -> int | None:
+        """The most tokens that it reads; None if there is no limit."""
+        limit: int | None = self._texts.limit
+        return limit
+
+    def cost(self, item: Prepared) -> int:
+        """Tokens of a text; for an image, its numbers in units of `NUMBERS_PER_COST`."""
+        return item.cost
+
+    def batch_key(self, item: Prepared) -> Hashable:
+        """Inputs share a batch if their modality, their image size and their prompt length are equal."""
+        return item.key
+
+    def identity(self, item: Prepared) -> Hashable:
+        """Texts with the same tokens have the same output."""
+        return identity_of(item.features)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[Prepared]) -> torch.Tensor | Launch:
+        """Compute one row per item, as the model's last module gives it: shape `[n, dim]`."""
+        features = self._features(batch)
+        if self._backend.graphs is not None:
+            return self._backend.graphs.launch(features, len(batch))
+        with self._precision():
+            return self.compute(to_device(features, self._model.device), batch[0].task)
+
+    def compute(self, features: dict[str, Any], task: str | None = None) -> torch.Tensor:
+        """The rows of a batch's features, by torch."""
+        return self._output(self._model(features, **if_any(task)))
+
+    def trial_inputs(self) -> list[list[Any]]:
+        """Each kind of input that it takes, short and long ones."""
+        return [golden.texts()]
+
+    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+        embeddings: torch.Tensor = features["sentence_embedding"]
+        return embeddings
+
+    def postprocess(self, output: torch.Tensor) -> Any:
+        """Make one row a numpy array. A plan's `finish` does the rest, for all rows of a call together."""
+        return to_numpy(output)
+
+    def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        if batch[0].raw is not None:
+            inputs = [item.raw.input for item in batch if item.raw]
+            features: dict[str, Any] = self._texts.features_of(
+                inputs, batch[0].raw.prompt, batch[0].task, batch[0].raw.limit
+            )
+            return features
+        return collate([item.features for item in batch], self._model.tokenizer)
+
+    def _items(
+        self,
+        inputs: Any,
+        prompt_name: str | None,
+        prompt: str | None,
+        task: str | None = None,
+        limit: int | None = None,
+    ) -> tuple[list[Prompted], bool]:
+        """The call's items, and whether it has a single input, whose result is no list."""
+        is_single = self._model.is_singular_input(inputs)
+        items = [inputs] if is_single else list(inputs)
+        chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self._model.default_prompt_name)
+        is_told = prompt is not None or prompt_name is not None or task is not None
+        task = task if self._texts.minds_task else None
+
+        def prompted(one: Any) -> Prompted:
+            knows = isinstance(one, PreparedText) and one.prompt is not None and not is_told
+            return Prompted(one, one.prompt if knows else chosen, task, limit)
+
+        return list(map(prompted, items)), is_single
+
+    def _named_prompt(self, name: str | None) -> str | None:
+        return named_prompt(self._model.prompts, name)
