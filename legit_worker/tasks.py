@@ -6,7 +6,6 @@ never retries it: `inputs/` is the border.
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import logging
@@ -17,15 +16,11 @@ from typing import Any
 
 from celery import Celery
 
-from legit_worker import apps, settings
 from legit_worker.errors import InvalidInputError, shown
-from legit_worker.inputs.images import image_of
-from legit_worker.inputs.limits import Limits, limits_of
+from legit_worker.inputs.limits import Limits
 from legit_worker.inputs.options import SCALED, form_of, wording_of
 from legit_worker.inputs.reading import (
     at,
-    check_counts,
-    check_pieces,
     images_of,
     is_chunks,
     items_of,
@@ -33,14 +28,12 @@ from legit_worker.inputs.reading import (
     texts_or_prepared,
 )
 from legit_worker.inputs.texts import text_of
-from legit_worker.inputs.types import Pair, PreparedText
+from legit_worker.inputs.types import Pair
 from legit_worker.models.handle import Handle
-from legit_worker.models.preparing import each
-from legit_worker.models.prompts import CALLS, chosen_prompt, filled
-from legit_worker.prep import processes, sources
-from legit_worker.prep.images import resize_of, shrink
-from legit_worker.prep.texts import TextTokenizer, tokenizer_of
-from legit_worker.settings import ModelSettings, Settings
+from legit_worker.models.prompts import CALLS
+from legit_worker.prep_tasks import prep_image, prep_text
+from legit_worker.settings import Settings
+from legit_worker.task_limits import current_limits
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +60,7 @@ def embed_text(
     `prompt_name`, `prompt`, `truncate_dim` and `precision`. What is None is as the alias's settings have it. Returns
     numbers, `[dim]` or `[n, dim]`. Raises `InvalidInputError`, `UnknownModelError`, `ModelLoadError`.
     """
-    limits, handle = _limits(), Handle(model, "embed")
+    limits, handle = current_limits(), Handle(model, "embed")
     wording = wording_of(task, prompt_name, prompt, limits.max_characters)
     form = form_of(dimensions, precision, normalize)
 
@@ -110,7 +103,7 @@ def embed_image(
     Arguments, result and errors as for `embed_text`, with kind `image`.
     """
     handle, form = Handle(model, "image"), form_of(dimensions, precision, normalize)
-    images = images_of(image, "image", _limits())
+    images = images_of(image, "image", current_limits())
     vectors = _encoded(handle, images if isinstance(image, list) else images[0], {}, form)
     return _plain(vectors, isinstance(image, list))
 
@@ -132,7 +125,7 @@ def embed_sparse(
         raise InvalidInputError(f"max_active must be a whole number of at least 1, got {shown(max_active)}")
     most = {} if max_active is None else {"max_active_dims": max_active}
     found = _of_texts(
-        Handle(model, "sparse"), text, wording_of(task, prompt_name, prompt, _limits().max_characters), most
+        Handle(model, "sparse"), text, wording_of(task, prompt_name, prompt, current_limits().max_characters), most
     )
     _plain(found.data[None], False)
     rows = [
@@ -154,7 +147,10 @@ def embed_multi(
 
     The arguments and errors are those of `embed_text`, with kind `multi`.
     """
-    wording, form = wording_of(task, prompt_name, prompt, _limits().max_characters), form_of(None, None, normalize)
+    wording, form = (
+        wording_of(task, prompt_name, prompt, current_limits().max_characters),
+        form_of(None, None, normalize),
+    )
     found = _of_texts(Handle(model, "multi"), text, wording, form)
     if not isinstance(text, list):
         return _plain(found, False)
@@ -163,7 +159,7 @@ def embed_multi(
 
 def _of_texts(handle: Handle, text: Any, wording: dict[str, str], options: dict[str, Any]) -> Any:
     """Encode texts as the task says."""
-    texts = texts_of(text, "text", _limits())
+    texts = texts_of(text, "text", current_limits())
     return _encoded(handle, texts if isinstance(text, list) else texts[0], wording, options)
 
 
@@ -174,7 +170,7 @@ def classify(pair: Any, model: str | None = None, top_k: int | None = None) -> A
     for each pair; `top_k=None` returns all. Raises the errors of `embed_text`.
     """
     _check_top_k(top_k)
-    limits, is_list = _limits(), isinstance(pair, list) and bool(pair) and isinstance(pair[0], list)
+    limits, is_list = current_limits(), isinstance(pair, list) and bool(pair) and isinstance(pair[0], list)
     pairs = items_of(pair if is_list else [pair], "pair", functools.partial(_pair, limits=limits), limits)
     handle = Handle(model, "rerank")
     scores = handle.predict(pairs, apply_softmax=True)
@@ -205,7 +201,7 @@ def rerank(
     `model=None` is the one configured model of kind `rerank`; `top_k=None` returns all. Returns
     `[{"index": place in documents, "score": float}]`. Raises the errors of `embed_text`.
     """
-    limits = _limits()
+    limits = current_limits()
     question = text_of(query, limits.max_characters)
     if not isinstance(documents, list):
         raise InvalidInputError(f"documents must be a list of texts, got {type(documents).__name__}")
@@ -218,120 +214,6 @@ def rerank(
         )
     best = sorted(enumerate(_plain(scores, True)), key=lambda pair: -pair[1])[:top_k]
     return [{"index": index, "score": score} for index, score in best]
-
-
-def prep_text(
-    text: Any,
-    model: str | None = None,
-    chunk_tokens: int | None = None,
-    overlap: int = 0,
-    task: str | None = None,
-    prompt_name: str | None = None,
-    prompt: str | None = None,
-    dimensions: int | None = None,
-    precision: str | None = None,
-) -> Any:
-    """Tokenize a text, or each text of a list. `embed_text` gives the result the same vector as the text.
-
-    `task`, `prompt_name` and `prompt` say what stands before the text, as for `embed_text`, which need not be told.
-    `dimensions` and `precision` change no token: they are taken so that both tasks can have the same arguments.
-    `chunk_tokens` splits each text into a list of pieces. A piece has at most this many tokens, special ones and the
-    prompt included, and begins with the last `overlap` tokens of the piece before. Never touches a device, and never
-    loads the model. If the tokenizer can't be read without the model, returns the text unchanged, or refuses to if
-    something is to stand before it. Raises `InvalidInputError`, `UnknownModelError`.
-    """
-    limits, named = _limits(), Handle(model, "embed").named
-    wording = wording_of(task, prompt_name, prompt, limits.max_characters)
-    form_of(dimensions, precision, None)
-    spec, texts = named.spec, texts_of(text, "text", limits)
-    is_readable = spec.path and spec.kind == "embed" and not spec.processor_kwargs  # which may change the tokenizer
-    tokenizer = tokenizer_of(spec.path or "", spec.revision) if is_readable else None
-    if tokenizer is None:
-        if chunk_tokens is not None:
-            raise InvalidInputError(f"model {model!r} has no tokenizer.json that could be read: chunk_tokens needs it")
-        if wording:
-            raise InvalidInputError(
-                f"model {model!r} can't be prepared for {' and '.join(wording)}: send the text itself to embed_text"
-            )
-        return text
-    before = _before(spec, tokenizer, wording)
-    if chunk_tokens is None:
-        one = functools.partial(tokenizer.prepare, prompt=before, limit=spec.max_seq_length)
-        done: list[Any] = each(lambda item: one(item).to_json(), texts, named.alias)
-    else:
-        check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
-        cut = functools.partial(
-            tokenizer.chunks, tokens=chunk_tokens, overlap=overlap, prompt=before, limit=spec.max_seq_length
-        )
-        done = each(lambda item: _pieces(cut(item), limits), texts, named.alias)
-    return done if isinstance(text, list) else done[0]
-
-
-def _before(spec: ModelSettings, tokenizer: TextTokenizer, wording: dict[str, str]) -> str | None:
-    """Return what stands before a text, as `embed_text` would choose it."""
-    call, _, chosen = filled(spec, CALLS.get(wording.get("task", ""), "encode"), (), {**wording, "task": None})
-    task = next((name for name, of in CALLS.items() if of == call), None)
-    return chosen_prompt(tokenizer.prompts, tokenizer.default, task, chosen.get("prompt_name"), chosen.get("prompt"))
-
-
-def _pieces(pieces: list[PreparedText], limits: Limits) -> list[dict[str, Any]]:
-    check_pieces(pieces, "a text", limits)
-    return [piece.to_json() for piece in pieces]
-
-
-def prep_image(image: Any, model: str | None = None) -> Any:
-    """Fetch, decode and resize an image, or each image of a list, for `embed_image`. Returns base64 of a PNG.
-
-    `image` is base64 of a file of one of `LEGIT_WORKER_IMAGE_FORMATS`, a path under one of `LEGIT_WORKER_PREP_ROOTS`,
-    or a URL on one of `LEGIT_WORKER_PREP_HOSTS`. Never touches a device, and never loads the model. Raises
-    `InvalidInputError`, `UnknownModelError`.
-    """
-    spec, limits = Handle(model, "image").named.spec, _limits()
-    edge = resize_of(spec.path, spec.revision) if spec.path and spec.kind == "image" else None
-    where = _where(limits.max_image_bytes)
-    sizes: list[int] = []
-
-    def prepare(item: Any) -> str:
-        prepared, size = processes.run(_prepare_image, item, where, limits, edge, size=_size(item, limits))
-        sizes.append(size)
-        limits.check_pixels(sum(sizes), len(sizes))
-        return str(prepared)
-
-    done = items_of(image, "image", prepare, limits)
-    return done if isinstance(image, list) else done[0]
-
-
-def _prepare_image(source: Any, where: sources.Limits, limits: Limits, edge: tuple[int, int] | None) -> tuple[str, int]:
-    """Return base64 of the prepared file, and the number of pixels that the original has."""
-    image, size = image_of(sources.read(source, where), limits)
-    return base64.b64encode(shrink(image, edge)).decode(), size
-
-
-def _size(image: Any, limits: Limits) -> int:
-    """Return the bytes that one image takes on its way to a helper and back."""
-    return len(image) if isinstance(image, str) and not sources.is_remote(image) else limits.max_image_bytes
-
-
-_chosen = functools.cache(settings.load)
-
-
-def _limits() -> Limits:
-    """Return the limits of the current task's app."""
-    chosen = _chosen()
-    return _limits_of(apps.of_current_task(chosen) if chosen.apps else "")
-
-
-@functools.cache
-def _limits_of(app: str) -> Limits:
-    return limits_of(_chosen(), app)
-
-
-def _where(max_bytes: int) -> sources.Limits:
-    """Return where files may be read from."""
-    chosen = _chosen()
-    return sources.Limits(
-        max_bytes=max_bytes, roots=chosen.prep_roots, hosts=chosen.prep_hosts, allow_private=chosen.prep_private
-    )
 
 
 BUILT_IN: dict[str, Callable[..., Any]] = {

@@ -32,11 +32,11 @@ def prep(alias: str = "") -> dict[str, Any]:
     from celery import Celery
 
     import legit_worker
-    from legit_worker import tasks
+    from legit_worker import prep_tasks
     from legit_worker.errors import CudaForbiddenError
 
     legit_worker.install(Celery(set_as_current=False))
-    did = "tokenizing" if alias and isinstance(tasks.prep_text(TEXTS, alias), list) else "no model to prepare for"
+    did = "tokenizing" if alias and isinstance(prep_tasks.prep_text(TEXTS, alias), list) else "no model to prepare for"
     mapped = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
     driver = sorted({line.split()[-1] for line in mapped.splitlines() if "libcuda" in line})
     import ctypes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.texts import check_unicode
 
 #: What the texts may be.
@@ -23,7 +23,7 @@ SCALED = ("int8", "uint8")
 def wording_of(task: Any, prompt_name: Any, prompt: Any, most: int) -> dict[str, str]:
     """Check what a task says of its texts: which kind they are, and what stands before them."""
     if task is not None and task not in TASKS:
-        raise InvalidInputError(f"task must be {' or '.join(TASKS)}, got {task!r}")
+        raise InvalidInputError(f"task must be {' or '.join(TASKS)}, got {shown(task)}")
     for name, value in (("prompt_name", prompt_name), ("prompt", prompt)):
         if value is not None and not isinstance(value, str):
             raise InvalidInputError(f"{name} must be a string, got {type(value).__name__}")
@@ -40,9 +40,9 @@ def wording_of(task: Any, prompt_name: Any, prompt: Any, most: int) -> dict[str,
 def form_of(dimensions: Any, precision: Any, normalize: Any) -> dict[str, Any]:
     """Check what a task says of its vectors: how many numbers they have, how these are written, and their length."""
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise InvalidInputError(f"dimensions must be a whole number of at least 1, got {dimensions!r}")
+        raise InvalidInputError(f"dimensions must be a whole number of at least 1, got {shown(dimensions)}")
     if precision is not None and precision not in PRECISIONS:
-        raise InvalidInputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise InvalidInputError(f"precision must be one of {', '.join(PRECISIONS)}, got {shown(precision)}")
     given = {
         "truncate_dim": dimensions,
         "precision": precision,

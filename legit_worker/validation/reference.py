@@ -36,17 +36,38 @@ class Reference:
 
 
 def make(texts: Iterable[str], model: ModelSettings) -> Iterator[tuple[str, list[float]]]:
-    """Compute each text's vector by `SentenceTransformer.encode`, alone, on the CPU, without a worker."""
+    """Compute each text's vector by the library, alone, on the CPU, without a worker, with the alias's own options."""
     from sentence_transformers import SentenceTransformer
 
     dtype = _dtype(model)
-    options = {"dtype": dtype} if dtype else None
+    options = {**model.model_kwargs, **({"dtype": dtype} if dtype else {})}
     try:
-        encoder = SentenceTransformer(model.path, device="cpu", revision=model.revision, model_kwargs=options)
+        encoder = SentenceTransformer(
+            model.path,
+            device="cpu",
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=model.local_files_only,
+            model_kwargs=options,
+            processor_kwargs=model.processor_kwargs,
+        )
     except Exception as error:
         raise ValidationError(f"the model at {model.path} can't be loaded: {error}") from error
+    if model.max_seq_length is not None:
+        encoder.max_seq_length = model.max_seq_length
+    encode = getattr(encoder, f"encode_{model.task}" if model.task else "encode")
+    asked = {
+        **{"prompt_name": model.prompt_name, "prompt": model.prompt, "truncate_dim": model.dimensions},
+        **{"precision": model.precision or "float32", "normalize_embeddings": bool(model.normalize)},
+    }
     for text in texts:
-        yield text, encoder.encode(text, show_progress_bar=False).tolist()
+        yield text, encode(text, show_progress_bar=False, **asked).tolist()
+
+
+def _asked(model: ModelSettings) -> dict[str, Any]:
+    """The alias's settings that change a vector, if they were made."""
+    names = ("task", "prompt_name", "prompt", "dimensions", "precision", "normalize", "max_seq_length")
+    return {name: value for name in names if (value := getattr(model, name)) is not None}
 
 
 def _dtype(model: ModelSettings) -> str | None:
@@ -66,7 +87,8 @@ def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSetti
 def origin(model: ModelSettings) -> dict[str, Any]:
     """Describe what makes the vectors: the model, and the packages' versions."""
     made_with = {package: version(package) for package in PACKAGES}
-    return {"model": model.path, "revision": model.revision, "dtype": _dtype(model), "made_with": made_with}
+    known = {"model": model.path, "revision": model.revision, "dtype": _dtype(model), "made_with": made_with}
+    return {**known, **({"asked": asked} if (asked := _asked(model)) else {})}
 
 
 def read(path: Path) -> Reference:
@@ -93,9 +115,9 @@ def differences(reference: Reference, model: ModelSettings) -> list[str]:
         return []
     now, then = origin(model), reference.origin
     sentences = [
-        f"the reference is of {name} {then.get(name)!r}, and the settings name {now[name]!r}"
-        for name in ("model", "revision", "dtype")
-        if then.get(name) != now[name]
+        f"the reference is of {name} {then.get(name)!r}, and the settings name {now.get(name)!r}"
+        for name in ("model", "revision", "dtype", "asked")
+        if then.get(name) != now.get(name)
     ]
     made_with = then.get("made_with")
     made_with = made_with if isinstance(made_with, Mapping) else {}

@@ -41,6 +41,7 @@ def paths(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "ranker": ("rerank", tiny_paths["rerank"]),
         "classifier": ("rerank", labels),
         "sparse": ("sparse", tiny_paths["sparse"]),
+        "multi": ("multi", tiny_models.build_multi(tmp_path_factory.mktemp("multi"))),
         "clip": ("image", tiny_paths["image"]),
     }
 
@@ -51,6 +52,7 @@ def library(paths: dict[str, tuple[str, Path]]) -> dict[str, Any]:
     classes = {
         "rerank": sentence_transformers.CrossEncoder,
         "sparse": sentence_transformers.SparseEncoder,
+        "multi": sentence_transformers.MultiVectorEncoder,
     }
     return {
         name: classes.get(kind, sentence_transformers.SentenceTransformer)(str(path), device="cpu")
@@ -73,6 +75,7 @@ def called(expression: str, objects: dict[str, Any]) -> Any:
         "text": TEXTS[0],
         "pairs": [(TEXTS[0], text) for text in TEXTS],
         "vectors": np.eye(3, 32, dtype=np.float32),
+        "tokens": np.eye(4, 12, dtype=np.float32),
         "picture": picture,
         "pixels": np.asarray(picture),
         "identity": torch.nn.Identity(),
@@ -101,6 +104,9 @@ def assert_same(own: Any, theirs: Any, gives: str) -> None:
         theirs = theirs.numpy()
     if "as a sparse array" in gives:
         own, theirs = own.toarray(), theirs.to_dense().numpy()
+    if isinstance(theirs, list) and isinstance(theirs[0], np.ndarray):
+        assert [(row.shape, row.dtype) for row in own] == [(row.shape, row.dtype) for row in theirs]
+        own, theirs = np.concatenate(own), np.concatenate(theirs)
     if isinstance(theirs, list):
         assert [{**row, "score": None} for row in own] == [{**row, "score": None} for row in theirs]
         own, theirs = ([row["score"] for row in rows] for rows in (own, theirs))

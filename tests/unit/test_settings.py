@@ -34,6 +34,7 @@ from legit_worker.settings import (
     unknown_models,
     with_bounds,
 )
+from legit_worker.settings.values import BUILT_IN_TASKS
 
 PASSWORD = "hunter2"
 URL = f"redis://:{PASSWORD}@results:6379/3"
@@ -219,7 +220,7 @@ def test_an_apps_variable_sets_its_field(variable: str, text: str, field: str, v
         ("App.Embed", {"App.Embed": {}}),
     ],
 )
-@pytest.mark.parametrize("task", ["embed_text", "embed_image", "rerank", "prep_text", "prep_image"])
+@pytest.mark.parametrize("task", BUILT_IN_TASKS)
 def test_a_built_in_task_takes_aliases(task: str, text: str, aliases: dict[str, Any]) -> None:
     assert loaded(**{f"TASKS__{task.upper()}": text}).tasks == {task: aliases}
 

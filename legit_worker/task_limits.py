@@ -1,0 +1,24 @@
+"""What the current task may bring.
+
+In: the settings, and the task that runs here. Out: the limits of its app.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from legit_worker import apps, settings
+from legit_worker.inputs.limits import Limits, limits_of
+
+chosen_settings = functools.cache(settings.load)
+
+
+def current_limits() -> Limits:
+    """Return the limits of the current task's app."""
+    chosen = chosen_settings()
+    return _limits_of(apps.of_current_task(chosen) if chosen.apps else "")
+
+
+@functools.cache
+def _limits_of(app: str) -> Limits:
+    return limits_of(chosen_settings(), app)
