@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from legit_worker import settings, tasks
+from legit_worker import routes, settings, tasks
 from legit_worker.install import enable
 
 #: The URL of both, if the environment has none.
@@ -26,4 +26,7 @@ app.conf.update(
 )
 if settings.is_enabled(default=True):
     enable(app)
-tasks.register(app, settings.load_or_exit())
+chosen = settings.load_or_exit()
+tasks.register(app, chosen)
+if chosen.workers:
+    app.conf.task_routes = (routes.by_model,)

@@ -64,6 +64,9 @@ class ModelPoolStep(bootsteps.Step):
         from legit_worker import settings
 
         chosen = settings.load_or_exit()
+        if settings.take_name(worker.hostname, chosen):
+            chosen = settings.load_or_exit()
+            _take_queues(worker.app, chosen)
         if chosen.log == "json":
             from legit_worker.logs import write_json
 
@@ -82,6 +85,7 @@ class ModelPoolStep(bootsteps.Step):
         if chosen.role == "device":
             # For any pool: its processes inherit this environment.
             bound_kernels()
+            _show_only_gpu(chosen.device)
             if self._swap_pool(worker, chosen):
                 return  # ModelPool checks its requirements itself
         requirements.check_or_exit(chosen)
@@ -117,6 +121,26 @@ class ModelPoolStep(bootsteps.Step):
         worker.concurrency = worker.min_concurrency = window(chosen)
         worker.prefetch_multiplier = 1
         return True
+
+
+def _take_queues(app: Celery, chosen: settings.Settings) -> None:
+    """Take tasks from the queues of this worker's models, unless the command line names queues."""
+    from legit_worker import settings
+
+    queues = app.amqp.queues
+    own = chosen.workers[chosen.node or ""]
+    if own.models is not None and queues.consume_from is queues._default_consume_from:
+        queues.select([settings.queue_of(chosen, alias) for alias in chosen.models])
+
+
+def _show_only_gpu(device: str) -> None:
+    """Before anything of this worker starts CUDA. If there is no such GPU, end the worker with a sentence."""
+    from legit_worker.device import cuda, vram
+
+    try:
+        cuda.show_only(device)
+    except vram.VramUnknownError as error:
+        raise SystemExit(f"legit_worker: {error}") from None
 
 
 def _tell_unknown(**_: Any) -> None:

@@ -101,7 +101,7 @@ def _print(name: str, found: dict[str, Any]) -> None:
     table = new_table("model", "state", *numbers, title=safe(name), title_justify="left")
     for alias, model in found.items():
         table.add_row(
-            safe(alias),
+            safe(", ".join(model["aliases"] or [alias])),
             f"{model['state']}{', pinned' if model['pinned'] else ''}{', leaves' if model['is_leaving'] else ''}",
             mib(model["weights"]).removesuffix(" MiB"),
             *(str(model[key]) for key in ("users", "waiting")),
@@ -185,6 +185,6 @@ def _named(alias: str, found: dict[str, Any]) -> dict[str, Any] | None:
 
     model: dict[str, Any] | None
     for key, model in found.items():
-        if fold(alias) in map(fold, (key, *model.get("aliases", ()))):
+        if fold(alias) in map(fold, (key, *model["aliases"])):
             return model
     return None

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from legit_worker.cli.base import Command, legit, mib, new_table, reach
+from legit_worker.cli.base import Command, legit, mib, new_table, reach, safe
 
 #: Characters of the bar that shows memory.
 BAR = 40
@@ -50,6 +50,9 @@ def _print(name: str, pool: dict[str, Any]) -> None:
     table.caption = _memory(pool)
     table.title_justify = table.caption_justify = "left"
     for alias, model in pool["models"].items():
+        if "shares" in model:
+            table.add_row(safe(alias), safe(f"as {model['shares']}"))
+            continue
         table.add_row(
             alias,
             model["state"],
@@ -86,7 +89,7 @@ def _parts(models: dict[str, Any], memory: dict[str, Any]) -> Iterator[tuple[str
     reserve = min(memory["reserve"], free - headroom)
     yield "others", memory.get("others", 0), "▒"
     for alias, model in models.items():
-        yield alias, model["weights"] if model["state"] == "resident" else 0, "█"
+        yield alias, model.get("weights", 0) if model["state"] == "resident" else 0, "█"
     yield "reserve for batches", reserve, "▓"
     yield "headroom", headroom, "·"
     yield "free", free - headroom - reserve, "░"

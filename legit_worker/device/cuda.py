@@ -32,8 +32,23 @@ ALLOCATOR_ALSO = "PYTORCH_ALLOC_CONF"
 PART = 16 * 2**20
 
 
+#: How the settings begin that name a GPU by its UUID.
+BY_UUID = ("GPU-", "MIG-")
+
+
+def may_be_gpu(setting: str) -> bool:
+    """Tell whether `choose` may choose a GPU."""
+    return setting.startswith(("auto", "cuda", *BY_UUID))
+
+
 def choose(setting: str) -> str:
-    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`: `auto` is CUDA if torch is installed and sees a GPU."""
+    """Return torch's name of the device: `cpu`, `simulated`, `cuda` or `cuda:N`.
+
+    `auto` is CUDA if torch is installed and sees a GPU. Raises `VramUnknownError` if there is no GPU of this UUID, or
+    torch shows another one in its place.
+    """
+    if setting.startswith(BY_UUID):
+        return _checked(setting, name_of(setting))
     if setting != "auto":
         return setting
     if find_spec("torch") is None:
@@ -43,11 +58,34 @@ def choose(setting: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def name_of(setting: str) -> str:
+    """Return torch's name of the GPU that this setting means, without torch. Raises `VramUnknownError`."""
+    if setting.startswith(BY_UUID):
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == setting:  # it is the only one, also if NVML tells nothing
+            return "cuda:0"
+        return f"cuda:{visible_gpus().index(_by_uuid(setting))}"
+    return "cuda" if setting == "auto" else setting
+
+
+def _checked(setting: str, name: str) -> str:
+    """Return the name if torch's GPU of this name has this UUID. Of a MIG instance torch may not tell."""
+    properties = _torch().cuda.get_device_properties(name)
+    seen = str(getattr(properties, "uuid", "")).lower()
+    if setting.startswith("GPU-") and seen and not seen.startswith(setting.removeprefix("GPU-").lower()):
+        raise VramUnknownError(
+            f"LEGIT_WORKER_DEVICE={setting}, and torch started CUDA with GPU-{seen} in its place, before the worker "
+            f"chose: set CUDA_VISIBLE_DEVICES={setting}, too"
+        )
+    return name
+
+
 def gpu(setting: str) -> Gpu | None:
     """Return the GPU that `choose` would choose, by NVML; None if that is the CPU. Opens no context, imports no torch.
 
     Raises `VramUnknownError`.
     """
+    if setting.startswith(BY_UUID):
+        return _by_uuid(setting)
     gpus = visible_gpus()
     number = int(setting.partition(":")[2] or 0)
     if setting == "auto" and not gpus:
@@ -55,6 +93,29 @@ def gpu(setting: str) -> Gpu | None:
     if number >= len(gpus):
         raise VramUnknownError(f"LEGIT_WORKER_DEVICE={setting}, and CUDA shows {len(gpus)} GPUs to this process")
     return gpus[number]
+
+
+def _by_uuid(setting: str) -> Gpu:
+    """Return the one visible GPU whose UUID begins like this. Raises `VramUnknownError`."""
+    gpus = visible_gpus()
+    found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(setting.lower())]
+    if len(found) != 1:
+        names = ", ".join(gpu.uuid for gpu in gpus) or "none"
+        raise VramUnknownError(f"LEGIT_WORKER_DEVICE={setting}, and CUDA shows this process: {names}")
+    return found[0]
+
+
+def show_only(setting: str) -> None:
+    """Let CUDA show this process and its children the GPU of this UUID alone, and a MIG instance at all.
+
+    CUDA reads the variable once, when it starts. One that the operator set stays, unless it has this GPU among others.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not setting.startswith(BY_UUID) or started_cuda() is not None:
+        return
+    if listed is not None:
+        _by_uuid(setting)
+    os.environ["CUDA_VISIBLE_DEVICES"] = setting
 
 
 def prepare_environment() -> None:

@@ -217,7 +217,7 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
 
 
 def _gpu(chosen: settings.Settings) -> Iterator[Finding]:
-    if not chosen.device.startswith(("auto", "cuda")):
+    if not cuda.may_be_gpu(chosen.device):
         yield ok(f"not looked for: LEGIT_WORKER_DEVICE={chosen.device}")
         return
     try:

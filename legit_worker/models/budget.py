@@ -89,7 +89,7 @@ class DeviceBudget:
     def __init__(self, chosen: Settings) -> None:
         self._chosen = chosen
         self._gpu: vram.Gpu | None = None
-        self._is_unknown = not chosen.device.startswith(("auto", "cuda"))
+        self._is_unknown = not cuda.may_be_gpu(chosen.device)
         # NVML never told anything, and why.
         self._is_nvml_mute, self._why = False, ""
         #: As NVML told last, or CUDA.
@@ -120,7 +120,7 @@ class DeviceBudget:
 
     def hold(self, limit: int | None) -> None:
         """Torch's allocator, if the device may be a GPU."""
-        if self._chosen.device.startswith(("auto", "cuda")):
+        if cuda.may_be_gpu(self._chosen.device):
             self._device().hold(limit)
 
     def give_back(self) -> int:
@@ -172,8 +172,7 @@ class DeviceBudget:
         return 0 if self._is_unknown else self._device().taken()
 
     def _device(self) -> cuda.CudaDevice:
-        device = self._chosen.device
-        return cuda.cuda_device("cuda" if device == "auto" else device)
+        return cuda.cuda_device(cuda.name_of(self._chosen.device))
 
     def _note(self, others: int) -> None:
         """Remember what others have now, and forget what they had long ago."""

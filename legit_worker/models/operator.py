@@ -102,6 +102,8 @@ def shown(registry: Registry) -> dict[str, Any]:
 
 def _shown(slot: Slot, waiting: int, now: float) -> dict[str, Any]:
     return {
+        #: All names of these weights.
+        "aliases": slot.aliases,
         "kind": slot.spec.kind,
         "state": slot.state,
         "pinned": slot.is_pinned,

@@ -147,6 +147,7 @@ def _of_settings() -> Registry:
     chosen = settings.load()
     if chosen.device == "simulated" and chosen.vram_limit is not None:
         simulated_device().ledger.total = chosen.vram_limit.of(ENDLESS)
+    cuda.show_only(chosen.device)
     device = functools.partial(cuda.choose, chosen.device)
     return Registry(chosen.models, device, DeviceBudget(chosen), chosen.host_cache.of(0), chosen.cache_dir)
 

@@ -80,7 +80,7 @@ def early_acks(app: Celery, most: int) -> None:
 
 def _device(chosen: str) -> str:
     """Describe the device without torch, whose import takes seconds. The first load decides what `auto` is."""
-    if not chosen.startswith(("auto", "cuda")):
+    if not cuda.may_be_gpu(chosen):
         return chosen
     try:
         gpu = cuda.gpu(chosen)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_settings import TomlConfigSettingsSource
 
 from legit_worker.errors import SettingsError
+from legit_worker.settings import nodes
 from legit_worker.settings.aliases import misspelt
 from legit_worker.settings.schema import GROUPS, Settings
 from legit_worker.settings.values import BUILT_IN_TASKS, DELIMITER, PREFIX, Name, fold, spelled
@@ -42,8 +43,12 @@ class Variable(NamedTuple):
     text: str
 
 
-def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool = False) -> Settings:
+def load(
+    environ: Mapping[str, str] | None = None, *, enabled_by_default: bool = False, is_whole: bool = False
+) -> Settings:
     """Read the settings from this environment, by default the process's own.
+
+    `is_whole` keeps what they say of other workers' models, too.
 
     Raises `SettingsError`, with one line for each wrong setting.
     """
@@ -64,11 +69,11 @@ def load(environ: Mapping[str, str] | None = None, *, enabled_by_default: bool =
     except ValidationError as error:
         problems += [_problem(detail, given, file) for detail in error.errors(include_url=False, include_input=False)]
     else:
-        problems += misspelt(settings)
+        problems += [*misspelt(settings), *nodes.problems(settings)]
     # Raised outside the handlers: pydantic's error may hold a password, and must not become this error's context.
     if problems:
         raise SettingsError("\n".join(problems))
-    return settings
+    return settings if is_whole else nodes.of_this_worker(settings)
 
 
 def load_or_exit() -> Settings:

@@ -37,6 +37,7 @@ from legit_worker.settings.values import (
     Networks,
     Options,
     Pixels,
+    QueuePattern,
     SafeName,
     Seconds,
     ServerUrl,
@@ -238,6 +239,15 @@ class AppSettings(_Group):
         return job
 
 
+class WorkerSettings(_Group):
+    """One worker, by the part of its name before the `@`: `LEGIT_WORKER_WORKERS__<NODE>__…`."""
+
+    #: The device that its models run on; `LEGIT_WORKER_DEVICE` if it is not set.
+    device: DeviceName | None = None
+    #: The aliases of its models; all if it is not set. Without `-Q`, it takes tasks from their queues alone.
+    models: ModelAliases | None = None
+
+
 def _aliased_once(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Refuse one name for two tasks."""
     owners: dict[str, str] = {}
@@ -271,8 +281,14 @@ class Settings(BaseSettings):
     role: Literal["device", "prep"] = "device"
     #: By alias, in lower case. A task may use any name that `fold` makes the same.
     models: Annotated[dict[Key, ModelSettings], AfterValidator(_told_apart)] = Field(default_factory=dict)
-    #: The device that models run on: `auto`, `cpu`, `cuda`, `cuda:N` or `simulated`.
+    #: The device that models run on: `auto`, `cpu`, `cuda`, `cuda:N`, `simulated`, or a GPU's UUID: `GPU-…`, `MIG-…`.
     device: DeviceName = "auto"
+    #: By the part of a worker's name before the `@`: what differs among workers that share these settings.
+    workers: dict[AppName, WorkerSettings] = Field(default_factory=dict)
+    #: Which of `workers` this process is. A worker takes it from its own name.
+    node: AppName | None = None
+    #: How the queue of each model is named, with `{model}` in place of its alias.
+    model_queues: QueuePattern = "legit.{model}"
     #: Device memory to leave free: `4GiB`, or a share.
     vram_headroom: Memory = Amount(10, "%")
     #: The most device memory to take: `4GiB`, or a share. If it is not set, all but the headroom.
@@ -359,4 +375,4 @@ class Settings(BaseSettings):
 
 
 #: The groups of which each alias or app has one.
-GROUPS: Mapping[str, type[_Group]] = {"models": ModelSettings, "apps": AppSettings}
+GROUPS: Mapping[str, type[_Group]] = {"models": ModelSettings, "apps": AppSettings, "workers": WorkerSettings}

@@ -292,7 +292,20 @@ Kind = Annotated[
         f"{', '.join(KINDS_WITH_PATH)}, simulated, or a class of your own as module:Class",
     ),
 ]
-DeviceName = Annotated[str, matching(r"auto|cpu|cuda(:[0-9]+)?|simulated", "auto, cpu, cuda, cuda:N or simulated")]
+DeviceName = Annotated[
+    str,
+    matching(
+        r"auto|cpu|cuda(:[0-9]+)?|simulated|(GPU|MIG)-[0-9A-Za-z/-]+",
+        "auto, cpu, cuda, cuda:N, simulated, or a GPU's UUID as `nvidia-smi -L` prints it: GPU-… or MIG-…",
+    ),
+]
+#: How the queue of a model is named: `{model}` stands for its alias.
+QueuePattern = Annotated[
+    str,
+    matching(
+        r"[A-Za-z0-9_.:-]{0,64}\{model\}[A-Za-z0-9_.:-]{0,64}", "a queue's name with {model} in it, as legit.{model}"
+    ),
+]
 Memory = Annotated[
     Amount,
     BeforeValidator(lambda value: Amount.parse(str(value)) if isinstance(value, str | int | float) else value),

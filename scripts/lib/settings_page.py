@@ -20,7 +20,7 @@ from pydantic import BaseModel  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from legit_worker.settings import Amount  # noqa: E402
-from legit_worker.settings.schema import GROUPS, AppSettings, ModelSettings, Settings  # noqa: E402
+from legit_worker.settings.schema import GROUPS, AppSettings, ModelSettings, Settings, WorkerSettings  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 
@@ -32,6 +32,7 @@ TABLES: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("The worker", Settings, ""),
     ("Each model", ModelSettings, "MODELS__<ALIAS>__"),
     ("Each app", AppSettings, "APPS__<APP>__"),
+    ("Each worker", WorkerSettings, "WORKERS__<NODE>__"),
 )
 
 #: The word for a setting that is nothing by default, if the word is more than an empty cell.
@@ -49,6 +50,7 @@ MORE = {
     "backend": "models.md#openvino-on-a-cpu",
     **dict.fromkeys(("task", "prompt_name", "dimensions"), "models.md#two-aliases-of-one-model"),
     **dict.fromkeys(("trust_remote_code", "model_kwargs"), "models.md#options-of-a-model"),
+    **dict.fromkeys(("node", "model_queues"), "gpu-memory.md#several-gpus"),
     "lock_dir": "gpu-memory.md#more-models-than-fit",
     "vram_limit": "gpu-memory.md#more-models-than-fit",
     "max_deliveries": "reliability.md#a-killed-worker",

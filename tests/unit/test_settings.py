@@ -480,9 +480,9 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
     [
         ("ENABLED", "perhaps", "valid boolean"),
         ("ROLE", "cook", "'device' or 'prep'"),
-        ("DEVICE", "gpu", "auto, cpu, cuda, cuda:N or simulated"),
-        ("DEVICE", "cuda:", "auto, cpu, cuda, cuda:N or simulated"),
-        ("DEVICE", "cuda:0\n", "auto, cpu, cuda, cuda:N or simulated"),
+        ("DEVICE", "gpu", "auto, cpu, cuda, cuda:N, simulated, or a GPU"),
+        ("DEVICE", "cuda:", "auto, cpu, cuda, cuda:N, simulated, or a GPU"),
+        ("DEVICE", "cuda:0\n", "auto, cpu, cuda, cuda:N, simulated, or a GPU"),
         ("VRAM_HEADROOM", "110%", "110% is more than all there is"),
         ("VRAM_HEADROOM", "lots", "10%"),
         ("VRAM_LIMIT", "-1", "GiB"),

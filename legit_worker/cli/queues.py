@@ -1,0 +1,63 @@
+"""`celery legit queues`: where to send a task so that a worker gets it which has its model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from celery.bin.base import handle_preload_options
+from rich.console import Console
+
+from legit_worker.cli.base import Command, legit, new_table, reach, safe
+
+
+@legit.command(cls=Command)
+@click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for workers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.pass_context
+@handle_preload_options
+def queues(ctx: click.Context, timeout: float, as_json: bool) -> None:
+    """Show each model's queue and workers by the settings, and who takes tasks from it now."""
+    reach(ctx.obj.app)
+    active = ctx.obj.app.control.inspect(timeout=timeout).active_queues() or {}
+    takes = {worker: [queue["name"] for queue in found] for worker, found in sorted(active.items())}
+    models, workers = _chosen(takes)
+    if as_json:
+        click.echo(json.dumps({"models": models, "workers": workers, "running": takes}))
+        return
+    _print("model", ("queue", "workers", "running"), models)
+    if workers:
+        click.echo()
+        _print("worker", ("device", "models"), workers)
+    if takes:
+        click.echo()
+        _print("running", ("queues",), {worker: {"queues": names} for worker, names in takes.items()})
+
+
+def _chosen(takes: dict[str, list[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the settings say of each model and of each worker."""
+    from legit_worker import settings
+
+    chosen = settings.load(enabled_by_default=True, is_whole=True)
+    workers = {
+        node: {"device": own.device or chosen.device, "models": settings.models_of(chosen, node)}
+        for node, own in chosen.workers.items()
+    }
+    models = {}
+    for alias in chosen.models:
+        queue = settings.queue_of(chosen, alias)
+        having = [node for node, own in workers.items() if alias in own["models"]]
+        running = [worker for worker, names in takes.items() if queue in names]
+        models[alias] = {"queue": queue, "workers": having, "running": running}
+    return models, workers
+
+
+def _print(first: str, columns: tuple[str, ...], rows: dict[str, Any]) -> None:
+    table = new_table(first, *columns)
+    for name, row in rows.items():
+        values = (row[column] for column in columns)
+        table.add_row(
+            safe(name), *(safe(", ".join(value) or "nobody" if isinstance(value, list) else value) for value in values)
+        )
+    Console().print(table)
