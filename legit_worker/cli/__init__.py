@@ -5,10 +5,10 @@ In: `celery -A PROJECT`. The answers come by the project's broker. Out: tables f
 """
 
 from legit_worker import control
-from legit_worker.cli import checks, dead, models, queues, status
+from legit_worker.cli import checks, dead, models, queues, status, top
 from legit_worker.cli.base import legit
 
 # `celery control legit_load` asks this process whether there is such a command.
 control.register()
 
-__all__ = ["checks", "dead", "legit", "models", "queues", "status"]
+__all__ = ["checks", "dead", "legit", "models", "queues", "status", "top"]

@@ -154,7 +154,8 @@ def _change(
     if not as_json:
         for worker in sorted(begun):
             click.echo(safe(f"{worker}: {replies[worker]['ok']}"))
-    replies |= _finish(app, name, alias, begun, wait, timeout)
+    with Console(stderr=True).status(f"{name} {alias} …"):  # on a terminal only
+        replies |= _finish(app, name, alias, begun, wait, timeout)
     if as_json:
         click.echo(json.dumps(replies))
     _tell_errors(replies)

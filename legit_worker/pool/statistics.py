@@ -5,6 +5,7 @@ In: the pool's parts. Out: JSON-safe numbers. Asking changes nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from legit_worker.models.registry import Registry
@@ -17,8 +18,8 @@ from legit_worker.pool.running import Running
 def of_work(running: Running, engine: Engine) -> dict[str, Any]:
     """Tasks that have begun, and what was computed for them."""
     counters = sum(engine.counters.values(), Counters())
-    tasks = sum(fiber.request is not None for fiber in running)  # others end a task that does not run
-    return {"in_flight": tasks, "parked": running.parked, **counters.report()}
+    apps = Counter(fiber.app for fiber in running if fiber.request is not None)  # others end a task that does not run
+    return {"in_flight": apps.total(), "apps": dict(apps), "parked": running.parked, **counters.report()}
 
 
 def of_models(registry: Registry, engine: Engine) -> dict[str, Any]:
