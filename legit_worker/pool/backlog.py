@@ -13,26 +13,33 @@ from legit_worker.pool.fibers import Fiber
 
 
 class Backlog:
-    """Two lines: who waits in the line of tasks that are acked early holds up nobody in the other. Main thread only."""
+    """Lines, of which none holds up another: for tasks that are acked early, and for each app with limits of its own.
 
-    def __init__(self) -> None:
+    Main thread only.
+    """
+
+    def __init__(self, has_limits: Callable[[str], bool] = lambda app: False) -> None:
+        self._has_limits = has_limits
         self._numbers = count()
-        self._late: deque[tuple[int, Fiber]] = deque()
-        self._early: deque[tuple[int, Fiber]] = deque()
+        self._lines: dict[tuple[bool, str], deque[tuple[int, Fiber]]] = {}
 
     def __len__(self) -> int:
-        return len(self._late) + len(self._early)
+        return sum(map(len, self._lines.values()))
 
     def append(self, fiber: Fiber) -> None:
         """One more."""
-        (self._late if fiber.acks_late else self._early).append((next(self._numbers), fiber))
+        key = (fiber.acks_late, fiber.app if self._has_limits(fiber.app) else "")
+        self._lines.setdefault(key, deque()).append((next(self._numbers), fiber))
 
-    def take(self, may_start_early: Callable[[], bool]) -> Fiber | None:
+    def take(self, may_start: Callable[[Fiber], bool]) -> Fiber | None:
         """The one that came first of those that may start; None if there is none."""
-        lines = [line for line in (self._late, self._early) if line and (line is self._late or may_start_early())]
+        lines = [line for line in self._lines.values() if line and may_start(line[0][1])]
         return min(lines, key=lambda line: line[0][0]).popleft()[1] if lines else None
+
+    def of(self, app: str) -> int:
+        """How many wait of an app with limits of its own."""
+        return sum(len(line) for (_, whose), line in self._lines.items() if whose == app)
 
     def clear(self) -> None:
         """Forget them: the broker has them still."""
-        self._late.clear()
-        self._early.clear()
+        self._lines.clear()

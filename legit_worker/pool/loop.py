@@ -20,6 +20,7 @@ from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import Backlog
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.gates import Gates
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running
@@ -42,6 +43,7 @@ class Loop:
         watcher: Watcher,
         pace: Pace,
         intake: Intake,
+        gates: Gates | None = None,
         review_models: Callable[[], None],
         ended: Callable[[Fiber], None],
         ends_at: Callable[[], float] = lambda: inf,
@@ -61,8 +63,10 @@ class Loop:
         self._cancel = cancel
         #: Whether this package's code between the tasks runs: a batch, or a decision.
         self.is_turning = False
+        #: What lets an app's tasks begin.
+        self.gates = gates or Gates({}, running)
         #: Tasks that came and have not begun.
-        self.backlog = Backlog()
+        self.backlog = Backlog(self.gates.has)
         self._ready: deque[Fiber] = deque()
         # Tasks that must be ended or warned once their batch is over.
         self._due: dict[Fiber, None] = {}
@@ -75,14 +79,26 @@ class Loop:
 
     def admit(self, fiber: Fiber) -> None:
         """Start a task that came, or keep it until it may start."""
-        if self._intake.may_start() and (fiber.acks_late or self._intake.may_start_early()):
+        if self.gates.has(fiber.app):  # behind the app's others
+            self.backlog.append(fiber)
+            self._begin()
+        elif self._intake.may_start() and self._may_begin(fiber):
             self.start(fiber)
         else:
             self.backlog.append(fiber)
 
+    def _begin(self) -> None:
+        """Begin tasks that came, as long as there is room."""
+        while self._intake.may_start() and (first := self.backlog.take(self._may_begin)) is not None:
+            self.start(first)
+
+    def _may_begin(self, fiber: Fiber) -> bool:
+        return (fiber.acks_late or self._intake.may_start_early()) and self.gates.may_begin(fiber)
+
     def start(self, fiber: Fiber) -> None:
         """Run a task until it parks for the first time, or ends."""
         self._pace.task_arrived()
+        self.gates.begun(fiber)
         self._running.add(fiber)
         self._watcher.follow(fiber)
         self._switch_to(fiber)
@@ -163,9 +179,7 @@ class Loop:
         self._resume_all(self._ready, until=now + FULL_TURN)
         if is_over:
             return
-        early = self._intake.may_start_early
-        while self._intake.may_start() and (first := self.backlog.take(early)) is not None:
-            self.start(first)
+        self._begin()
 
     def _resume_all(self, ready: deque[Fiber], *, until: float) -> None:
         """Resume each fiber that is ready now. From `until` on, those that only gave way are the next turn's first."""

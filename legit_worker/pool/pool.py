@@ -35,6 +35,7 @@ from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fetching import Fetching
 from legit_worker.pool.fibers import Fiber, FiberPid, Phase
+from legit_worker.pool.gates import Gates
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
@@ -149,6 +150,7 @@ class ModelPool(SoloPool):
             watcher=self._watcher,
             pace=self._pace,
             intake=self._intake,
+            gates=Gates(chosen.apps, self._running),
             review_models=lambda: default_registry().residency.review(),
             ended=self._note_end,
             ends_at=lambda: self._soft.until_if_begun,
@@ -390,6 +392,7 @@ class ModelPool(SoloPool):
             "messages": self.taking(),
             "adopted": self._adoption.count,
             **statistics.of_work(self._running, self.engine),
+            "limits": self._loop.gates.report(self._loop.backlog),
             **self._reports.report(),
             **statistics.of_models(default_registry(), self.engine),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),

@@ -5,6 +5,7 @@ In: fibers, as they begin and end. Out: how many are in progress.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ class Running:
         self.delivering: set[Fiber] = set()
         #: Tasks that have ever begun.
         self.begun = 0
+        #: How many there are of each app.
+        self.by_app: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._all)
@@ -39,6 +42,7 @@ class Running:
     def add(self, fiber: Fiber) -> None:
         """One begins."""
         self.begun += 1
+        self.by_app[fiber.app] += 1
         key = self._all[fiber] = _key(fiber.request)
         if key is not None:
             self._by_key.setdefault(key, []).append(fiber)
@@ -47,6 +51,8 @@ class Running:
 
     def discard(self, fiber: Fiber) -> None:
         """One is over."""
+        if fiber in self._all:
+            self.by_app[fiber.app] -= 1
         key = self._all.pop(fiber, None)
         self._early.discard(fiber)
         if key is not None:

@@ -44,6 +44,7 @@ from legit_worker.settings.values import (
     Some,
     SomeSeconds,
     TaskAliases,
+    TaskRate,
     at_home,
     fold,
     nothing_if,
@@ -229,6 +230,10 @@ class AppSettings(_Group):
     max_pixels: Pixels | None = None
     max_task_pixels: Some | None = None
     image_formats: Formats | None = None
+    #: The most of its tasks that one worker runs at once. Others wait in the worker, and hold up no other app's tasks.
+    max_in_flight: Some | None = None
+    #: How many of its tasks may begin in one worker, as Celery writes it: `100/s`, `30/m`, `5/h`. Others wait likewise.
+    rate: TaskRate | None = None
 
     @field_validator("job")
     @classmethod

@@ -102,6 +102,35 @@ class Amount:
         return amount
 
 
+#: The form of a rate, as Celery's `rate_limit` has it.
+_RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many tasks in a second, a minute or an hour."""
+
+    number: float
+    #: `s`, `m` or `h`.
+    unit: str = "s"
+
+    def __str__(self) -> str:
+        return f"{self.number:.15g}/{self.unit}"
+
+    @property
+    def per_second(self) -> float:
+        """Tasks in a second."""
+        return self.number / {"s": 1, "m": 60, "h": 3600}[self.unit]
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        """Read a rate written as `100/s`, `30/m`, `5/h` or `10`, which is in a second. Raises `ValueError`."""
+        found = _RATE.fullmatch(text.strip())
+        if found is None or float(found[1]) <= 0:
+            raise ValueError("should be a number of tasks above 0 in a second, a minute or an hour: 100/s, 30/m or 5/h")
+        return cls(float(found[1]), found[2] or "s")
+
+
 @dataclass(frozen=True)
 class AppSource:
     """One place to look for the name of the app that a task is for."""
@@ -309,6 +338,9 @@ QueuePattern = Annotated[
 Memory = Annotated[
     Amount,
     BeforeValidator(lambda value: Amount.parse(str(value)) if isinstance(value, str | int | float) else value),
+]
+TaskRate = Annotated[
+    Rate, BeforeValidator(lambda value: Rate.parse(str(value)) if isinstance(value, str | int | float) else value)
 ]
 Bytes = Annotated[Memory, AfterValidator(_in_bytes)]
 BuiltInTask = Annotated[str, matching("|".join(BUILT_IN_TASKS), f"one of {', '.join(BUILT_IN_TASKS)}")]

@@ -14,7 +14,7 @@ def backlog(*kinds: str) -> Backlog:
 
 
 def taken(subject: Backlog, *, early: bool) -> list[str]:
-    fibers = iter(lambda: subject.take(lambda: early), None)
+    fibers = iter(lambda: subject.take(lambda fiber: fiber.acks_late or early), None)
     return [fiber.name for fiber in fibers]
 
 
