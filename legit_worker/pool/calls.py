@@ -15,6 +15,7 @@ from greenlet import GreenletExit
 
 from legit_worker.batching.fairness import Item
 from legit_worker.pool.clock import Clock
+from legit_worker.tracing import Asker
 
 #: What ends the worker or a task, raised wherever the thread is: by Celery's handlers of signals, or by this pool. Any
 #: other exception out of a model's method is the model's error.
@@ -29,6 +30,8 @@ class Call:
     app: str
     #: The task's: told which batches hold its items.
     clock: Clock = field(default_factory=Clock)
+    #: The task's span, if it has one.
+    asker: Asker | None = None
     #: Chunks so far.
     chunks: int = 0
     #: Kept by `FairQueue`: how far this call's items reach in its app's virtual time, and how many of them wait.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from legit_worker import parking
+from legit_worker import parking, tracing
 from legit_worker.errors import DeviceLostError
 from legit_worker.models.handle import compute_directly
 from legit_worker.models.loaded import LoadedModel
@@ -39,7 +39,7 @@ class Computing:
         fiber = fibers.current()
         if fiber is None:
             return compute_directly(model, items)
-        call = Call(app=fiber.app, clock=fiber.clock)
+        call = Call(app=fiber.app, clock=fiber.clock, asker=tracing.asker())
         chunks: list[Chunk] = []
         outputs: list[Any] = []
         try:

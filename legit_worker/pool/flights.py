@@ -20,6 +20,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.pool.calls import ENDS
 from legit_worker.pool.clock import Work
 from legit_worker.pool.queue import ModelQueue, calls_of
+from legit_worker.tracing import BatchSpan, batch_span
 
 #: A `forward` behind another batch that keeps this thread for more than this part of its own time waits for the device.
 BLOCKING = 0.5
@@ -37,6 +38,8 @@ class Flight:
     launch: Launch
     #: What the tasks' clocks count of it.
     work: Work
+    #: In traces; None if no task of it is traced.
+    span: BatchSpan | None
     #: Whether another batch was in flight when it was handed over.
     is_behind: bool
 
@@ -61,19 +64,22 @@ class Flights:
     def launch(self, queue: ModelQueue, batch: list[Item]) -> None:
         """Hand a batch to the device. Raises `DeviceLostError`, and what ends the worker."""
         start = monotonic()
-        work = self._follow(batch)
+        work, span = self._follow(batch), _traced(queue, batch)
         try:
             launch = queue.launch(batch)
-        except ENDS:  # whoever drains the worker finds the batch where it was
+        except ENDS as error:  # whoever drains the worker finds the batch where it was
             _settle(batch, work)
+            _end(span, error=error)
             queue.put_back(batch)
             raise
         except BaseException as error:
             _settle(batch, work)
+            _end(span, error=error)
             queue.seconds += monotonic() - start
             self._failed(queue, batch, error)
             return
-        flight = Flight(queue=queue, batch=batch, launch=launch, work=work, is_behind=bool(self._flights))
+        is_behind = bool(self._flights)
+        flight = Flight(queue=queue, batch=batch, launch=launch, work=work, span=span, is_behind=is_behind)
         if launch.is_done:
             self._land(flight)
         else:
@@ -119,6 +125,7 @@ class Flights:
         queue, batch, launch = flight.queue, flight.batch, flight.launch
         flight.work.end(launch.seconds if launch.error is None else None)
         _settle(batch, flight.work)
+        _end(flight.span, launch.seconds, launch.error)
         queue.seconds += launch.seconds
         queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)
         if launch.error is None:
@@ -139,6 +146,15 @@ class Flights:
         raise DeviceLostError(
             f"a batch of {len(batch)} broke model {queue.model.alias!r}'s device for this process: {error}"
         ) from error
+
+
+def _traced(queue: ModelQueue, batch: list[Item]) -> BatchSpan | None:
+    return batch_span(queue.model.alias, len(batch), (call.asker for call in calls_of(batch)))
+
+
+def _end(span: BatchSpan | None, seconds: float | None = None, error: BaseException | None = None) -> None:
+    if span is not None:
+        span.end(seconds, error)
 
 
 def _settle(batch: list[Item], work: Work) -> None:

@@ -36,6 +36,7 @@ from legit_worker.routing.endings import GOES_ON, STARTED_AT, Request, app_of, d
 from legit_worker.routing.envelope import Ending, seal
 from legit_worker.routing.lanes import lanes_of
 from legit_worker.routing.wires import commands, connect, is_redis
+from legit_worker.tracing import traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Routing:
         headers.setdefault(carrier(self._chosen), app)
         # A retry has the same id, and so does a replacement: both are the same task.
         same = headers.get("id") == request.get("id")
-        for name in ("meta", "route", "queued_at") if same else ("meta",):
+        for name in ("meta", "route", "queued_at", "traceparent") if same else ("meta",):
             if (value := header(name, request)) is not None:
                 headers.setdefault(name, value)
 
@@ -188,7 +189,10 @@ class Routing:
             self._count_unknown(mapping)
             return ()
         return endings(
-            app, task_id, mapping, status, value, model=handle.last_called.get(), computed_by=handle.last_computed.get()
+            *(app, task_id, mapping, status, value),
+            model=handle.last_called.get(),
+            computed_by=handle.last_computed.get(),
+            traceparent=traceparent(),
         )
 
     def _routed_app(self, request: Request) -> str | None:

@@ -15,6 +15,7 @@ from legit_worker.apps import answer_queue, header, identify
 from legit_worker.routing.envelope import Ending
 from legit_worker.routing.formats import queue_of
 from legit_worker.settings import Settings
+from legit_worker.tracing import checked
 
 #: Celery's own housekeeping tasks: nobody waits for their results.
 INTERNAL = ("celery.chord_unlock", "celery.backend_cleanup", "celery.accumulate")
@@ -39,6 +40,7 @@ def endings(
     *,
     model: str | None = None,
     computed_by: Mapping[str, Any] | None = None,
+    traceparent: str | None = None,
 ) -> Iterator[Ending]:
     """Return the endings that this task's end causes: its own, and if its chain stops here, the chain's.
 
@@ -50,7 +52,8 @@ def endings(
     chain = request.get("chain")
     is_inner = bool(chain or request.get(GOES_ON) or request.get("chord"))
     if route == "always" or (route != "never" and not is_inner):
-        yield replace(_ending(app, task_id, request, status, value, model), computed_by=computed_by)
+        own = _ending(app, task_id, request, status, value, model)
+        yield replace(own, computed_by=computed_by, traceparent=traceparent or own.traceparent)
     if chain and status != "SUCCESS":
         yield from never_run(app, chain[0], request, status, value)
 
@@ -62,7 +65,7 @@ def never_run(app: str, signature: Request, cause: Request, status: Status, valu
         own = options.get("headers") or {}
         if options.get("task_id") and header("route", own) != "never":
             request = {"task": last.get("task"), "hostname": cause.get("hostname")}
-            request |= {name: header(name, own) or header(name, cause) for name in ("meta", "queued_at")}
+            request |= {name: header(name, own) or header(name, cause) for name in ("meta", "queued_at", "traceparent")}
             yield _ending(app, options["task_id"], request, status, value, None)
 
 
@@ -109,6 +112,7 @@ def _ending(app: str, task_id: str, request: Request, status: Status, value: Any
         error=None if status == "SUCCESS" else value,
         attempt=(retries if isinstance(retries, int) else 0) + 1,
         model=model,
+        traceparent=checked(header("traceparent", request)),
         meta=header("meta", request),
         queued_at=header("queued_at", request),
         started_at=started_at if isinstance(started_at, float) else None,

@@ -52,6 +52,8 @@ class Ending:
     model: str | None = None
     #: What computed its vectors or scores: revision, dimensions, dtype, prompt, backend. None if no model has.
     computed_by: Mapping[str, Any] | None = None
+    #: The span of its run, or the one that its message names, as W3C Trace Context writes it.
+    traceparent: str | None = None
     #: The producer's header `meta`.
     meta: Any = None
     #: The producer's header `queued_at`, an ISO 8601 time.
@@ -103,6 +105,7 @@ def _fields(ending: Ending) -> dict[str, Any]:
         "attempt": ending.attempt,
         "model": ending.model,
         "computed_by": ending.computed_by,
+        "traceparent": ending.traceparent,
         "meta": ending.meta,
         "queued_at": _checked_time(ending.queued_at),
         "started_at": None if ending.started_at is None else _time(ending.started_at),

@@ -89,6 +89,9 @@ def describe(span: ReadableSpan) -> dict[str, Any]:
         "parent": f"{span.parent.span_id:016x}" if span.parent else None,
         "task": attributes.get("messaging.message.id") or attributes.get("messaging.message_id"),
         "item": attributes.get("item"),
+        "model": attributes.get("legit_worker.model"),
+        "links": [f"{link.context.span_id:016x}" for link in span.links],
+        "events": [[event.name, dict(event.attributes or {})] for event in span.events],
     }
 
 
