@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 from legit_worker.settings import ModelSettings
 
 #: The call for texts of each task, and the names of prompts that it looks for, in this order, as the library does.
@@ -38,7 +38,7 @@ def named_prompt(prompts: Mapping[str, str], name: str | None) -> str | None:
     if name is None:
         return None
     if name not in prompts:
-        raise InvalidInputError(f"prompt_name={name!r} is not among this model's prompts: {sorted(prompts)}")
+        raise InvalidInputError(f"prompt_name={shown(name)} is not among this model's prompts: {sorted(prompts)}")
     return prompts[name]
 
 

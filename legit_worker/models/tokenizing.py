@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from legit_worker.errors import InvalidInputError
+from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.types import PreparedText
 from legit_worker.models.features import Prompted, characters, check_text
 from legit_worker.models.modalities import AsText
@@ -89,8 +89,8 @@ class Tokenizing:
             )
         if (prepared.prompt or "") != (prompted.prompt or ""):
             raise InvalidInputError(
-                f"the text was prepared with the prompt {prepared.prompt or ''!r}, and the prompt here is "
-                f"{prompted.prompt or ''!r}: give prep_text and embed_text the same one"
+                f"the text was prepared with the prompt {shown(prepared.prompt or '')}, and the prompt here is "
+                f"{shown(prompted.prompt or '')}: give prep_text and embed_text the same one"
             )
         return self._tokenize.of_ids(prepared, prompted.limit)
 

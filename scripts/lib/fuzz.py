@@ -89,4 +89,6 @@ def _report(rows: list[tuple[str, int, list[str]]], command: str, seconds: float
         print(f"| {name} | {count:,} | {len(problems)} |")
     for name, _, problems in rows:
         for problem in problems[:SHOWN]:
-            print(f"\n{name}:\n{problem[-CHARACTERS:]}".encode(errors="backslashreplace").decode())
+            # A traceback's end has the error and the input. What a worker did is told first.
+            told = problem[:CHARACTERS] if name.startswith("worker") else problem[-CHARACTERS:]
+            print(f"\n{name}:\n{told}".encode(errors="backslashreplace").decode())

@@ -125,6 +125,7 @@ def arguments_of(task: str, images: list[bytes]) -> st.SearchStrategy[dict[str, 
         case "embed_text":
             known |= {"text": item | st.lists(item, max_size=4), "normalize": st.booleans() | values}
             known |= {"truncate": st.booleans() | values}
+            known |= {"precision": st.sampled_from(["float32", "int8", "ubinary"]) | values, "dimensions": counts}
         case "embed_image" | "prep_image":
             known |= {"image": item | st.lists(item, max_size=3)}
         case "rerank":
@@ -132,6 +133,9 @@ def arguments_of(task: str, images: list[bytes]) -> st.SearchStrategy[dict[str, 
         case "prep_text":
             known |= {"text": item | st.lists(item, max_size=4), "chunk_tokens": counts, "overlap": counts}
     unknown = st.dictionaries(st.sampled_from(["app", "meta", "self", "task_id", "x"]), values, max_size=1)
+    if "text" in task:
+        prompts = st.sampled_from([None, "query", "document"]) | values
+        known |= {"task": prompts, "prompt_name": prompts, "prompt": texts | values}
     first = next(name for name in known if name != "model")
     needed = {name: known.pop(name) for name in (first, "documents") if name in known}
     return st.builds(dict.__or__, unknown, st.fixed_dictionaries(needed, optional=known))
