@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from legit_worker import settings
+from legit_worker.cli import legit
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,6 +19,14 @@ NAMED = sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / 
 
 #: All that readers open.
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+#: What users start workers with.
+DEPLOYED = sorted(
+    path for path in [*(ROOT / "deploy").rglob("*"), *(ROOT / "examples").rglob("*.env")] if path.is_file()
+)
+
+#: What the documents name as no setting: the file of settings, a misspelt one, and what Kubernetes sets by itself.
+NO_SETTINGS = {"LEGIT_WORKER_CONFIG", "LEGIT_WORKER_ENABLE", "LEGIT_WORKER_SERVICE_HOST"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -26,6 +39,28 @@ def test_each_table_has_a_head(page: Path) -> None:
     """Rows without one are shown as they are written."""
     tables = re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE)
     assert [table for table in tables if not re.match(r"\|.*\n\|(?:-+\|)+\n", table)] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DEPLOYED], ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_variable_that_is_named_is_a_setting(page: Path) -> None:
+    """Names with a placeholder, as `LEGIT_WORKER_APPS__<APP>__…`, are left out."""
+    named = set(re.findall(r"\bLEGIT_WORKER_[A-Z0-9_]*[A-Z0-9](?![\w<…*])", page.read_text()))
+    assert settings.unknown(dict.fromkeys(named - NO_SETTINGS, "1")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_command_of_ours_that_is_typed_is_there(page: Path) -> None:
+    consoles = re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    typed = re.findall(
+        r"^\$ .*celery .* legit (\w+)(?: (list|show|replay|drop|load|unload|pin|unpin)\b)?",
+        "".join(consoles),
+        re.MULTILINE,
+    )
+    for command, inner in typed:
+        assert command in legit.commands
+        assert not inner or inner in getattr(legit.commands[command], "commands", {})
+    for script in re.findall(r"^\$ (scripts/\w+)", "".join(consoles), re.MULTILINE):
+        assert (ROOT / script).is_file()
 
 
 def links(text: str) -> list[str]:
@@ -44,6 +79,19 @@ def headings(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub and MkDocs make them."""
     written = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in written}
+
+
+def test_each_page_is_in_the_sites_navigation_and_can_be_reached_from_the_first_page() -> None:
+    def listed(part: Any) -> set[str]:
+        if isinstance(part, str):
+            return {part}
+        return {name for inner in (part.values() if isinstance(part, dict) else part) for name in listed(inner)}
+
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    navigation = listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert {name for name in navigation if not name.startswith("examples/")} == pages
+    linked = {link.partition("#")[0] for link in links((ROOT / "docs" / "index.md").read_text())}
+    assert pages - linked == {"index.md"}
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=lambda part: part)
