@@ -86,7 +86,7 @@ ALLOWED = {
     "validation": {"errors", "golden", "routing", "settings"},
     "doctor": {"device", "errors", "models", "prep", "prep_tasks", "routing", "settings"},
     "cli": {"control", "doctor", "errors", "routing", "settings", "validation"},
-    "testing": {"device", "models", "settings"},
+    "testing": {"device", "models", "parking", "pool", "settings", "tasks"},
     "__init__": {"install", "models", "pool"},
 }
 
