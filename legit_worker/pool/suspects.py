@@ -62,11 +62,13 @@ class Suspects:
         if not is_numbered(message):
             return False
         key = key_of(message)
-        deliveries, is_uncounted = self._deliveries(message, key)
+        counted = count(message.headers.get(COUNT))
+        deliveries, is_news = self._deliveries(message, key)
         self._is_careful = self._is_suspect(deliveries)
-        if self._is_careful and (is_uncounted or self._fibers) and self._goes_behind(message, deliveries):
+        if self._is_careful and (is_news or self._fibers) and self._goes_behind(message, deliveries):
             return True
-        message.delivery_info[DELIVERIES] = deliveries
+        # Without a copy, only the queue's own count goes on.
+        message.delivery_info[DELIVERIES] = max(deliveries, counted) if is_news and self._is_careful else deliveries
         if key is not None:
             self._received[key] = True
         return False
@@ -76,15 +78,16 @@ class Suspects:
         return deliveries > 0 and not 0 < self._most <= deliveries
 
     def _deliveries(self, message: kombu.Message, key: Key | None) -> tuple[int, bool]:
-        """Return how many workers may have died of a message, and whether nobody but this worker counts the last one.
+        """Return how many workers may have died of a message, and whether that is news: no copy says so yet.
 
-        A worker that gave the message back and lives did not die of it.
+        A worker that gave the message back and lives did not die of it. A quorum queue also counts deliveries that no
+        worker has read, and each lost connection. So whatever it counts since the last copy is one.
         """
         was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))
-        is_uncounted = came_again(message) and not counted and not was_ours and self._most > 0
+        is_news = (came_again(message) or counted > 0) and not was_ours and self._most > 0
         copied = unpack(message)  # after that, a copy seems to have come again, too
-        return copied + max(0, counted - was_ours) + is_uncounted, is_uncounted
+        return copied + (is_news if self._most else max(0, counted - was_ours)), is_news
 
     def _goes_behind(self, message: kombu.Message, deliveries: int) -> bool:
         tags = getattr(self._consumer.task_consumer, "_active_tags", {})

@@ -135,12 +135,18 @@ def test_a_copy_runs_alone_and_looks_as_it_first_came(worker: Worker) -> None:
     assert worker.suspects.bound == inf
 
 
-def test_counts_of_a_quorum_queue_add_to_those_of_copies(worker: Worker) -> None:
-    once = message("a", Channel(), again=True, **{COUNT: 1})
-    twice = message("b", Channel(), again=True, **{COUNT: 1, DELIVERIES: 1})
-    worker.receive(once)
-    worker.receive(twice)
-    assert [each.delivery_info[DELIVERIES] for each in worker.to_run] == [1, 2]
+@pytest.mark.parametrize("counted", [1, 6])
+def test_whatever_a_quorum_queue_has_counted_since_the_last_copy_is_one(worker: Worker, counted: int) -> None:
+    """RabbitMQ delivers messages that no worker has read when its connection breaks, and counts them."""
+    worker.receive(message("a", Channel(), again=True, **{COUNT: counted}))
+    worker.receive(message("b", Channel(), again=True, **{COUNT: counted, DELIVERIES: 1}))
+    assert (worker.behind.copies, worker.to_run) == ([("a", "work", 1), ("b", "work", 2)], [])
+
+
+def test_if_no_copy_can_be_made_the_queues_own_count_is_taken(worker: Worker) -> None:
+    worker.behind.put = lambda *_: False  # type: ignore[method-assign]
+    worker.receive(message("a", Channel(), again=True, **{COUNT: 2}))
+    assert [each.delivery_info[DELIVERIES] for each in worker.to_run] == [2]
 
 
 def test_a_message_that_came_too_often_goes_on_to_its_end_and_holds_up_nobody(worker: Worker) -> None:
@@ -190,7 +196,7 @@ def test_another_message_is_no_copy(worker: Worker, other: dict[str, Any]) -> No
     worker.begin(former)
     worker.adoption.lost()
     worker.receive(message("a", Channel(), again=True, **{COUNT: 1, **other}) if "id" not in other else _renamed(other))
-    assert len(worker.to_run) == 2
+    assert len(worker.to_run) + len(worker.behind.copies) == 2, "it runs, if behind the others"
 
 
 def _renamed(other: dict[str, Any]) -> kombu.Message:
