@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,6 +155,24 @@ class Inference(Launch):
             finally:
                 self.arrays = {}
                 self.is_done = True
+                _in_flight.discard(self)
+
+
+#: The batches that OpenVINO's threads are at, in all of this process.
+_in_flight: weakref.WeakSet[Inference] = weakref.WeakSet()
+
+#: Held while a batch is handed over, and during a fork. A signal's handler may fork on the thread that has it.
+_handing_over = threading.RLock()
+
+
+def _before_fork() -> None:
+    """Wait for the batches in flight. A child that has none of their threads would wait for them at its own batch."""
+    _handing_over.acquire()
+    for inference in list(_in_flight):
+        inference.wait()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_handing_over.release)
 
 
 def _rows_of(request: Any) -> torch.Tensor:
@@ -179,20 +198,21 @@ class Graph:
         if os.getpid() != self._process:
             return self._compute(arrays)
         request = self._requests.pop() if self._requests else self._compiled.create_infer_request()
-        began = monotonic()
-        request.start_async(arrays, share_inputs=True)
-        host_seconds = monotonic() - began
-        return Inference(
+        inference = Inference(
             outputs=None,
             seconds=0.0,
-            host_seconds=host_seconds,
             is_done=False,
             count=count,
             graph=self,
             request=request,
-            began=began,
+            began=monotonic(),
             arrays=arrays,
         )
+        with _handing_over:
+            request.start_async(arrays, share_inputs=True)
+            _in_flight.add(inference)
+        inference.host_seconds = monotonic() - inference.began
+        return inference
 
     def _compute(self, arrays: dict[str, Any]) -> Launch:
         request, began = self._compiled.create_infer_request(), monotonic()

@@ -5,6 +5,7 @@ Nothing of Celery is here. Each test's conversions are kept in a folder of its o
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,6 @@ def test_a_folder_that_can_not_be_written_is_no_error(serve: Serve, tmp_path: Pa
 
 
 def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
-    import multiprocessing
-
     serve("embed")
     expected = legit_worker.model("m").encode(TEXTS)
     context = multiprocessing.get_context("fork")
@@ -224,6 +223,28 @@ def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
     finally:
         child.kill()
     np.testing.assert_allclose(queue.get(), expected, **CLOSE)
+
+
+def test_a_fork_waits_for_a_batch_in_flight(serve: Serve) -> None:
+    registry = serve("embed")
+    legit_worker.model("m").encode(TEXTS)  # loads it
+    model = registry.slots["m"].model
+    assert model is not None
+    launch = model.launch([model.preprocess("the old dog " * 80)] * 400)
+    context = multiprocessing.get_context("fork")
+
+    def compute() -> None:
+        assert launch.is_done
+        legit_worker.model("m").encode(TEXTS)
+
+    child = context.Process(target=compute, daemon=True)
+    child.start()
+    try:
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        launch.wait()
 
 
 def export(path: Path, names: dict[str, str]) -> Path:
