@@ -20,7 +20,7 @@ from typing import Any
 
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.loaded import started_cuda
-from legit_worker.device.vram import Gpu, Memory, VramUnknownError, visible_gpus
+from legit_worker.device.vram import Gpu, Memory, NvmlMuteError, VramUnknownError, visible_gpus
 
 #: The variable by which torch's allocator lets its blocks grow, and leaves no holes between them. Read at import.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -95,9 +95,9 @@ def gpu(setting: str) -> Gpu | None:
     return gpus[number]
 
 
-def _by_uuid(setting: str) -> Gpu:
+def _by_uuid(setting: str, environ: Mapping[str, str] | None = None) -> Gpu:
     """Return the one visible GPU whose UUID begins like this. Raises `VramUnknownError`."""
-    gpus = visible_gpus()
+    gpus = visible_gpus(environ)
     found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(setting.lower())]
     if len(found) != 1:
         names = ", ".join(gpu.uuid for gpu in gpus) or "none"
@@ -108,13 +108,14 @@ def _by_uuid(setting: str) -> Gpu:
 def show_only(setting: str) -> None:
     """Let CUDA show this process and its children the GPU of this UUID alone, and a MIG instance at all.
 
-    CUDA reads the variable once, when it starts. One that the operator set stays, unless it has this GPU among others.
+    CUDA reads the variable once, when it starts. Raises `VramUnknownError` if there is no such GPU, or the operator's
+    own `CUDA_VISIBLE_DEVICES` hides it.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not setting.startswith(BY_UUID) or started_cuda() is not None:
         return
-    if listed is not None:
-        _by_uuid(setting)
+    with suppress(NvmlMuteError):
+        _by_uuid(setting, {"CUDA_VISIBLE_DEVICES": setting if listed is None else listed})
     os.environ["CUDA_VISIBLE_DEVICES"] = setting
 
 

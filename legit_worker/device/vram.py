@@ -49,6 +49,10 @@ class VramUnknownError(LegitWorkerError):
     """The memory of a GPU can't be read; the message says why, and what to set instead."""
 
 
+class NvmlMuteError(VramUnknownError):
+    """NVML itself tells nothing."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU, or one MIG instance of it."""
@@ -236,7 +240,7 @@ def _ask(question: Callable[[Any], T]) -> T:
     try:
         import pynvml
     except ImportError:
-        raise VramUnknownError(f"free GPU memory is unknown: nvidia-ml-py is not installed. {WAY_OUT}") from None
+        raise NvmlMuteError(f"free GPU memory is unknown: nvidia-ml-py is not installed. {WAY_OUT}") from None
     try:
         _start(pynvml)
         try:
@@ -245,7 +249,7 @@ def _ask(question: Callable[[Any], T]) -> T:
             _start(pynvml, again=True)
             return question(pynvml)
     except pynvml.NVMLError as error:
-        raise VramUnknownError(f"free GPU memory is unknown: {_reason(error)}. {WAY_OUT}") from error
+        raise NvmlMuteError(f"free GPU memory is unknown: {_reason(error)}. {WAY_OUT}") from error
 
 
 def _reason(error: Exception) -> str:

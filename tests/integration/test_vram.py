@@ -173,7 +173,7 @@ def check_refused(variables: dict[str, str], words: str) -> None:
         check=False,
     )
     last = finished.stderr.strip().splitlines()[-1]
-    assert last.startswith("legit_worker.device.vram.VramUnknownError: free GPU memory is unknown: ")
+    assert last.startswith("legit_worker.device.vram.NvmlMuteError: free GPU memory is unknown: ")
     assert "LEGIT_WORKER_VRAM_LIMIT" in last
     assert re.search(words, last)
 

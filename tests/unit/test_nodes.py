@@ -100,6 +100,8 @@ def test_a_uuid_that_cuda_is_not_to_show_is_refused_and_one_of_several_is_counte
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uuids(monkeypatch, "GPU-aaaa", "GPU-bbbb")
+    with pytest.raises(vram.VramUnknownError, match="LEGIT_WORKER_DEVICE=GPU-cccc, and CUDA shows this process: none"):
+        cuda.show_only("GPU-cccc")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(
         vram.VramUnknownError, match="LEGIT_WORKER_DEVICE=GPU-bbbb, and CUDA shows this process: GPU-aaaa"
@@ -107,6 +109,18 @@ def test_a_uuid_that_cuda_is_not_to_show_is_refused_and_one_of_several_is_counte
         cuda.show_only("GPU-bbbb")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     assert cuda.name_of("GPU-aaaa") == "cuda:1"
+
+
+def test_a_uuid_is_taken_on_trust_if_nvml_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    uuids(monkeypatch)
+
+    def mute() -> None:
+        raise vram.NvmlMuteError("no driver")
+
+    monkeypatch.setattr(vram, "all_gpus", mute)
+    cuda.show_only("GPU-aaaa")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa"
+    assert cuda.name_of("GPU-aaaa") == "cuda:0"
 
 
 def test_the_driver_knows_the_uuid(tmp_path: Path) -> None:
