@@ -5,6 +5,7 @@ In: an operator's command line. Out: `legit`, the group that the commands of the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from celery import Celery
 from celery.bin.base import CeleryCommand
 from kombu.exceptions import OperationalError
 from rich import box
+from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -85,3 +87,9 @@ def new_table(*columns: Column | str, **options: Any) -> Table:
 def mib(size: int) -> str:
     """Write bytes in MiB."""
     return f"{size / 2**20:,.0f} MiB"
+
+
+def busy(words: str, *, quiet: bool = False) -> AbstractContextManager[object]:
+    """Show on a terminal that something long goes on; nothing if the output is no terminal, or `quiet`."""
+    console = Console()
+    return console.status(words) if console.is_terminal and not quiet else nullcontext()

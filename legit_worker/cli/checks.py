@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from legit_worker.cli.base import Command, legit
+from legit_worker.cli.base import Command, busy, legit
 
 #: How `doctor` marks a finding: a character and its colour.
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}
@@ -37,7 +37,9 @@ def validate(ctx: click.Context, **options: Any) -> None:
     """
     from legit_worker.validation.command import main
 
-    ctx.exit(main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options))
+    with busy("loading the model, and computing …", quiet=options["as_json"]):
+        code = main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options)
+    ctx.exit(code)
 
 
 @legit.command(cls=Command)

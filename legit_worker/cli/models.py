@@ -16,7 +16,7 @@ from celery.bin.base import COMMA_SEPARATED_LIST, handle_preload_options
 from rich.console import Console
 from rich.table import Column
 
-from legit_worker.cli.base import Command, Group, legit, mib, new_table, reach, safe
+from legit_worker.cli.base import Command, Group, busy, legit, mib, new_table, reach, safe
 
 #: Seconds between two questions whether the change is made.
 LOOK = 0.2
@@ -154,7 +154,7 @@ def _change(
     if not as_json:
         for worker in sorted(begun):
             click.echo(safe(f"{worker}: {replies[worker]['ok']}"))
-    with Console(stderr=True).status(f"{name} {alias} …"):  # on a terminal only
+    with busy(f"{name} {alias} …", quiet=as_json):
         replies |= _finish(app, name, alias, begun, wait, timeout)
     if as_json:
         click.echo(json.dumps(replies))

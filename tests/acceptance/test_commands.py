@@ -20,6 +20,7 @@ APPS = {"LEGIT_WORKER_APPS__ALPHA__RESULT_ROUTING": "on", "LEGIT_WORKER_APPS__BE
 
 COMMANDS = [
     "status",
+    *("models", "models load sim", "queues", "top"),
     *("results list", "results replay alpha", "results drop alpha"),
     *("dead list", "dead show alpha", "dead replay alpha", "dead drop alpha"),
 ]
