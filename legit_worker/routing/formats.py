@@ -14,6 +14,7 @@ import secrets
 import socket
 import uuid
 from dataclasses import dataclass, field
+from time import time
 from typing import Any
 
 from legit_worker.settings import AppSettings
@@ -102,7 +103,8 @@ def _celery(chosen: AppSettings, task_id: str, envelope: bytes) -> Message:
 
 
 def _laravel(chosen: AppSettings, task_id: str, envelope: bytes) -> bytes:
-    job = {
+    now = time()
+    job: dict[str, Any] = {
         "uuid": stable_id(task_id),
         "displayName": str(chosen.job).partition("@")[0],
         "job": chosen.job,
@@ -111,6 +113,12 @@ def _laravel(chosen: AppSettings, task_id: str, envelope: bytes) -> bytes:
         "failOnTimeout": False,
         "backoff": None,
         "timeout": None,
+        # Laravel 12 looks at these for the oldest job of a queue, and Horizon shows them.
+        "createdAt": int(now),
+        "delay": None,
+        "type": "job",
+        "tags": [],
+        "pushedAt": f"{now:.4f}",
         # Laravel tells reserved jobs apart by their whole text. So one part must always differ.
         "id": secrets.token_hex(16),
         "attempts": 0,

@@ -37,6 +37,7 @@ from legit_worker.settings.values import (
     Networks,
     Options,
     Pixels,
+    QueueName,
     QueuePattern,
     SafeName,
     Seconds,
@@ -194,7 +195,7 @@ class AppSettings(_Group):
     #: Whether its results also go to its own queue.
     result_routing: bool = False
     #: The app's queue; `<app>.results` if it is not set.
-    queue: SafeName | None = None
+    queue: QueueName | None = None
     #: The form of a result on the app's queue.
     format: Literal["json", "celery", "laravel"] = "json"
     #: The Celery task or the Laravel job that handles a result on the app's side. Formats `celery` and `laravel` need

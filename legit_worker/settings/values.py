@@ -305,6 +305,13 @@ def _check_place(scheme: str, url: str) -> None:
 #: A name that is part of a variable's name. Variables are often upper case, so case doesn't count.
 Key = Annotated[str, StringConstraints(to_lower=True, min_length=1)]
 SafeName = Annotated[str, matching(NAME, "1 to 128 of the characters A-Z a-z 0-9 _ . : -")]
+#: A queue of an app. Laravel's queues on a Redis Cluster are in braces, so that all keys of one are on one node.
+QueueName = Annotated[
+    str,
+    matching(
+        rf"{NAME}|\{{{NAME}\}}", "1 to 128 of the characters A-Z a-z 0-9 _ . : -, and may be in one pair of braces"
+    ),
+]
 AppName = Annotated[SafeName, StringConstraints(to_lower=True)]
 ModelAliases = Annotated[tuple[Key, ...], BeforeValidator(listed)]
 Folder = Annotated[Path, BeforeValidator(at_home)]

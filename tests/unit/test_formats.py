@@ -41,7 +41,7 @@ def test_laravel_finds_its_own_string_job() -> None:
     assert payload["attempts"] == 0
     assert set(payload) == {
         *("uuid", "displayName", "job", "maxTries", "maxExceptions", "failOnTimeout", "backoff", "timeout"),
-        *("data", "id", "attempts"),
+        *("data", "id", "attempts", "createdAt", "delay", "type", "tags", "pushedAt"),
     }
 
 
@@ -73,3 +73,15 @@ def test_another_broker_gets_the_same_in_a_message(kind: str) -> None:
 
 def test_an_id_that_is_no_unicode_has_its_own_uuid_too() -> None:
     assert stable_id("a\ud800") != stable_id("a\udfff")
+
+
+def test_a_queue_of_a_cluster_has_its_braces_in_all_keys() -> None:
+    chosen = AppSettings(format="laravel", job="App\\Jobs\\X@handle", queue="{embeddings}", prefix="app-")
+    keys = [push.key for push in pushes(chosen, queue_of("vod", chosen), "an-id", b"{}")]
+    assert keys == ["app-queues:{embeddings}", "app-queues:{embeddings}:notify"]
+
+
+@pytest.mark.parametrize("queue", ["{a", "a}", "{}", "{a}{b}", "{{a}}", "x{a}"])
+def test_braces_that_are_no_pair_around_a_name_are_refused(queue: str) -> None:
+    with pytest.raises(ValueError, match="braces"):
+        AppSettings(queue=queue)
