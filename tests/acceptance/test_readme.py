@@ -1,4 +1,4 @@
-"""README's first section and docs/start.md, word for word, in an empty folder.
+"""docs/start.md, word for word, in an empty folder. README's first section has the same words.
 
 In: the blocks of both. Only two words differ from what a reader types: the address of the server, by the
 variables that they name, and the model's name, because a test downloads nothing.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -69,15 +68,12 @@ def read_steps(block: str) -> list[Step]:
     return [Step(*part.partition("\n")[::2]) for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
 
 
-@pytest.mark.parametrize("read_section", [read_readme, read_first_page])
-def test_a_reader_who_types_what_is_written_gets_a_vector_and_the_workers_status(
-    broker: Broker, tmp_path: Path, read_section: Callable[[], Section]
-) -> None:
+def test_a_reader_who_types_the_first_page_gets_vectors_and_the_workers_status(broker: Broker, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     if not broker.url.startswith("redis"):
         pytest.skip("the documents name Redis")
-    section, terminal = read_section(), Terminal(tmp_path / "empty", broker)
+    section, terminal = read_first_page(), Terminal(tmp_path / "empty", broker)
     (tmp_path / "empty" / "tasks.py").write_text(section.program)
     commands = [step.command for step in section.worker]
     send, *more, status = section.client
@@ -92,9 +88,14 @@ def test_a_reader_who_types_what_is_written_gets_a_vector_and_the_workers_status
         assert "minilm" in terminal.run(status.command)
 
 
-@pytest.mark.parametrize("read_section", [read_readme, read_first_page])
-def test_the_command_that_installs_names_an_extra_of_the_package(read_section: Callable[[], Section]) -> None:
+def test_the_readme_has_the_same_words_and_fewer_steps() -> None:
+    readme, page = read_readme(), read_first_page()
+    assert (readme.install, readme.program, readme.worker) == (page.install, page.program, page.worker)
+    assert [step for step in page.client if step in readme.client] == readme.client
+
+
+def test_the_command_that_installs_names_an_extra_of_the_package() -> None:
     """Whether pip installs a checkout: `tests/integration/test_package.py`."""
-    (step,) = read_section().install
+    (step,) = read_first_page().install
     (extra,) = re.findall(r'pip install "\.\[(.+)\]"', step.command)
     assert extra in metadata.metadata("legit-worker").get_all("Provides-Extra", [])
