@@ -113,9 +113,8 @@ def _laravel(chosen: AppSettings, task_id: str, envelope: bytes) -> bytes:
         "failOnTimeout": False,
         "backoff": None,
         "timeout": None,
-        # Laravel 12 looks at these for the oldest job of a queue, and Horizon shows them.
+        # Newer releases of Laravel tell the age of a queue by `createdAt`. Horizon adds the others to its own jobs.
         "createdAt": int(now),
-        "delay": None,
         "type": "job",
         "tags": [],
         "pushedAt": f"{now:.4f}",

@@ -41,7 +41,7 @@ def test_laravel_finds_its_own_string_job() -> None:
     assert payload["attempts"] == 0
     assert set(payload) == {
         *("uuid", "displayName", "job", "maxTries", "maxExceptions", "failOnTimeout", "backoff", "timeout"),
-        *("data", "id", "attempts", "createdAt", "delay", "type", "tags", "pushedAt"),
+        *("data", "id", "attempts", "createdAt", "type", "tags", "pushedAt"),
     }
 
 
