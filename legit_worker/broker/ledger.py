@@ -58,7 +58,7 @@ class Worker:
     keeps: Callable[[], Collection[str]] = frozenset
     #: The tags of the tasks that can do no harm any more: their own code is over, and their result is on its way.
     harmless: Callable[[], Collection[str]] = frozenset
-    #: Whether a task waits that should not wait until all messages are delivered that have come.
+    #: Whether tasks wait that should not wait until all messages are delivered that have come.
     is_hurried: Callable[[], bool] = bool
     #: Whether such a task may come soon.
     is_shared: Callable[[], bool] = bool

@@ -30,6 +30,10 @@ from legit_worker.pool.watcher import Turn, Watcher
 #: Seconds after which a turn resumes no more of the tasks that gave way: messages and heartbeats come first.
 FULL_TURN = 0.02
 
+#: Seconds that messages which came as a group may begin tasks before the next turn: those whose batch is done go on
+#: first. Long enough for a full batch of tasks whose own code takes some milliseconds each.
+MOST_BEGINNING = 0.25
+
 
 class Loop:
     """One pool's. Lives on the main thread, except for `wake` and `note_lost`. Owns the backlog and who is ready."""
@@ -68,6 +72,8 @@ class Loop:
         #: Tasks that came and have not begun.
         self.backlog = Backlog(self.gates.has)
         self._ready: deque[Fiber] = deque()
+        # Seconds that the tasks took which began since the last turn.
+        self._began_for = 0.0
         # Tasks that must be ended or warned once their batch is over.
         self._due: dict[Fiber, None] = {}
         #: The device is gone for good.
@@ -101,7 +107,10 @@ class Loop:
         self.gates.begun(fiber)
         self._running.add(fiber)
         self._watcher.follow(fiber)
-        self._switch_to(fiber)
+        try:
+            self._switch_to(fiber)
+        finally:
+            self._began_for += fiber.ran_seconds
         self._wakeup.set()
 
     def wake(self, fiber: Fiber) -> None:
@@ -132,6 +141,11 @@ class Loop:
         raise DeviceLostError(*error.args) from error
 
     @property
+    def is_overdue(self) -> bool:
+        """Whether tasks began for so long that the next turn should come before others begin."""
+        return self._began_for >= MOST_BEGINNING
+
+    @property
     def has_work(self) -> bool:
         """Whether a turn would advance anything now."""
         return bool(self._ready) or self._engine.can_step
@@ -141,7 +155,7 @@ class Loop:
 
         Raises `DeviceLostError`, and what a lost connection raises in Celery's own callbacks, as in solo.
         """
-        self.is_turning = True
+        self.is_turning, self._began_for = True, 0.0
         try:
             self._turn(should_compute)
         finally:
@@ -182,18 +196,25 @@ class Loop:
         self._begin()
 
     def _resume_all(self, ready: deque[Fiber], *, until: float) -> None:
-        """Resume each fiber that is ready now. From `until` on, those that only gave way are the next turn's first."""
+        """Resume each fiber that is ready now. From `until` on, those that only gave way are the next turn's first.
+
+        So are those whose own code is yet to begin, once others' have begun for long.
+        """
         later: list[Fiber] = []
         try:
             for _ in range(len(ready)):
                 fiber = ready.popleft()
-                now = monotonic()
-                if (fiber.gives_way and now > until) or (now >= self._ends_at() and fiber.phase is not Phase.ENDING):
+                now, is_new = monotonic(), fiber.phase is Phase.NEW
+                if (fiber.gives_way and now > until) or (is_new and self.is_overdue) or self._is_over_for(fiber, now):
                     later.append(fiber)
                 elif not fiber.dead:
                     self._switch_to(fiber)
+                    self._began_for += (monotonic() - now) * is_new
         finally:  # the switch may raise
             ready.extendleft(reversed(later))
+
+    def _is_over_for(self, fiber: Fiber, now: float) -> bool:
+        return now >= self._ends_at() and fiber.phase is not Phase.ENDING
 
     def _end_due(self) -> None:
         """Raise what is due in the tasks that wait. One whose batch is being computed is told after that."""

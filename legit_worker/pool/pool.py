@@ -245,7 +245,7 @@ class ModelPool(SoloPool):
                         self._running.outlasting, self.app.conf.worker_cancel_long_running_tasks_on_connection_loss
                     ),
                     harmless=lambda: tags_of(self._running.delivering),
-                    is_hurried=lambda: self.engine.is_hurried,
+                    is_hurried=lambda: self._loop.is_overdue or self.engine.is_hurried,
                     is_shared=lambda: self.engine.is_shared,
                 )
             )

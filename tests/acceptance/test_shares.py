@@ -108,3 +108,18 @@ def test_tasks_for_a_resident_model_do_not_wait_for_a_window_of_others_to_load(s
     assert "model 'cold' loaded" not in worker.log
     assert worker.pool()["in_flight"] == len(waiting)
     worker.settle(waiting)
+
+
+def test_a_result_does_not_wait_until_a_whole_group_of_slow_tasks_has_begun(sides: Sides, broker: Broker) -> None:
+    """Redis gives the group at once: 1 message, 2, 4, 8. The eighth is the first of these."""
+    worker = sides.worker("modelpool", broker=broker)
+    worker.settle([worker.send("one", "text", alias="sim")])
+    before = worker.send("sleeps", 2)
+    poll(lambda: before.id in worker.received, "the first task")  # the others come while it runs
+    quick = [worker.send("sleeps", 0) for _ in range(7)]
+    short = worker.send("one", "short", alias="sim")
+    slow = [worker.send("sleeps", 0.5) for _ in range(12)]
+    worker.settle([*quick, short, *slow])
+    ends = [line for line in worker.log.splitlines() if " succeeded in " in line]
+    place = next(number for number, line in enumerate(ends) if short.id in line)
+    assert sum(any(one.id in line for one in slow) for line in ends[:place]) <= 4

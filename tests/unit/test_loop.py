@@ -109,6 +109,25 @@ def test_a_turn_ends_while_many_tasks_give_way_and_each_gets_its_part(
         assert "".join(order) == turn
 
 
+def test_once_tasks_have_begun_for_long_the_next_turn_is_overdue(
+    pool: PlayedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(loop, "monotonic", lambda: now)
+
+    def long() -> None:
+        nonlocal now
+        now += loop.MOST_BEGINNING * 0.6
+        pool.engine.call()
+
+    pool.send(long, "a")
+    assert not pool.loop.is_overdue
+    pool.send(long, "b")
+    assert pool.loop.is_overdue
+    pool.turn()
+    assert not pool.loop.is_overdue
+
+
 def test_what_is_due_is_raised_where_the_task_waits_and_in_no_other(pool: PlayedPool) -> None:
     errors: list[str] = []
     waits = waits_in_vain(pool, SoftTimeLimitExceeded, errors)
