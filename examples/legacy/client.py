@@ -27,7 +27,7 @@ signal.signal(signal.SIGTERM, lambda *_: is_over.append(True))
 
 def send(number: int) -> tuple:
     """One text through both stages."""
-    text = f"product {number % 25} of the {name}: " + "a chair of red oak with a soft seat " * (number % 12)
+    text = f"product {number % 12} of the {name}: " + "a chair of red oak with a soft seat " * (number % 12)
     first = celery.signature("pipeline.prep", [text], {"app": name}, queue="prep")
     second = celery.signature("pipeline.embed", kwargs={"app": name}, queue="embed")
     return number, text, chain(first, second).apply_async()

@@ -30,7 +30,7 @@ PREP = {"LEGIT_WORKER_ENABLED": "1", "LEGIT_WORKER_ROLE": "prep"}
 DIFFERENCE = 2e-6
 
 #: Answers of each client that are waited for in each step.
-ENOUGH = 20
+ENOUGH = 12
 
 #: Characters of a log that an error shows.
 TAIL = 4000
