@@ -83,10 +83,11 @@ def can_be_padded(features: dict[str, Any]) -> bool:
 
 
 def cost_of(features: dict[str, Any]) -> int:
-    """Tokens of a text; for anything else, its largest tensor."""
+    """Tokens of a text, and of an image whose patches are tokens; for anything else, its largest tensor."""
     if "input_ids" in features:
-        return int(features["input_ids"].shape[1])
-    numbers = max(value.numel() for value in features.values() if isinstance(value, torch.Tensor))
+        ids = features["input_ids"]
+        return max(1, int(ids.shape[1]) if ids.ndim > 1 else ids.numel())
+    numbers = max((value.numel() for value in features.values() if isinstance(value, torch.Tensor)), default=0)
     return max(1, numbers // NUMBERS_PER_COST)
 
 

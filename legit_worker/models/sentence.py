@@ -141,7 +141,7 @@ class SentenceModel:
         features, task = self._texts.by_the_library(prompted), prompted.task
         if self._texts.has_several or not can_be_padded(features):
             key = ("raw", prompted.prompt, task, prompted.limit)
-            return Prepared({}, max(1, len(str(prompted.input).split())), key, task, prompted)
+            return Prepared({}, cost_of(features), key, task, prompted)
         return Prepared(features, cost_of(features), (task, key_of(features)), task)
 
     def _check(self, value: Any) -> None:

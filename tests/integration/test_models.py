@@ -441,6 +441,17 @@ def test_queries_and_documents_share_a_batch_unless_the_model_treats_them_apart(
     assert keys == {"minilm": 1, "embed": 1, "routed": 3, "capped": 3}
 
 
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_a_text_costs_its_tokens_also_if_the_model_must_tokenize_it_in_the_batch(
+    searching: dict[str, Any], task: str
+) -> None:
+    text = "unheard riverbanks"
+    with use(legit_worker.model("routed").slot, default_registry().residency) as model:
+        [item], _ = model.plan(f"encode_{task}")(text)
+        cost = model.cost(model.preprocess(item))
+    assert cost == searching["routed"].preprocess([text], task=task)["input_ids"].numel() > len(text.split())
+
+
 @pytest.mark.parametrize("method", ["encode_query", "encode_document"])
 def test_sparse_queries_and_documents_are_encoded_as_the_library_does(sparse: Any, method: str) -> None:
     got = getattr(legit_worker.model("sparse"), method)(TEXTS)
