@@ -1,0 +1,27 @@
+"""A project whose worker also says how many greenlets it has: `scripts/soak`."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+from celery import Celery
+from greenlet import greenlet
+
+import legit_worker
+
+app = Celery("soak", broker=os.environ["CELERY_BROKER_URL"], backend=os.environ["CELERY_RESULT_BACKEND"])
+legit_worker.install(app)
+
+
+@app.task(name="soak.embed")
+def embed(text: str, alias: str) -> list[float]:
+    """One vector."""
+    return legit_worker.model(alias).encode(text).tolist()
+
+
+@app.task(name="soak.greenlets")
+def greenlets() -> int:
+    """Greenlets that are alive once what is garbage is collected."""
+    gc.collect()
+    return sum(isinstance(one, greenlet) for one in gc.get_objects())
