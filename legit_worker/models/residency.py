@@ -33,6 +33,10 @@ BUDGET_SECONDS = 0.25
 #: Seconds between two decisions that nothing but time calls for: one takes 0.1 ms if a thousand requests wait.
 REVIEW_SECONDS = 0.02
 
+#: Bytes that a GPU's allocator always has beside the weights: it takes memory in blocks of up to 20 MiB, and a batch of
+#: one short item must find some although others have grown.
+LEAST_ROOM = 64 * 2**20
+
 #: Seconds after which a request that waits for other processes' memory is told of in the log.
 BLOCKED_SECONDS = 10.0
 
@@ -293,14 +297,17 @@ class Residency:
         """Have the device's allocator keep within the budget: what it keeps for later is not in ours.
 
         Or within the weights and what batches need beside them, if that is more: others have grown, or a task could
-        not wait. Not while a model is there that does not tell its size.
+        not wait. That is never more than the operator's limit, but for the weights and `LEAST_ROOM`. Not while a model
+        is there that does not tell its size.
         """
         allowed, slots = self._allowed.now, list(self._slots.values())
         if allowed is None or any(not slot.size for slot in slots if slot.is_resident or slot.is_loading):
             self._budget.hold(None)
         else:
-            needed = policy.weights(slots) + policy.being_read(slots) + policy.reserve(slots, None)
-            self._budget.hold(max(allowed, needed))
+            held = policy.weights(slots) + policy.being_read(slots)
+            most = inf if self._allowed.most is None else self._allowed.most
+            needed = min(held + policy.reserve(slots, None), most)
+            self._budget.hold(int(max(allowed, needed, held + LEAST_ROOM)))
 
     def _advance(self) -> None:
         """Decide, enter what was decided, and do what follows."""

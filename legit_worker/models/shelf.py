@@ -95,8 +95,8 @@ class Shelf:
         self._lock = threading.Lock()
 
     def move(self) -> None:
-        """Have what leaves on the host. The least recently used there make place."""
-        while self._leaving:
+        """Have what leaves on the host. The least recently used there make place. Waits for one that another moves."""
+        while True:
             with self._lock:
                 if not self._leaving:
                     return

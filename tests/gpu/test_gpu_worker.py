@@ -312,7 +312,7 @@ def test_helpers_of_a_device_worker_leave_the_gpu_alone(start_worker: StartWorke
     worker.ask("legit_worker.embed_text", TEXTS)
     image = io.BytesIO()
     picture(1).save(image, "PNG")
-    worker.ask("legit_worker.prep_image", base64.b64encode(image.getvalue()).decode())
+    worker.ask("legit_worker.prep_image", base64.b64encode(image.getvalue()).decode(), model="minilm")
     helpers = set(family(worker)) - {worker.pid}
     assert helpers
     assert touches_gpu([*helpers]) == []

@@ -17,6 +17,7 @@ from legit_worker.batching.costmodel import CostModel
 from legit_worker.device.devices import Device
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import ModelLoadError
+from legit_worker.models import residency
 from legit_worker.models.budget import Unbounded
 from legit_worker.models.handle import outcome
 from legit_worker.models.loaded import LoadedModel
@@ -590,7 +591,8 @@ def test_a_host_without_room_forgets_the_model(monkeypatch: pytest.MonkeyPatch) 
     assert moves(subject, "m0") == ["made m0", "load simulated"]
 
 
-def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there() -> None:
+def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "LEAST_ROOM", 5)
     budget = Limited(1000)
     specs = {alias: ModelSettings(kind=f"{__name__}:Movable") for alias in ("m0", "m1")}
     subject = Registry(specs, lambda: "simulated", budget)
@@ -602,10 +604,37 @@ def test_the_devices_allocator_is_held_to_the_budget_or_to_what_is_there() -> No
     budget.now = 10 + reserve - 1  # others have grown: a batch still finds what it was measured to need
     subject.residency.watch()
     assert budget.limit == 10 + reserve
+    budget.now = budget.ever = 12
+    subject.residency.watch()
+    assert budget.limit == 10 + 5, "what batches would like is no reason to pass the operator's limit"
     subject.get("m0").size = 0
     subject.residency.watch()
     assert budget.limit is None, "nobody knows what its weights take"
     subject.residency.release(first)
+
+
+def test_who_needs_the_room_of_a_model_waits_for_the_thread_that_moves_it() -> None:
+    moving, may_end, shelf = threading.Event(), threading.Event(), Shelf(100)
+
+    class Slow(Movable):
+        def to(self, device: str) -> None:
+            moving.set()
+            may_end.wait(10)
+            super().to(device)
+
+    own = Slow("m")
+    model = LoadedModel("m", "own", own, simulated_device(), CostModel(), Scene(None).residency)
+    shelf.put("m", model, 10)
+    threads = [threading.Thread(target=shelf.move) for _ in range(2)]
+    threads[0].start()
+    assert moving.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert threads[1].is_alive()
+    may_end.set()
+    for thread in threads:
+        thread.join(10)
+    assert shelf.used == 10
 
 
 def test_a_model_that_becomes_garbage_late_is_gone_before_the_next_load() -> None:
