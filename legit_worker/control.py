@@ -1,16 +1,16 @@
 """Remote control commands: `celery inspect legit_models`, `celery control legit_load ALIAS`, and its like.
 
 In: a command, by the broker. Out: a reply at once; a load ends later. Under ModelPool this runs between two batches, on
-the main thread. `register` makes the commands known to a worker, and to the `celery` command.
+the main thread. `register` has a worker answer the commands; `describe` makes them known to the `celery` command.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from celery.concurrency.prefork import TaskPool
-from celery.worker.control import control_command, inspect_command
+from celery.worker.control import Panel
 
 #: Why nothing can be done from here.
 IS_PREFORK = (
@@ -29,12 +29,28 @@ HELP = {
 }
 
 
-def register() -> None:
-    """Make the commands known to this process. May be called again."""
-    inspect_command(name="legit_models", help="Show each model's state, bytes, users, last use and loads.")(_models)
+class _Commands(Panel):
+    """Our commands. `Panel.meta`, which the `celery` command reads, gets them; `Panel.data`, which workers read, not.
+
+    The `celery` command of a worker is the process that becomes this worker, also if legit_worker is off.
+    """
+
+    data: ClassVar[dict[str, Any]] = {}
+
+
+def describe() -> None:
+    """Make the commands known to the `celery` command: their names, arguments and help. May be called again."""
+    shows = "Show each model's state, bytes, users, last use and loads."
+    _Commands.register(type="inspect", name="legit_models", help=shows)(_models)
     for action, help_line in HELP.items():
-        named = control_command(name=f"legit_{action}", args=[("alias", str)], signature="<alias>", help=help_line)
+        named = _Commands.register(name=f"legit_{action}", args=[("alias", str)], signature="<alias>", help=help_line)
         named(partial(_answer, action=action))
+
+
+def register() -> None:
+    """Have this worker answer the commands. May be called again."""
+    describe()
+    Panel.data.update(_Commands.data)
 
 
 def _models(state: Any, **_: Any) -> dict[str, Any]:

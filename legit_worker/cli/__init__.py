@@ -9,6 +9,6 @@ from legit_worker.cli import checks, dead, models, queues, status, top
 from legit_worker.cli.base import legit
 
 # `celery control legit_load` asks this process whether there is such a command.
-control.register()
+control.describe()
 
 __all__ = ["checks", "dead", "legit", "models", "queues", "status", "top"]

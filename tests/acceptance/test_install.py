@@ -19,6 +19,7 @@ CUSTOM_POOL = {"CELERY_CUSTOM_WORKER_POOL": "legit_worker.pool:ModelPool"}
 DESCRIBE = """
 import json, os, sys
 import celery.signals
+from celery.worker.control import Panel
 from project import app
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -34,6 +35,7 @@ print(json.dumps({
     "steps": sorted(worker.blueprint.steps),
     "added": {kind: [str(step) for step in steps] for kind, steps in sorted(app.steps.items())},
     "tasks": sorted(app.tasks),
+    "answers": sorted(Panel.data),
     "backend": type(app.backend).__name__,
     "transport": app.connection().transport_cls,
     "receivers": {name: len(getattr(celery.signals, name).receivers or []) for name in names},

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from budgets import Limited
+from celery.worker.control import Panel
 
+from legit_worker import control
 from legit_worker.errors import UnknownModelError
 from legit_worker.models import operator
 from legit_worker.models.handle import Handle, use
@@ -77,6 +80,22 @@ def test_a_load_waits_for_memory_and_has_it_without_any_loop() -> None:
         assert "waits for memory (its weights take 100 bytes" in operator.load(models, "b")
         assert operator.shown(models)["models"]["b"]["waiting"] == 1
     until(lambda: models.slots["b"].state == "resident")
+
+
+@pytest.fixture
+def panel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The commands that a worker of this process answers; at first none."""
+    monkeypatch.setattr(Panel, "data", {})
+    return Panel.data
+
+
+def test_the_celery_command_knows_the_commands_and_only_a_worker_of_ours_answers_them(panel: dict[str, Any]) -> None:
+    ours = {"legit_models", *(f"legit_{action}" for action in operator.ACTIONS)}
+    control.describe()
+    assert ours <= set(Panel.meta)
+    assert not panel
+    control.register()
+    assert set(panel) == ours
 
 
 def caretakers() -> int:
