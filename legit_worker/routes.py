@@ -14,7 +14,10 @@ from legit_worker import settings
 BUILT_IN = {
     "embed_text": (1, "embed"),
     "embed_image": (1, "image"),
+    "embed_sparse": (1, "sparse"),
+    "embed_multi": (1, "multi"),
     "rerank": (2, "rerank"),
+    "classify": (1, "rerank"),
     "prep_text": (1, "embed"),
     "prep_image": (1, "image"),
 }

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drivers import Nvml
 
-from legit_worker import routes, settings
+from legit_worker import prep_tasks, routes, settings, tasks
 from legit_worker.device import cuda, vram
 from legit_worker.errors import SettingsError
+from legit_worker.settings.values import BUILT_IN_TASKS
 
 TWO = {
     "LEGIT_WORKER_MODELS__SMALL__KIND": "simulated",
@@ -75,6 +77,38 @@ def test_a_task_goes_to_its_models_queue(
     for name, value in TWO.items():
         monkeypatch.setenv(name, value)
     assert routes.by_model(task, args, kwargs, {}) == (None if queue is None else {"queue": queue})
+
+
+def test_what_is_routed_and_has_aliases_is_each_built_in_task() -> None:
+    assert set(routes.BUILT_IN) == set(BUILT_IN_TASKS) == set(tasks.BUILT_IN)
+
+
+@pytest.mark.parametrize("task", tasks.BUILT_IN)
+def test_each_built_in_task_and_its_alias_go_to_the_queue_of_the_one_model_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    class Asked(Exception):  # noqa: N818 it is no error
+        pass
+
+    class Asks:
+        def __init__(self, model: str | None, kind: str) -> None:
+            raise Asked(model, kind)
+
+    for module in (tasks, prep_tasks):
+        monkeypatch.setattr(module, "Handle", Asks)
+    place = list(signature(tasks.BUILT_IN[task]).parameters).index("model")
+    arguments: dict[str, list[Any]] = {"classify": [["text", "text"]], "rerank": ["text", ["text"]]}
+    with pytest.raises(Asked) as asked:
+        tasks.BUILT_IN[task](*arguments.get(task, ["text"]))
+    kind = asked.value.args[1]
+    monkeypatch.setenv("LEGIT_WORKER_MODELS__OF_ITS_KIND__KIND", kind)
+    monkeypatch.setenv("LEGIT_WORKER_MODELS__OF_ITS_KIND__PATH", "/models/one")
+    monkeypatch.setenv("LEGIT_WORKER_MODELS__SIM__KIND", "simulated")
+    monkeypatch.setenv("LEGIT_WORKER_WORKERS__GPU0__MODELS", "of_its_kind,sim")
+    monkeypatch.setenv(f"LEGIT_WORKER_TASKS__{task.upper()}", "old.name")
+    for name in (f"legit_worker.{task}", "old.name"):
+        assert routes.by_model(name, ["text", "text"][:place], {}, {}) == {"queue": "legit.of_its_kind"}
+        assert routes.by_model(name, [*["text", "text"][:place], "sim"], {}, {}) == {"queue": "legit.sim"}
 
 
 def uuids(monkeypatch: pytest.MonkeyPatch, *found: str) -> None:
