@@ -6,14 +6,11 @@ In: an alias. Out: a sentence that says what happens now, or `RefusedError`. Not
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
 from time import monotonic
 from typing import Any
 
 from legit_worker.errors import LegitWorkerError
 from legit_worker.models import caretaker
-from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.policy import Request
 from legit_worker.models.registry import Registry
 from legit_worker.models.residency import Residency
@@ -38,7 +35,7 @@ def pin(registry: Registry, alias: str) -> str:
 
 
 def unpin(registry: Registry, alias: str) -> str:
-    """Let a model leave memory again. Raises `UnknownModelError`."""
+    """Let a model leave memory again, also one that is to be pinned once it is there. Raises `UnknownModelError`."""
     slot = registry.get(alias)
     registry.residency.pin(slot, False)
     caretaker.watch(registry.residency)
@@ -46,33 +43,31 @@ def unpin(registry: Registry, alias: str) -> str:
 
 
 def unload(registry: Registry, alias: str) -> str:
-    """Have a model leave memory once nobody uses it. Raises `UnknownModelError`, `RefusedError`."""
+    """Have a model leave memory once nobody uses it. An operator's loads that wait for memory are taken back.
+
+    Raises `UnknownModelError`, `RefusedError`.
+    """
     slot = registry.get(alias)
     if slot.is_pinned:
         raise RefusedError(f"model {slot.alias!r} is pinned: unpin it first")
     if slot.is_loading:
         raise RefusedError(f"model {slot.alias!r} is being loaded: unload it once it is there")
     was_there = slot.is_resident
-    registry.residency.unload(slot)
+    taken_back = registry.residency.unload(slot)
     if slot.is_resident:
         caretaker.watch(registry.residency)
         return f"model {slot.alias!r} leaves memory once {slot.users} calls are done with it"
-    return f"model {slot.alias!r} {'has left' if was_there else 'is not in'} memory"
+    told = f"model {slot.alias!r} {'has left' if was_there else 'is not in'} memory"
+    return f"{told}, and no load of an operator's waits any more" if taken_back else told
 
 
 def _ask(residency: Residency, slot: Slot, *, is_pinning: bool) -> Request:
     """Ask for the model as a task does. The request ends by itself once it has the model, or its error."""
     residency.want(slot)
-    request = residency.request(slot)
-    request.future.add_done_callback(partial(_served, residency, request, is_pinning))
+    request = residency.request(slot, is_operators=True, is_pinning=is_pinning)
+    request.future.add_done_callback(lambda _: residency.release(request))
     caretaker.watch(residency)
     return request
-
-
-def _served(residency: Residency, request: Request, is_pinning: bool, future: Future[LoadedModel]) -> None:
-    if is_pinning and future.exception() is None:
-        residency.pin(request.slot, True)
-    residency.release(request)
 
 
 def _begun(residency: Residency, request: Request) -> str:

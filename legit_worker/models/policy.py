@@ -50,6 +50,9 @@ class Request:
     slot: Slot
     #: Whether it can't wait until others are done, because they can't go on before it.
     must: bool = False
+    #: Whether an operator asks, and no task; and whether the model is pinned as soon as it is there.
+    is_operators: bool = False
+    is_pinning: bool = False
     #: When it was made.
     since: float
     future: Future[LoadedModel] = field(default_factory=Future, repr=False)
@@ -186,6 +189,7 @@ class _Decision:
                 left.append(request)
             elif slot.state == "resident" or (slot.is_resident and request.must):
                 slot.users += 1
+                slot.is_pinned = slot.is_pinned or request.is_pinning
                 self.plan.serve.append(request)
             elif slot.error is not None and self._has_failed_for(request, slot):
                 self.plan.fail.append((request, slot.error))
@@ -305,6 +309,8 @@ def admit(request: Request, now: float) -> None:
     request.is_served = True
     request.slot.users += 1
     request.slot.used_at = now
+    if request.is_pinning:
+        request.slot.is_pinned, request.slot.is_leaving = True, False
 
 
 def leave(slot: Slot) -> tuple[Slot, LoadedModel | None]:

@@ -88,12 +88,16 @@ class Residency:
             slot.used_at = self._clock()
         self._move_on(slot)
 
-    def request(self, slot: Slot, *, must: bool = False) -> Request:
+    def request(
+        self, slot: Slot, *, must: bool = False, is_operators: bool = False, is_pinning: bool = False
+    ) -> Request:
         """Ask for a model. What was asked for must be released."""
-        request = Request(slot=slot, must=must, since=self._clock())
+        request = Request(slot=slot, must=must, since=self._clock(), is_operators=is_operators, is_pinning=is_pinning)
         model = self.take(slot)
         if model is not None:
             request.is_served = True
+            if request.is_pinning:
+                self.pin(slot, True)
             request.future.set_result(model)
         else:
             self._read_budget(older_than=BUDGET_SECONDS)  # which may raise: the request is then nobody's
@@ -156,16 +160,25 @@ class Residency:
 
     # An operator's.
 
-    def unload(self, slot: Slot) -> None:
-        """Have a model leave once nobody has it, and not wait in the host's memory. Requests that come wait."""
+    def unload(self, slot: Slot) -> int:
+        """Have a model leave once nobody has it, and not wait in the host's memory. Requests that come wait.
+
+        An operator's requests for it that still wait are taken back. Returns how many these are.
+        """
         with self._lock:
             slot.is_leaving = slot.is_resident and not slot.is_pinned
+            kept = [request for request in self._waiting if request.slot is not slot or not request.is_operators]
+            taken_back, self._waiting = len(self._waiting) - len(kept), kept
         self._shelf.drop(slot.alias)
         self._advance()
+        return taken_back
 
     def pin(self, slot: Slot, is_pinned: bool) -> None:
-        """Keep a model that is there for good, or not any longer."""
+        """Keep a model that is there for good; or not any longer, and not once it is there either."""
         with self._lock:
+            if not is_pinned:
+                for request in self._waiting:
+                    request.is_pinning = request.is_pinning and request.slot is not slot
             slot.is_pinned = is_pinned
             slot.is_leaving = slot.is_leaving and not is_pinned
         self._advance()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -82,6 +82,41 @@ def test_a_load_waits_for_memory_and_has_it_without_any_loop() -> None:
     until(lambda: models.slots["b"].state == "resident")
 
 
+def test_a_pin_is_taken_back_before_the_model_is_there() -> None:
+    models = registry(load_seconds=0.1)
+    assert "is pinned once it is there" in operator.pin(models, "a")
+    assert operator.unpin(models, "a") == "model 'a' is not pinned, and may leave memory"
+    until(lambda: models.slots["a"].state == "resident")
+    until(lambda: models.slots["a"].users == 0)
+    assert not models.slots["a"].is_pinned
+
+
+@pytest.mark.parametrize("wish", [operator.load, operator.pin])
+def test_a_load_that_waits_for_memory_is_taken_back_by_unload(wish: Callable[[Registry, str], str]) -> None:
+    models = registry(most=SIZE)
+    models.slots["a"].size = models.slots["b"].size = SIZE
+    with use(models.slots["a"], models.residency):
+        assert "waits for memory" in wish(models, "b")
+        assert wish(models, "b")
+        assert operator.unload(models, "b") == "model 'b' is not in memory, and no load of an operator's waits any more"
+        assert operator.shown(models)["models"]["b"]["waiting"] == 0
+    models.residency.watch()
+    assert (models.slots["b"].state, models.slots["b"].is_pinned) == ("unloaded", False)
+    operator.load(models, "b")  # and a later wish counts
+    until(lambda: models.slots["b"].state == "resident")
+    assert not models.slots["b"].is_pinned
+
+
+def test_a_task_that_waits_for_memory_waits_on_when_an_operator_unloads() -> None:
+    models = registry(most=SIZE)
+    models.slots["a"].size = models.slots["b"].size = SIZE
+    with use(models.slots["a"], models.residency):
+        request = models.residency.request(models.slots["b"])
+        assert operator.unload(models, "b") == "model 'b' is not in memory"
+    assert request.future.result(20) is not None
+    models.residency.release(request)
+
+
 @pytest.fixture
 def panel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The commands that a worker of this process answers; at first none."""
@@ -102,20 +137,24 @@ def caretakers() -> int:
     return sum(thread.name == "legit-caretaker" for thread in threading.enumerate())
 
 
-def test_an_idle_model_goes_after_its_keep_alive_where_no_loop_evicts_and_so_does_the_thread() -> None:
+@pytest.fixture
+def idle() -> Iterator[Registry]:
+    """The models of this process, which leave a moment after their last use."""
     models = registry(keep_alive=0.1)
     before = use_registry(models)
-    try:
-        assert Handle("a").map(["x"])
-        assert models.slots["a"].state == "resident"
-        until(lambda: models.slots["a"].state == "unloaded")
-        until(lambda: not caretakers())
-        assert Handle("a").map(["x"])
-        until(lambda: models.slots["a"].state == "unloaded")
-        assert models.slots["a"].loads == 2
-        until(lambda: not caretakers())
-    finally:
-        use_registry(before)
+    yield models
+    use_registry(before)
+
+
+def test_an_idle_model_goes_after_its_keep_alive_where_no_loop_evicts_and_so_does_the_thread(idle: Registry) -> None:
+    assert Handle("a").map(["x"])
+    assert idle.slots["a"].state == "resident"
+    until(lambda: idle.slots["a"].state == "unloaded")
+    until(lambda: not caretakers())
+    assert Handle("a").map(["x"])
+    until(lambda: idle.slots["a"].state == "unloaded")
+    assert idle.slots["a"].loads == 2
+    until(lambda: not caretakers())
 
 
 def test_a_loop_that_looks_after_the_models_needs_no_thread() -> None:
