@@ -157,6 +157,49 @@ def test_an_idle_model_goes_after_its_keep_alive_where_no_loop_evicts_and_so_doe
     until(lambda: not caretakers())
 
 
+@pytest.mark.parametrize("step", ["review", "evict_idle"])
+def test_an_error_of_one_look_is_logged_once_and_ends_no_later_look(
+    idle: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    looks, good = [], getattr(idle.residency, step)
+
+    def look() -> None:
+        if threading.current_thread().name == "legit-caretaker":
+            looks.append(step)
+            if len(looks) <= 2:
+                raise RuntimeError("NVML is gone for a moment")
+        good()
+
+    monkeypatch.setattr("legit_worker.models.caretaker.MOST_LOOK", 0.05)
+    monkeypatch.setattr(idle.residency, step, look)
+    assert Handle("a").map(["x"])
+    until(lambda: idle.slots["a"].state == "unloaded")
+    until(lambda: not caretakers())
+    assert len(looks) > 1
+    assert sum("NVML is gone" in str(record.exc_info) for record in caplog.records) == 1
+
+
+def test_a_call_has_its_result_if_no_thread_can_start_and_a_later_call_starts_it(
+    idle: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    operator.load(idle, "a")
+    until(lambda: idle.slots["a"].state == "unloaded" and not caretakers())
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "legit-caretaker":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", refuse)
+        assert Handle("a").map(["x"])
+    assert "can't start new thread" in caplog.text
+    assert idle.slots["a"].state == "resident"
+    assert Handle("a").map(["x"])
+    until(lambda: idle.slots["a"].state == "unloaded")
+
+
 def test_a_loop_that_looks_after_the_models_needs_no_thread() -> None:
     models = registry(keep_alive=0.1)
     models.residency.is_looked_after = True
