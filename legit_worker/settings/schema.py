@@ -67,13 +67,18 @@ OPTIONS_OF = {
     "normalize": (*DENSE_KINDS, "multi"),
 }
 
-#: Arguments of the weights' reader that have settings of their own, and those that the engine decides.
+#: Arguments of the readers that have settings of their own, and those that the engine decides. The library's own values
+#: of these give way to the readers' arguments, so `trust_remote_code` here would run code that no setting allows.
 TAKEN = {
     **dict.fromkeys(("dtype", "torch_dtype"), "set DTYPE"),
-    "device_map": "LEGIT_WORKER_DEVICE says where models run",
-    "code_revision": "REVISION pins the code, too",
+    **dict.fromkeys(("device", "device_map"), "LEGIT_WORKER_DEVICE says where models run"),
     "trust_remote_code": "set TRUST_REMOTE_CODE",
-    "revision": "set REVISION",
+    **dict.fromkeys(("revision", "_commit_hash"), "set REVISION"),
+    "code_revision": "REVISION pins the code, too",
+    "pretrained_model_name_or_path": "set PATH",
+    "local_files_only": "set LOCAL_FILES_ONLY",
+    **dict.fromkeys(("token", "use_auth_token"), "set HF_TOKEN in the environment"),
+    "cache_dir": "set HF_HOME in the environment",
 }
 
 
@@ -140,7 +145,8 @@ class ModelSettings(_Group):
     def _is_pinned(cls, trusts: bool, info: ValidationInfo) -> bool:
         revision = info.data.get("revision") or ""
         path = info.data.get("path") or ""
-        if trusts and not os.path.isdir(path) and not re.fullmatch("[0-9a-f]{40}", revision):
+        is_folder = os.path.isabs(path) or os.path.isdir(path)  # one that only the worker's machine may have
+        if trusts and not is_folder and not re.fullmatch("[0-9a-f]{40}", revision):
             raise ValueError(
                 "code from the Hub runs here only if REVISION is a commit, 40 hex digits: read the code of that commit "
                 "first, since a branch or a tag may change later"
@@ -163,9 +169,9 @@ class ModelSettings(_Group):
             raise ValueError("a model has PROMPT or PROMPT_NAME, not both")
         return prompt
 
-    @field_validator("model_kwargs")
+    @field_validator("model_kwargs", "processor_kwargs")
     @classmethod
-    def _leaves_placement(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _leaves_the_rest(cls, options: dict[str, Any]) -> dict[str, Any]:
         for name, setting in TAKEN.items():
             if name in options:
                 raise ValueError(f"{name} is not taken from here: {setting}")

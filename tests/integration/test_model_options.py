@@ -35,7 +35,13 @@ def test_options_of_the_library_are_json() -> None:
     [
         ({"MODEL_KWARGS": '{"dtype": "float16"}'}, "dtype is not taken from here: set DTYPE"),
         ({"MODEL_KWARGS": '{"device_map": "auto"}'}, "device_map is not taken from here: LEGIT_WORKER_DEVICE says"),
+        ({"MODEL_KWARGS": '{"token": "t"}'}, "token is not taken from here: set HF_TOKEN"),
         ({"MODEL_KWARGS": "eager"}, "MODEL_KWARGS"),
+        ({"PROCESSOR_KWARGS": '{"trust_remote_code": true}'}, "PROCESSOR_KWARGS.*: set TRUST_REMOTE_CODE"),
+        ({"PROCESSOR_KWARGS": '{"revision": "main"}'}, "revision is not taken from here: set REVISION"),
+        ({"PROCESSOR_KWARGS": '{"code_revision": "main"}'}, "code_revision is not taken .*: REVISION pins the code"),
+        ({"PROCESSOR_KWARGS": '{"local_files_only": false}'}, "is not taken from here: set LOCAL_FILES_ONLY"),
+        ({"PROCESSOR_KWARGS": '{"cache_dir": "/tmp"}'}, "cache_dir is not taken from here: set HF_HOME"),
         ({"TRUST_REMOTE_CODE": "1"}, "only if REVISION is a commit, 40 hex digits"),
         ({"TRUST_REMOTE_CODE": "1", "REVISION": "main"}, "only if REVISION is a commit, 40 hex digits"),
         ({"PROMPT": "a: ", "PROMPT_NAME": "a"}, "PROMPT or PROMPT_NAME, not both"),
@@ -53,6 +59,10 @@ def test_options_that_make_no_sense_stop_the_worker(variables: dict[str, str], m
 
 def test_code_of_a_pinned_commit_may_run() -> None:
     assert loaded(PATH="some/model", TRUST_REMOTE_CODE="1", REVISION=COMMIT).trust_remote_code
+
+
+def test_a_folder_that_only_the_worker_has_needs_no_commit() -> None:
+    assert loaded(PATH="/no/such/folder", TRUST_REMOTE_CODE="1").trust_remote_code
 
 
 def test_options_reach_the_library(tiny_paths: dict[str, Path]) -> None:
