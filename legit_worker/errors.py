@@ -21,6 +21,10 @@ class InvalidInputError(LegitWorkerError, ValueError):
     """No model can compute the caller's input: it is empty, too long, not text, not finite, or no image."""
 
 
+class LimitError(LegitWorkerError):
+    """A model can't read its texts up to this many tokens. A handle says whose limit it is, by another error."""
+
+
 class UnknownModelError(LegitWorkerError, LookupError):
     """No configured model has this alias, or the task named none and there are several."""
 

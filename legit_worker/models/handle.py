@@ -19,6 +19,7 @@ from legit_worker import parking
 from legit_worker.batching.costmodel import CostModel
 from legit_worker.batching.packer import pack
 from legit_worker.device import randoms
+from legit_worker.errors import InvalidInputError, LimitError, ModelLoadError
 from legit_worker.models import caretaker, fence
 from legit_worker.models.finite import with_second_try
 from legit_worker.models.loaded import LoadedModel
@@ -27,6 +28,7 @@ from legit_worker.models.options import LACKS
 from legit_worker.models.policy import Request
 from legit_worker.models.preparing import prepare, take_turns
 from legit_worker.models.prompts import CALLS, filled
+from legit_worker.models.protocol import Plan
 from legit_worker.models.registry import default_registry
 from legit_worker.models.residency import Residency
 from legit_worker.models.slot import Named, Slot
@@ -280,7 +282,7 @@ class Handle:
             if model.has("check_length"):
                 call = CALLS.get(options.pop("task", None) or "", "encode")
                 call, inputs, chosen = filled(self.named.spec, call, (text,), options)
-                items, _ = model.plan(call)(*inputs, **chosen)
+                items, _ = _planned(self.named, model, call, inputs, chosen)
                 model.alone("check_length", *items)
 
     def _call(self, name: str, *inputs: Any, **options: Any) -> Any:
@@ -289,7 +291,7 @@ class Handle:
             options["inputs"] = options.pop("sentences")
         call, places, chosen = filled(named.spec, name, inputs, options)
         with use(named.slot, default_registry().residency) as model:
-            items, finish = model.plan(call)(*places, **chosen)
+            items, finish = _planned(named, model, call, places, chosen)
             result = finish(_computed(model, items))
             last_computed.set(model.computed_by(items, result, chosen.get("precision")))
             return result
@@ -301,3 +303,14 @@ class Handle:
 
     def _use(self) -> AbstractContextManager[LoadedModel]:
         return use(self.slot, default_registry().residency)
+
+
+def _planned(named: Named, model: LoadedModel, call: str, inputs: list[Any], chosen: dict[str, Any]) -> Plan:
+    """Plan a call. Raises `ModelLoadError` if the alias has a limit that its model can't have."""
+    try:
+        return model.plan(call)(*inputs, **chosen)
+    except LimitError as error:
+        limit = chosen.get("max_seq_length")
+        if limit != named.spec.max_seq_length:
+            raise InvalidInputError(f"model {named.alias!r} can't have max_seq_length={limit}: {error}") from None
+        raise ModelLoadError(f"model {named.alias!r} can't have MAX_SEQ_LENGTH={limit}: {error}") from None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
 from typing import Any, Protocol, TypeVar
@@ -84,8 +85,7 @@ class Aside:
 
     def run(self, function: Callable[[], T], characters: int) -> T:
         """Call the function here if it reads few characters, and nothing that is under way keeps its state."""
-        if self._pid != os.getpid():
-            self.__init__()  # type: ignore[misc]
+        self._look_at_process()
         if characters < LONG and not self.is_busy:
             return function()
         done: Future[T] = Future()
@@ -94,6 +94,17 @@ class Aside:
         with away():
             parking.wait(done, "a long text to be tokenized", is_own=True)
         return done.result()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold up what would run on a thread; begin when nothing does. For code that can't let others go on."""
+        self._look_at_process()
+        with self._turn:
+            yield
+
+    def _look_at_process(self) -> None:
+        if self._pid != os.getpid():
+            self.__init__()  # type: ignore[misc]
 
     def _run(self, function: Callable[[], T], done: Future[T]) -> None:
         with self._turn:

@@ -204,7 +204,7 @@ class SentenceModel:
     def _features(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         if batch[0].raw is not None:
             inputs = [item.raw.input for item in batch if item.raw]
-            features: dict[str, Any] = self._texts.features_of(
+            features: dict[str, Any] = self._texts.of_batch(
                 inputs, batch[0].raw.prompt, batch[0].task, batch[0].raw.limit
             )
             return features
@@ -219,6 +219,7 @@ class SentenceModel:
         limit: int | None = None,
     ) -> tuple[list[Prompted], bool]:
         """The call's items, and whether it has a single input, whose result is no list."""
+        self._texts.check_limit(limit)
         is_single = self._model.is_singular_input(inputs)
         items = [inputs] if is_single else list(inputs)
         chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self._model.default_prompt_name)

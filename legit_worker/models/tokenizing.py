@@ -7,14 +7,13 @@ shortest way that gives the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.types import PreparedText
 from legit_worker.models.features import Prompted, characters, check_text
+from legit_worker.models.lengths import Lengths
 from legit_worker.models.modalities import AsText
 from legit_worker.models.preparing import Aside
 from legit_worker.models.shortway import (
@@ -37,6 +36,7 @@ class Tokenizing:
         self._tokenize = short_way(model)
         self._ways: dict[int, ShortWay] = {}
         self._aside = Aside()
+        self._lengths = Lengths(model)
         #: The most tokens that the model reads; None if there is no limit.
         self.limit: int | None = model.max_seq_length
         #: Whether it treats queries and documents apart, beside the prompt.
@@ -44,6 +44,11 @@ class Tokenizing:
         #: Whether its routes pad differently, so that `forward` must tokenize.
         self.has_several = has_several_tokenizers(model)
         self._leaves_out_prompts = leaves_out_prompts(model)
+
+    def check_limit(self, limit: int | None) -> None:
+        """Raise `LimitError` if the model can't read texts up to this limit; None is its own."""
+        if limit is not None:
+            self._lengths.check(limit)
 
     def by_short_way(self, one: Prompted) -> dict[str, Any] | None:
         """The features of a plain text; None if only the library itself knows them."""
@@ -67,17 +72,24 @@ class Tokenizing:
         way = self._way(one.limit) if isinstance(one.input, str) and not one.task else None
         for start in (one.input,) if way is None else way.beginnings(one.input):
             read = functools.partial(self.features_of, [start], one.prompt, one.task, one.limit)
-            # `forward` uses several tokenizers, too: never on two threads at once.
+            # `forward` uses several tokenizers, too, and would wait.
             features = self._aside.run(read, 0 if self.has_several else characters(start))
             if way is not None and len(features["input_ids"][0]) == way.limit:
                 break
         return features
 
+    def of_batch(
+        self, inputs: list[Any], prompt: str | None, task: str | None, limit: int | None = None
+    ) -> dict[str, Any]:
+        """The same as `features_of`, once no long text is read on another thread: tokenizers keep state."""
+        with self._aside.turn():
+            return self.features_of(inputs, prompt, task, limit)
+
     def features_of(
         self, inputs: list[Any], prompt: str | None, task: str | None, limit: int | None = None
     ) -> dict[str, Any]:
         """What the library gives for inputs, padded together."""
-        with _limited(self._model, limit):
+        with self._lengths.limited(limit):
             features = self._model.preprocess(list(map(self._as_text, inputs)), prompt=prompt, **if_any(task))
         return dict(features) if self._leaves_out_prompts else without_prompt_length(features)
 
@@ -117,19 +129,6 @@ class Tokenizing:
                     f"the text has {length if start == text else f'over {length}'} tokens and the model takes {limit}: "
                     f"shorten it, split it, or pass truncate=True to embed its first {limit}"
                 )
-
-
-@contextmanager
-def _limited(library: Any, limit: int | None) -> Iterator[None]:
-    """Have the library read this many tokens of each text. Used by one thread at a time."""
-    if limit is None:
-        yield
-        return
-    before, library.max_seq_length = library.max_seq_length, limit
-    try:
-        yield
-    finally:
-        library.max_seq_length = before
 
 
 def if_any(task: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import sentence_transformers
 import tiny_models
 
 import legit_worker
-from legit_worker.errors import ModelLoadError, SettingsError
+from legit_worker.errors import InvalidInputError, ModelLoadError, SettingsError
+from legit_worker.models import sentence, tokenizing
 from legit_worker.models.handle import use
+from legit_worker.models.preparing import LONG
 from legit_worker.models.registry import default_registry
 from legit_worker.settings import load
 from legit_worker.testing import use_models
@@ -107,3 +110,84 @@ def test_a_strangers_code_runs_only_if_the_operator_says_so(foreign: Path, tmp_p
         with pytest.raises(ModelLoadError, match="trust_remote_code"):
             legit_worker.model("off").encode("red")
         assert legit_worker.model("on").encode("red") == pytest.approx(plain, rel=1e-4, abs=1e-5)
+
+
+LONG_TEXT = "the cat sat on a mat " * 20
+
+
+def limited(path: Path, tokens: int) -> Any:
+    """The library's own object, told to read so many tokens."""
+    library = sentence_transformers.SentenceTransformer(str(path), device="cpu")
+    library.max_seq_length = tokens
+    return library
+
+
+def test_a_routers_routes_keep_their_own_limits(tmp_path: Path) -> None:
+    path = tiny_models.build_two_lengths(tmp_path, 8, 24)
+    plain = sentence_transformers.SentenceTransformer(str(path), device="cpu")
+    expected = {"short": limited(path, 4), "whole": plain}
+    with use_models({"whole": {"path": str(path)}, "short": {"path": str(path), "max_seq_length": 4}}):
+        for alias in ("whole", "short", "whole"):
+            for call in ("encode_query", "encode_document"):
+                vector = getattr(legit_worker.model(alias), call)(LONG_TEXT)
+                right = getattr(expected[alias], call)(LONG_TEXT)
+                assert vector == pytest.approx(right, rel=1e-4, abs=1e-5), (alias, call)
+
+
+def test_a_prompts_length_is_not_that_of_an_alias_that_cuts_it(tmp_path: Path) -> None:
+    path = tiny_models.build_dense(tmp_path, include_prompt=False)
+    plain = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(LONG_TEXT, prompt="the old dog ")
+    with use_models({"whole": {"path": str(path)}, "short": {"path": str(path), "max_seq_length": 4}}):
+        legit_worker.model("short").encode(LONG_TEXT, prompt="the old dog ")
+        vector = legit_worker.model("whole").encode(LONG_TEXT, prompt="the old dog ")
+    assert vector == pytest.approx(plain, rel=1e-4, abs=1e-5)
+
+
+def test_a_limit_that_a_model_cannot_have_is_refused(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
+    routed, dense = str(tiny_models.build_routed(tmp_path)), str(tiny_paths["embed"])
+    limit = tiny_models.MAX_TOKENS
+    specs: dict[str, Any] = {
+        "routed": {"path": routed},
+        "static": {"path": routed, "max_seq_length": 4},
+        "most": {"path": dense, "max_seq_length": limit},
+        "beyond": {"path": dense, "max_seq_length": limit + 1},
+    }
+    with use_models(specs):
+        with pytest.raises(ModelLoadError, match="'static' can't have MAX_SEQ_LENGTH=4: its module StaticEmbedding"):
+            legit_worker.model("static").encode_document("red")
+        with pytest.raises(ModelLoadError, match=f"MAX_SEQ_LENGTH={limit + 1}: it has {limit} positions"):
+            legit_worker.model("beyond").encode("red")
+        with pytest.raises(InvalidInputError, match="can't have max_seq_length=1000"):
+            legit_worker.model("most").encode("red", max_seq_length=1000)
+        assert len(legit_worker.model("most").encode(LONG_TEXT)) == 32
+        assert len(legit_worker.model("routed").encode_document(LONG_TEXT)) == 32
+
+
+def test_a_batch_is_not_read_up_to_the_limit_of_a_long_text_that_is_read_meanwhile(
+    tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentence, "can_be_padded", lambda features: False)  # so `forward` tokenizes
+    monkeypatch.setattr(tokenizing, "short_way", lambda model: None)
+    path = str(tiny_paths["embed"])
+    right = sentence_transformers.SentenceTransformer(path, device="cpu").encode(LONG_TEXT)
+    begun, go_on = threading.Event(), threading.Event()
+    specs: dict[str, Any] = {"whole": {"path": path}, "short": {"path": path, "max_seq_length": 5}}
+    with use_models(specs) as registry, use(registry.get("whole"), registry.residency) as model:
+        prepared = model.preprocess(LONG_TEXT)
+        library = model.model._model
+        preprocess = library.preprocess
+
+        def slow(inputs: list[Any], **options: Any) -> Any:
+            if len(str(inputs[0])) > LONG:
+                begun.set()
+                go_on.wait(10)
+            return preprocess(inputs, **options)
+
+        monkeypatch.setattr(library, "preprocess", slow)
+        reader = threading.Thread(target=legit_worker.model("short").encode, args=("cat " * LONG,))
+        reader.start()
+        assert begun.wait(10)
+        threading.Timer(0.3, go_on.set).start()
+        [output] = model.compute([prepared]).outputs
+        reader.join()
+    assert output.numpy() == pytest.approx(right, rel=1e-4, abs=1e-5)

@@ -78,6 +78,22 @@ def build_routed(folder: Path) -> Path:
     return folder / "model"
 
 
+def build_two_lengths(folder: Path, query: int, document: int) -> Path:
+    """A `SentenceTransformer` with two routes on BERT that read so many tokens."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertModel
+
+    path = str(_save_bert(BertModel, folder / "bert"))
+    routes = []
+    for tokens in (query, document):
+        bert = Transformer(path, max_seq_length=tokens)
+        routes.append([bert, Pooling(bert.get_embedding_dimension(), pooling_mode="mean")])
+    SentenceTransformer(modules=[Router.for_query_document(*routes)]).save(str(folder / "model"))
+    return folder / "model"
+
+
 def build_capped(folder: Path, tokens: int) -> Path:
     """A `SentenceTransformer` that cuts its queries after so many tokens, and has no prompts."""
     from sentence_transformers import SentenceTransformer
