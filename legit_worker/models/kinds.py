@@ -90,11 +90,15 @@ class TextEmbedding(Embedding):
         precision: str | None = "float32",
         task: str | None = None,
         max_seq_length: int | None = None,
+        is_told: bool = True,
         **others: Any,
     ) -> Plan:
-        """`Handle.encode` describes the arguments; shape `[dim]` for one input, `[n, dim]` for a list."""
+        """`Handle.encode` describes the arguments; shape `[dim]` for one input, `[n, dim]` for a list.
+
+        `is_told`: whether the caller says what stands before the texts; if not, a prepared text has its own prompt.
+        """
         refuse(others, "encode", truncate_dim=truncate_dim)
-        items, is_single = self._items(inputs, prompt_name, prompt, task, max_seq_length)
+        items, is_single = self._items(inputs, prompt_name, prompt, task, max_seq_length, is_told=is_told)
 
         def finish(rows: list[Any]) -> Any:
             dimension = truncate_dim or self._model.truncate_dim

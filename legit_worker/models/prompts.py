@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from legit_worker.errors import InvalidInputError, shown
-from legit_worker.settings import ModelSettings
+from legit_worker.settings import DENSE_KINDS, ModelSettings
 
 #: The call for texts of each task, and the names of prompts that it looks for, in this order, as the library does.
 CALLS = {"query": "encode_query", "document": "encode_document"}
@@ -58,14 +58,18 @@ def filled(
 ) -> tuple[str, list[Any], dict[str, Any]]:
     """Fill in what the alias has and the call does not say. Returns the call's name, its inputs and its options.
 
-    A call's prompt counts instead of the alias's, and its task instead of the alias's task and prompt.
+    A call's prompt counts instead of the alias's, and its task instead of the alias's task and prompt. `is_told`, for
+    the kinds that take prepared texts, tells whether the call itself says what stands before its texts.
     """
     chosen = dict(options)
-    if 1 < len(inputs) <= 1 + len(BY_PLACE):
+    if ":" not in spec.kind and 1 < len(inputs) <= 1 + len(BY_PLACE):  # a user's own kind has its own arguments
         chosen |= dict(zip(BY_PLACE, inputs[1:], strict=False))
         inputs = inputs[:1]
     says_task = call in CALLS.values() or chosen.get("task") is not None
-    if not says_task and all(chosen.get(name) is None for name in BY_PLACE):
+    is_told = says_task or any(chosen.get(name) is not None for name in BY_PLACE)
+    if spec.kind in DENSE_KINDS:
+        chosen["is_told"] = is_told
+    if not is_told:
         chosen |= _given({name: getattr(spec, name) for name in BY_PLACE})
     if not says_task and spec.task is not None:
         call = CALLS[spec.task]

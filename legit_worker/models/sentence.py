@@ -217,13 +217,14 @@ class SentenceModel:
         prompt: str | None,
         task: str | None = None,
         limit: int | None = None,
+        *,
+        is_told: bool = True,
     ) -> tuple[list[Prompted], bool]:
         """The call's items, and whether it has a single input, whose result is no list."""
         self._texts.check_limit(limit)
         is_single = self._model.is_singular_input(inputs)
         items = [inputs] if is_single else list(inputs)
         chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self._model.default_prompt_name)
-        is_told = prompt is not None or prompt_name is not None or task is not None
         task = task if self._texts.minds_task else None
 
         def prompted(one: Any) -> Prompted:

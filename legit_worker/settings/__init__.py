@@ -23,6 +23,7 @@ from legit_worker.settings.reading import (
 )
 from legit_worker.settings.schema import LIMITS, AppSettings, ModelSettings, Settings
 from legit_worker.settings.values import (
+    DENSE_KINDS,
     KINDS_WITH_PATH,
     NAME,
     PREFIX,
@@ -34,6 +35,7 @@ from legit_worker.settings.values import (
 )
 
 __all__ = [
+    "DENSE_KINDS",
     "KINDS_WITH_PATH",
     "LIMITS",
     "NAME",

@@ -12,6 +12,7 @@ import sentence_transformers
 import tiny_models
 
 import legit_worker
+from legit_worker import tasks
 from legit_worker.errors import InvalidInputError, ModelLoadError, SettingsError
 from legit_worker.models import sentence, tokenizing
 from legit_worker.models.handle import use
@@ -191,3 +192,25 @@ def test_a_batch_is_not_read_up_to_the_limit_of_a_long_text_that_is_read_meanwhi
         [output] = model.compute([prepared]).outputs
         reader.join()
     assert output.numpy() == pytest.approx(right, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "prompt"),
+    [
+        ({"prompt": "query: "}, {"prompt": "passage: "}, "passage: "),
+        ({"prompt_name": "query"}, {"task": "document"}, "document: "),
+        ({"task": "query"}, {"task": "document"}, "document: "),
+        ({"task": "query"}, {}, "query: "),
+        ({}, {"prompt": "passage: "}, "passage: "),
+    ],
+)
+def test_a_prepared_text_needs_no_word_of_what_stands_before_it(
+    tiny_paths: dict[str, Path], spec: dict[str, Any], options: dict[str, Any], prompt: str
+) -> None:
+    with use_models({"m": {"path": str(tiny_paths["embed"]), **spec}}):
+        prepared = tasks.prep_text("red apple", "m", **options)
+        assert prepared["prompt"] == prompt
+        assert tasks.embed_text(prepared, "m") == pytest.approx(tasks.embed_text("red apple", "m", **options), abs=1e-5)
+        tasks.embed_text([prepared, prepared], "m", truncate=False)
+        with pytest.raises(InvalidInputError, match="give prep_text and embed_text the same one"):
+            tasks.embed_text(prepared, "m", prompt="other: ")

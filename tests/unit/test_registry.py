@@ -52,6 +52,13 @@ class Short(Named):
         return []
 
 
+class Ending(Named):
+    """Its `encode` has arguments of its own."""
+
+    def plan_encode(self, inputs: list[str], ending: str, mark: str = ".") -> Any:
+        return inputs, lambda outputs: [f"{text}{ending}{mark}" for text, _ in zip(inputs, outputs, strict=True)]
+
+
 def spec(name: str) -> dict[str, Any]:
     return {"kind": f"{__name__}:{name}", "path": "/weights"}
 
@@ -177,3 +184,8 @@ def test_a_forked_child_can_load_what_its_parent_had_not(monkeypatch: pytest.Mon
         child.join()
     finally:
         registry.use(before)
+
+
+def test_a_class_gets_the_arguments_of_its_own_call_by_their_places() -> None:
+    with use_models({"own": spec("Ending")}):
+        assert legit_worker.model("own").encode(["a"], "b", "?") == ["ab?"]
