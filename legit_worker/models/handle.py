@@ -163,7 +163,9 @@ class Handle:
         registry = default_registry()
         named = registry.find(self._alias) if self._alias else registry.only(self._kind)
         fence.check(named.alias)
-        last_called.set(named.alias)
+        if last_called.get() != named.alias:
+            last_called.set(named.alias)
+            last_computed.set(None)
         return named
 
     @property
@@ -269,7 +271,7 @@ class Handle:
         items = list(items)  # a generator's code is the task's own
         with self._use() as model:
             outputs = _computed(model, items)
-            last_computed.set(model.computed_by([], None, None))
+            last_computed.set(model.computed_by([], None, {}))
             return outputs
 
     def check_length(self, text: Any, **options: Any) -> None:
@@ -293,7 +295,7 @@ class Handle:
         with use(named.slot, default_registry().residency) as model:
             items, finish = _planned(named, model, call, places, chosen)
             result = finish(_computed(model, items))
-            last_computed.set(model.computed_by(items, result, chosen.get("precision")))
+            last_computed.set(model.computed_by(items, result, chosen))
             return result
 
     def _ask(self, name: str, *arguments: Any) -> Any:

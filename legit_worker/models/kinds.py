@@ -5,7 +5,7 @@ In: texts and images. Out: numpy arrays with the values, shapes and dtypes that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +38,14 @@ class Embedding(SentenceModel):
     #: Each kind's own.
     plan_encode: Callable[..., Plan]
 
-    def _dimensions(self, result: Any, precision: str | None) -> int | None:
-        """A binary row has eight dimensions in each number."""
-        each = 8 if precision in ("binary", "ubinary") else 1
-        return int(result.shape[-1]) * each or None if hasattr(result, "shape") else None
+    def _dimensions(self, result: Any, options: Mapping[str, Any]) -> int | None:
+        """A binary row has eight dimensions in each number. The last number may be filled up."""
+        if not hasattr(result, "shape"):
+            return None
+        if options.get("precision") not in ("binary", "ubinary"):
+            return int(result.shape[-1]) or None
+        most = (options.get("truncate_dim"), self.get_embedding_dimension())
+        return min([8 * int(result.shape[-1]), *filter(None, most)]) or None
 
     def plan_encode_query(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any

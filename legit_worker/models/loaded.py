@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -112,10 +112,10 @@ class LoadedModel:
         """What computes a model of a built-in kind, and why; empty for other kinds."""
         return dict(getattr(self.model, "backend", {}))
 
-    def computed_by(self, items: list[Any], result: Any, precision: str | None) -> dict[str, Any]:
+    def computed_by(self, items: list[Any], result: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """What an index must know of a call's result; nothing is known of a user's own model."""
         own = self._optional("computed_by")
-        return dict.fromkeys(COMPUTED_BY) if own is None else own(items, result, precision)
+        return dict.fromkeys(COMPUTED_BY) if own is None else own(items, result, options)
 
     # In and out of memory.
 

@@ -5,6 +5,7 @@ In: texts. Out: for each text one vector per token, as `encode(convert_to_numpy=
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class MultiVector(Embedding):
 
         return items, finish
 
-    def _dimensions(self, result: Any, precision: str | None) -> int | None:
+    def _dimensions(self, result: Any, options: Mapping[str, Any]) -> int | None:
         return next((int(row.shape[-1]) for row in (result if isinstance(result, list) else [result])), None)
 
 

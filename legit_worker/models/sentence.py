@@ -89,19 +89,20 @@ class SentenceModel:
         """What computes it, and why, as `inspect stats` shows it."""
         return self._backend.report()
 
-    def computed_by(self, items: Sequence[Prompted], result: Any, precision: str | None) -> dict[str, Any]:
-        """What an index must know of a call's result: see `docs/result-routing.md`."""
+    def computed_by(self, items: Sequence[Prompted], result: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What an index must know of the result of a call with these options: see `docs/result-routing.md`."""
+        precision = options.get("precision")
         graphs = self._backend.graphs
         prompts = {item.prompt or None for item in items}
         return {
             "revision": self._commit,
-            "dimensions": self._dimensions(result, precision),
+            "dimensions": self._dimensions(result, options),
             "dtype": precision if precision not in (None, "float32") else graphs.dtype if graphs else self._computes_in,
             "prompt": prompts.pop() if len(prompts) == 1 else None,
             "backend": "openvino" if graphs else "torch",
         }
 
-    def _dimensions(self, result: Any, precision: str | None) -> int | None:
+    def _dimensions(self, result: Any, options: Mapping[str, Any]) -> int | None:
         """How many numbers each row of a result has; None if these are no vectors."""
         return None
 

@@ -15,7 +15,7 @@ import legit_worker
 from legit_worker import tasks
 from legit_worker.errors import InvalidInputError, ModelLoadError, SettingsError
 from legit_worker.models import sentence, tokenizing
-from legit_worker.models.handle import use
+from legit_worker.models.handle import forget_calls, last_called, last_computed, use
 from legit_worker.models.preparing import LONG
 from legit_worker.models.registry import default_registry
 from legit_worker.settings import load
@@ -214,3 +214,29 @@ def test_a_prepared_text_needs_no_word_of_what_stands_before_it(
         tasks.embed_text([prepared, prepared], "m", truncate=False)
         with pytest.raises(InvalidInputError, match="give prep_text and embed_text the same one"):
             tasks.embed_text(prepared, "m", prompt="other: ")
+
+
+@pytest.mark.parametrize("precision", ["binary", "ubinary"])
+@pytest.mark.parametrize(("asked", "told"), [(12, 12), (16, 16), (1000, 32), (None, 32)])
+def test_packed_bits_are_no_more_dimensions_than_the_vectors_have(
+    tiny_paths: dict[str, Path], precision: str, asked: int | None, told: int
+) -> None:
+    with use_models({"m": {"path": str(tiny_paths["embed"]), "precision": precision, "dimensions": asked}}):
+        legit_worker.model("m").encode(["red", "cat"])
+    assert (last_computed.get() or {})["dimensions"] == told
+
+
+def test_what_computed_a_result_is_of_the_alias_that_was_called_last(tiny_paths: dict[str, Path]) -> None:
+    path = str(tiny_paths["embed"])
+    forget_calls()
+    with use_models({"a": {"path": path}, "b": {"path": path, "dimensions": 4}}):
+        a, b = legit_worker.model("a"), legit_worker.model("b")
+        vectors = a.encode(["red", "cat"])
+        a.similarity(vectors, vectors)
+        assert (last_computed.get() or {})["dimensions"] == 32
+        with pytest.raises(InvalidInputError):
+            b.encode([5])
+        assert (last_called.get(), last_computed.get()) == ("b", None)
+        a.encode("red")
+        b.similarity(vectors, vectors)
+        assert (last_called.get(), last_computed.get()) == ("b", None)
