@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 
 from legit_worker.prep.texts import model_folder
@@ -29,7 +30,8 @@ def revision_of(path: str, revision: str | None) -> str | None:
     folder = model_folder(path, revision)
     if folder is None:
         return None
-    if folder.parent.name == "snapshots":  # where the Hub's library keeps what it downloaded, by commit
+    # Where the Hub's library keeps what it downloaded, by commit.
+    if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
         return folder.name
     files = sorted(file for pattern in FILES for file in folder.rglob(pattern) if file.is_file())
     return _hash(str(folder), tuple((str(file.relative_to(folder)), *_state(file)) for file in files))

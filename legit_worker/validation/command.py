@@ -76,6 +76,12 @@ def configured(name: str) -> tuple[str, ModelSettings]:
         raise ValidationError(
             f"model {alias!r} is of kind {models[alias].kind!r}, and only kind 'embed' can be compared"
         )
+    precision = models[alias].precision
+    if precision in ("int8", "uint8"):
+        raise ValidationError(
+            f"model {alias!r} has PRECISION={precision}, whose scale is taken from the vectors of one task, and texts "
+            "are compared one by one: compare an alias of the same model without PRECISION"
+        )
     return alias, models[alias]
 
 

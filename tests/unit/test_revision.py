@@ -27,5 +27,12 @@ def test_a_snapshot_of_the_hub_has_its_commit(tmp_path: Path) -> None:
     assert revision_of(str(folder), None) == folder.name
 
 
+def test_a_folder_of_ones_own_among_snapshots_has_the_hash_of_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "minilm"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert (revision_of(str(folder), None) or "").startswith("sha256:")
+
+
 def test_a_model_that_is_not_here_has_none(tmp_path: Path) -> None:
     assert revision_of(str(tmp_path / "nothing"), None) is None

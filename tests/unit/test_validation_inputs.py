@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from legit_worker.validation.command import configured
 from legit_worker.validation.comparison import Failed, Tolerance, compare
 from legit_worker.validation.paths import ROUTES, opened
 from legit_worker.validation.reference import ValidationError, _row
@@ -53,3 +54,11 @@ def test_json_that_is_nested_without_end_is_refused() -> None:
 def test_a_reference_holds_finite_numbers_only(number: Any) -> None:
     with pytest.raises(ValidationError, match="something other than finite numbers"):
         _row(Path("reference.jsonl"), 3, {"text": "a", "vector": [1.0, number]})
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_an_alias_whose_vectors_have_a_scale_is_not_compared(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGIT_WORKER_MODELS__SCALED__PATH", "/models/minilm")
+    monkeypatch.setenv("LEGIT_WORKER_MODELS__SCALED__PRECISION", precision)
+    with pytest.raises(ValidationError, match=f"PRECISION={precision}, whose scale .* without PRECISION"):
+        configured("scaled")
