@@ -100,7 +100,9 @@ def look(app: Celery, timeout: float) -> Sample:
         inspect = app.control.inspect(timeout=timeout)
         stats = inspect.stats() or {}
         workers = {name: told for name, told in sorted(stats.items()) if "window" in told.get("pool", {})}
-        takes = app.control.inspect(list(workers), timeout=timeout).active_queues() if workers else None
+        # The limit, or Celery would wait for the whole time though all have answered.
+        asked = app.control.inspect(list(workers), timeout=timeout, limit=len(workers))
+        takes = asked.active_queues() if workers else None
         names = {queue["name"] for found in (takes or {}).values() for queue in found}
         return Sample(at=at, workers=workers, queues=_lengths(app, names), dead=_dead(app))
     except away as error:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from harness import ANSWER_SECONDS, SIMULATED, Broker, StartWorker, celery_command, project_environment
 
 #: Columns of the narrowest terminal.
@@ -26,10 +25,13 @@ COMMANDS = [
 ]
 
 
-def run(command: list[str], broker: Broker, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command that is over."""
+def run(
+    command: list[str], broker: Broker, text: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A command that is over. `text` is what it reads."""
     return subprocess.run(
         command,
+        input=text,
         env=project_environment(broker, variables) | {"COLUMNS": str(COLUMNS)},
         capture_output=True,
         text=True,
@@ -42,31 +44,59 @@ def legit(broker: Broker, words: str, project: str = "project", **variables: str
     return run(celery_command(project, "legit", *words.split()), broker, **variables)
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_broker_that_does_not_answer_is_one_sentence(broker: Broker, words: str) -> None:
-    finished = legit(broker, words, **NOWHERE, **APPS)
-    assert finished.returncode != 0
-    assert finished.stdout == ""
-    assert "localhost:1/0 does not answer" in finished.stderr
-    assert len(finished.stderr.splitlines()) == 1
+#: Runs commands in one process, one after the other, as the `celery` command would run each. Prints how they ended.
+EACH = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from celery.bin.celery import celery
+
+for words in sys.stdin.read().splitlines():
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = celery(words.split(), prog_name="celery", auto_envvar_prefix="CELERY")
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, out.getvalue(), errors.getvalue()]))
+"""
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, "doctor", "validate --model tiny --against file"])
-def test_a_command_without_a_project_says_how_to_name_one(broker: Broker, words: str) -> None:
-    command = [str(Path(sys.executable).with_name("celery")), "legit", *words.split()]
-    finished = run(command, broker)
-    assert finished.returncode != 0
-    assert "celery -A yourproject legit" in finished.stderr
-    assert "Traceback" not in finished.stderr
+def each(commands: list[str], broker: Broker, **variables: str) -> list[tuple[str, int, str, str]]:
+    """How commands end: the words after `celery`, the exit code, what is printed, and the errors."""
+    told = run([sys.executable, "-c", EACH], broker, "\n".join(commands), **variables)
+    assert told.returncode == 0, told.stderr
+    ends = [json.loads(line) for line in told.stdout.splitlines()]
+    return [(words, *end) for words, end in zip(commands, ends, strict=True)]
 
 
-@pytest.mark.parametrize("words", ["results list nosuch", "results replay nosuch", "results drop nosuch"])
-def test_an_unknown_app_is_refused_with_those_that_there_are(broker: Broker, words: str) -> None:
-    finished = legit(broker, words, **APPS)
-    assert finished.returncode != 0
-    assert "'nosuch'" in finished.stderr
-    assert "alpha, beta" in finished.stderr
-    assert len(finished.stderr.splitlines()) == 1
+def test_a_broker_that_does_not_answer_is_one_sentence(broker: Broker) -> None:
+    commands = [f"-A project legit {words}" for words in COMMANDS]
+    for words, code, out, errors in each(commands, broker, **NOWHERE, **APPS):
+        assert (code, out) == (1, ""), (words, errors)
+        assert "localhost:1/0 does not answer" in errors, words
+        assert len(errors.splitlines()) == 1, words
+    alone = legit(broker, COMMANDS[0], **NOWHERE)
+    assert (alone.returncode, alone.stdout) == (1, "")
+    assert len(alone.stderr.splitlines()) == 1
+
+
+def test_a_command_without_a_project_says_how_to_name_one(broker: Broker) -> None:
+    commands = [f"legit {words}" for words in (*COMMANDS, "doctor", "validate --model tiny --against file")]
+    for words, code, _, errors in each(commands, broker):
+        assert code, words
+        assert "celery -A yourproject legit" in errors, words
+    alone = run([str(Path(sys.executable).with_name("celery")), "legit", "status"], broker)
+    assert alone.returncode != 0
+    assert "celery -A yourproject legit" in alone.stderr
+    assert "Traceback" not in alone.stderr
+
+
+def test_an_unknown_app_is_refused_with_those_that_there_are(broker: Broker) -> None:
+    commands = [f"-A project legit results {what} nosuch" for what in ("list", "replay", "drop")]
+    for words, code, _, errors in each(commands, broker, **APPS):
+        assert code, words
+        assert "'nosuch'" in errors, words
+        assert "alpha, beta" in errors, words
+        assert len(errors.splitlines()) == 1, words
 
 
 def test_without_any_app_the_list_says_how_to_have_one(broker: Broker) -> None:
