@@ -113,6 +113,9 @@ def in_base64(files: list[bytes]) -> list[bytes]:
 
 # Arguments of the built-in tasks
 
+#: The names and kinds of the worker's models.
+MODELS = ("embed", "rerank", "image", "sparse", "multi")
+
 
 def arguments_of(task: str, images: list[bytes]) -> st.SearchStrategy[dict[str, Any]]:
     """Keyword arguments of a built-in task: mostly its own, some odd, some unknown."""
@@ -120,12 +123,19 @@ def arguments_of(task: str, images: list[bytes]) -> st.SearchStrategy[dict[str, 
     image = mutated(images).map(lambda raw: raw.decode("latin-1"))
     item = st.one_of(good, values, image) if "image" in task else st.one_of(good, values)
     counts = st.one_of(st.integers(-2, 70), values)
-    known: dict[str, st.SearchStrategy[Any]] = {"model": st.sampled_from([None, "embed", "rerank", "image"]) | values}
+    known: dict[str, st.SearchStrategy[Any]] = {"model": st.sampled_from([None, *MODELS]) | values}
     match task:
         case "embed_text":
             known |= {"text": item | st.lists(item, max_size=4), "normalize": st.booleans() | values}
             known |= {"truncate": st.booleans() | values}
             known |= {"precision": st.sampled_from(["float32", "int8", "ubinary"]) | values, "dimensions": counts}
+        case "embed_sparse":
+            known |= {"text": item | st.lists(item, max_size=4), "max_active": counts}
+        case "embed_multi":
+            known |= {"text": item | st.lists(item, max_size=4), "normalize": st.booleans() | values}
+        case "classify":
+            pair = st.lists(item, min_size=2, max_size=2) | values
+            known |= {"pair": pair | st.lists(pair, max_size=3), "top_k": counts}
         case "embed_image" | "prep_image":
             known |= {"image": item | st.lists(item, max_size=3)}
         case "rerank":
@@ -133,7 +143,7 @@ def arguments_of(task: str, images: list[bytes]) -> st.SearchStrategy[dict[str, 
         case "prep_text":
             known |= {"text": item | st.lists(item, max_size=4), "chunk_tokens": counts, "overlap": counts}
     unknown = st.dictionaries(st.sampled_from(["app", "meta", "self", "task_id", "x"]), values, max_size=1)
-    if "text" in task:
+    if "text" in known:
         prompts = st.sampled_from([None, "query", "document"]) | values
         known |= {"task": prompts, "prompt_name": prompts, "prompt": texts | values}
     first = next(name for name in known if name != "model")

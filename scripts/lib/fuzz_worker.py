@@ -16,7 +16,7 @@ from typing import Any
 
 import fuzz
 import redis
-from fuzz_inputs import arguments_of, in_base64, messages, mutated, pictures, texts
+from fuzz_inputs import MODELS, arguments_of, in_base64, messages, mutated, pictures, texts
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from processes import ProcessDiedError, Processes
@@ -52,11 +52,12 @@ def try_worker(processes: Processes, number: int, count: int) -> Iterator[Row]:
     side = start_side(processes, "fuzzed", "legit_worker", f"{start_broker(processes)}/0", _environment(processes))
     scene = Scene(side)
     encoded = in_base64(pictures())
+    each = count // (2 * len(BUILT_IN_TASKS))
     for task in BUILT_IN_TASKS:
-        yield scene.row(f"worker: {task}", arguments_of(task, encoded), number, count // 10, scene.calls(task))
+        yield scene.row(f"worker: {task}", arguments_of(task, encoded), number, each, scene.calls(task))
     yield scene.row("worker: messages", messages(), number, count // 4, scene.messages)
     raw = mutated([_whole("ID", "legit_worker.embed_text", {"text": "a cat"}), b"{}", b"[[],{},{}]"])
-    rest = count - 5 * (count // 10) - count // 4
+    rest = count - each * len(BUILT_IN_TASKS) - count // 4
     yield scene.row("worker: bytes", raw | texts.map(_in_utf8), number, rest, scene.bytes)
     yield "worker: memory", 0, scene.growth()
     yield "worker: its end", 0, scene.end()
@@ -69,14 +70,14 @@ def _in_utf8(text: str) -> bytes:
 def _environment(processes: Processes) -> dict[str, str]:
     """A worker with small models, one compute thread, and an app that gets results."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
-    from tiny_models import BUILDERS
+    from tiny_models import BUILDERS, build_multi
 
     variables = {"OMP_NUM_THREADS": "1", "LEGIT_WORKER_APPS__A__RESULT_ROUTING": "1"}
     variables |= {"LEGIT_WORKER_MAX_PIXELS": "1000000", "LEGIT_WORKER_APP_FROM": "header:app,reply_to"}
-    for alias, kind in (("embed", "embed"), ("rerank", "rerank"), ("image", "image")):
-        path = BUILDERS[kind](processes.folder / alias)
+    for kind in MODELS:
+        path = {**BUILDERS, "multi": build_multi}[kind](processes.folder / kind)
         variables |= {
-            f"LEGIT_WORKER_MODELS__{alias.upper()}__{name}": value
+            f"LEGIT_WORKER_MODELS__{kind.upper()}__{name}": value
             for name, value in (("PATH", str(path)), ("KIND", kind))
         }
     return variables
