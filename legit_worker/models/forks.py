@@ -6,8 +6,10 @@ In: a fork. Out: the fork, once no module is half imported; or a child that says
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import _bootstrap
-from threading import get_ident
+from threading import RLock, get_ident
 from time import monotonic, sleep
 from typing import Any
 
@@ -23,11 +25,43 @@ LOOK = 0.02
 _half_imported: str | None = None
 
 
+# Held by a thread that imports a model's class, and during a fork: no such import begins between the look and the fork.
+_importing = RLock()
+_is_forking = False
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While a thread imports a model's class, no other thread forks."""
+    with _importing:
+        yield
+
+
+def hold_imports() -> None:
+    """Let no import of a model's class begin. Called before a fork."""
+    global _is_forking
+    _is_forking = _importing.acquire(timeout=MOST_SECONDS)
+
+
 def wait_for_imports() -> None:
     """Let threads end the imports that they are in. Called before a fork, while a model loads."""
     until = monotonic() + MOST_SECONDS
     while _module_half_imported() is not None and monotonic() < until:
         sleep(LOOK)
+
+
+def go_on() -> None:
+    """Let imports begin again. Called in the parent after a fork."""
+    global _is_forking
+    if _is_forking:
+        _is_forking = False
+        _importing.release()
+
+
+def restart() -> None:
+    """Forget who held up imports. Called in a forked child."""
+    global _importing, _is_forking
+    _importing, _is_forking = RLock(), False
 
 
 def look_at_child() -> None:

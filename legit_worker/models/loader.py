@@ -25,6 +25,7 @@ from legit_worker.device.devices import Device
 from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import DeviceLostError, ModelLoadError
+from legit_worker.models import forks
 from legit_worker.models.calibration import calibrate
 from legit_worker.models.loaded import LoadedModel, Surroundings
 from legit_worker.models.shelf import Shelf
@@ -145,7 +146,8 @@ class Loader:
 
     def _bring(self, slot: Slot, orders: Orders, device: Device) -> tuple[LoadedModel, float]:
         # Before the turn: a first import of torch and of a library on it takes many seconds.
-        cls = symbol_by_name(KINDS.get(slot.spec.kind, slot.spec.kind))
+        with forks.importing():
+            cls = symbol_by_name(KINDS.get(slot.spec.kind, slot.spec.kind))
         with orders.turn():
             orders.check_room(slot)
             with device.loading():  # whose beginning starts CUDA, once

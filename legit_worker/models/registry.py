@@ -153,17 +153,20 @@ def _of_settings() -> Registry:
 
 
 def _before_fork() -> None:
-    if _in_force is not None and _in_force.residency.is_loading():
-        forks.wait_for_imports()
+    if _in_force is not None:
+        forks.hold_imports()
+        if _in_force.residency.is_loading():
+            forks.wait_for_imports()
 
 
 def _after_fork() -> None:
     global _making
     _making = threading.Lock()
+    forks.restart()
     if _in_force is not None:
         if _in_force.residency.is_loading():
             forks.look_at_child()
         _in_force.residency.restart()
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=forks.go_on, after_in_child=_after_fork)
