@@ -105,7 +105,7 @@ class Heirs:
         """The one that meets this pool's workers."""
         where = "rabbitmq" if pool.endswith("RabbitMQ") else "redis"
         if where not in self.lives:
-            (self.folder / where).mkdir()
+            (self.folder / where).mkdir(exist_ok=True)
             self.lives[where] = begin_life(
                 self.start,
                 self.folder / where,
