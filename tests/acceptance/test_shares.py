@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from harness import Broker, Client, Sides, StartWorker, Worker, poll
 
 #: Tasks of a tenth of a second each.
@@ -101,9 +102,10 @@ def test_a_stopping_worker_takes_no_more_from_a_quorum_queue(start_worker: Start
 
 def test_tasks_for_a_resident_model_do_not_wait_for_a_window_of_others_to_load(sides: Sides, broker: Broker) -> None:
     cold = {"LEGIT_WORKER_MODELS__COLD__KIND": "simulated", "LEGIT_WORKER_MODELS__COLD__PATH": "0,0,0,25"}
-    worker = sides.worker("modelpool", broker=broker, **cold)
+    # A window of 1,024 would be more results than a client of rpc:// keeps for later.
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_WINDOW="128", **cold)
     worker.settle([worker.send("one", "text", alias="sim")])
-    waiting = [worker.send("one", f"text {number}", alias="cold") for number in range(1024)]
+    waiting = [worker.send("one", f"text {number}", alias="cold") for number in range(128)]
     worker.settle([worker.send("one", f"text {number}", alias="sim") for number in range(50)])
     assert "model 'cold' loaded" not in worker.log
     assert worker.pool()["in_flight"] == len(waiting)
@@ -112,6 +114,8 @@ def test_tasks_for_a_resident_model_do_not_wait_for_a_window_of_others_to_load(s
 
 def test_a_result_does_not_wait_until_a_whole_group_of_slow_tasks_has_begun(sides: Sides, broker: Broker) -> None:
     """Redis gives the group at once: 1 message, 2, 4, 8. The eighth is the first of these."""
+    if not broker.url.startswith("redis"):
+        pytest.skip("a read from RabbitMQ's connection brings messages that begin one after the other")
     worker = sides.worker("modelpool", broker=broker)
     worker.settle([worker.send("one", "text", alias="sim")])
     before = worker.send("sleeps", 2)
