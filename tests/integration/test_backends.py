@@ -218,18 +218,25 @@ def test_the_doctors_probe_tells_what_computes(serve: Serve) -> None:
     assert seen["cosine"] > 0.9999
 
 
-def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
-    serve("embed")
-    expected = legit_worker.model("m").encode(TEXTS)
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=lambda: queue.put(legit_worker.model("m").encode(TEXTS)), daemon=True)
+FORK = multiprocessing.get_context("fork")
+
+
+def run_forked(function: Callable[[], None]) -> None:
+    """In a forked child, which must end well within a minute."""
+    child = FORK.Process(target=function, daemon=True)
     child.start()
     try:
         child.join(60)
         assert child.exitcode == 0
     finally:
         child.kill()
+
+
+def test_a_forked_child_computes_by_it_too(serve: Serve) -> None:
+    serve("embed")
+    expected = legit_worker.model("m").encode(TEXTS)
+    queue = FORK.SimpleQueue()
+    run_forked(lambda: queue.put(legit_worker.model("m").encode(TEXTS)))
     np.testing.assert_allclose(queue.get(), expected, **CLOSE)
 
 
@@ -239,19 +246,14 @@ def test_a_fork_waits_for_a_batch_in_flight(serve: Serve) -> None:
     model = registry.slots["m"].model
     assert model is not None
     launch = model.launch([model.preprocess("the old dog " * 80)] * 400)
-    context = multiprocessing.get_context("fork")
 
     def compute() -> None:
         assert launch.is_done
         legit_worker.model("m").encode(TEXTS)
 
-    child = context.Process(target=compute, daemon=True)
-    child.start()
     try:
-        child.join(60)
-        assert child.exitcode == 0
+        run_forked(compute)
     finally:
-        child.kill()
         launch.wait()
 
 
