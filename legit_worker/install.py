@@ -124,13 +124,16 @@ class ModelPoolStep(bootsteps.Step):
 
 
 def _take_queues(app: Celery, chosen: settings.Settings) -> None:
-    """Take tasks from the queues of this worker's models, unless the command line names queues."""
+    """Take tasks from the default queue and from those of this worker's models, unless the command names queues.
+
+    In the default one are tasks that no model's queue is for: the project's, Celery's, and those for a misspelt model.
+    """
     from legit_worker import settings
 
     queues = app.amqp.queues
     own = chosen.workers[chosen.node or ""]
-    if own.models is not None and queues.consume_from is queues._default_consume_from:
-        queues.select([settings.queue_of(chosen, alias) for alias in chosen.models])
+    if own.models is not None and queues._consume_from is None:
+        queues.select([app.conf.task_default_queue, *(settings.queue_of(chosen, alias) for alias in chosen.models)])
 
 
 def _show_only_gpu(device: str) -> None:

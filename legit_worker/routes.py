@@ -5,6 +5,7 @@ In: a task that is sent, as Celery shows it to a router. Out: its queue, or None
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def by_model(
     name: str, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, options: Any, task: Any = None, **_: Any
 ) -> dict[str, str] | None:
     """Route a task. For `task_routes = ("legit_worker.routes:by_model", …)` of any project that has these settings."""
-    chosen = settings.load(enabled_by_default=True, is_whole=True)
+    chosen = _chosen()
     found = _built_in(chosen, name)
     if found is None or not chosen.workers:
         return None
@@ -37,6 +38,12 @@ def by_model(
     wanted = (kwargs or {}).get(named) or next(iter((args or ())[place : place + 1]), None)
     alias = _alias(chosen, wanted, kind)
     return None if alias is None else {"queue": settings.queue_of(chosen, alias)}
+
+
+@functools.cache
+def _chosen() -> settings.Settings:
+    """Return the settings of all workers, which a client reads once: that takes longer than to send a task."""
+    return settings.load(enabled_by_default=True, is_whole=True)
 
 
 def _built_in(chosen: settings.Settings, name: str) -> tuple[str, Mapping[str, str | None]] | None:

@@ -81,3 +81,13 @@ def test_the_queues_say_who_has_which_model(terminal: tuple[Terminal, Path, Brok
     table = shell.run("celery -A legit_worker legit queues --timeout 3")
     assert "legit.idle" in table
     assert "nobody" in table
+
+
+def test_a_task_that_no_models_queue_is_for_is_answered(terminal: tuple[Terminal, Path, Broker]) -> None:
+    shell, folder, _ = terminal
+    (folder / "misspelt.py").write_text(
+        "from legit_worker.celery import app\n"
+        "result = app.send_task('legit_worker.embed_text', ['a text'], {'model': 'smal'})\n"
+        f"print(result.get(timeout={ANSWER_SECONDS}, propagate=False))\n"
+    )
+    assert "'smal'" in shell.run("python misspelt.py")

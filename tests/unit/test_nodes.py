@@ -59,6 +59,12 @@ def test_a_worker_takes_its_name_from_the_command_line_unless_it_has_one(monkeyp
     assert not settings.take_name("gpu0@host", settings.load(TWO | {"LEGIT_WORKER_NODE": "gpu1"}))
 
 
+@pytest.fixture(autouse=True)
+def fresh_routes() -> None:
+    """A process reads its settings once."""
+    routes._chosen.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("task", "args", "kwargs", "queue"),
     [
