@@ -79,6 +79,8 @@ class Job:
             logger.info("%s is another worker's by now, and does not begin here", self.name)
             state.task_ready(self.request)
             return
+        if self._has_expired():
+            return
         try:
             apply_target(
                 self._call,
@@ -95,6 +97,14 @@ class Job:
                 limit.on_timeout(False, limit.hard)
         finally:
             fiber.holdings.end(fiber)
+
+    def _has_expired(self) -> bool:
+        """Whether it expired while it waited to begin, which Celery then tells. Celery has looked only as it came."""
+        request = self.request
+        if not getattr(request, "expires", None) or not request.maybe_expire():
+            return False
+        _here().phase = Phase.ENDING
+        return bool(request.revoked())
 
     def refuse(self, error: Exception) -> None:
         """Fail a task that can't begin."""

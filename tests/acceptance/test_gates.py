@@ -40,6 +40,14 @@ def test_tasks_over_the_number_in_flight_wait_and_others_pass(gated: Worker) -> 
     poll(lambda: gated.pool()["limits"]["slow"]["in_flight"] == 0, "the end of all")
 
 
+def test_a_task_that_expires_while_it_waits_does_not_run(gated: Worker) -> None:
+    slow = [send(gated, "slow", "many", 10_000, "sluggish") for _ in range(2)]
+    short = gated.client.send_task("no_model", [1], headers={"app": "slow"}, expires=1)
+    gated.answers(slow)
+    assert poll(lambda: short.ready() and short.state, "the end of what expired") == "REVOKED"
+    assert "TaskRevokedError('expired')" in repr(short.result)
+
+
 def test_tasks_over_the_rate_wait_and_others_pass(gated: Worker) -> None:
     rare = [send(gated, "rare", "no_model", number) for number in range(3)]
     free = [send(gated, "free", "no_model", number) for number in range(TASKS)]
