@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import _bootstrap
 from threading import RLock, get_ident
 from time import monotonic, sleep
@@ -27,7 +27,6 @@ _half_imported: str | None = None
 
 # Held by a thread that imports a model's class, and during a fork: no such import begins between the look and the fork.
 _importing = RLock()
-_is_forking = False
 
 
 @contextmanager
@@ -39,8 +38,7 @@ def importing() -> Iterator[None]:
 
 def hold_imports() -> None:
     """Let no import of a model's class begin. Called before a fork."""
-    global _is_forking
-    _is_forking = _importing.acquire(timeout=MOST_SECONDS)
+    _importing.acquire(timeout=MOST_SECONDS)
 
 
 def wait_for_imports() -> None:
@@ -51,17 +49,15 @@ def wait_for_imports() -> None:
 
 
 def go_on() -> None:
-    """Let imports begin again. Called in the parent after a fork."""
-    global _is_forking
-    if _is_forking:
-        _is_forking = False
+    """Let imports begin again. Called in the parent after a fork, which may have waited in vain."""
+    with suppress(RuntimeError):  # this thread does not hold it
         _importing.release()
 
 
 def restart() -> None:
     """Forget who held up imports. Called in a forked child."""
-    global _importing, _is_forking
-    _importing, _is_forking = RLock(), False
+    global _importing
+    _importing = RLock()
 
 
 def look_at_child() -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
+
+from legit_worker.models import forks
 
 #: A fork that can't wait for the import, and what a model call in the child says.
 PROGRAM = """
@@ -42,3 +47,17 @@ def test_a_child_that_can_not_import_says_so(tmp_path: Path) -> None:
     )
     assert finished.stdout.startswith("ModelLoadError this process was forked while another thread"), finished.stderr
     assert "'endless'" in finished.stdout
+
+
+def test_who_waited_for_a_fork_in_vain_gives_nothing_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "MOST_SECONDS", 0.1)
+    forks.hold_imports()
+    second = threading.Thread(target=lambda: (forks.hold_imports(), forks.go_on()))
+    second.start()
+    second.join()
+    forks.go_on()
+    loads = threading.Thread(target=forks.importing().__enter__, daemon=True)
+    loads.start()
+    loads.join(10)
+    assert not loads.is_alive()
+    forks.restart()
