@@ -3,6 +3,8 @@
 In: tasks that have a span, and batches that are computed for them. Out: one span per batch, linked to the spans of its
 tasks; in each task's span, an event that says how long the task waited for the batch; and the traceparent of a task.
 
+What a project's sampler or span processor raises is logged: a trace lacks something then, and all tasks go on.
+
 Nothing here imports OpenTelemetry: a process that has not imported it has no spans. Then all of this costs a look into
 a dictionary. A batch of which no task has a span has none either.
 
@@ -11,18 +13,38 @@ Sources: the API of opentelemetry-api (1.20 to 1.45); W3C Trace Context, https:/
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import time_ns
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+Returned, Given = TypeVar("Returned"), ParamSpec("Given")
+
+logger = logging.getLogger(__name__)
 
 #: The instrumentation's name, the batch's span, and the event.
 NAME, BATCH, WAITED = "legit_worker", "legit_worker.batch", "legit_worker.waited"
 
 #: The form of a traceparent. All zeros is no trace, and no span.
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def _harmless(function: Callable[Given, Returned | None]) -> Callable[Given, Returned | None]:
+    """Return None if OpenTelemetry, or what a project has put into it, raises."""
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned | None:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            logger.warning("OpenTelemetry failed, and a trace lacks something", exc_info=True)
+            return None
+
+    return call
 
 
 @dataclass(slots=True)
@@ -36,6 +58,7 @@ class Asker:
     is_told: bool = False
 
 
+@_harmless
 def asker() -> Asker | None:
     """The span of the current task or thread; None if it has none, or one that is not recorded."""
     api = sys.modules.get("opentelemetry.trace")
@@ -68,6 +91,7 @@ class BatchSpan:
             start_time=now,
         )
 
+    @_harmless
     def end(self, seconds: float | None = None, error: BaseException | None = None) -> None:
         """The batch is over. `seconds` are the device's."""
         if seconds is not None:
@@ -80,12 +104,14 @@ class BatchSpan:
         self._span.end()
 
 
+@_harmless
 def batch_span(model: str, items: int, askers: Iterable[Asker | None]) -> BatchSpan | None:
     """Begin a batch's span; None if no task in it has one."""
     found = [one for one in askers if one is not None]
     return BatchSpan(model, items, found) if found else None
 
 
+@_harmless
 def traceparent() -> str | None:
     """The current span, as W3C Trace Context writes it; None if there is none."""
     api = sys.modules.get("opentelemetry.trace")

@@ -204,7 +204,11 @@ class Ending:
             self.consumer.controller.exitcode = os.EX_SOFTWARE
         atexit.register(_leave, lambda: os.EX_SOFTWARE, lambda: True)
         self._loop.note_lost(error)
-        logger.critical("%s; the worker ends, and %d tasks go back to the broker", error, len(self._running))
+        logger.critical(
+            "%s; the worker ends, and %d tasks go back to the broker",
+            *(error, len(self._running)),
+            exc_info=error.__cause__,
+        )
         self._loop.backlog.clear()
         self._engine.forget()
         self._loop.resume_ready()  # the one whose item it was

@@ -16,7 +16,8 @@ from typing import Any
 
 from legit_worker.batching.demand import Demand
 from legit_worker.device.devices import Launch
-from legit_worker.pool.calls import Call, Chunk
+from legit_worker.errors import DeviceLostError
+from legit_worker.pool.calls import ENDS, Call, Chunk
 from legit_worker.pool.flights import Flights
 from legit_worker.pool.queue import BatchModel, Counters, ModelQueue
 
@@ -179,12 +180,14 @@ class Engine:
         if queue is None:
             return False
         self._level = queue.seconds
-        self._flights.launch(queue, queue.next_batch())
+        with _trusted():
+            self._flights.launch(queue, queue.next_batch())
         return True
 
     def collect(self) -> bool:
         """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
-        return self._flights.collect()
+        with _trusted():
+            return self._flights.collect()
 
     def wait(self, seconds: float) -> None:
         """Until nothing is in flight, at most for this many seconds; the tasks that it was for are gone."""
@@ -196,9 +199,10 @@ class Engine:
         Raises `DeviceLostError`.
         """
         queue = self._queues[chunk.alias]
-        if batch := queue.batch_of(chunk):
-            self._flights.launch(queue, batch)
-        self._flights.collect_all()
+        with _trusted():
+            if batch := queue.batch_of(chunk):
+                self._flights.launch(queue, batch)
+            self._flights.collect_all()
 
     def _queue(self, model: BatchModel) -> ModelQueue:
         queue = self._queues.get(model.alias)
@@ -206,6 +210,21 @@ class Engine:
             queue = self._queues[model.alias] = self._new_queue(model)
             self.counters[model.alias] = queue.counters
         return queue
+
+
+@contextmanager
+def _trusted() -> Iterator[None]:
+    """Nobody knows what still works after an error here, in whose hands no batch is: the worker ends, as if its device
+    were lost, and its tasks go to the next one. It would wait for them for ever.
+    """
+    try:
+        yield
+    except (DeviceLostError, *ENDS):
+        raise
+    except Exception as error:
+        raise DeviceLostError(
+            f"legit_worker failed between two batches, which is a fault of its own: {error!r}"
+        ) from error
 
 
 def _next(queues: Iterable[ModelQueue]) -> ModelQueue | None:

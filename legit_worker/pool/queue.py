@@ -355,7 +355,9 @@ class ModelQueue:
             candidates = list(dict.fromkeys([first, *due, *candidates]))  # of equal items, those that are due count
         if self._fair.has_twins:
             candidates = distinct(candidates)
-        candidates = [item for item in candidates if item.key == first.key]
+        # By hash before they are compared: a tuple with a tensor in it can't be compared with another one.
+        keys = {first.key}
+        candidates = [item for item in candidates if item.key in keys]
         batch = self._cut_around(frozenset(due), candidates, budget)
         by_memory = self.model.largest_cost(max(item.cost for item in batch))
         if padded([item.cost for item in batch]) > by_memory:  # longer ones take more for each unit

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+import torch
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from greenlet import GreenletExit
 from hypothesis import given
@@ -21,6 +22,7 @@ from legit_worker.device.devices import Launch
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.engine import UNKNOWN_SECONDS, Engine
+from legit_worker.pool.queue import ModelQueue
 
 
 def engine(**options: Any) -> Engine:
@@ -34,6 +36,23 @@ def ask(engine: Engine, entry: Any, items: list[str], app: str = "") -> Chunk:
 def run_all(engine: Engine) -> None:
     while engine.step():
         pass
+
+
+def test_a_fault_between_two_batches_is_told_as_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = engine()
+    ask(subject, Letters(), ["one"])
+    monkeypatch.setattr(ModelQueue, "next_batch", lambda self: [][0])
+    with pytest.raises(DeviceLostError, match=r"failed between two batches.*IndexError"):
+        subject.step()
+
+
+def test_items_whose_keys_can_not_be_compared_share_no_batch() -> None:
+    subject, entry = engine(), Letters()
+    entry.batch_key = lambda text: ("shape", torch.ones(2))  # type: ignore[method-assign, assignment]
+    call = ask(subject, entry, ["one", "two"])
+    run_all(subject)
+    assert outputs(call) == ["oneone", "twotwo"]
+    assert subject.counters[entry.alias].batches == 2
 
 
 @pytest.mark.parametrize("end", [WorkerShutdown, WorkerTerminate, GreenletExit])
