@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from time import time_ns
 from typing import Any, ParamSpec, TypeVar
 
-Returned, Given = TypeVar("Returned"), ParamSpec("Given")
+Returned = TypeVar("Returned")
+Given = ParamSpec("Given")
 
 logger = logging.getLogger(__name__)
 
