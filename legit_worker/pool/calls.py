@@ -5,8 +5,9 @@ In: items, chunk by chunk, from the task. Out: for each chunk a future, with one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,27 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from greenlet import GreenletExit
 
 from legit_worker.batching.fairness import Item
+from legit_worker.errors import DeviceLostError
 from legit_worker.pool.clock import Clock
 from legit_worker.tracing import Asker
 
 #: What ends the worker or a task, raised wherever the thread is: by Celery's handlers of signals, or by this pool. Any
 #: other exception out of a model's method is the model's error.
 ENDS = (GreenletExit, WorkerShutdown, WorkerTerminate)
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Around this package's own code between two tasks, which holds batches. Makes a `DeviceLostError` of an error.
+
+    Nobody knows what still works after it. The worker would wait for ever for tasks that nothing goes on with.
+    """
+    try:
+        yield
+    except (DeviceLostError, *ENDS):
+        raise
+    except Exception as error:
+        raise DeviceLostError(f"legit_worker failed between two tasks, by a fault of its own: {error!r}") from error
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

@@ -16,8 +16,7 @@ from typing import Any
 
 from legit_worker.batching.demand import Demand
 from legit_worker.device.devices import Launch
-from legit_worker.errors import DeviceLostError
-from legit_worker.pool.calls import ENDS, Call, Chunk
+from legit_worker.pool.calls import Call, Chunk, trusted
 from legit_worker.pool.flights import Flights
 from legit_worker.pool.queue import BatchModel, Counters, ModelQueue
 
@@ -180,13 +179,13 @@ class Engine:
         if queue is None:
             return False
         self._level = queue.seconds
-        with _trusted():
+        with trusted():
             self._flights.launch(queue, queue.next_batch())
         return True
 
     def collect(self) -> bool:
         """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
-        with _trusted():
+        with trusted():
             return self._flights.collect()
 
     def wait(self, seconds: float) -> None:
@@ -199,7 +198,7 @@ class Engine:
         Raises `DeviceLostError`.
         """
         queue = self._queues[chunk.alias]
-        with _trusted():
+        with trusted():
             if batch := queue.batch_of(chunk):
                 self._flights.launch(queue, batch)
             self._flights.collect_all()
@@ -210,21 +209,6 @@ class Engine:
             queue = self._queues[model.alias] = self._new_queue(model)
             self.counters[model.alias] = queue.counters
         return queue
-
-
-@contextmanager
-def _trusted() -> Iterator[None]:
-    """Nobody knows what still works after an error here, in whose hands no batch is: the worker ends, as if its device
-    were lost, and its tasks go to the next one. It would wait for them for ever.
-    """
-    try:
-        yield
-    except (DeviceLostError, *ENDS):
-        raise
-    except Exception as error:
-        raise DeviceLostError(
-            f"legit_worker failed between two batches, which is a fault of its own: {error!r}"
-        ) from error
 
 
 def _next(queues: Iterable[ModelQueue]) -> ModelQueue | None:

@@ -18,6 +18,7 @@ from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import Backlog
+from legit_worker.pool.calls import trusted
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
 from legit_worker.pool.gates import Gates
@@ -162,7 +163,8 @@ class Loop:
             self.is_turning = False
 
     def _turn(self, should_compute: Callable[[], bool]) -> None:
-        self._review_models()
+        with trusted():
+            self._review_models()
         if self.lost is not None and not self._is_loss_told:
             self._is_loss_told = True
             raise self.lost

@@ -38,11 +38,11 @@ def run_all(engine: Engine) -> None:
         pass
 
 
-def test_a_fault_between_two_batches_is_told_as_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_between_two_tasks_is_told_as_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = engine()
     ask(subject, Letters(), ["one"])
     monkeypatch.setattr(ModelQueue, "next_batch", lambda self: [][0])
-    with pytest.raises(DeviceLostError, match=r"failed between two batches.*IndexError"):
+    with pytest.raises(DeviceLostError, match=r"failed between two tasks.*IndexError"):
         subject.step()
 
 
