@@ -135,7 +135,8 @@ class Inference(Launch):
     began: float
     #: OpenVINO reads the batch from here.
     arrays: dict[str, Any]
-    _waiting: threading.Lock = field(default_factory=threading.Lock)
+    #: A signal's handler may fork on the thread that has it.
+    _waiting: threading.RLock = field(default_factory=threading.RLock)
 
     def __len__(self) -> int:
         return self.count
@@ -147,6 +148,8 @@ class Inference(Launch):
                 return
             try:
                 self.request.wait()
+                if self.is_done:  # by such a fork
+                    return
                 self.outputs = _rows_of(self.request)
                 self.seconds = self.graph.seconds_until(self.began, self.began + self.request.latency / 1000)
                 self.graph.give_back(self.request)

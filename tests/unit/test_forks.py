@@ -61,3 +61,44 @@ def test_who_waited_for_a_fork_in_vain_gives_nothing_free(monkeypatch: pytest.Mo
     loads.join(10)
     assert not loads.is_alive()
     forks.restart()
+
+
+#: A signal's handler forks on the thread that waits for OpenVINO's batch.
+FORKS_IN_HANDLER = """
+import os, signal
+from types import SimpleNamespace
+from legit_worker.backends.graphs import Inference, _in_flight
+def fork(*_):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+signal.signal(signal.SIGUSR1, fork)
+class Request:
+    latency = 1.0
+    def wait(self):
+        waits.append(self)
+        if len(waits) == 1:
+            signal.raise_signal(signal.SIGUSR1)
+    def get_output_tensor(self, number):
+        return SimpleNamespace(data=[[1.0]])
+waits, given_back = [], []
+graph = SimpleNamespace(seconds_until=lambda began, ended: 0.1, give_back=given_back.append)
+batch = Inference(outputs=None, seconds=0, is_done=False, count=1, graph=graph, request=Request(), began=0, arrays={})
+_in_flight.add(batch)
+batch.wait()
+print(batch.is_done, batch.error, len(given_back))
+"""
+
+
+def test_a_handler_may_fork_while_a_batch_is_waited_for() -> None:
+    root = str(Path(__file__).parents[2])
+    finished = subprocess.run(
+        [sys.executable, "-c", FORKS_IN_HANDLER],
+        env={"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert finished.stdout.split() == ["True", "None", "1"]
