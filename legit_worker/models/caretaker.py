@@ -27,13 +27,13 @@ def watch(residency: Residency) -> None:
     if residency.is_looked_after:  # as at each call inside a ModelPool
         return
     with _starting:
-        if residency.is_looked_after or residency.next_look() is None:
+        if residency.has_caretaker or residency.next_look() is None:
             return
-        residency.is_looked_after = True
+        residency.has_caretaker = True
     try:
         threading.Thread(target=_look_after, args=(residency,), name="legit-caretaker", daemon=True).start()
     except RuntimeError as error:  # whoever called has its result
-        residency.is_looked_after = False
+        residency.has_caretaker = False
         logger.warning("no thread can start that looks after the models (%s): the next call tries again", error)
 
 
@@ -42,8 +42,8 @@ def _look_after(residency: Residency) -> None:
     while True:
         with _starting:  # or a model that comes now would find a caretaker that is about to leave
             seconds = residency.next_look()
-            if seconds is None:
-                residency.is_looked_after = False
+            if seconds is None or residency.is_looked_after:  # by a loop that has begun meanwhile
+                residency.has_caretaker = False
                 return
         sleep(MOST_LOOK if is_failing else min(max(seconds, LEAST_LOOK), MOST_LOOK))
         # An error in one step, or in one look, must not end the others.

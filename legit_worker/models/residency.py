@@ -67,8 +67,8 @@ class Residency:
         self._allowed = Allowance()
         self._read_at = self._decided_at = -inf
         self._effects = Effects()
-        #: Whether a loop or a thread calls `review` and `evict_idle`: see `caretaker`.
-        self.is_looked_after = False
+        #: Whether a loop calls `review` and `evict_idle`, and whether a thread does: see `caretaker`.
+        self.is_looked_after = self.has_caretaker = False
 
     # Requests.
 
@@ -289,7 +289,7 @@ class Residency:
         """In a forked child: nobody waits here, what the parent's tasks used is used by none, and no load will end."""
         self._lock, self._effects = threading.Lock(), Effects()
         self._waiting.clear()
-        self.is_looked_after = False
+        self.is_looked_after = self.has_caretaker = False
         self._loader.restart()
         self._shelf.restart()
         for slot in self._slots.values():

@@ -206,3 +206,16 @@ def test_a_loop_that_looks_after_the_models_needs_no_thread() -> None:
     with use(models.slots["a"], models.residency):
         pass
     assert not caretakers()
+
+
+def test_a_loop_that_begins_takes_over_from_the_thread() -> None:
+    models = registry(keep_alive=0.1)
+    with use(models.slots["a"], models.residency):
+        pass
+    assert caretakers()
+    models.residency.is_looked_after = True
+    until(lambda: not caretakers())
+    assert models.residency.is_looked_after
+    with use(models.slots["a"], models.residency):
+        pass
+    assert not caretakers()
