@@ -90,10 +90,21 @@ def _without_numbers(value: Any, numbers: list[str], levels: int) -> Any:
 def _written(numbers: list[float] | tuple[float, ...]) -> str:
     """Write numbers as Python does, which writes small and large ones in another form than orjson."""
     text = orjson.dumps(numbers).decode("ascii")
-    if "e" not in text and "0.0000" not in text:
-        return text.replace(",", ", ")
-    parts = text[1:-1].split(",")
-    return f"[{', '.join(repr(float(part)) if 'e' in part or '0.0000' in part else part for part in parts)}]"
+    for sign in ("e", "0.0000"):
+        if sign in text:
+            text = _as_python_writes(text, sign)
+    return text.replace(",", ", ")
+
+
+def _as_python_writes(text: str, sign: str) -> str:
+    """Write those numbers of a list again that have this sign: most lists have a few. The others stay as they are."""
+    parts, done, at = [], 0, text.find(sign)
+    while at >= 0:
+        start, end = max(text.rfind(",", done, at), 0) + 1, text.find(",", at)
+        end = end if end >= 0 else len(text) - 1
+        parts += text[done:start], repr(float(text[start:end]))
+        done, at = end, text.find(sign, end)
+    return "".join([*parts, text[done:]])
 
 
 def loads(text: Any) -> Any:

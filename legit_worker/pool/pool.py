@@ -202,7 +202,7 @@ class ModelPool(SoloPool):
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
         undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end))
-        self._undo = (*undo, shown.show_floats_quickly(), quickjson.use())
+        self._undo = (*undo, shown.show_quickly(lambda: shown.are_seen(self._consumer)), quickjson.use())
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:

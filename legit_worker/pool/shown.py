@@ -5,6 +5,7 @@ In: results. Out: the same text as Celery's, faster for a list of floats, which 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +18,30 @@ SAMPLES = ([0.5], [0.25, -1e-7, 3.0], [0.1 + 0.2] * 5, [0.5, 0.25, [1.0], "text"
 LENGTHS = (1, 2, 4, 6, 7, 8, 9, 12, 20, 50, 1024)
 
 
-def show_floats_quickly() -> Callable[[], None]:
-    """Let Celery's tracer use `shown`, if this release of Celery writes the same. Returns what undoes this.
+def show_quickly(is_seen: Callable[[], bool]) -> Callable[[], None]:
+    """Let Celery's tracer show results quickly, and only while somebody sees them. Returns what undoes this.
 
-    For 384 floats, Celery takes nearly as long as to encode them as JSON.
+    The tracer shows each result, and gives the text to its log line and to the event `task-succeeded` alone. For 384
+    floats, that takes nearly as long as to encode them as JSON.
     """
-    if not is_alike():
-        return lambda: None
-    trace.saferepr = shown
+    show = shown if is_alike() else saferepr
+
+    def show_if_seen(value: Any, maxlen: int | None = None) -> str:
+        return show(value, maxlen) if is_seen() else ""
+
+    trace.saferepr = show_if_seen
 
     def undo() -> None:
         trace.saferepr = saferepr
 
     return undo
+
+
+def are_seen(consumer: Any) -> bool:
+    """Whether the worker's log or its events have what Celery tells of results. A worker's own events have not."""
+    events = getattr(consumer, "event_dispatcher", None)
+    are_sent = events is None or (events.enabled and (not events.groups or "task" in events.groups))
+    return bool(are_sent or trace.logger.isEnabledFor(logging.INFO))
 
 
 def is_alike() -> bool:

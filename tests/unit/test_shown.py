@@ -10,7 +10,7 @@ from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.pool.shown import is_alike, show_floats_quickly, shown
+from legit_worker.pool.shown import is_alike, show_quickly, shown
 
 #: Celery before 5.7 cuts in another place, and its own way stays.
 pytestmark = pytest.mark.skipif(not is_alike(), reason="this release of Celery shows floats in another way")
@@ -23,8 +23,11 @@ def test_floats_and_what_follows_them_are_shown_as_by_celery(floats: list[float]
     assert shown(floats + rest, length) == saferepr(floats + rest, length)
 
 
-def test_celery_uses_it_until_that_is_undone() -> None:
-    undo = show_floats_quickly()
-    assert trace.saferepr is shown
+def test_celery_uses_it_while_somebody_sees_it_until_that_is_undone() -> None:
+    is_seen = True
+    undo = show_quickly(lambda: is_seen)
+    assert trace.saferepr([0.5]) == "[0.5]"
+    is_seen = False
+    assert trace.saferepr([0.5]) == ""
     undo()
     assert trace.saferepr is saferepr
