@@ -24,6 +24,9 @@ FEW = 16
 
 CONTAINERS = frozenset((dict, list, tuple))
 
+#: Objects that are more than numbers are kombu's.
+PLAIN = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
+
 #: How deep such a list may lie in a value.
 LEVELS = 6
 
@@ -74,25 +77,29 @@ def _without_numbers(value: Any, numbers: list[str], levels: int) -> Any:
     kind = type(value)
     if levels == 0 or not value or (kind is not list and kind is not dict and kind is not tuple):
         return value
+    if kind is not dict and type(value[0]) is float:
+        text = _written(value) if len(value) >= FEW else None
+        if text is not None:
+            numbers.append(text)
+            return f"{MARK}{len(numbers) - 1}"
     parts = value.values() if kind is dict else value
-    kinds = {*map(type, parts)}
-    if kinds == {float}:
-        if kind is dict or len(value) < FEW or not isfinite(sum(value)):
-            return value
-        numbers.append(_written(value))
-        return f"{MARK}{len(numbers) - 1}"
-    if kinds.isdisjoint(CONTAINERS):
+    if CONTAINERS.isdisjoint(map(type, parts)):
         return value
     inner = (_without_numbers(part, numbers, levels - 1) for part in parts)
     return dict(zip(value, inner, strict=True)) if kind is dict else list(inner)
 
 
-def _written(numbers: list[float] | tuple[float, ...]) -> str:
-    """Write numbers as Python does, which writes small and large ones in another form than orjson."""
-    text = orjson.dumps(numbers).decode("ascii")
-    for sign in ("e", "0.0000"):
-        if sign in text:
-            text = _as_python_writes(text, sign)
+def _written(numbers: list[Any] | tuple[Any, ...]) -> str | None:
+    """Write numbers as Python does, which writes small and large ones in another form than orjson. None for others."""
+    try:
+        if not isfinite(sum(numbers)):
+            return None
+        text = orjson.dumps(numbers, option=PLAIN).decode("ascii")
+        for sign in ("e", "0.0000"):
+            if sign in text:
+                text = _as_python_writes(text, sign)
+    except Exception:  # not all are numbers, or orjson does not take one: kombu says what it thinks of them
+        return None
     return text.replace(",", ", ")
 
 
