@@ -44,6 +44,10 @@ class FiberPid(int):
         return self.ref()
 
 
+#: The context of code that has nothing to put aside.
+_NOTHING = nullcontext()
+
+
 class Phase(Enum):
     """Where a task stands in its life, which decides when it can be interrupted."""
 
@@ -136,7 +140,7 @@ class Fiber(greenlet):
 
         done.add_done_callback(wake)
         while not done.done():
-            self.park(what, None if in_own_code else nullcontext())
+            self.park(what, None if in_own_code else _NOTHING)
             if not done.done():  # whoever woke it, what is due is told
                 self.raise_due(what)
 
@@ -149,7 +153,7 @@ class Fiber(greenlet):
         finally:
             self.gives_way = False
 
-    def park(self, waits_for: str, aside: AbstractContextManager[None] | None = None) -> None:
+    def park(self, waits_for: str, aside: AbstractContextManager[object] | None = None) -> None:
         """Give control back to the loop until it resumes this fiber. Called from inside it.
 
         `aside` lets others find the process as they expect it; if it is None, this fiber's own settings are put aside.
@@ -168,16 +172,9 @@ class Fiber(greenlet):
             self.phase = before
             self.waits_for = None
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[object]:
         """Let other code find the process as it expects it, and give back this fiber's own settings afterwards."""
-        if not self.own.put_aside():
-            yield
-            return
-        try:
-            yield
-        finally:
-            self.own.give_back()
+        return _NOTHING if self.own.is_aside else self.own
 
     def may_park(self) -> bool:
         """Whether other tasks may run while this one waits.
@@ -214,12 +211,12 @@ class Fiber(greenlet):
         self.phase = Phase.BODY
         return True
 
-    @contextmanager
-    def served(self) -> Iterator[None]:
+    def served(self) -> AbstractContextManager[object]:
         """Run this package's code for the task, uninterrupted. What came due meanwhile is raised at the end."""
-        if self.phase is not Phase.BODY:
-            yield
-            return
+        return self._served() if self.phase is Phase.BODY else _NOTHING
+
+    @contextmanager
+    def _served(self) -> Iterator[None]:
         self.phase = Phase.SERVED
         try:
             with self.aside():
@@ -286,7 +283,7 @@ class Fiber(greenlet):
         elif not self.dead:
             loop, self.parent, running = self.parent, caller, current()
             try:
-                with running.aside() if running else nullcontext(), self.clock.running():
+                with running.aside() if running else _NOTHING, self.clock.running():
                     self.throw(error or GreenletExit)
             finally:
                 if not self.dead:  # it caught that, and parked again

@@ -39,7 +39,7 @@ STRAY = "A signal's handler raised in %s; the worker goes on. Handlers of signal
 
 
 class Own:
-    """What one task set. Lives on the main thread."""
+    """What one task set. Lives on the main thread. A context, for code that is not the task's own."""
 
     def __init__(self, name: str, wake: Callable[[], None]) -> None:
         """`wake` resumes the task while it is parked. Any thread may call it."""
@@ -53,10 +53,13 @@ class Own:
         self._restore: list[Callable[[], None]] | None = None
         self._alarm: _Alarm | None = None
 
-    def put_aside(self) -> bool:
-        """Set what other code expects. Return False if that is set already."""
-        if self._restore is not None:
-            return False
+    @property
+    def is_aside(self) -> bool:
+        """Whether others find what they expect."""
+        return self._restore is not None
+
+    def put_aside(self) -> None:
+        """Set what other code expects."""
         # First, since the task's handler may raise until this is done.
         self._alarm = _put_alarm_aside(self._handler, self._wake)
         self._restore = [modes.suspend(self._modes), randoms.suspend(self), _put_filters_aside()]
@@ -64,9 +67,8 @@ class Own:
         if joins_block != self._joins_block:
             _set_task_join_will_block(self._joins_block)
             self._restore.append(functools.partial(_set_task_join_will_block, joins_block))
-        return True
 
-    def give_back(self) -> None:
+    def give_back(self, *_: object) -> None:
         """Set what the task had. If its alarm came due, it rings now."""
         restore, self._restore = self._restore or [], None
         for step in reversed(restore):
@@ -74,6 +76,8 @@ class Own:
         alarm, self._alarm = self._alarm, None
         if alarm is not None:
             alarm.give_back()
+
+    __enter__, __exit__ = put_aside, give_back
 
     def ring(self) -> None:
         """Ring the alarm if it is due. Called in the task, while its settings are put aside. Raises what rings."""

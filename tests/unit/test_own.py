@@ -42,8 +42,9 @@ def test_settings_are_put_aside_once_and_given_back_as_they_were() -> None:
         inside = warnings.filters
         _set_task_join_will_block(not joins)
         signal.signal(signal.SIGALRM, ring)
-        assert subject.put_aside()
-        assert not subject.put_aside()
+        assert not subject.is_aside
+        subject.put_aside()
+        assert subject.is_aside
         assert (warnings.filters, task_join_will_block()) == (filters, joins)
         assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
         subject.give_back()
