@@ -22,3 +22,9 @@ def current_limits() -> Limits:
 @functools.cache
 def _limits_of(app: str) -> Limits:
     return limits_of(chosen_settings(), app)
+
+
+def forget() -> None:
+    """Have the settings read again: a test may have changed the environment."""
+    chosen_settings.cache_clear()
+    _limits_of.cache_clear()

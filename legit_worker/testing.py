@@ -120,14 +120,15 @@ def assert_batched(function: Callable[[T], Any], arguments: Iterable[T], *, at_m
 def memory_app(name: str = "tests") -> Iterator[Celery]:
     """Give a Celery app that needs no server: `delay` runs the task at once, and its result is kept in memory.
 
-    It has the built-in tasks, with the aliases of the environment's settings. Celery's current app is the same as
-    before, once the block is over.
+    It has the built-in tasks, with the aliases and the limits of the environment's settings as they are now. Celery's
+    current app is the same as before, once the block is over.
     """
     from celery import Celery, _state
 
-    from legit_worker import settings, tasks
+    from legit_worker import settings, task_limits, tasks
 
     before = _state._tls.current_app
+    task_limits.forget()
     app = Celery(name, broker="memory://", backend="cache+memory://")
     app.conf.update(task_always_eager=True, task_store_eager_result=True)
     tasks.register(app, settings.load())
@@ -136,6 +137,7 @@ def memory_app(name: str = "tests") -> Iterator[Celery]:
     finally:
         app.close()
         _state._set_current_app(before)
+        task_limits.forget()
 
 
 class _SmallPool:

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import legit_worker
+from legit_worker.errors import InvalidInputError
 from legit_worker.testing import Ledger, ModelOnDevice, memory_app, run_together, use_models, vector
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +120,18 @@ def test_the_current_app_is_the_same_after_a_memory_app() -> None:
     with memory_app() as app:
         assert "legit_worker.embed_text" in app.tasks
     assert current_app._get_current_object() is mine
+
+
+def test_the_settings_of_one_test_are_not_those_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def embed(count: int) -> int:
+        with use_models({"m": {"kind": "simulated"}}), memory_app() as app:
+            return len(app.tasks["legit_worker.embed_text"].delay(["a text"] * count, "m").get())
+
+    monkeypatch.setenv("LEGIT_WORKER_MAX_ITEMS", "2")
+    with pytest.raises(InvalidInputError, match="one task takes 2"):
+        embed(3)
+    monkeypatch.delenv("LEGIT_WORKER_MAX_ITEMS")
+    assert embed(3) == 3
 
 
 def test_what_the_module_had_before_is_still_there() -> None:
