@@ -20,7 +20,7 @@ import torch
 from legit_worker.backends import onnx
 from legit_worker.backends.agreement import Agreement, of_scores, of_vectors
 from legit_worker.backends.cache import Cache
-from legit_worker.backends.graphs import PRECISIONS, Features, Graphs, convert, core, has_bfloat16, quantized
+from legit_worker.backends.graphs import PRECISIONS, Features, Graphs, convert, core, has_bfloat16, library, quantized
 from legit_worker.errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -205,10 +205,8 @@ def _length(features: Features) -> int:
 
 
 def _save(graphs: Sequence[Any], folder: Path) -> None:
-    import openvino
-
     for number, graph in enumerate(graphs):
-        openvino.save_model(graph, folder / f"{number}.xml", compress_to_fp16=False)
+        library().save_model(graph, folder / f"{number}.xml", compress_to_fp16=False)
 
 
 def _key(subject: Subject, dtype: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -37,11 +38,21 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}
 
 
 @functools.cache
-def core() -> Any:
-    """Return this process's one OpenVINO."""
+def library() -> Any:
+    """Return OpenVINO, without its telemetry: a thread of it forks this process for each event that it sends.
+
+    The smallest conversion was ten forks. Each waits for the batches in flight, and may meet a fork of a task.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it was not installed
     import openvino
 
-    return openvino.Core()
+    return openvino
+
+
+@functools.cache
+def core() -> Any:
+    """Return this process's one OpenVINO."""
+    return library().Core()
 
 
 def has_bfloat16() -> bool:
@@ -74,14 +85,12 @@ def convert(module: torch.nn.Module, compute: Callable[[dict[str, Any]], Any], e
     `example`: features of two items of different lengths. Raises `BackendError` with OpenVINO's reason. The graph
     shares the module's weights.
     """
-    import openvino
-
     tensors = tensors_of(example)
     try:
         with _quietly(), torch.no_grad():
             rows = _Rows(module, compute, example).eval()
             rows(*tensors.values())  # some modules note a dimension in their first batch, which would be the trace's
-            graph = openvino.convert_model(rows, example_input=tuple(tensors.values()))
+            graph = library().convert_model(rows, example_input=tuple(tensors.values()))
     except Exception as error:
         raise BackendError(f"OpenVINO can't convert it: {type(error).__name__}: {first_line(error)}") from error
     if len(graph.inputs) != len(tensors):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from legit_worker.backends.graphs import Features, convert, core, first_line, tensors_of
+from legit_worker.backends.graphs import Features, convert, core, first_line, library, tensors_of
 from legit_worker.errors import BackendError
 
 #: The places of the file in a model's folder, as Optimum writes it.
@@ -75,11 +75,9 @@ class _Tail(torch.nn.Module):
 
 def _joined(head: Any, output: str, tail: Any, between: str) -> Any:
     """One graph: the tail reads the head's output, and the head's inputs."""
-    import openvino
-
     for port in tail.inputs:
         name = port.get_any_name()
         source = head.output(output).get_node().input_value(0) if name == between else head.input(name)
         for target in port.get_target_inputs():
             target.replace_source_output(source.get_node().output(source.get_index()))
-    return openvino.Model(tail.get_results(), head.get_parameters(), "joined")
+    return library().Model(tail.get_results(), head.get_parameters(), "joined")

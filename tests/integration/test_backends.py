@@ -5,7 +5,11 @@ Nothing of Celery is here. Each test's conversions are kept in a folder of its o
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ from legit_worker.errors import ModelLoadError
 from legit_worker.models.registry import Registry
 from legit_worker.testing import use_models
 
-pytest.importorskip("openvino")
+if importlib.util.find_spec("openvino") is None:
+    pytest.skip("openvino is not installed", allow_module_level=True)
 
 TEXTS = ["red", "a cat sat on the mat", "the old dog runs to the river, and the sea is blue: who is it?", "x" * 300]
 PAIRS = [("who is old", "the dog is old"), ("red", "a red apple on the mat by the river"), ("what", "the")]
@@ -216,6 +221,28 @@ def test_the_doctors_probe_tells_what_computes(serve: Serve) -> None:
     seen = probes.batches("m")["m"]
     assert seen["backend"] == "openvino float32"
     assert seen["cosine"] > 0.9999
+
+
+#: Counts the forks of a process that converts something, with those that a thread is still to make.
+COUNTS_FORKS = """
+import os, threading, torch
+forks = []
+os.register_at_fork(before=lambda: forks.append(1))
+from legit_worker.backends.graphs import convert
+convert(torch.nn.Identity(), lambda features: features["x"] * 2, {"x": torch.ones(2, 3)})
+for thread in threading.enumerate():
+    if "ThreadPoolExecutor" in thread.name:
+        thread.join(2)
+print(len(forks))
+"""
+
+
+def test_a_conversion_does_not_fork_its_process_to_tell_openvinos_makers_of_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}  # there it tells nothing
+    finished = subprocess.run(
+        [sys.executable, "-c", COUNTS_FORKS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.stdout.split() == ["0"], finished.stderr
 
 
 FORK = multiprocessing.get_context("fork")
