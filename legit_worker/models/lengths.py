@@ -14,6 +14,9 @@ from sentence_transformers.base.modules import Router
 
 from legit_worker.errors import LimitError
 
+#: What configurations call the number of their positions.
+SIZES = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+
 
 class Lengths:
     """One model's."""
@@ -65,24 +68,31 @@ def routes(model: Any) -> list[Any]:
 
 
 def positions(route: Any) -> int | None:
-    """The most tokens for which a module has learned positions; None if it has no table of them."""
+    """The most tokens for which a module has learned positions; None if it has no table, as with rotary ones."""
     config = getattr(getattr(route, "model", None), "config", None)
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = getattr(text, "max_position_embeddings", None)
+    known = {getattr(text, name, None) for name in SIZES}
     tables = (
         table
         for name, table in route.named_modules()
         if isinstance(table, torch.nn.Embedding) and ("position" in name or name.endswith("wpe"))
     )
-    # RoBERTa and its like count from behind the number that stands for padding.
     rooms = [
-        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        table.num_embeddings - _first(table)
         for table in tables
-        if table.num_embeddings == known
+        if {table.num_embeddings, table.num_embeddings - _first(table)} & known
     ]
     return min(rooms, default=None)
+
+
+def _first(table: torch.nn.Embedding) -> int:
+    """The row of a text's first token. BART and OPT have an offset; RoBERTa counts from behind the padding's number."""
+    offset = getattr(table, "offset", None)
+    if isinstance(offset, int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
 def _can_be_limited(route: Any) -> bool:

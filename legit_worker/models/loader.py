@@ -24,7 +24,7 @@ from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device
 from legit_worker.device.memory import give_back_cached
 from legit_worker.device.simulated import simulated_device
-from legit_worker.errors import DeviceLostError, ModelLoadError
+from legit_worker.errors import DeviceLostError, LimitError, ModelLoadError
 from legit_worker.models import forks
 from legit_worker.models.calibration import calibrate
 from legit_worker.models.loaded import LoadedModel, Surroundings
@@ -171,9 +171,21 @@ class Loader:
             own = _construct(cls, slot.alias, slot.spec, self._cache_dir)
             model = LoadedModel(slot.alias, slot.spec.kind, own, device, slot.activations, orders)
             model.load()
+            _check_limit(slot, model)
         else:
             model.move(to_host=False)
         return model
+
+
+def _check_limit(slot: Slot, model: LoadedModel) -> None:
+    """Raise `LimitError` if the model can't have its `MAX_SEQ_LENGTH`. Those that share it are told at calls."""
+    limit = slot.spec.max_seq_length
+    if limit is None or len(slot.aliases) > 1:
+        return
+    try:
+        model.alone("check_limit", limit)
+    except LimitError as error:
+        raise LimitError(f"MAX_SEQ_LENGTH={limit}: {error}") from None
 
 
 def _thread(function: Callable[..., None], *arguments: Any) -> None:

@@ -165,6 +165,10 @@ class SentenceModel:
         limit: int | None = self._texts.limit
         return limit
 
+    def check_limit(self, limit: int) -> None:
+        """Raise `LimitError` if it can't read texts of this many tokens."""
+        self._texts.check_limit(limit)
+
     def cost(self, item: Prepared) -> int:
         """Tokens of a text; for an image, its numbers in units of `NUMBERS_PER_COST`."""
         return item.cost

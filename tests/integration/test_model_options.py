@@ -164,6 +164,19 @@ def test_a_limit_that_a_model_cannot_have_is_refused(tmp_path: Path, tiny_paths:
         assert len(legit_worker.model("routed").encode_document(LONG_TEXT)) == 32
 
 
+def test_a_model_of_one_alias_does_not_load_with_a_limit_beyond_its_positions(
+    tiny_paths: dict[str, Path],
+) -> None:
+    limit = tiny_models.MAX_TOKENS
+    for kind in ("embed", "rerank", "sparse"):
+        spec: dict[str, Any] = {"kind": kind, "path": str(tiny_paths[kind])}
+        told = f"could not be loaded: LimitError: MAX_SEQ_LENGTH={limit + 1}: it has {limit} positions"
+        with use_models({"m": spec | {"max_seq_length": limit + 1}}), pytest.raises(ModelLoadError, match=told):
+            legit_worker.model("m").prompts  # noqa: B018
+        with use_models({"m": spec | {"max_seq_length": limit}}):
+            assert isinstance(legit_worker.model("m").prompts, dict)
+
+
 def test_a_batch_is_not_read_up_to_the_limit_of_a_long_text_that_is_read_meanwhile(
     tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
