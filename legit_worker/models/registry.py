@@ -79,9 +79,10 @@ class Registry:
         """The one alias of this kind. Raises `UnknownModelError` if there is none, or more than one."""
         found = [named for named in self.aliases.values() if named.spec.kind == kind]
         if len(found) != 1:
+            new = f"Set LEGIT_WORKER_MODELS__<ALIAS>__PATH, and LEGIT_WORKER_MODELS__<ALIAS>__KIND={kind}, to add one"
             raise UnknownModelError(
                 f"model=None means the one model of kind {kind!r}, and {len(found)} are configured; "
-                f"there are: {self._names()}. Name one with model="
+                f"there are: {self._names()}. {'Name one with model=' if found else new}"
             )
         return found[0]
 
