@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
+from celery.utils.imports import import_from_cwd
 from kombu.utils.imports import symbol_by_name
 
 from legit_worker import parking
@@ -147,7 +148,7 @@ class Loader:
     def _bring(self, slot: Slot, orders: Orders, device: Device) -> tuple[LoadedModel, float]:
         # Before the turn: a first import of torch and of a library on it takes many seconds.
         with forks.importing():
-            cls = symbol_by_name(KINDS.get(slot.spec.kind, slot.spec.kind))
+            cls = _class_of(slot.spec.kind)
         with orders.turn():
             orders.check_room(slot)
             with device.loading():  # whose beginning starts CUDA, once
@@ -197,6 +198,11 @@ def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
     if device.tells_memory and model.sample is not None and not slot.is_calibrated:
         slot.is_calibrated = calibrate(slot.alias, model, model.compute, slot.activations)
         give_back_cached()  # the next batch may be a small one, and other processes may want the rest
+
+
+def _class_of(kind: str) -> Any:
+    """A user's own is looked for where Celery looks for the project: in the working directory, too."""
+    return symbol_by_name(KINDS[kind]) if kind in KINDS else symbol_by_name(kind, imp=import_from_cwd)
 
 
 def _construct(cls: Any, alias: str, spec: ModelSettings, cache_dir: Path | None) -> Any:
