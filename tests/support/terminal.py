@@ -21,13 +21,14 @@ COMMAND_SECONDS = 120
 
 
 class Terminal:
-    """A folder, and the environment of a user who has installed the package."""
+    """A folder, new or not, and the environment of a user who has installed the package."""
 
     def __init__(self, folder: Path, broker: Broker, **settings: str) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         self._log = folder.with_name(f"{folder.name}.log")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        installed = {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        installed = {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONPATH": path}
         servers = {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend}
         environment = kept | ENVIRONMENT | installed | servers | settings
         self._place: dict[str, Any] = {"cwd": folder, "env": environment}
@@ -47,7 +48,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def worker(self, commands: list[str], ready: str) -> Iterator[None]:
-        """Run commands, of which the last starts a worker. It is there once the log says `ready`."""
+        """Run commands, of which the last starts a worker or a server. It is there once the log says `ready`."""
         with self._log.open("wb") as output:
             shell = subprocess.Popen(
                 ["bash", "-ec", "\n".join(commands)],
