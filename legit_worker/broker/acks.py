@@ -15,7 +15,8 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
-from legit_worker.broker.ledger import MOST_ACKS, Ledger
+from legit_worker.broker.ledger import Ledger
+from legit_worker.broker.outbox import MOST_ACKS
 from legit_worker.broker.returning import put_aside
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _refused: set[str] = set()
 
 def flush_acks(*, may_wait: bool = False) -> None:
     """Send all unsent acks. Those that `may_wait` ride with the next question once the outstanding one is answered."""
-    for ledger, channel in _open(ledger for ledger in list(ledgers) if ledger.unsent or not ledger.is_settled):
+    for ledger, channel in _open(ledger for ledger in list(ledgers) if ledger.outbox.unsent or not ledger.is_settled):
         if not (may_wait and channel.awaits_answer and channel.qos.can_consume()):
             send(ledger, channel)
 
@@ -67,12 +68,12 @@ def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:
 
 def send(ledger: Ledger, channel: Any) -> None:
     """Send everything of a ledger by a channel. What can't be sent waits for the next connection."""
-    if ledger.is_settled and not ledger.unsent:
+    if ledger.is_settled and not ledger.outbox.unsent:
         return
     try:
         ledger.flush(channel.plain_client)
     except channel.connection_errors as error:
-        logger.warning("%d acks wait for a connection to the broker: %r", ledger.unsent, error)
+        logger.warning("%d acks wait for a connection to the broker: %r", ledger.outbox.unsent, error)
 
 
 class ReservingQoS(stock.QoS):
@@ -99,7 +100,9 @@ class ReservingQoS(stock.QoS):
         """Ack a message: before the hub waits, or now if there is no event loop, or later if the channel is closed."""
         virtual.QoS.ack(self, delivery_tag)
         self.ledger.ack(delivery_tag)
-        if not self.channel.closed and (self.channel.connection.cycle.hub is None or self.ledger.unsent >= MOST_ACKS):
+        if self.channel.closed:
+            return
+        if self.channel.connection.cycle.hub is None or self.ledger.outbox.unsent >= MOST_ACKS:
             self.ledger.flush(self.channel.plain_client)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:

@@ -85,7 +85,7 @@ class AskingChannel(HearingChannel):
         sources = self._sources()
         if not sources:
             return
-        self._asked, self._riding = sources, self.ledger.take_acks()
+        self._asked, self._riding = sources, self.ledger.outbox.take_acks()
         ours = self.ledger.keys
         keys = [ours.unacked, ours.index, ours.unreadable, ours.held(self.ledger.owner)]
         keys += [source.key for source in sources]
@@ -117,15 +117,13 @@ class AskingChannel(HearingChannel):
             answer = self.client.parse_response(self.client.connection, "EVALSHA", **options)
         except NoScriptError:  # the server was restarted
             self._has_script = False
-            self.ledger.ack_again(self._riding)
+            self._ack_again()
             return []
         except self.connection_errors:
-            self.ledger.ack_again(self._riding)
-            self.ledger.is_unsure = True
             self.client.connection.disconnect()
             raise
         except ResponseError as error:
-            self.ledger.ack_again(self._riding)
+            self._ack_again()
             self._take_kombus_way(error)
             return []
         finally:
@@ -134,6 +132,17 @@ class AskingChannel(HearingChannel):
             if hasattr(self, "_flush_brpop_reauth"):  # kombu 5.7 does this once the connection is idle
                 self._flush_brpop_reauth()
         return self._understand(*answer)
+
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        """Somebody disconnects, this channel or kombu's look at an answer that is overdue: nothing may have arrived."""
+        if self.awaits_answer and self._in_poll is connection:
+            self._ack_again()
+            self.ledger.is_unsure = True
+        super()._on_connection_disconnect(connection)
+
+    def _ack_again(self) -> None:
+        self.ledger.outbox.ack_again(self._riding)
+        self._riding = []
 
     def _understand(self, state: int, suspect: int, *found: Any) -> list[Reserved]:
         """Note what the script said of what is next, and what it reserved."""

@@ -36,6 +36,9 @@ BEATS = 6
 #: Members that one command renews.
 RENEWED = 1000
 
+#: Times of renewals that failed, which a worker tells others: more than it tries while its lease is not over.
+MOST_RENEWALS = 8
+
 #: Seconds that the lease's own connection waits for an answer, and a worker's end for the lease's thread.
 PATIENCE = 5.0
 
@@ -64,11 +67,16 @@ return {alive_until and tonumber(alive_until) > now and 1 or 0, dead, redis.call
 #: Beats that the server may miss before it counts as away.
 MISSED = 2.5
 
-#: Gives held messages a new time. KEYS: the index of the unacked messages. ARGV: the time, tags. A full server lets the
-#: script go on once it has begun to write.
+#: Gives messages a new time: all that the server has noted for the owner, also those whose answer the worker has not
+#: read yet, and none that are another's by now; and those that kombu fetched. KEYS: the index of the unacked messages,
+#: what the owner holds. ARGV: the time, tags that kombu fetched. Returns the noted tags. A full server lets the script
+#: go on once it has begun to write.
 RENEW = Script("""
 redis.call('ZREM', KEYS[1], '')
+local noted = redis.call('HKEYS', KEYS[2])
+for _, tag in ipairs(noted) do redis.call('ZADD', KEYS[1], 'XX', ARGV[1], tag) end
 for number = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', ARGV[1], ARGV[number]) end
+return noted
 """)
 
 #: Forgets an owner that holds nothing any more. KEYS: the owners, the processes, what it holds. ARGV: the owner.
@@ -96,8 +104,10 @@ class Lease(threading.Thread):
         # Another app's workers may have a shorter visibility timeout. Stock workers don't tell: renew with each lease.
         self._renew_seconds = min(visibility_timeout / 3, self._lease)
         self._renewed_at = monotonic()
-        # The last two times that held messages got.
+        # The times that held messages may have got: the last one, and those since then that may not have arrived.
         self._renewals: list[float] = []
+        # What the server had noted for this worker, and the worker did not know, at the last look.
+        self._unknown: set[str] = set()
         self._has_beaten = False
         # Whether others may look for this process.
         self._is_known = True
@@ -128,14 +138,15 @@ class Lease(threading.Thread):
 
     def work(self) -> None:
         """Give a sign of life, renew what is held, and give back what dead workers held."""
-        is_due = monotonic() - self._renewed_at >= self._renew_seconds
+        began = monotonic()
+        is_due = began - self._renewed_at >= self._renew_seconds
         if is_due:
-            self._renewed_at = monotonic()
             # The others know the times first: if this process dies in between, they still know its messages by them.
-            self._renewals = [time(), *self._renewals[:1]]
+            self._renewals = [time(), *self._renewals[:MOST_RENEWALS]]
         dead = self.beat()
         if is_due:
             self._renew()
+            self._renewals, self._renewed_at = self._renewals[:1], began
         for owner, process in dead.items():
             self._recover(owner, process)
 
@@ -177,10 +188,21 @@ class Lease(threading.Thread):
 
     def _renew(self) -> None:
         """Keep what this worker holds from others, for which it would be visible after the visibility timeout."""
-        tags, now = list(self._ledger.held), self._renewals[0]
-        for start in range(0, len(tags), RENEWED):
-            RENEW.run(self._client, [self._keys.index], repr(now), *tags[start : start + RENEWED])
-        tally["renewed"] += len(tags)
+        fetched = [tag for tag, source in list(self._ledger.held.items()) if source is None]
+        keys = [self._keys.index, self._keys.held(self._ledger.owner)]
+        for start in range(0, max(1, len(fetched)), RENEWED):
+            noted = RENEW.run(self._client, keys, repr(self._renewals[0]), *fetched[start : start + RENEWED])
+        self._look_for_unknown(set(map(bytes_to_str, noted)))
+        tally["renewed"] += len(noted) + len(fetched)
+
+    def _look_for_unknown(self, noted: set[str]) -> None:
+        """Have the ledger look for what never came. A server may hear a question long after its connection broke.
+
+        What is unknown at one look may be on its way.
+        """
+        unknown = {tag for tag in noted if not self._ledger.knows(tag)}
+        self._ledger.is_unsure |= bool(unknown & self._unknown)
+        self._unknown = unknown
 
     def _recover(self, owner: str, process: dict[str, Any]) -> None:
         """Give back what a dead owner held."""

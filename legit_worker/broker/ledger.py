@@ -1,13 +1,12 @@
 """Which messages this process holds, and what is still to be told to the broker about them.
 
-In: messages as channels reserve, ack and lose them. Out: acks and returns, which outlive the channel and its
+In: messages as channels reserve, ack and lose them. Out: what goes into the outbox, which outlives the channel and its
 connection. In a worker there is one ledger per broker; elsewhere each channel has its own, and no owner's name.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -19,27 +18,14 @@ from uuid import uuid4
 from kombu.utils.json import dumps
 from redis import Redis
 
+from legit_worker.broker.outbox import Outbox
 from legit_worker.broker.reserve import Source, company
-from legit_worker.broker.returning import Keys, eta_seconds, give_back, held_by
-from legit_worker.broker.scripts import Script
+from legit_worker.broker.returning import Keys, eta_seconds, held_by
 
 logger = logging.getLogger(__name__)
 
-#: Acks that one command takes. Lua can't unpack 8,000.
-MOST_ACKS = 500
-
 #: Seconds between two looks for tasks that ended without an ack after they had lost their connection.
 LOOK = 1.0
-
-
-#: Acks a message, and keeps a record of it, unless it was given back. KEYS: the unacked messages, their index, what the
-#: owner holds, the list of records. ARGV: tag, record.
-BURY = Script("""
-redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-return redis.call('RPUSH', KEYS[4], ARGV[2])
-""")
 
 #: What a ledger has of a message that it does not hold.
 missing = object()
@@ -111,10 +97,14 @@ class Ledger:
         self.held: dict[str, Source | None] = {}
         #: What is special about some of them.
         self.special = Special()
+        #: What is still to be told to the server.
+        self.outbox = Outbox(keys, self.owner)
         #: The open channels.
         self.channels: weakref.WeakSet[Any] = weakref.WeakSet()
-        #: Tags whose channel has closed while their tasks go on.
+        #: Tags whose channel has closed while their tasks go on; and those whose tasks were gone at the last look.
         self.carried: set[str] = set()
+        self._silent: set[str] = set()
+        self._looked_at = 0.0
         #: Until when no other worker takes this one for dead, by the monotonic clock.
         self.alive_until = inf
         #: Whether others took this worker for dead, and may have messages that it holds.
@@ -123,26 +113,42 @@ class Ledger:
         self.is_unsure = False
         #: Whether no other connection comes, by which what is unsent could be sent.
         self.is_left = worker is None
-        self._lock = threading.Lock()
-        self._acked: list[str] = []
-        # By tag, the list that a message goes back to; and the tags of those that go to its back.
-        self._returned: dict[str, str] = {}
-        self._to_back: set[str] = set()
-        # By tag, the record that a message leaves as it is acked; and those that were acked.
-        self._records: dict[str, str] = {}
-        self._buried: dict[str, str] = {}
-        # Carried tags whose tasks were gone at the last look.
-        self._silent: set[str] = set()
-        self._looked_at = 0.0
 
     def __repr__(self) -> str:
-        return f"<Ledger of {self.owner or 'nobody'}: {len(self.held)} held, {len(self._acked)} acks unsent>"
+        return f"<Ledger of {self.owner or 'nobody'}: {len(self.held)} held, {self.outbox!r}>"
 
     # What is held
 
     def hold(self, tag: str, source: Source | None = None) -> None:
         """Note that this process has a message."""
+        self.outbox.has_left(tag)
         self.held.setdefault(tag, source)
+
+    def forget(self, tag: str) -> Any:
+        """Hold a message no more. Returns what `held` had of it, or `missing`."""
+        self.carried.discard(tag)
+        self.special.discard(tag)
+        return self.held.pop(tag, missing)
+
+    def ack(self, tag: str) -> None:
+        """Have a message acked, unless it was given back."""
+        if tag in self.held:
+            self.outbox.ack(tag)  # before it is forgotten: another thread must not take it for a lost one
+            self.forget(tag)
+
+    def give_back(self, tag: str, *, to_back: bool = False) -> None:
+        """Have a message given back to its list. Messages that kombu fetched it restores itself."""
+        source = self.held.get(tag)
+        if source is not None:
+            self.outbox.give_back(tag, source.key, to_back=to_back)
+        self.forget(tag)
+
+    def bury(self, tag: str, record: dict[str, Any]) -> None:
+        """Let a message leave a record among the dead ones, in the same step as its ack."""
+        if tag in self.held:
+            self.outbox.records[tag] = dumps(record)
+
+    # What outlives a connection
 
     def outlive(self, tags: Iterable[str]) -> list[str]:
         """A channel has closed: give back its messages, except those whose tasks go on.
@@ -187,10 +193,8 @@ class Ledger:
         except BaseException:
             self.has_lapsed = True
             raise
-        with self._lock:
-            gone = [tag for tag in mine if tag not in noted and self.forget(tag) is not missing]
-            for tag in self._returned.keys() - noted.keys():
-                del self._returned[tag]
+        gone = [tag for tag in mine if tag not in noted and self.forget(tag) is not missing]
+        self.outbox.keep_nothing_but(noted)
         if gone:
             logger.warning(
                 "%d of its messages are others' by now: this worker runs none of them that it has not begun", len(gone)
@@ -213,104 +217,27 @@ class Ledger:
 
     # What the server must hear
 
-    def ack(self, tag: str) -> None:
-        """Have a message acked, unless it was given back."""
-        with self._lock:
-            if self.forget(tag) is missing:
-                return
-            if tag in self._records:
-                self._buried[tag] = self._records.pop(tag)
-            else:
-                self._acked.append(tag)
-
-    def give_back(self, tag: str, *, to_back: bool = False) -> None:
-        """Have a message given back to its list. Messages that kombu fetched it restores itself."""
-        with self._lock:
-            source = self.forget(tag)
-            self._records.pop(tag, None)
-            if isinstance(source, Source):
-                self._returned[tag] = source.key
-                if to_back:
-                    self._to_back.add(tag)
-
-    def forget(self, tag: str) -> Any:
-        """Hold a message no more. Returns what `held` had of it, or `missing`."""
-        self.carried.discard(tag)
-        self.special.discard(tag)
-        return self.held.pop(tag, missing)
-
-    def bury(self, tag: str, record: dict[str, Any]) -> None:
-        """Let a message leave a record among the dead ones, in the same step as its ack."""
-        if tag in self.held:
-            self._records[tag] = dumps(record)
-
-    @property
-    def unsent(self) -> int:
-        """How many acks the server has not heard of."""
-        return len(self._acked)
-
     @property
     def is_settled(self) -> bool:
         """Whether the server must hear of nothing but acks."""
-        return not (self.is_unsure or self._returned or self._buried)
-
-    def take_acks(self) -> list[str]:
-        """Take acks that a reservation brings along. Give them to `ack_again` if it failed."""
-        with self._lock:
-            taken, self._acked = self._acked[:MOST_ACKS], self._acked[MOST_ACKS:]
-            return taken
-
-    def ack_again(self, tags: list[str]) -> None:
-        """Keep acks that may not have arrived. To ack twice does no harm."""
-        with self._lock:
-            self._acked = tags + self._acked
+        return not self.is_unsure and self.outbox.has_only_acks
 
     def flush(self, client: Redis) -> None:
         """Send everything. If a connection fails, raise its error, and keep what may not have arrived."""
-        if self.is_unsure:
+        if self.is_unsure and not any(channel.awaits_answer for channel in self.channels):
             self._find_lost(client)
-        while tags := self.take_acks():
-            self._send_acks(client, tags)
-        self._send_buried(client)
-        self._send_returned(client)
+        self.outbox.send(client)
 
-    def _send_buried(self, client: Redis) -> None:
-        buried = dict(self._buried)
-        if buried:
-            keys = [self.keys.unacked, self.keys.index, self.keys.held(self.owner), self.keys.dead]
-            BURY.run_each(client, [(keys, [tag, record]) for tag, record in buried.items()])
-        for tag in buried:
-            self._buried.pop(tag, None)
-
-    def _send_acks(self, client: Redis, tags: list[str]) -> None:
-        pipe = client.pipeline(transaction=False)  # a full server takes acks, and no transactions
-        pipe.hdel(self.keys.unacked, *tags)
-        pipe.zrem(self.keys.index, *tags)
-        if self.owner:
-            pipe.hdel(self.keys.held(self.owner), *tags)
-        try:
-            pipe.execute()
-        except BaseException:
-            self.ack_again(tags)
-            raise
-
-    def _send_returned(self, client: Redis) -> None:
-        for to_back in (False, True):
-            lists = {tag: key for tag, key in list(self._returned.items()) if (tag in self._to_back) is to_back}
-            if lists:
-                give_back(client, self.keys, self.owner, lists, to_back=to_back)
-            for tag in lists:
-                self._to_back.discard(tag)
-                self._returned.pop(tag, None)
+    def knows(self, tag: str) -> bool:
+        """Whether this process holds a message, or has yet to tell the server what became of it."""
+        return tag in self.held or tag in self.outbox
 
     def _find_lost(self, client: Redis) -> None:
         """Have those messages given back that the server noted for this process, and that never arrived."""
-        if any(channel.awaits_answer for channel in self.channels):
-            return
         noted = held_by(client, self.keys, self.owner) if self.owner else {}
         self.is_unsure = False
-        known = self.held.keys() | self._returned.keys() | self._buried.keys() | set(self._acked)
-        lost = {tag: taken.key for tag, taken in noted.items() if tag not in known}
+        lost = {tag: taken.key for tag, taken in noted.items() if not self.knows(tag)}
         if lost:
             logger.warning("%d messages were lost on their way with a connection, and are given back", len(lost))
-            self._returned |= lost
+        for tag, key in lost.items():
+            self.outbox.give_back(tag, key)

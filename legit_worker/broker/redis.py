@@ -28,7 +28,8 @@ from legit_worker.broker.acks import ReservingQoS, send
 from legit_worker.broker.asking import AskingChannel
 from legit_worker.broker.bells import BellPoller
 from legit_worker.broker.failover import enduring
-from legit_worker.broker.ledger import BURY, missing
+from legit_worker.broker.ledger import missing
+from legit_worker.broker.outbox import BURY
 from legit_worker.broker.reserve import Reserved
 from legit_worker.broker.returning import DELIVERIES, count
 from legit_worker.broker.tally import tally
@@ -137,7 +138,7 @@ class ReservingChannel(AskingChannel):
             super()._brpop_start(timeout or self.patience())
         elif self._suspect is not None and not self._has_room_for_suspect():
             return
-        elif not self._looking and not self.ledger.unsent:
+        elif not self._looking and not self.ledger.outbox.unsent:
             self._hang_bells()
         elif self._script_is_there():
             self._ask()

@@ -32,23 +32,28 @@ GROUP = 64
 #: Moves one message. KEYS: the unacked messages, their index, what the owner holds, the list, the owners.
 #: ARGV: tag, the SHA1 of what is noted, the bytes to push, the command that pushes, 1 if the owner must still hold it,
 #: the owner if it must be dead, the times of which the message must have one then. Returns 1 if it moved the message.
+#: It pushes first: if the list is no list any more, the message stays noted. A full server lets it go on once it has
+#: begun to write.
 MOVE = Script("""
 if ARGV[6] ~= '' then
     local time, alive_until = redis.call('TIME'), redis.call('ZSCORE', KEYS[5], ARGV[6])
     if alive_until and tonumber(alive_until) > tonumber(time[1]) + tonumber(time[2]) / 1e6 then return 0 end
 end
-local was_held = redis.call('HDEL', KEYS[3], ARGV[1])
-if ARGV[5] == '1' and was_held == 0 then return 0 end
-local noted = redis.call('HGET', KEYS[1], ARGV[1])
-if not noted or redis.sha1hex(noted) ~= ARGV[2] then return 0 end
+local is_held, noted = redis.call('HEXISTS', KEYS[3], ARGV[1]) == 1, redis.call('HGET', KEYS[1], ARGV[1])
+if ARGV[5] == '1' and not is_held then return 0 end
 local time, is_its_own = redis.call('ZSCORE', KEYS[2], ARGV[1]), ARGV[6] == ''
 for number = 7, #ARGV do
     is_its_own = is_its_own or not time or tonumber(time) == tonumber(ARGV[number])
 end
-if not is_its_own then return 0 end
+if not noted or redis.sha1hex(noted) ~= ARGV[2] or not is_its_own then
+    if ARGV[6] ~= '' then redis.call('HDEL', KEYS[3], ARGV[1]) end
+    return 0
+end
+redis.call('ZREM', KEYS[2], '')
+redis.call(ARGV[4], KEYS[4], ARGV[3])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call(ARGV[4], KEYS[4], ARGV[3])
+redis.call('HDEL', KEYS[3], ARGV[1])
 return 1
 """)
 

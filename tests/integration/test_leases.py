@@ -225,6 +225,82 @@ def test_a_renewed_message_is_still_its_owners(server: redis.Redis) -> None:
     assert waiting(server) == {"a": 1}
 
 
+def test_what_is_anothers_by_now_is_not_renewed(server: redis.Redis) -> None:
+    """This worker was taken for dead, and its other thread has not looked yet."""
+    sleeper, heir = Member(server, process={}), Member(server, "heir", process={})
+    put(server, "a")
+    sleeper.reserve()
+    sleeper.ledger.hold("fetched by kombu")
+    server.zadd("unacked_index", {"fetched by kombu": 1})
+    sleeper.die()
+    for owner, process in heir.beat().items():
+        heir.lease._recover(owner, process)
+    assert heir.reserve()[2:] == ["a"]
+    taken_at = server.zscore("unacked_index", "tag of a")
+    sleeper.lease._renewed_at = float("-inf")
+    sleeper.lease.work()
+    assert server.zscore("unacked_index", "tag of a") == taken_at
+    assert server.zscore("unacked_index", "fetched by kombu") > 1
+
+
+def test_messages_whose_answer_is_not_read_yet_are_renewed(server: redis.Redis) -> None:
+    """The main thread may hold them up for longer than the visibility timeout."""
+    member = Member(server)
+    put(server, "a")
+    member.reserve()
+    member.ledger.forget("tag of a")
+    before = server.zscore("unacked_index", "tag of a")
+    member.lease._renewed_at = float("-inf")
+    member.lease.work()
+    assert server.zscore("unacked_index", "tag of a") > before
+
+
+def test_a_renewal_that_failed_is_made_up_for_with_the_next_beat(server: redis.Redis) -> None:
+    member = Member(server)
+    put(server, "a")
+    member.reserve()
+    before = server.zscore("unacked_index", "tag of a")
+    member.lease._renewed_at = float("-inf")
+    member.lease._client = redis.Redis(port=1)
+    for _ in range(2):
+        with pytest.raises(redis.ConnectionError):
+            member.lease.work()
+    member.lease._client = server
+    member.lease.work()
+    assert server.zscore("unacked_index", "tag of a") > before
+    renewals = json.loads(server.hget(KEYS.processes, member.ledger.owner))["renewals"]
+    assert len(renewals) == 3, "others know each time that the messages may have"
+    assert member.lease._renewals == renewals[:1]
+
+
+def test_a_message_that_can_not_go_back_stays_noted(server: redis.Redis) -> None:
+    member = Member(server)
+    put(server, "a")
+    member.reserve()
+    server.set("work", "no list")
+    member.ledger.give_back("tag of a")
+    with pytest.raises(redis.ResponseError):
+        member.ledger.flush(server)
+    assert server.hkeys("unacked") == [b"tag of a"]
+    server.delete("work")
+    member.ledger.flush(server)
+    assert waiting(server) == {"a": 0}
+
+
+def test_what_comes_from_its_list_again_is_not_given_back_again(server: redis.Redis) -> None:
+    """It went back beside a message that the server refused, so the worker does not know."""
+    member = Member(server)
+    put(server, "a")
+    member.reserve()
+    for _ in range(2):  # the second time, the message is noted as the first time
+        member.ledger.give_back("tag of a")
+        member.ledger.flush(server)
+        member.ledger.outbox.give_back("tag of a", "work")
+        assert member.reserve()[2:] == ["a"]
+    assert member.ledger.is_settled
+    assert waiting(server) == {}
+
+
 def test_what_was_given_back_and_taken_by_another_is_not_given_back_again(server: redis.Redis) -> None:
     """The answer was lost, and the other's note is the same as this worker's was."""
     one, other = Member(server), Member(server, "other")
@@ -236,7 +312,7 @@ def test_what_was_given_back_and_taken_by_another_is_not_given_back_again(server
     one.ledger.give_back("tag of a")
     one.ledger.flush(server)
     assert other.reserve()[2:] == ["a"]
-    one.ledger._returned["tag of a"] = "work"
+    one.ledger.outbox.give_back("tag of a", "work")
     one.ledger.flush(server)
     assert one.ledger.is_settled
     assert waiting(server) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import kombu
 import pytest
 import redis
+from harness import poll
 from kombu.asynchronous import Hub
 
 from legit_worker.broker import owners
@@ -174,6 +176,54 @@ def test_messages_whose_answer_was_lost_are_given_back(url: str, server: redis.R
     one.is_lost()
     other = connect()
     assert sorted(other.take(3)) == [0, 1, 2]
+
+
+def test_acks_go_out_again_if_their_question_could_not_be_sent(url: str, server: redis.Redis, connect: Any) -> None:
+    put(url, 0)
+    one = connect()
+    one.take(1)
+    one.got[0].ack()
+    one.channel._looking = True
+    one.channel.client.connection._sock.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(one.connection.connection_errors):
+        one.connection.transport.cycle.on_poll_start()
+    one.is_lost()
+    connect().turn_until(lambda: not server.hlen("unacked"))
+    assert not server.llen("work")
+
+
+def test_nothing_is_lost_if_kombu_disconnects_while_an_answer_is_overdue(
+    url: str, server: redis.Redis, connect: Any
+) -> None:
+    put(url, 0)
+    one = connect()
+    one.take(1)
+    one.got[0].ack()
+    put(url, 1, 2)
+    one.channel._looking = True
+    one.connection.transport.cycle.on_poll_start()
+    poll(lambda: server.llen("work") < 2, "the server to reserve a message that nobody hears of")
+    one.channel.client.connection.disconnect()
+    assert one.channel.ledger.outbox.unsent == 1, "nobody knows whether the acks have arrived"
+    assert sorted(one.take(3)) == [0, 1, 2]
+
+
+def test_a_question_that_the_server_hears_late_loses_no_message(url: str, server: redis.Redis, connect: Any) -> None:
+    """It was on its way as its connection broke, and came after the worker had looked for what it never got."""
+    one = connect()
+    put(url, 0)
+    one.take(1)
+    ledger = one.channel.ledger
+    server.hset("unacked", "late", json.dumps([{"body": "MQ==", "headers": {}, "properties": {}}, "work", "work"]))
+    server.zadd("unacked_index", {"late": time.time()})
+    server.hset(f"legit.held.{ledger.owner}", "late", f"{time.time()} work")
+    lease = owners._leases[ledger]
+    for _ in range(2):
+        assert not ledger.is_unsure, "an answer may be on its way at one look"
+        lease._renewed_at = float("-inf")
+        lease.work()
+    assert ledger.is_unsure
+    one.turn_until(lambda: not server.hexists("unacked", "late"))
 
 
 def test_an_answer_that_is_read_too_late_holds_only_what_nobody_took_over(

@@ -18,7 +18,7 @@ from kombu.utils.json import loads
 
 from legit_worker.broker.acks import flush_acks
 from legit_worker.broker.hearing import refusals
-from legit_worker.broker.ledger import MOST_ACKS
+from legit_worker.broker.outbox import MOST_ACKS
 from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection, gave_up
 from legit_worker.broker.reserve import MOST_BYTES
 
