@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -54,6 +55,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(processes: Processes, arguments: Sequence[str]) -> int:
     options = _options(arguments)
+    # A shell has what it starts in the background ignore it, and so would a worker until Celery is ready.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     amqp_url = os.environ.get("LEGIT_TEST_AMQP_URL", AMQP_URL) if options.broker == "rabbitmq" else None
     name = f"chaos-{uuid.uuid4().hex[:8]}"
     run = ChaosRun(Scene(processes, name, plan(options.tasks, options.seed, options.broker, name), amqp_url))
