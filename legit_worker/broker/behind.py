@@ -26,6 +26,9 @@ COUNT = "x-delivery-count"
 #: The header of a copy with the exchange and the routing key by which its message came.
 ADDRESS = "legit_address"
 
+#: The header of a copy with how many of these workers have said since that they live.
+VOUCHED = "legit_vouched"
+
 #: Seconds that RabbitMQ may take to connect, and to confirm a copy.
 PATIENCE = 5.0
 
@@ -42,7 +45,7 @@ class Behind:
         # Until when no copy is tried, by the monotonic clock, and the seconds of that pause.
         self._away_until = self._pause = 0.0
 
-    def put(self, message: kombu.Message, queue: str, deliveries: int) -> bool:
+    def put(self, message: kombu.Message, queue: str, deliveries: int, vouched: int) -> bool:
         """Put a message behind the others in its queue. Returns False if RabbitMQ does not take the copy.
 
         A signal's handler may bring a message while a copy is on its way: it does not wait behind that one.
@@ -51,7 +54,9 @@ class Behind:
             return False
         self._is_busy = True
         try:
-            self._send(message, queue, deliveries)
+            self._channel(message).basic_publish_confirm(
+                _copy(message, deliveries, vouched), routing_key=queue, confirm_timeout=PATIENCE
+            )
         except (amqp.AMQPError, amqp.exceptions.MessageNacked, OSError) as error:
             self._fail(queue, error)
             return False
@@ -60,11 +65,6 @@ class Behind:
         self._pause = 0.0
         message.ack()
         return True
-
-    def _send(self, message: kombu.Message, queue: str, deliveries: int) -> None:
-        self._channel(message).basic_publish_confirm(
-            _copy(message, deliveries), routing_key=queue, confirm_timeout=PATIENCE
-        )
 
     def _fail(self, queue: str, error: BaseException) -> None:
         """Try no copy for a while: each would hold up everybody as long as this one did."""
@@ -96,21 +96,21 @@ class Behind:
             connection.collect()
 
 
-def _copy(message: kombu.Message, deliveries: int) -> amqp.Message:
+def _copy(message: kombu.Message, deliveries: int, vouched: int) -> amqp.Message:
     to = message.delivery_info
-    own = {DELIVERIES: deliveries, ADDRESS: [to.get("exchange") or "", to.get("routing_key") or ""]}
+    own = {DELIVERIES: deliveries, VOUCHED: vouched, ADDRESS: [to.get("exchange") or "", to.get("routing_key") or ""]}
     headers = {name: value for name, value in message.headers.items() if name != COUNT}  # the copy's begins anew
     properties = {**message.properties, "application_headers": headers | own}
     return amqp.Message(message.body, **properties)
 
 
-def unpack(message: kombu.Message) -> int:
+def unpack(message: kombu.Message) -> tuple[int, int]:
     """Take what a copy brings off its headers, so that a task finds its message as it first came.
 
-    Returns the number of workers that died of it, without those that RabbitMQ counts.
+    Returns how many workers may have died of it, without those that RabbitMQ counts, and how many of them live.
     """
-    deliveries = count(message.headers.pop(DELIVERIES, 0))
+    deliveries, vouched = (count(message.headers.pop(name, 0)) for name in (DELIVERIES, VOUCHED))
     match message.headers.pop(ADDRESS, None):
         case [str() as exchange, str() as routing_key]:
             message.delivery_info |= {"exchange": exchange, "routing_key": routing_key, "redelivered": True}
-    return deliveries
+    return deliveries, vouched

@@ -49,7 +49,7 @@ from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
-from legit_worker.pool.suspects import Suspects
+from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
 from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.unrun import end_in_fibers
 from legit_worker.pool.waiter import Waiter
@@ -229,6 +229,7 @@ class ModelPool(SoloPool):
             every.append((DELIVERY_LOOK, self._intake.replace_delivering))
         for seconds, look in every:
             hub.call_repeatedly(seconds, look)
+        hub.call_later(VOUCH_SECONDS, self._suspects.vouch)
 
     def _meet_worker(self, instance: Any = None, **_: Any) -> None:
         """Before it connects: the broker must hand over no more than a worker holds that knows nothing yet."""
@@ -368,12 +369,12 @@ class ModelPool(SoloPool):
         self._ending.cold()
 
     def _release(self) -> None:
+        self._suspects.vouch(ends=True)
         self._watcher.stop()
         self._wakeup.close()
         handle.use_compute(handle.compute_directly)
         parking.stop()
-        self._leave()
-        for undo in self._undo:
+        for undo in (self._leave, *self._undo):
             undo()
 
     # What an operator asks

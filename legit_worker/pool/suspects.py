@@ -3,13 +3,17 @@
 RabbitMQ gives back all that a dead worker had, and does not say which task killed it. If one such message runs alone, a
 death is its own. On Redis, the script that reserves messages sees to that (`broker/reserve.py`).
 
-In: messages before Celery sees them, and fibers. Out: how many tasks may run, and messages that go behind others.
+A worker that gets such a message can't know whether the one that had it died, or only lost its connection. So a worker
+that lives tells the others, a while after it has connected anew: they count that as no death.
+
+In: messages before Celery sees them, fibers, and what other workers tell. Out: how many tasks may run, messages that go
+behind others, and what this worker tells.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -20,13 +24,18 @@ from legit_worker.broker.behind import COUNT, Behind, unpack
 from legit_worker.broker.returning import DELIVERIES, count
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.messages import came_again, is_numbered, key_of
-from legit_worker.pool.running import Key
+from legit_worker.pool.running import Key, key_from
 
 logger = logging.getLogger(__name__)
 
-
 #: The most messages that are known by name: more than a worker holds. Celery rejects those of unknown tasks by itself.
 MOST_KNOWN = 10_000
+
+#: Seconds after a connection is back until this worker tells others that it lives: they may have lost theirs, too.
+VOUCH_SECONDS = 5.0
+
+#: The event by which a worker says so, and its routing key. It goes to the exchange of Celery's gossip.
+EVENT, ROUTING_KEY = "worker-vouches", "worker.vouches"
 
 
 class Suspects:
@@ -43,12 +52,16 @@ class Suspects:
         # Messages that this worker has, and those that it gave back while it lived.
         self._received: LRUCache[Key, bool] = LRUCache(MOST_KNOWN)
         self._given_back: LRUCache[Key, bool] = LRUCache(MOST_KNOWN)
+        # How often workers that live have said that they gave a message back.
+        self._vouched: LRUCache[Key, int] = LRUCache(MOST_KNOWN)
         # Whether the last message was a suspect. Those of a dead worker come one after the other.
         self._is_careful = False
 
     def meet(self, consumer: Any) -> None:
         """Meet the worker's consumer, before it connects."""
         self._consumer = consumer
+        if getattr(consumer, "gossip", None) is not None:
+            consumer.gossip.event_handlers[ROUTING_KEY] = self.hear
 
     @property
     def bound(self) -> float:
@@ -63,37 +76,38 @@ class Suspects:
             return False
         key = key_of(message)
         counted = count(message.headers.get(COUNT))
-        deliveries, is_news = self._deliveries(message, key)
-        self._is_careful = self._is_suspect(deliveries)
-        if self._is_careful and (is_news or self._fibers) and self._goes_behind(message, deliveries):
+        came, vouched, is_news = self._deliveries(message, key)
+        deaths = max(0, came - vouched)
+        is_over = 0 < self._most <= deaths  # then it does not run
+        self._is_careful = deaths > 0 and not is_over
+        must_go = is_news or (self._is_careful and bool(self._fibers))
+        if must_go and not is_over and self._goes_behind(message, came, vouched):
             return True
         # Without a copy, only the queue's own count goes on.
-        message.delivery_info[DELIVERIES] = max(deliveries, counted) if is_news and self._is_careful else deliveries
+        message.delivery_info[DELIVERIES] = max(deaths, counted) if is_news and self._is_careful else deaths
         if key is not None:
             self._received[key] = True
         return False
 
-    def _is_suspect(self, deliveries: int) -> bool:
-        """Whether a message runs and may be deadly. One that came too often does not run."""
-        return deliveries > 0 and not 0 < self._most <= deliveries
+    def _deliveries(self, message: kombu.Message, key: Key | None) -> tuple[int, int, bool]:
+        """Return how many workers may have died of a message, how many of them live, and whether the first is news.
 
-    def _deliveries(self, message: kombu.Message, key: Key | None) -> tuple[int, bool]:
-        """Return how many workers may have died of a message, and whether that is news: no copy says so yet.
-
-        A worker that gave the message back and lives did not die of it. A quorum queue also counts deliveries that no
-        worker has read, and each lost connection. So whatever it counts since the last copy is one.
+        News is in no copy yet. A worker that gave the message back and lives did not die of it. A quorum queue also
+        counts deliveries that no worker has read, and each lost connection. So whatever it counts since the last copy
+        is one.
         """
         was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))
         is_news = (came_again(message) or counted > 0) and not was_ours and self._most > 0
-        copied = unpack(message)  # after that, a copy seems to have come again, too
-        return copied + (is_news if self._most else max(0, counted - was_ours)), is_news
+        copied, vouched = unpack(message)  # after that, a copy seems to have come again, too
+        came = copied + (is_news if self._most else max(0, counted - was_ours))
+        return came, max(vouched, self._vouched.get(key, 0)), is_news
 
-    def _goes_behind(self, message: kombu.Message, deliveries: int) -> bool:
+    def _goes_behind(self, message: kombu.Message, deliveries: int, vouched: int) -> bool:
         tags = getattr(self._consumer.task_consumer, "_active_tags", {})
         self._queues |= {tag: queue for queue, tag in tags.items()}
         queue = self._queues.get(message.delivery_info.get("consumer_tag", ""))
-        return queue is not None and self._behind.put(message, queue, deliveries)
+        return queue is not None and self._behind.put(message, queue, deliveries, vouched)
 
     def settled(self, message: kombu.Message, *, comes_again: bool) -> None:
         """A message was acked or rejected; or its task put it back into its queue, which is nobody's death."""
@@ -110,6 +124,36 @@ class Suspects:
         self._behind.close()
         self._fibers = {fiber for fiber in self._fibers if fiber in running}
 
+    # What workers that live tell each other
+
+    def vouch(self, *, ends: bool = False) -> None:
+        """Tell others that this worker lives, and gave back what has not come again to it; as it ends, all that it has."""
+        keys = [*self._given_back, *(self._received if ends else ())]
+        dispatcher = getattr(self._consumer, "event_dispatcher", None)
+        if not keys or dispatcher is None:
+            return
+        try:
+            dispatcher.send(EVENT, keys=keys)
+        except Exception as error:  # as if this worker had died
+            logger.warning("can't tell the other workers which %d messages were given back: %r", len(keys), error)
+            return
+        self._given_back.clear()
+        self._note(keys)
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Another worker lives, and gave messages back. If they run here, they need not run alone any more."""
+        if event.get("hostname") != self._consumer.hostname:
+            self._note(event.get("keys") or ())
+
+    def _note(self, told: Iterable[Any]) -> None:
+        keys = {key for one in told if isinstance(one, Sequence) and len(one) == 2 and (key := key_from(*one))}
+        for key in keys:
+            self._vouched[key] = self._vouched.get(key, 0) + 1
+        for message in [fiber.request.message for fiber in self._fibers]:
+            message.delivery_info[DELIVERIES] -= key_of(message) in keys
+        self._fibers = {fiber for fiber in self._fibers if fiber.request.message.delivery_info[DELIVERIES] > 0}
+        self._is_careful = bool(self._fibers)
+
     # Fibers
 
     def add(self, fiber: Fiber) -> None:
@@ -117,7 +161,7 @@ class Suspects:
         message = getattr(fiber.request, "message", None)
         if message is None or not is_numbered(message):
             return
-        if self._is_suspect(count((message.delivery_info or {}).get(DELIVERIES))):
+        if 0 < count((message.delivery_info or {}).get(DELIVERIES)) < (self._most or inf):
             self._fibers.add(fiber)
             logger.info("task %s runs alone: a worker that had its message died, or lost its connection", fiber.name)
 

@@ -5,8 +5,10 @@ Tasks that have begun go on when their connection breaks, and their messages com
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,9 +83,26 @@ def test_a_worker_outlives_rabbitmqs_own_timeout(
     assert worker.stop() == 0
 
 
-# Messages of which workers die.
+# Messages of which workers die, and of which they do not.
 
 GOOD = 40
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_what_a_worker_gives_back_at_its_end_does_not_run_alone_elsewhere(
+    start_worker: StartWorker, rabbitmq: Broker, queue_type: str, tmp_path: Path
+) -> None:
+    broker, gate = dataclasses.replace(rabbitmq, queue_type=queue_type), tmp_path / "gate"
+    sides, settings = Sides(start_worker, "controlled"), {"PROJECT_GATE": str(gate)}
+    ends = sides.worker("modelpool", broker=broker, **settings)
+    results = [ends.send("tidies", f"text {number}", "gated") for number in range(GOOD // 2)]
+    poll(lambda: ends.pool()["parked"] == len(results), "all of them to park")
+    stays = sides.worker("modelpool", broker=broker, **settings)
+    ends.signal(signal.SIGQUIT)
+    ends.wait()
+    poll(lambda: stays.pool()["parked"] == len(results), "the other worker to have them all at once")
+    gate.touch()
+    assert stays.answers(results) == [f"TEXT {number}" for number in range(len(results))]
 
 
 def outlive(

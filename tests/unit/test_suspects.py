@@ -9,12 +9,12 @@ from typing import Any
 import kombu
 import pytest
 
-from legit_worker.broker.behind import ADDRESS, COUNT
+from legit_worker.broker.behind import ADDRESS, COUNT, VOUCHED
 from legit_worker.broker.returning import DELIVERIES
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.running import Running
-from legit_worker.pool.suspects import Suspects
+from legit_worker.pool.suspects import ROUTING_KEY, Suspects
 
 MOST = 3
 
@@ -50,9 +50,11 @@ class Behind:
 
     def __init__(self) -> None:
         self.copies: list[tuple[str, str, int]] = []
+        self.vouched: list[int] = []
 
-    def put(self, message: kombu.Message, queue: str, deliveries: int) -> bool:
+    def put(self, message: kombu.Message, queue: str, deliveries: int, vouched: int) -> bool:
         """RabbitMQ takes each."""
+        self.vouched.append(vouched)
         self.copies.append((message.headers["id"], queue, deliveries))
         return True
 
@@ -80,11 +82,15 @@ class Worker:
         self.behind = self.suspects._behind = Behind()  # type: ignore[assignment]
         self.adoption = Adoption(self.running, self.suspects)
         self.to_run: list[kombu.Message] = []
+        self.told: list[list[tuple[str, int]]] = []
         self.consumer = SimpleNamespace(
             connection_errors=(ConnectionError,),
             create_task_handler=lambda: self.to_run.append,
             call_soon_ack=lambda call, *args: call(*args),
             task_consumer=SimpleNamespace(_active_tags={"work": "tag"}),
+            hostname="this",
+            gossip=SimpleNamespace(event_handlers={}),
+            event_dispatcher=SimpleNamespace(send=lambda event, keys: self.told.append(keys)),
         )
         self.adoption.meet(self.consumer)
         self.receive = self.consumer.create_task_handler()
@@ -163,6 +169,47 @@ def test_what_a_worker_gives_back_and_lives_is_no_suspect(worker: Worker, header
     again = message("a", Channel(), again=True, **headers)
     worker.receive(again)
     assert (worker.to_run[1:], worker.behind.copies, worker.suspects.bound) == ([again], [], inf)
+
+
+def test_what_another_worker_that_lives_gave_back_is_no_death(worker: Worker) -> None:
+    hear = worker.consumer.gossip.event_handlers[ROUTING_KEY]
+    worker.receive(message("a", Channel(), again=True))
+    hear({"hostname": "other", "keys": [["a", 0], ["b", 0], [5, None], "strange"]})
+    hear({"hostname": "this", "keys": [["a", 0]]})
+    hear({"hostname": "other"})
+    running = message("d", Channel(), **{DELIVERIES: 1})
+    worker.receive(running)
+    worker.begin(running)
+    assert worker.suspects.bound == 1
+    hear({"hostname": "other", "keys": [["d", 0]]})
+    assert worker.suspects.bound == inf, "others need not wait for it"
+    copy = message("a", Channel(), **{DELIVERIES: 1})
+    worker.receive(copy)
+    assert worker.to_run == [running, copy], "it runs beside others"
+    assert (copy.delivery_info[DELIVERIES], worker.suspects.bound) == (0, inf)
+    worker.receive(message("b", Channel(), again=True))
+    assert worker.behind.copies == [("a", "work", 1), ("b", "work", 1)], "a death must not be taken for this, later"
+    assert worker.behind.vouched == [0, 1]
+    worker.receive(message("c", Channel(), **{DELIVERIES: MOST + 1, VOUCHED: 2}))
+    assert worker.to_run[-1].delivery_info[DELIVERIES] == MOST - 1, "what a copy says is known to who started later"
+    assert VOUCHED not in worker.to_run[-1].headers
+
+
+def test_a_worker_that_lives_tells_what_it_gave_back_and_did_not_get_again(worker: Worker) -> None:
+    for identity in ("a", "b", "c"):
+        worker.receive(message(identity, Channel()))
+    worker.end(worker.to_run[2])
+    worker.suspects.vouch()
+    assert worker.told == []
+    worker.adoption.lost()
+    worker.receive(message("b", Channel(), again=True))
+    worker.suspects.vouch()
+    assert worker.told == [[("a", 0)]]
+    worker.receive(message("a", Channel(), again=True))
+    assert worker.behind.copies == [("a", "work", 1)], "by now, another may have had it"
+    assert worker.behind.vouched == [1]
+    worker.suspects.vouch(ends=True)
+    assert worker.told[1:] == [[("b", 0)]], "at its end, what it still has"
 
 
 def test_a_task_that_goes_on_acks_by_the_new_delivery(worker: Worker) -> None:
