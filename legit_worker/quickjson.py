@@ -105,7 +105,8 @@ def _written(numbers: list[Any] | tuple[Any, ...]) -> str | None:
 
 def _as_python_writes(text: str, sign: str) -> str:
     """Write those numbers of a list again that have this sign: most lists have a few. The others stay as they are."""
-    parts, done, at = [], 0, text.find(sign)
+    parts: list[str] = []
+    done, at = 0, text.find(sign)
     while at >= 0:
         start, end = max(text.rfind(",", done, at), 0) + 1, text.find(",", at)
         end = end if end >= 0 else len(text) - 1

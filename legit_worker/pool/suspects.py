@@ -101,7 +101,7 @@ class Suspects:
         is_news = (came_again(message) or counted > 0) and not was_ours and self._most > 0
         copied, vouched = unpack(message)  # after that, a copy seems to have come again, too
         came = copied + (is_news if self._most else max(0, counted - was_ours))
-        return came, max(vouched, self._vouched.get(key, 0)), is_news
+        return came, max(vouched, self._vouched.get(key, 0) if key else 0), is_news
 
     def _goes_behind(self, message: kombu.Message, deliveries: int, vouched: int) -> bool:
         tags = getattr(self._consumer.task_consumer, "_active_tags", {})
@@ -127,7 +127,7 @@ class Suspects:
     # What workers that live tell each other
 
     def vouch(self, *, ends: bool = False) -> None:
-        """Tell others that this worker lives, and gave back what has not come again to it; as it ends, all that it has."""
+        """Tell others that this worker lives, and what it gave back and has not again; as it ends, all that it has."""
         keys = [*self._given_back, *(self._received if ends else ())]
         dispatcher = getattr(self._consumer, "event_dispatcher", None)
         if not keys or dispatcher is None:
