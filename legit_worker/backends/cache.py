@@ -27,6 +27,9 @@ PART = 2**20
 #: Begins the name of an entry that is being written.
 UNFINISHED = ".new-"
 
+#: Access to a whole entry: workers of other users may share the folder.
+OPEN = 0o755
+
 #: Seconds after which such an entry is a dead worker's. To write one takes a minute at most.
 ABANDONED = 3600.0
 
@@ -66,6 +69,7 @@ class Cache:
             save(unfinished)
             digests = {file.name: _digest(file) for file in unfinished.iterdir()}
             (unfinished / MANIFEST).write_text(json.dumps(digests))
+            unfinished.chmod(OPEN)
             _rename(unfinished, self._folder / key)
         except (OSError, RuntimeError) as error:  # OpenVINO raises the second if the disk is full
             logger.info("the converted model can't be kept in %s, so each load converts it: %s", self._folder, error)

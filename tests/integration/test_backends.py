@@ -192,7 +192,9 @@ def test_a_conversion_is_kept_and_found_again(serve: Serve, tmp_path: Path, monk
 
     serve("embed", folder=tmp_path)
     first = legit_worker.model("m").encode(TEXTS)
-    assert [entry.name for entry in next(tmp_path.iterdir()).glob("*.xml")] == ["0.xml"]
+    (entry,) = tmp_path.iterdir()
+    assert [file.name for file in entry.glob("*.xml")] == ["0.xml"]
+    assert entry.stat().st_mode & 0o777 == 0o755, "workers of other users can not read it"
     monkeypatch.setattr(choice, "convert", lambda *_: pytest.fail("it was converted again"))
     serve("embed", folder=tmp_path)
     np.testing.assert_array_equal(legit_worker.model("m").encode(TEXTS), first)
