@@ -1,6 +1,6 @@
 """What all commands share: errors in one sentence, tables, and text that a terminal can show.
 
-In: an operator's command line. Out: `legit`, the group that the commands of the other modules join.
+In: an operator's command line. Out: the classes of commands and groups, and how they print.
 """
 
 from __future__ import annotations
@@ -59,11 +59,6 @@ def reach(app: Celery) -> None:
 
     with app.connection_for_read() as connection:
         wires.reach(connection)
-
-
-@click.group(name="legit", help="Look into legit_worker's workers.")
-def legit() -> None:
-    """Group the commands. Celery finds this by the entry point `celery.commands`."""
 
 
 def safe(text: Any) -> Text:

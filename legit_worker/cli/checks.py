@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from legit_worker.cli.base import Command, busy, legit
+from legit_worker.cli import legit
+from legit_worker.cli.base import Command, busy
 
 #: How `doctor` marks a finding: a character and its colour.
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}

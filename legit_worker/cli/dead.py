@@ -11,7 +11,8 @@ from celery.bin.base import handle_preload_options
 from rich.console import Console
 from rich.table import Column
 
-from legit_worker.cli.base import Command, legit, minute, new_table, reach, safe
+from legit_worker.cli import legit
+from legit_worker.cli.base import Command, minute, new_table, reach, safe
 
 #: Dead letters in a table, if nobody says how many.
 SHOWN = 100

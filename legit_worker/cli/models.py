@@ -16,7 +16,8 @@ from celery.bin.base import COMMA_SEPARATED_LIST, handle_preload_options
 from rich.console import Console
 from rich.table import Column
 
-from legit_worker.cli.base import Command, Group, busy, legit, mib, new_table, reach, safe
+from legit_worker.cli import legit
+from legit_worker.cli.base import Command, Group, busy, mib, new_table, reach, safe
 
 #: Seconds between two questions whether the change is made.
 LOOK = 0.2

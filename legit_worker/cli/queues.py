@@ -9,7 +9,8 @@ import click
 from celery.bin.base import handle_preload_options
 from rich.console import Console
 
-from legit_worker.cli.base import Command, legit, new_table, reach, safe
+from legit_worker.cli import legit
+from legit_worker.cli.base import Command, new_table, reach, safe
 
 
 @legit.command(cls=Command)

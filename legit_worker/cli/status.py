@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from legit_worker.cli.base import Command, legit, mib, new_table, reach, safe
+from legit_worker.cli import legit
+from legit_worker.cli.base import Command, mib, new_table, reach, safe
 
 #: Characters of the bar that shows memory.
 BAR = 40

@@ -25,7 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from legit_worker.cli.base import Command, legit, mib, new_table, reach, safe
+from legit_worker.cli import legit
+from legit_worker.cli.base import Command, mib, new_table, reach, safe
 
 #: Columns of a bar.
 BAR = 20

@@ -86,7 +86,7 @@ ALLOWED = {
     "validation": {"errors", "golden", "routing", "settings"},
     "doctor": {"device", "errors", "models", "prep", "prep_tasks", "routing", "settings"},
     "cli": {"control", "doctor", "errors", "routing", "settings", "validation"},
-    "testing": {"device", "models", "parking", "pool", "settings", "tasks"},
+    "testing": {"device", "models", "parking", "pool", "settings", "task_limits", "tasks"},
     "__init__": {"install", "models", "pool"},
 }
 
@@ -143,6 +143,12 @@ def test_importing_it_imports_neither_torch_nor_nvml(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'pynvml', 'transformers'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_celery_command_gets_the_group_alone() -> None:
+    code = "import sys, celery.bin.celery, legit_worker.cli; print('rich' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
 
 
 def test_a_client_whose_environment_has_no_settings_imports_next_to_nothing() -> None:
