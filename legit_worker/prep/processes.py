@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -20,6 +22,8 @@ from pebble import ProcessExpired, ProcessPool
 from legit_worker import parking, settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.prep.guard import forbid_cuda
+
+logger = logging.getLogger(__name__)
 
 #: The most bytes of arguments that helpers hold, at work or queued. Further items wait in their tasks.
 MAX_BYTES = 256 * 2**20
@@ -32,27 +36,26 @@ class Helpers:
     """Spawned processes, which start with their first work. They never had this process's memory or CUDA context."""
 
     def __init__(self, count: int, seconds: float) -> None:
-        self._seconds = seconds
-        self._pool = ProcessPool(
-            max_workers=count, context=multiprocessing.get_context("spawn"), initializer=forbid_cuda
-        )
-        #: The bytes of each item that is not done.
+        self._count, self._seconds = count, seconds
+        self._pool = self._new_pool()
+        #: The bytes of each item whose task waits for it, or has not gone on since it was done.
         self._at_work: dict[Future[Any], int] = {}
 
     def run(self, function: Callable[..., Any], *arguments: Any, size: int) -> Any:
         """Return `function(*arguments)`, from a helper; `size` is the arguments' bytes.
 
-        Raises the function's errors, and `InvalidInputError` if it ended its helper or took too long.
+        Raises the function's errors, `InvalidInputError` if it ended its helper or took too long, and
+        `BrokenProcessPool` if no helper can be started.
         """
-        while self._at_work and sum(self._at_work.values()) + size > MAX_BYTES:
-            parking.wait(next(iter(self._at_work)), WHAT)
-        future = self._pool.schedule(function, args=arguments, timeout=self._seconds)
+        while (busy := self._busy()) and sum(busy.values()) + size > MAX_BYTES:
+            parking.wait(next(iter(busy)), WHAT)
+        future = self._schedule(function, arguments)
         self._at_work[future] = size
         try:
             parking.wait(future, WHAT, is_own=True)
         finally:
             del self._at_work[future]
-            future.cancel()  # type: ignore[no-untyped-call]  # the task was revoked, or its time limit stopped it
+            future.cancel()  # the task was revoked, or its time limit stopped it
         try:
             return future.result()
         except ProcessExpired as error:
@@ -63,6 +66,30 @@ class Helpers:
             raise InvalidInputError(
                 f"preparing the input took over {self._seconds:g} s (LEGIT_WORKER_PREP_SECONDS), and was stopped"
             ) from None
+
+    def _busy(self) -> dict[Future[Any], int]:
+        """The bytes of each item that is not done. One that is would be waited for in vain: its task has to go on."""
+        return {future: size for future, size in self._at_work.items() if not future.done()}
+
+    def _schedule(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
+        """Give an item to the helpers. If no helper could be started before, pebble's pool is of no more use."""
+        try:
+            return self._pool.schedule(function, args=arguments, timeout=self._seconds)
+        except RuntimeError as error:
+            logger.warning("helper processes could not be started (%s), and are started anew", error)
+        broken = BrokenProcessPool(
+            f"no helper process could be started for a while (LEGIT_WORKER_PREP_PROCESSES={self._count}): if this "
+            "comes again, look at the machine's memory and at its bound of processes"
+        )
+        for lost in self._busy():
+            lost.set_exception(broken)
+        self._pool = self._new_pool()
+        return self._pool.schedule(function, args=arguments, timeout=self._seconds)
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self._count, context=multiprocessing.get_context("spawn"), initializer=forbid_cuda
+        )
 
     def close(self) -> None:
         """End them all."""
