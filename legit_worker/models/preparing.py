@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 #: Seconds for which one task prepares before others run: as long as a short batch takes on a CPU.
 SLICE = 0.005
+
+#: Begins the names of the threads that tokenize, in Rust.
+THREAD = "legit-tokenizer"
 
 #: Characters that are tokenized on a thread: these take 20 ms, a hundred times as long as the way to a thread and back.
 LONG = 20_000
@@ -74,8 +77,9 @@ class Aside:
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD)
         # What is not done yet, and the process whose threads do it: a forked child has none of them.
-        self._unfinished: set[Future[Any]] = set()
+        self._unfinished: set[object] = set()
         self._pid = os.getpid()
 
     @property
@@ -88,11 +92,19 @@ class Aside:
         self._look_at_process()
         if characters < LONG and not self.is_busy:
             return function()
-        done: Future[T] = Future()
-        self._unfinished.add(done)
-        threading.Thread(target=self._run, args=(function, done), name="legit-tokenizer", daemon=True).start()
-        with away():
-            parking.wait(done, "a long text to be tokenized", is_own=True)
+        mark = object()
+        self._unfinished.add(mark)
+        try:
+            done = self._executor.submit(self._in_turn, function)
+        except RuntimeError:  # no thread can be started
+            self._unfinished.discard(mark)
+            raise
+        done.add_done_callback(lambda _: self._unfinished.discard(mark))
+        try:
+            with away():
+                parking.wait(done, "a long text to be tokenized", is_own=True)
+        finally:
+            done.cancel()  # the task may have been ended meanwhile
         return done.result()
 
     @contextmanager
@@ -106,14 +118,6 @@ class Aside:
         if self._pid != os.getpid():
             self.__init__()  # type: ignore[misc]
 
-    def _run(self, function: Callable[[], T], done: Future[T]) -> None:
+    def _in_turn(self, function: Callable[[], T]) -> T:
         with self._turn:
-            done.set_running_or_notify_cancel()
-            try:
-                result = function()
-            except BaseException as error:
-                self._unfinished.discard(done)
-                done.set_exception(error)
-            else:
-                self._unfinished.discard(done)
-                done.set_result(result)
+            return function()

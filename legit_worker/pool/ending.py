@@ -45,7 +45,7 @@ STORE_SECONDS = 5.0
 #: Most of what kills a worker that does not end waits for 30 seconds or longer.
 BACKEND_SECONDS = 20.0
 
-#: Names of threads that may be in C++ or Rust when the process ends.
+#: How names of threads begin that may be in C++ or Rust when the process ends.
 FOREIGN = ("legit-loader", "legit-tokenizer")
 
 
@@ -220,7 +220,7 @@ class Ending:
 
 
 def _is_in_foreign_code() -> bool:
-    return any(thread.name in FOREIGN for thread in threading.enumerate())
+    return any(thread.name.startswith(FOREIGN) for thread in threading.enumerate())
 
 
 def _leave(exit_code: Callable[[], int], must: Callable[[], bool]) -> None:
