@@ -82,11 +82,14 @@ def _without_numbers(value: Any, numbers: list[str], levels: int) -> Any:
         if text is not None:
             numbers.append(text)
             return f"{MARK}{len(numbers) - 1}"
-    parts = value.values() if kind is dict else value
-    if CONTAINERS.isdisjoint(map(type, parts)):
+    if CONTAINERS.isdisjoint(map(type, value.values() if kind is dict else value)):
         return value
-    inner = (_without_numbers(part, numbers, levels - 1) for part in parts)
-    return dict(zip(value, inner, strict=True)) if kind is dict else list(inner)
+    less = levels - 1
+    if kind is not dict:
+        return [_without_numbers(part, numbers, less) if type(part) in CONTAINERS else part for part in value]
+    return {
+        key: _without_numbers(part, numbers, less) if type(part) in CONTAINERS else part for key, part in value.items()
+    }
 
 
 def _written(numbers: list[Any] | tuple[Any, ...]) -> str | None:

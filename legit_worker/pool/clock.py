@@ -51,34 +51,29 @@ class Clock:
         # It is one tuple, so that another thread never reads one part from before a change and another from after it.
         self._state: tuple[float, float | None, tuple[Work, ...]] = (0.0, None, ())
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Clock:
         """Count the time in the block: the task's own code has the thread."""
-        self._begin()
-        try:
-            yield
-        finally:
-            self._end()
+        return self
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Count no time in the block: the task waits, and still keeps the thread."""
-        self._end()
-        try:
-            yield
-        finally:
-            self._begin()
-
-    def _begin(self) -> None:
+    def __enter__(self) -> None:
         now = monotonic()
         if self._started is None:
             self._started = now
         total, _, works = self._state
         self._state = total, now, works
 
-    def _end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         total, since, works = self._state
         self._state = total + (0.0 if since is None else monotonic() - since), None, works
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Count no time in the block: the task waits, and still keeps the thread."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def follow(self, work: Work) -> None:
         """Count this work for the task, from when it begins."""

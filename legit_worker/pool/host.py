@@ -57,8 +57,8 @@ class FiberHost(parking.Host):
             fiber.raise_due(what)
             if self._may_park(fiber):
                 fiber.wait_for(done, what)
-            else:
-                self._drive(fiber, done, drive)
+                return
+            self._drive(fiber, done, drive)
 
     def _may_park(self, fiber: Fiber) -> bool:
         return not self._is_inline and fiber.may_park()
