@@ -90,10 +90,13 @@ def test_each_page_is_in_the_sites_navigation_and_can_be_reached_from_the_first_
         return {name for inner in (part.values() if isinstance(part, dict) else part) for name in listed(inner)}
 
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    examples = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.md")}
     navigation = listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert {name for name in navigation if not name.startswith("examples/")} == pages
+    assert navigation == pages | examples
     linked = {link.partition("#")[0] for link in links((ROOT / "docs" / "index.md").read_text())}
     assert pages - linked == {"index.md"}
+    listed_examples = {link.removeprefix("../") for link in links((ROOT / "docs" / "examples.md").read_text())}
+    assert examples == listed_examples
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=lambda part: part)
