@@ -178,6 +178,11 @@ def _graphs(wanted: Wanted, subject: Subject, dtype: str) -> Graphs:
     entry = cache.read(key)
     converted: list[Any] = []
     if entry is None:
+        logger.info(
+            "the model in %s is converted for OpenVINO, in %s: some seconds, or minutes if it is large",
+            wanted.folder,
+            dtype,
+        )
         converted = _convert(subject, dtype)
         entry = cache.write(key, lambda folder: _save(converted, folder))
     if entry is not None:  # read from the file, whose pages need no memory of their own

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, busy
+from legit_worker.cli.base import Command
 
 #: How `doctor` marks a finding: a character and its colour.
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}
@@ -38,9 +38,7 @@ def validate(ctx: click.Context, **options: Any) -> None:
     """
     from legit_worker.validation.command import main
 
-    with busy("loading the model, and computing …", quiet=options["as_json"]):
-        code = main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options)
-    ctx.exit(code)
+    ctx.exit(main(ctx.obj.app, str(ctx.find_root().params["app"] or ctx.obj.app.main), **options))
 
 
 @legit.command(cls=Command)

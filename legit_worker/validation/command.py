@@ -16,6 +16,7 @@ from celery import Celery
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from legit_worker import golden, settings
@@ -88,7 +89,9 @@ def configured(name: str) -> tuple[str, ModelSettings]:
 def make_reference(model: ModelSettings, path: Path, texts: Path | None) -> None:
     """Write a reference file."""
     chosen = reference.read_texts(texts) if texts else golden.texts()
-    reference.write(path, reference.make(chosen, model), model)
+    with _progress() as progress:
+        rows = progress.track(reference.make(chosen, model), total=len(chosen), description="vectors by the library")
+        reference.write(path, rows, model)
     click.echo(f"{path}: {len(chosen)} texts and their vectors by SentenceTransformer.encode, one by one, on the CPU")
 
 
@@ -106,12 +109,25 @@ def compare_with(
     """Compare, and print how well the vectors agree. Returns whether all agree."""
     known = reference.read(path)
     notes = reference.differences(known, model)
-    outcome = validate(app, project, alias, known, tolerance, patience)
+    with _progress(quiet=as_json) as progress:
+        bar = progress.add_task("answers of a worker, which loads the model first", total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        outcome = validate(app, project, alias, known, tolerance, patience, tell)
     if as_json:
         click.echo(json.dumps(_as_json(alias, known, tolerance, notes, outcome)))
     else:
         _print(alias, known, tolerance, notes, outcome)
     return outcome.agrees
+
+
+def _progress(*, quiet: bool = False) -> Progress:
+    """Return a bar that is shown on a terminal, and is gone at its end. Elsewhere nothing is shown."""
+    console = Console()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
 def _as_json(alias: str, known: Reference, tolerance: Tolerance, notes: list[str], outcome: Outcome) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,11 +72,18 @@ class _Letters:
 
 
 def validate(
-    app: Celery, project: str, alias: str, reference: Reference, tolerance: Tolerance, patience: float
+    app: Celery,
+    project: str,
+    alias: str,
+    reference: Reference,
+    tolerance: Tolerance,
+    patience: float,
+    tell: Callable[[int, int], object],
 ) -> Outcome:
     """Send every text by every path, and compare. `patience`: seconds for the next answer, and for the model's load.
 
-    Raises `ValidationError` if a server can't be used, or if the worker can't start or can't do the task.
+    `tell` is called with the number of answers so far, and of all. Raises `ValidationError` if a server can't be used,
+    or if the worker can't start or can't do the task.
     """
     run = f"legit-validate-{uuid.uuid4().hex[:12]}"
     with usable("the result backend"):
@@ -87,7 +94,7 @@ def validate(
         try:
             _send(app, mailboxes.tasks, alias, reference.texts, letters, with_stock=not skipped)
             with PrivateWorker(project, mailboxes.tasks, f"{run}@%h", _variables(run)) as worker:
-                _collect(mailboxes, worker, letters, patience)
+                _collect(mailboxes, worker, letters, patience, tell)
                 counted = _counted(app, run, alias)
         finally:
             _forget(letters)
@@ -146,7 +153,13 @@ def _send(app: Celery, queue: str, alias: str, texts: list[str], letters: _Lette
                 letters.results.append(result)
 
 
-def _collect(mailboxes: Mailboxes, worker: PrivateWorker, letters: _Letters, patience: float) -> None:
+def _collect(
+    mailboxes: Mailboxes,
+    worker: PrivateWorker,
+    letters: _Letters,
+    patience: float,
+    tell: Callable[[int, int], object],
+) -> None:
     """Collect until all answers are there, or until no answer has come for `patience` seconds."""
     waiting = list(reversed(letters.results))
     deadline = time.monotonic() + patience
@@ -154,6 +167,7 @@ def _collect(mailboxes: Mailboxes, worker: PrivateWorker, letters: _Letters, pat
         before = len(letters.answered)
         for task_id, path, answer in (*_routed(mailboxes), *_stored(waiting)):
             letters.note(task_id, path, answer)
+        tell(len(letters.answered), len(letters.sent))
         if len(letters.answered) > before:
             deadline = time.monotonic() + patience
         else:

@@ -156,7 +156,7 @@ def _vector(outcome: dict[str, Any]) -> list[float]:
 
 def _progress() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _pool_stats(side: Side) -> dict[str, Any]:

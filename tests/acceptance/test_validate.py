@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 from harness import ANSWER_SECONDS, Broker, celery_command, poll, project_environment
+from terminal import write_to_terminal
 
 #: A worker starts, loads a model, and embeds the golden texts by five paths.
 SECONDS = 3 * ANSWER_SECONDS
@@ -19,10 +20,11 @@ SECONDS = 3 * ANSWER_SECONDS
 
 @pytest.fixture(scope="module")
 def reference(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, servers: Any) -> Path:
-    """A file made by the command."""
+    """A file made by the command, on a terminal, which shows how far it is."""
     path = tmp_path_factory.mktemp("validate") / "reference.jsonl"
-    made = validate(servers.fresh(), tiny_paths, "--make-reference", str(path))
-    assert made.returncode == 0, made.stderr
+    shown = write_to_terminal(command("--make-reference", str(path)), environment(servers.fresh(), tiny_paths))
+    texts = len(path.read_text().splitlines()) - 1
+    assert f"{texts}/{texts}" in shown
     return path
 
 
@@ -119,6 +121,7 @@ def test_a_row_that_was_changed_is_named(
     done = validate(broker, tiny_paths, "--against", str(tampered))
     assert done.returncode == 1, done.stdout + done.stderr
     assert row["text"][:20] in done.stdout
+    assert done.stdout.startswith("tiny: "), "no bar where there is no terminal"
 
 
 @pytest.mark.parametrize(

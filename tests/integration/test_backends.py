@@ -187,17 +187,22 @@ def test_auto_does_not_take_what_differs(serve: Serve, monkeypatch: pytest.Monke
     assert backend_of(registry)["backend_reason"] == "auto stays with torch: float32 has a worst cosine of 0.990000"
 
 
-def test_a_conversion_is_kept_and_found_again(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_is_kept_and_found_again(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from legit_worker.backends import choice
 
+    caplog.set_level("INFO", logger=choice.__name__)
     serve("embed", folder=tmp_path)
     first = legit_worker.model("m").encode(TEXTS)
+    assert caplog.text.count("is converted for OpenVINO") == 1
     (entry,) = tmp_path.iterdir()
     assert [file.name for file in entry.glob("*.xml")] == ["0.xml"]
     assert entry.stat().st_mode & 0o777 == 0o755, "workers of other users can not read it"
     monkeypatch.setattr(choice, "convert", lambda *_: pytest.fail("it was converted again"))
     serve("embed", folder=tmp_path)
     np.testing.assert_array_equal(legit_worker.model("m").encode(TEXTS), first)
+    assert caplog.text.count("is converted for OpenVINO") == 1
 
 
 def test_a_damaged_conversion_is_made_anew(serve: Serve, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,23 @@ class Terminal:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGKILL)
             shell.wait()
+
+
+def write_to_terminal(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What a command writes where its output is a terminal, to its end."""
+    ours, theirs = pty.openpty()
+    with contextlib.closing(os.fdopen(ours, "rb", buffering=0)) as screen:
+        process = subprocess.Popen(
+            command,
+            env={**environment, "TERM": "xterm", "COLUMNS": "120"},
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        written = b""
+        with contextlib.suppress(OSError):  # Linux tells the end by an error
+            while part := screen.read(65536):
+                written += part
+    assert process.wait(COMMAND_SECONDS) == 0, written
+    return written.decode()
