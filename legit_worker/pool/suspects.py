@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
 from math import inf
+from time import monotonic
 from typing import Any
 
 import kombu
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: The most messages that are known by name: more than a worker holds. Celery rejects those of unknown tasks by itself.
 MOST_KNOWN = 10_000
+
+#: Seconds in which suspects that come one after the other are one dead worker's, which ran the first of them alone.
+ROW_SECONDS = 1.0
 
 #: Seconds after a connection is back until this worker tells others that it lives: they may have lost theirs, too.
 VOUCH_SECONDS = 5.0
@@ -54,6 +58,8 @@ class Suspects:
         self._given_back: LRUCache[Key, bool] = LRUCache(MOST_KNOWN)
         # How often workers that live have said that they gave a message back.
         self._vouched: LRUCache[Key, int] = LRUCache(MOST_KNOWN)
+        # Until when a suspect belongs to the same dead worker as the last one, by the monotonic clock.
+        self._row_until = 0.0
         # Whether the last message was a suspect. Those of a dead worker come one after the other.
         self._is_careful = False
 
@@ -94,12 +100,15 @@ class Suspects:
 
         News is in no copy yet. A worker that gave the message back and lives did not die of it. A quorum queue also
         counts deliveries that no worker has read, and each lost connection. So whatever it counts since the last copy
-        is one.
+        is one. Of the suspects that a dead worker had, the first one ran, and the others had not begun.
         """
         was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))
         is_news = (came_again(message) or counted > 0) and not was_ours and self._most > 0
         copied, vouched = unpack(message)  # after that, a copy seems to have come again, too
+        if copied and is_news:
+            now = monotonic()
+            is_news, self._row_until = now > self._row_until, now + ROW_SECONDS
         came = copied + (is_news if self._most else max(0, counted - was_ours))
         return came, max(vouched, self._vouched.get(key, 0) if key else 0), is_news
 

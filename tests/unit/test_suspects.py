@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from legit_worker.broker.behind import ADDRESS, COUNT, VOUCHED
 from legit_worker.broker.returning import DELIVERIES
+from legit_worker.pool import suspects
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.running import Running
-from legit_worker.pool.suspects import ROUTING_KEY, Suspects
+from legit_worker.pool.suspects import ROUTING_KEY, ROW_SECONDS, Suspects
 
 MOST = 3
 
@@ -147,6 +149,18 @@ def test_whatever_a_quorum_queue_has_counted_since_the_last_copy_is_one(worker: 
     worker.receive(message("a", Channel(), again=True, **{COUNT: counted}))
     worker.receive(message("b", Channel(), again=True, **{COUNT: counted, DELIVERIES: 1}))
     assert (worker.behind.copies, worker.to_run) == ([("a", "work", 1), ("b", "work", 2)], [])
+
+
+def test_of_the_suspects_that_a_dead_worker_had_only_the_first_has_killed_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for identity in ("a", "b", "c"):
+        worker.receive(message(identity, Channel(), again=True, **{COUNT: 1, DELIVERIES: 1}))
+    assert worker.behind.copies == [("a", "work", 2)]
+    assert [one.delivery_info[DELIVERIES] for one in worker.to_run] == [1, 1], "they run alone, and lose no delivery"
+    monkeypatch.setattr(suspects, "monotonic", lambda: monotonic() + ROW_SECONDS)
+    worker.receive(message("d", Channel(), again=True, **{COUNT: 1, DELIVERIES: 1}))
+    assert worker.behind.copies[1:] == [("d", "work", 2)]
 
 
 def test_if_no_copy_can_be_made_the_queues_own_count_is_taken(worker: Worker) -> None:
