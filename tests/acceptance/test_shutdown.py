@@ -50,7 +50,8 @@ def check_kill(sides: Sides, broker: Broker) -> None:
     first.kill()
     assert len(first.received) == TASKS
     assert answered(results) < TASKS
-    second = sides.worker("modelpool", broker=broker)
+    # The same alias, and no half a second for each batch: on RabbitMQ, each of them is alone in one.
+    second = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MODELS__SLOW_TO_LOAD__KIND="custom_models:Upper")
     assert second.answers(results) == expected()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,17 +14,29 @@ INSTALL = "from celery import Celery\nimport legit_worker\nlegit_worker.install(
 
 #: Each would start CUDA, or load its driver, where there is a device.
 ATTEMPTS = {
-    "device properties": "import torch\ntorch.cuda.get_device_properties(0)",
-    "to": "import torch\ntorch.zeros(1).to('cuda')",
-    "device=": "import torch\ntorch.zeros(1, device='cuda:0')",
-    "init": "import torch\ntorch.cuda.init()",
-    "memory": "import torch\ntorch.cuda.mem_get_info()",
-    "a submodule's own import": "import torch\ntorch.cuda.get_rng_state()",
-    "current_device": "import torch\ntorch.cuda.current_device()",
-    "imported by name": "from torch.cuda import get_device_name\nget_device_name()",
-    "ctypes": "import ctypes\nctypes.CDLL('libcuda.so.1')",
-    "ctypes, runtime": "import ctypes\nctypes.CDLL('/usr/local/cuda/lib64/libcudart.so')",
+    "device properties": "torch.cuda.get_device_properties(0)",
+    "to": "torch.zeros(1).to('cuda')",
+    "device=": "torch.zeros(1, device='cuda:0')",
+    "init": "torch.cuda.init()",
+    "memory": "torch.cuda.mem_get_info()",
+    "a submodule's own import": "torch.cuda.get_rng_state()",
+    "current_device": "torch.cuda.current_device()",
+    "imported by name": "from torch.cuda import get_device_name; get_device_name()",
+    "ctypes": "ctypes.CDLL('libcuda.so.1')",
+    "ctypes, runtime": "ctypes.CDLL('/usr/local/cuda/lib64/libcudart.so')",
 }
+
+#: A function for each, and after them what calls one after the other and prints its error.
+ASKS = ["import ctypes, json, torch", *(f"def ask{number}(): {code}" for number, code in enumerate(ATTEMPTS.values()))]
+ALL = f"""
+for number in range({len(ATTEMPTS)}):
+    try:
+        globals()["ask%d" % number]()
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+    else:
+        print(json.dumps(["nothing", "it was done"]))
+"""
 
 
 def run(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -37,14 +50,27 @@ def run(folder: Path, code: str, **variables: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The errors of all attempts, of one process: torch takes seconds to import."""
+    code = INSTALL + "\n".join(ASKS) + ALL
+    finished = run(tmp_path_factory.mktemp("asks"), code, LEGIT_WORKER_ROLE="prep")
+    assert finished.returncode == 0, finished.stderr
+    return dict(zip(ATTEMPTS, map(json.loads, finished.stdout.splitlines()), strict=True))
+
+
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_an_attempt_is_refused_with_the_line_that_made_it(tmp_path: Path, attempt: str) -> None:
-    code = INSTALL + ATTEMPTS[attempt]
-    finished = run(tmp_path, code, LEGIT_WORKER_ROLE="prep")
+def test_an_attempt_is_refused_with_the_line_that_made_it(refusals: dict[str, list[str]], attempt: str) -> None:
+    kind, message = refusals[attempt]
+    assert kind == "CudaForbiddenError"
+    line = INSTALL.count("\n") + 2 + list(ATTEMPTS).index(attempt)
+    assert f"by asks.py:{line} " in message
+
+
+def test_an_attempt_that_nobody_expects_ends_the_program(tmp_path: Path) -> None:
+    finished = run(tmp_path, INSTALL + "import ctypes\nctypes.CDLL('libcuda.so.1')", LEGIT_WORKER_ROLE="prep")
     assert finished.returncode == 1
-    last = finished.stderr.strip().splitlines()[-1]
-    assert last.startswith("legit_worker.errors.CudaForbiddenError")
-    assert f"by asks.py:{len(code.splitlines())} " in last
+    assert finished.stderr.strip().splitlines()[-1].startswith("legit_worker.errors.CudaForbiddenError")
 
 
 def test_a_torch_that_was_imported_first_refuses_too(tmp_path: Path) -> None:
