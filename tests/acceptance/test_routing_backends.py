@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import kombu
@@ -29,12 +28,18 @@ def start_apps(start: StartWorker, broker: Broker, **more: str) -> Apps:
     return Apps(worker, {"alpha": app_queue(broker, "alpha")})
 
 
-@pytest.fixture(params=["redis", "database"])
-def apps(request: pytest.FixtureRequest, start_worker: StartWorker, broker: Broker, tmp_path: Path) -> Apps:
+@pytest.fixture(scope="module", params=["redis", "database"])
+def apps(
+    request: pytest.FixtureRequest,
+    start_module_worker: StartWorker,
+    servers: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Apps:
     """A worker whose results are in Redis, and one whose are in a SQL database."""
+    broker = servers.fresh()
     if request.param == "database":
-        broker = replace(broker, backend=f"db+sqlite:///{tmp_path}/results.sqlite")
-    return start_apps(start_worker, broker)
+        broker = replace(broker, backend=f"db+sqlite:///{tmp_path_factory.mktemp('database')}/results.sqlite")
+    return start_apps(start_module_worker, broker)
 
 
 def test_a_backend_does_what_it_did_and_the_app_is_told(apps: Apps) -> None:
