@@ -97,13 +97,13 @@ def _written(numbers: list[Any] | tuple[Any, ...]) -> str | None:
     try:
         if not isfinite(sum(numbers)):
             return None
-        text = orjson.dumps(numbers, option=PLAIN).decode("ascii")
+        text = orjson.dumps(numbers, option=PLAIN).replace(b",", b", ").decode("ascii")
         for sign in ("e", "0.0000"):
             if sign in text:
                 text = _as_python_writes(text, sign)
     except Exception:  # not all are numbers, or orjson does not take one: kombu says what it thinks of them
         return None
-    return text.replace(",", ", ")
+    return text
 
 
 def _as_python_writes(text: str, sign: str) -> str:
@@ -111,7 +111,7 @@ def _as_python_writes(text: str, sign: str) -> str:
     parts: list[str] = []
     done, at = 0, text.find(sign)
     while at >= 0:
-        start, end = max(text.rfind(",", done, at), 0) + 1, text.find(",", at)
+        start, end = max(text.rfind(" ", done, at), 0) + 1, text.find(",", at)
         end = end if end >= 0 else len(text) - 1
         parts += text[done:start], repr(float(text[start:end]))
         done, at = end, text.find(sign, end)
