@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 from celery.utils.quorum_queues import detect_quorum_queues
+from celery.worker import state
 
 from legit_worker.pool.engine import UNKNOWN_SECONDS
 
@@ -33,6 +34,9 @@ WORTH_TELLING = 1.25
 
 #: Seconds between two replacements of the consumers, which take two round trips each. See `_consume_anew`.
 CONSUMER_SECONDS = 2.0
+
+#: Seconds for which a worker at most has no consumers, since it holds more than it wants.
+DRAIN_SECONDS = 10.0
 
 
 class Share:
@@ -117,6 +121,8 @@ class Prefetch:
         self._decided_at = self._consumed_at = 0.0
         # The tags of replaced consumers, whose last messages may still arrive.
         self._cancelled: list[str] = []
+        # Whether there are no consumers until the worker holds no more than it wants.
+        self._is_draining = False
 
     def is_due(self) -> bool:
         """Tell whether it is time to decide again."""
@@ -141,7 +147,7 @@ class Prefetch:
         if self._consumer.connection.transport.driver_type != "amqp":
             if count != self._told:
                 self._tell(count)
-        elif not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING:
+        elif self._is_draining or not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING:
             self._tell_amqp(count)
 
     def _tell_amqp(self, count: int) -> None:
@@ -149,7 +155,7 @@ class Prefetch:
         conf = self._consumer.app.conf
         if not (conf.worker_detect_quorum_queues and detect_quorum_queues(self._consumer.app, "amqp")[0]):
             self._tell(count)
-        elif self._decided_at - self._consumed_at >= CONSUMER_SECONDS:
+        elif self._is_draining or self._decided_at - self._consumed_at >= CONSUMER_SECONDS:
             self._tell(count)
             self._consume_anew()
 
@@ -167,7 +173,7 @@ class Prefetch:
                 "worker_disable_prefetch is set: this worker takes one task at a time, and computes no two together; "
                 "unset it to have batches, and LEGIT_WORKER_MAX_HELD_SECONDS bounds what a worker holds"
             )
-        self._qos, self._told, self._cancelled = qos, count, []
+        self._qos, self._told, self._cancelled, self._is_draining = qos, count, [], False
         self._later = max(0, qos.value - count)
         # kombu would forget what is over the limit.
         qos.increment_eventually, qos.decrement_eventually = self._hold_later, lambda n=1: self._hold_later(-n)
@@ -191,10 +197,21 @@ class Prefetch:
     def _consume_anew(self) -> None:
         """Replace the consumers: each new one gets an equal part of the new count. The worker keeps its messages.
 
+        These don't count for the new consumers. So if they are more than the new count, they become fewer first.
         Nothing here waits for the broker while it cancels: meanwhile a remote command could add or cancel a consumer.
         """
-        self._consumed_at = monotonic()
         tasks, channel = self._consumer.task_consumer, self._consumer.task_consumer.channel
+        if not self._is_draining:
+            self._consumed_at = self._decided_at
+            self._cancel(tasks, channel)
+        self._qos.prev = self._qos.value
+        held = sum(not request.acknowledged for request in state.reserved_requests)
+        self._is_draining = held > self._told and self._decided_at - self._consumed_at < DRAIN_SECONDS
+        if not self._is_draining:
+            channel.basic_qos(0, max(1, self._qos.value // max(1, len(self._cancelled))), False)
+            tasks.consume()
+
+    def _cancel(self, tasks: Any, channel: Any) -> None:
         for tag in self._cancelled:  # their last messages have arrived
             channel.callbacks.pop(tag, None)
         self._cancelled = list(tasks._active_tags.values())
@@ -202,6 +219,3 @@ class Prefetch:
         getattr(tasks, "_active_queue_no_ack", {}).clear()  # kombu 5.7
         for tag in self._cancelled:
             channel.basic_cancel(tag, nowait=True)
-        channel.basic_qos(0, max(1, self._qos.value // max(1, len(self._cancelled))), False)
-        self._qos.prev = self._qos.value
-        tasks.consume()

@@ -208,6 +208,32 @@ def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> Non
     assert consumer.task_consumer.channel.callbacks == {}
 
 
+def test_what_replaced_consumers_brought_counts(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each smaller count made a worker hold more: what it had, and as many as it wants."""
+    held = [SimpleNamespace(acknowledged=number < 5) for number in range(25)]
+    monkeypatch.setattr(share.state, "reserved_requests", held)
+    consumer = Consumer("amqp", quorum=True)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(10)
+    assert consumer.said == ["tag 0"], "20 are more than 10"
+    assert prefetch.has_told(10), "nothing comes meanwhile"
+    del held[15:]
+    prefetch.want(10)
+    assert consumer.said[1:] == [(10, False), "consume"]
+
+
+def test_a_worker_that_holds_tasks_for_long_consumes_again(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share.state, "reserved_requests", [SimpleNamespace(acknowledged=False)] * 100)
+    consumer = Consumer("amqp", quorum=True)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(10)
+    clock.seconds += share.DRAIN_SECONDS
+    prefetch.want(10)
+    assert consumer.said == ["tag 0", (10, False), "consume"]
+
+
 def test_consumers_of_several_quorum_queues_share_the_count(clock: Any) -> None:
     consumer = Consumer("amqp", quorum=True, queues=4)
     prefetch = Prefetch(consumer, 32)
