@@ -214,8 +214,8 @@ def test_a_task_that_keeps_the_thread_is_no_sign_of_life_and_a_batch_is(
     serve: Callable[..., tuple[Worker, Endpoint]],
 ) -> None:
     worker, endpoint = serve(environment={"LEGIT_WORKER_MODELS__LONG__KIND": "simulated",
-                                          "LEGIT_WORKER_MODELS__LONG__PATH": "6,0"})  # fmt: skip
-    result = worker.send("sleeps", 6)
+                                          "LEGIT_WORKER_MODELS__LONG__PATH": "4,0"})  # fmt: skip
+    result = worker.send("sleeps", 4)
     status, why = poll(lambda: (answer := endpoint.ask("/healthz?seconds=2"))[0] == 503 and answer, "a dead worker")
     assert why["busy_with"] == f"sleeps[{result.id}]"
     assert endpoint.get("/healthz")[0] == 200, "the default is a minute"

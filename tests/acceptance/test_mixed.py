@@ -26,7 +26,7 @@ TASKS = 1000
 OVERTIME_SHARE = 0.05
 
 #: Seconds of a soft time limit, and of the own time of the task that it is for.
-LIMIT, OVERTIME = 0.05, 0.4
+LIMIT, OVERTIME = 0.05, 0.2
 
 #: The parts of all tasks, by what becomes of them; the rest succeeds.
 SHARES = {

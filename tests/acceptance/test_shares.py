@@ -107,7 +107,7 @@ def test_a_stopping_worker_takes_no_more_from_a_quorum_queue(start_worker: Start
 
 
 def test_tasks_for_a_resident_model_do_not_wait_for_a_window_of_others_to_load(sides: Sides, broker: Broker) -> None:
-    cold = {"LEGIT_WORKER_MODELS__COLD__KIND": "simulated", "LEGIT_WORKER_MODELS__COLD__PATH": "0,0,0,25"}
+    cold = {"LEGIT_WORKER_MODELS__COLD__KIND": "simulated", "LEGIT_WORKER_MODELS__COLD__PATH": "0,0,0,10"}
     # A window of 1,024 would be more results than a client of rpc:// keeps for later.
     worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_WINDOW="128", **cold)
     worker.settle([worker.send("one", "text", alias="sim")])

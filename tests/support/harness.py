@@ -47,6 +47,9 @@ LOOK_SECONDS = 5
 #: Seconds that a worker may take to answer `inspect`. It answers between two batches.
 INSPECT_SECONDS = 10
 
+#: Seconds that `stats` waits each time it asks. A question is lost if the worker connects again meanwhile.
+ASK_SECONDS = (2, 4, INSPECT_SECONDS, INSPECT_SECONDS)
+
 #: Lines of a log that an error shows.
 TAIL_LINES = 60
 
@@ -298,18 +301,19 @@ class Worker:
             poll(lambda: self.client.control.ping([self.name], timeout=1), f"{self.name} to hear", START_SECONDS)
             self._hears = True
 
-    def inspect(self) -> Inspect:
+    def inspect(self, seconds: float = INSPECT_SECONDS) -> Inspect:
         """Ask this worker alone, with patience for its batches."""
         self.wait_until_it_hears()
-        return self.client.control.inspect([self.name], timeout=INSPECT_SECONDS)
+        return self.client.control.inspect([self.name], timeout=seconds)
 
     def stats(self) -> dict[str, Any]:
         """What `celery inspect stats` shows for this worker."""
-        # The first question is lost if the worker connects again meanwhile.
-        answer = self.inspect().stats() or self.inspect().stats()
-        assert answer, f"{self.name} does not answer inspect:\n{self.tail()}"
-        stats: dict[str, Any] = answer[self.name]
-        return stats
+        for seconds in ASK_SECONDS:
+            answer = self.inspect(seconds).stats()
+            if answer:
+                stats: dict[str, Any] = answer[self.name]
+                return stats
+        raise AssertionError(f"{self.name} does not answer inspect:\n{self.tail()}")
 
     def pool(self) -> dict[str, Any]:
         """The pool's part of `stats`."""
