@@ -16,10 +16,10 @@ from celery import chord
 from harness import SIMULATED, Broker, Client, Sides, StartWorker, Worker, poll
 from ownserver import Server
 
-#: A model that takes a fifth of a second for each item, however many there are.
-FIFTH = {"LEGIT_WORKER_MODELS__FIFTH__KIND": "simulated", "LEGIT_WORKER_MODELS__FIFTH__PATH": "0,0.2"}
+#: A model that takes a tenth of a second for each item, however many there are.
+TENTH = {"LEGIT_WORKER_MODELS__TENTH__KIND": "simulated", "LEGIT_WORKER_MODELS__TENTH__PATH": "0,0.1"}
 
-#: Tasks of a fifth of a second each.
+#: Tasks of a tenth of a second each.
 TASKS = 200
 
 #: Seconds between two tasks that come one by one.
@@ -35,7 +35,7 @@ def done(worker: Worker) -> int:
 
 
 def send(client: Client, number: int) -> Any:
-    return client.send_task("one", [f"text{number}"], {"alias": "fifth"})
+    return client.send_task("one", [f"text{number}"], {"alias": "tenth"})
 
 
 def burst(client: Client) -> list[Any]:
@@ -52,9 +52,9 @@ def one_by_one(client: Client) -> list[Any]:
 
 @pytest.mark.parametrize("come", [burst, one_by_one])
 def test_two_idle_workers_share_what_comes(sides: Sides, broker: Broker, come: Callable[[Client], list[Any]]) -> None:
-    workers = [sides.worker("modelpool", broker=broker, **FIFTH) for _ in range(2)]
+    workers = [sides.worker("modelpool", broker=broker, **TENTH) for _ in range(2)]
     for worker in workers:  # warm: each knows its model, and what it takes
-        warm = [worker.client.send_task("one", ["warm"], {"alias": "fifth"}) for _ in range(10)]
+        warm = [worker.client.send_task("one", ["warm"], {"alias": "tenth"}) for _ in range(10)]
         worker.settle(warm)
     poll(lambda: sum(map(done, workers)) == 20, "the lines of the first tasks")
     before = [done(worker) for worker in workers]
