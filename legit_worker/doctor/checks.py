@@ -114,7 +114,7 @@ def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
     ours = sum(name.startswith(settings.PREFIX) for name in os.environ)
     yield ok(f"{ours} variables, role {chosen.role}, {len(chosen.models)} models, {len(chosen.apps)} apps")
     if not settings.is_enabled(default=app.main == "legit_worker"):
-        yield warning("LEGIT_WORKER_ENABLED is not 1 here: with this environment, workers are stock Celery's", "set it")
+        yield warning("LEGIT_WORKER_ENABLED is not 1 here: workers are stock Celery's", "set it to 1 for batches")
     for sentence in settings.unknown_models(chosen):
         yield warning(sentence, "correct the name, unless another worker has this model")
 
@@ -208,7 +208,7 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
             )
         else:
             tokenizer = tokenizer_of(model.path, model.revision) if model.kind == "embed" else None
-            prepared = f", tokenizer {tokenizer.fingerprint} can be read without it" if tokenizer else ""
+            prepared = f"; prep processes can read its tokenizer ({tokenizer.fingerprint})" if tokenizer else ""
             yield ok(f"{alias}: kind {model.kind} at {model.path}{prepared}")
         if model.backend == "auto" and _version("openvino") is None:
             yield warning(
