@@ -18,6 +18,10 @@ from legit_worker.cli.base import Command, mib, new_table, reach, safe
 #: Characters of the bar that shows memory.
 BAR = 40
 
+#: What to do if nobody answers, and if only workers without ModelPool do.
+NOBODY = "is one running? A longer --timeout waits for a busy one"
+OTHERS = "{} with another pool did. Start a worker with LEGIT_WORKER_ENABLED=1 and --pool=solo"
+
 
 @legit.command(cls=Command)
 @click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for workers.")
@@ -35,8 +39,8 @@ def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
         for name, pool in pools.items():
             _print(name, pool)
     if not pools:
-        others = f"; {len(replies)} workers with other pools did" if replies else ""
-        click.echo(f"no worker with ModelPool answered within {timeout} s{others}", err=True)
+        seen = f"no worker with ModelPool answered within {timeout} s"
+        click.echo(f"{seen}; {OTHERS.format(len(replies)) if replies else NOBODY}", err=True)
         ctx.exit(1)
 
 
