@@ -1,10 +1,16 @@
-"""The texts that `celery legit validate` compares. Pure.
+"""The texts and pictures that `celery legit validate` compares. Pure.
 
-In: nothing. Out: the same texts in the same order, every time. Short and long texts are mixed, so that a batch must
-pad. Some texts differ in a word, a letter or a mark, so that a vector in the wrong place is noticed. Some come twice.
+In: nothing. Out: the same texts and pictures in the same order, every time. Short and long texts are mixed, so that a
+batch must pad. Some texts differ in a word, a letter or a mark, so that a vector in the wrong place is noticed. Some
+come twice.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+#: Sizes of the pictures, in pixels: an image processor that keeps them makes images of different sizes.
+PICTURES = tuple((64 + 8 * number, 120 - 8 * number) for number in range(8))
 
 #: The words of the longest text: several times what the usual models take, so that both sides must cut it.
 LONG_WORDS = 12_000
@@ -116,3 +122,15 @@ def texts() -> list[str]:
     groups = [_ENGLISH, _SCRIPTS, _NEARLY_NOTHING, _ALIKE, _LONG, _MARKS, _TWICE]
     longest = max(map(len, groups))
     return [group[row] for row in range(longest) for group in groups if row < len(group)]
+
+
+def pictures() -> list[Any]:
+    """Return a `PIL.Image.Image` of each size, in different colours."""
+    from PIL import Image
+
+    gradient = Image.linear_gradient("L")
+    bands = [gradient.rotate(45 * number) for number in range(len(PICTURES))]
+    return [
+        Image.merge("RGB", (bands[number], bands[number - 1], bands[number - 3])).resize(size)
+        for number, size in enumerate(PICTURES)
+    ]

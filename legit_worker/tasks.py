@@ -21,7 +21,7 @@ from legit_worker.inputs.limits import Limits
 from legit_worker.inputs.options import SCALED, form_of, wording_of
 from legit_worker.inputs.reading import (
     at,
-    images_of,
+    images_or_both_of,
     is_chunks,
     items_of,
     texts_of,
@@ -100,10 +100,11 @@ def embed_image(
 ) -> Any:
     """Embed an image, or a list of images, each as base64 of a file of one of `LEGIT_WORKER_IMAGE_FORMATS`.
 
-    Arguments, result and errors as for `embed_text`, with kind `image`.
+    For a model that takes both at once, an input may also be `{"text": text, "image": image}`. Arguments, result and
+    errors as for `embed_text`, with kind `image`.
     """
     handle, form = Handle(model, "image"), form_of(dimensions, precision, normalize)
-    images = images_of(image, "image", current_limits())
+    images = images_or_both_of(image, "image", current_limits())
     vectors = _encoded(handle, images if isinstance(image, list) else images[0], {}, form)
     return _plain(vectors, isinstance(image, list))
 

@@ -14,7 +14,7 @@ from legit_worker.inputs.binary import bytes_of
 from legit_worker.inputs.images import image_of
 from legit_worker.inputs.limits import Limits
 from legit_worker.inputs.texts import text_of
-from legit_worker.inputs.types import ImageBytes, PreparedText, Text
+from legit_worker.inputs.types import ImageBytes, PreparedText, Text, TextAndImage
 
 
 def items_of(value: Any, name: str, read: Callable[[Any], Any], limits: Limits) -> list[Any]:
@@ -67,21 +67,42 @@ def check_pieces(pieces: list[PreparedText], name: str, limits: Limits) -> None:
 
 def images_of(value: Any, name: str, limits: Limits) -> list[ImageBytes]:
     """Read an image in base64, or a list of images. Decodes no pixels. Raises `InvalidInputError`."""
-    pixels = count = 0
+    images = _Images(limits, is_list=isinstance(value, list))
+    return items_of(value, name, images.read, limits)
 
-    def read(item: Any) -> ImageBytes:
-        nonlocal pixels, count
+
+def images_or_both_of(value: Any, name: str, limits: Limits) -> list[ImageBytes | TextAndImage]:
+    """The same, each an image or `{"text": text, "image": image}`. Raises `InvalidInputError`."""
+    images = _Images(limits, is_list=isinstance(value, list))
+
+    def read(item: Any) -> ImageBytes | TextAndImage:
+        if not isinstance(item, dict):
+            return images.read(item)
+        if item.keys() != {"text", "image"}:
+            raise InvalidInputError(
+                f'expected an image as base64, or {{"text": …, "image": …}}, got dict with '
+                f"{shown(sorted(map(str, item)))}"
+            )
+        return {"text": text_of(item["text"], limits.max_characters), "image": images.read(item["image"])}
+
+    return items_of(value, name, read, limits)
+
+
+class _Images:
+    """Reads the images of one task, and counts their pixels."""
+
+    def __init__(self, limits: Limits, *, is_list: bool) -> None:
+        self._limits, self._is_list = limits, is_list
+        self._pixels = self._count = 0
+
+    def read(self, item: Any) -> ImageBytes:
+        """Raises `InvalidInputError`."""
         if not isinstance(item, str) or not item:
             raise InvalidInputError(f"expected an image as base64, got {type(item).__name__}")
-        image, size = image_of(bytes_of(item, limits.max_image_bytes), limits)
-        pixels, count = pixels + size, count + 1
-        limits.check_pixels(pixels, count)
-        return image
-
-    images = items_of(value, name, read, limits)
-    if not isinstance(value, list):
-        return images
-    return [replace(one, place=f"item {index}: ") for index, one in enumerate(images)]
+        image, size = image_of(bytes_of(item, self._limits.max_image_bytes), self._limits)
+        self._pixels, self._count = self._pixels + size, self._count + 1
+        self._limits.check_pixels(self._pixels, self._count)
+        return replace(image, place=f"item {self._count - 1}: ") if self._is_list else image
 
 
 def is_chunks(item: Any) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from legit_worker.errors import InvalidInputError, shown
 
@@ -43,6 +43,13 @@ class ImageBytes:
         from legit_worker.inputs.images import decode
 
         return decode(self)
+
+
+class TextAndImage(TypedDict):
+    """A text and an image that are one input, as sentence-transformers takes them."""
+
+    text: Text
+    image: ImageBytes
 
 
 @dataclass(frozen=True, slots=True)

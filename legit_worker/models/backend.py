@@ -21,9 +21,6 @@ from legit_worker.prep.texts import model_folder
 if TYPE_CHECKING:
     from legit_worker.models.sentence import SentenceModel
 
-#: Sizes of the pictures of a trial, in pixels: an image processor that keeps them makes images of different sizes.
-PICTURES = tuple((64 + 8 * number, 120 - 8 * number) for number in range(8))
-
 
 class Backend:
     """What computes one model. The loader thread chooses it; `graphs` is None while torch computes."""
@@ -95,15 +92,3 @@ def _obstacle(model: SentenceModel) -> str | None:
     if model.preprocess(model.trial_inputs()[0][0]).raw is not None:
         return "its inputs have no rows that can be padded"
     return None
-
-
-def pictures() -> list[Any]:
-    """Pictures of different sizes and colours."""
-    from PIL import Image
-
-    gradient = Image.linear_gradient("L")
-    bands = [gradient.rotate(45 * number) for number in range(len(PICTURES))]
-    return [
-        Image.merge("RGB", (bands[number], bands[number - 1], bands[number - 3])).resize(size)
-        for number, size in enumerate(PICTURES)
-    ]

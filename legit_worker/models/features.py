@@ -20,7 +20,7 @@ from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.texts import check_unicode
 from legit_worker.inputs.types import Text
 
-#: Numbers of an image or a sound that count as one unit of cost.
+#: Numbers of an image or a sound that count as one unit of cost, if the model does not say how large its patches are.
 NUMBERS_PER_COST = 1024
 
 #: The tensors of a text's features.
@@ -82,13 +82,34 @@ def can_be_padded(features: dict[str, Any]) -> bool:
     return bool(tensors) and all(tensor.ndim >= 2 and tensor.shape[0] == 1 for tensor in tensors)
 
 
-def cost_of(features: dict[str, Any]) -> int:
-    """Tokens of a text, and of an image whose patches are tokens; for anything else, its largest tensor."""
-    if "input_ids" in features:
-        ids = features["input_ids"]
-        return max(1, int(ids.shape[1]) if ids.ndim > 1 else ids.numel())
-    numbers = max((value.numel() for value in features.values() if isinstance(value, torch.Tensor)), default=0)
-    return max(1, numbers // NUMBERS_PER_COST)
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """What a model cuts an image into."""
+
+    #: Numbers of each.
+    numbers: int = NUMBERS_PER_COST
+    #: Whether the tokens of an input have one for each patch, so that patches need not be counted.
+    are_tokens: bool = False
+
+
+def patches_of(config: Any) -> Patches:
+    """What a model's configuration says of patches; squares in two of three dimensions, for each colour."""
+    vision = getattr(config, "vision_config", None) or config
+    side, colours = getattr(vision, "patch_size", None), getattr(vision, "num_channels", None)
+    numbers = side * side * (colours or 3) if isinstance(side, int) and side > 0 else NUMBERS_PER_COST
+    names = ("image_token_id", "image_token_index")
+    return Patches(numbers, any(getattr(config, name, None) is not None for name in names))
+
+
+def cost_of(features: dict[str, Any], patches: Patches) -> int:
+    """Tokens of a text, patches of an image, and both of an input of both; for anything else, its largest tensor."""
+    tensors = [value for value in features.values() if isinstance(value, torch.Tensor)]
+    if "input_ids" not in features:
+        return max(1, max((tensor.numel() for tensor in tensors), default=0) // patches.numbers)
+    ids = features["input_ids"]
+    tokens = int(ids.shape[1]) if ids.ndim > 1 else ids.numel()
+    pixels = max((tensor.numel() for tensor in tensors if tensor.is_floating_point()), default=0)
+    return max(1, tokens if patches.are_tokens else tokens + pixels // patches.numbers)
 
 
 def key_of(features: dict[str, Any]) -> Hashable:

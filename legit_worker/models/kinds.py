@@ -14,7 +14,8 @@ import sentence_transformers
 import torch
 from numpy.typing import NDArray
 
-from legit_worker.models.backend import pictures
+from legit_worker import golden
+from legit_worker.errors import InvalidInputError
 from legit_worker.models.features import (
     Prepared,
     Prompted,
@@ -142,10 +143,16 @@ class ImageEmbedding(TextEmbedding):
 
     def trial_inputs(self) -> list[list[Any]]:
         """Pictures, and texts if it takes texts, too."""
-        return [pictures(), *(super().trial_inputs() if "text" in self._model.modalities else [])]
+        return [golden.pictures(), *(super().trial_inputs() if "text" in self._model.modalities else [])]
 
     def _check(self, value: Any) -> None:
         check_image(value)
+        parts = sorted(value) if isinstance(value, dict) else ["text" if isinstance(value, str) else "image"]
+        if not self._model.supports(parts[0] if len(parts) == 1 else tuple(parts)):
+            known = (one if isinstance(one, str) else " with ".join(one) for one in self._model.modalities)
+            raise InvalidInputError(
+                f"this model takes no {' with '.join(parts)} as one input: it takes {', '.join(known)}"
+            )
 
 
 class SparseEmbedding(Embedding):

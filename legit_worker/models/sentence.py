@@ -22,6 +22,7 @@ from legit_worker.device.devices import Launch
 from legit_worker.inputs.types import PreparedText
 from legit_worker.models.backend import Backend
 from legit_worker.models.features import (
+    Patches,
     Prepared,
     Prompted,
     can_be_padded,
@@ -30,8 +31,10 @@ from legit_worker.models.features import (
     cost_of,
     identity_of,
     key_of,
+    patches_of,
     to_numpy,
 )
+from legit_worker.models.lengths import routes
 from legit_worker.models.prompts import named_prompt
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.revision import revision_of
@@ -62,6 +65,7 @@ class SentenceModel:
         self._backend = Backend(backend, dtype, cache_dir)
         self._model: Any = None
         self._texts: Any = None
+        self._patches = Patches()
         self._computes_in = ""
         self._commit: str | None = None
 
@@ -77,6 +81,7 @@ class SentenceModel:
         ).eval()
         move(self._model, device)
         self._texts = Tokenizing(self._model)
+        self._patches = patches_of(getattr(getattr(routes(self._model)[0], "model", None), "config", None))
         floats = (one.dtype for one in self._model.parameters() if one.is_floating_point())
         self._computes_in = (
             "tf32" if self._precision is tf32 else str(next(floats, torch.float32)).removeprefix("torch.")
@@ -142,8 +147,8 @@ class SentenceModel:
         features, task = self._texts.by_the_library(prompted), prompted.task
         if self._texts.has_several or not can_be_padded(features):
             key = ("raw", prompted.prompt, task, prompted.limit)
-            return Prepared({}, cost_of(features), key, task, prompted)
-        return Prepared(features, cost_of(features), (task, key_of(features)), task)
+            return Prepared({}, cost_of(features, self._patches), key, task, prompted)
+        return Prepared(features, cost_of(features, self._patches), (task, key_of(features)), task)
 
     def _check(self, value: Any) -> None:
         """A text, a dict that has one, or two texts that are read as one."""
@@ -170,7 +175,7 @@ class SentenceModel:
         self._texts.check_limit(limit)
 
     def cost(self, item: Prepared) -> int:
-        """Tokens of a text; for an image, its numbers in units of `NUMBERS_PER_COST`."""
+        """Tokens of a text, patches of an image: see `cost_of`."""
         return item.cost
 
     def batch_key(self, item: Prepared) -> Hashable:

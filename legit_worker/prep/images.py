@@ -16,6 +16,13 @@ from legit_worker.inputs.types import ImageBytes
 from legit_worker.prep import processes
 from legit_worker.prep.texts import model_folder
 
+#: The processors that resize as `_resized` does. Others, such as ViLT's, round or enlarge the edges in their own way.
+RESIZE_ALIKE = frozenset(
+    f"{name}{kind}"
+    for name in ("CLIP", "ChineseCLIP")
+    for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+)
+
 #: The shortest edge, in pixels, to which a model's processor resizes, and Pillow's number of the filter.
 Edge = tuple[int, int]
 
@@ -55,11 +62,13 @@ def _shrunk(image: ImageBytes, edge: Edge | None) -> Any:
 def resize_of(path: str, revision: str | None = None) -> Edge | None:
     """Return the edge to which a model's processor resizes.
 
-    None if the model's files say anything else: then the processor gets the picture in full size.
+    None if the model's files say anything else, or another processor: then the processor gets the picture in full size.
     """
     folder = model_folder(path, revision)
     for file in sorted(folder.rglob("*processor_config.json")) if folder else ():
         match _processor(file):
+            case {"image_processor_type": name} | {"feature_extractor_type": name} if name not in RESIZE_ALIKE:
+                return None
             case {"do_resize": True, "size": {"shortest_edge": int(edge)}, "resample": int(resample)}:
                 return edge, resample
     return None

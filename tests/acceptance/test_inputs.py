@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import Broker, Sides, StartWorker, Worker
-from tiny_models import build_image, picture
+from tiny_models import build_image, build_text_and_image, picture
 
 from legit_worker.errors import InvalidInputError
 
@@ -67,9 +67,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def multimodal(start_module_worker: StartWorker, clips: dict[str, Path]) -> Worker:
-    """A worker that has both models, as kind `embed` and as kind `image`."""
-    variables = {}
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which each input is a text and an image."""
+    return build_text_and_image(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def multimodal(start_module_worker: StartWorker, clips: dict[str, Path], pairs: Path) -> Worker:
+    """A worker that has both models, as kind `embed` and as kind `image`, and one of pairs."""
+    variables = {"LEGIT_WORKER_MODELS__PAIRS__KIND": "image", "LEGIT_WORKER_MODELS__PAIRS__PATH": str(pairs)}
     for name, path in clips.items():
         for kind in ("embed", "image"):
             variables[f"LEGIT_WORKER_MODELS__{name}_{kind}__PATH".upper()] = str(path)
@@ -185,6 +191,45 @@ def test_an_image_has_the_librarys_vector(multimodal: Worker, clip: Any, image: 
     assert_same_direction(ask_image(multimodal, file), vector)
     prepared = multimodal.ask("legit_worker.prep_image", file, model="plain_image")
     assert_same_direction(ask_image(multimodal, prepared), vector)
+
+
+def test_a_text_and_an_image_are_one_input_of_a_model_that_takes_both(multimodal: Worker, pairs: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    library = SentenceTransformer(str(pairs), device="cpu")
+    texts, images = ["red apple", "https://example.org/x.png"], [picture(1), picture(2, width=90, height=30)]
+    inputs = [{"text": text, "image": encoded(image)} for text, image in zip(texts, images, strict=True)]
+    vectors = library.encode([{"text": text, "image": image} for text, image in zip(texts, images, strict=True)])
+    for answer, vector in zip(multimodal.ask("legit_worker.embed_image", inputs, model="pairs"), vectors, strict=True):
+        assert_same_direction(answer, vector)
+    assert_same_direction(multimodal.ask("legit_worker.embed_image", inputs[1], model="pairs"), vectors[1])
+    assert abs(vectors[0] @ vectors[1]) < COSINE * np.linalg.norm(vectors[0]) * np.linalg.norm(vectors[1])
+
+
+def test_an_address_is_no_image_of_a_pair(multimodal: Worker, asked: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, paths = asked
+    file = tmp_path / "picture.png"
+    picture(2).save(file)
+    for image in (f"{address}/x.png", str(file), "file://" + str(file), {"url": address}, None, [encoded(picture(1))]):
+        value = [{"text": "a", "image": encoded(picture(1))}, {"text": "a", "image": image}]
+        with pytest.raises(InvalidInputError, match="item 1: "):
+            multimodal.ask("legit_worker.embed_image", value, model="pairs")
+    for value in ({"text": "a"}, {"image": encoded(picture(1))}, {"text": "a", "image": "", "audio": "a.wav"}, {}):
+        with pytest.raises(InvalidInputError, match=r"expected an image as base64, or .*, got dict"):
+            multimodal.ask("legit_worker.embed_image", value, model="pairs")
+    with pytest.raises(InvalidInputError, match="the text is empty"):
+        multimodal.ask("legit_worker.embed_image", {"text": " ", "image": encoded(picture(1))}, model="pairs")
+    assert paths == []
+
+
+def test_what_a_model_can_not_take_is_refused_with_what_it_takes(multimodal: Worker) -> None:
+    both = {"text": "a", "image": encoded(picture(1))}
+    with pytest.raises(InvalidInputError, match=r"takes no image with text as one input: it takes .*image"):
+        multimodal.ask("legit_worker.embed_image", both, model="plain_image")
+    with pytest.raises(InvalidInputError, match="takes no image as one input: it takes image with text"):
+        multimodal.ask("legit_worker.embed_image", encoded(picture(1)), model="pairs")
+    with pytest.raises(InvalidInputError, match="takes no text as one input: it takes image with text"):
+        multimodal.ask("legit_worker.embed_text", "a", model="pairs")
 
 
 def test_grey_of_sixteen_bits_is_the_grey_of_eight(multimodal: Worker, clip: Any) -> None:

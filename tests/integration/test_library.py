@@ -43,6 +43,7 @@ def paths(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "sparse": ("sparse", tiny_paths["sparse"]),
         "multi": ("multi", tiny_models.build_multi(tmp_path_factory.mktemp("multi"))),
         "clip": ("image", tiny_paths["image"]),
+        "both": ("image", tiny_models.build_text_and_image(tmp_path_factory.mktemp("both"))),
     }
 
 

@@ -177,6 +177,37 @@ def build_image(folder: Path, prompt: str | None = None) -> Path:
     return folder / "model"
 
 
+def build_text_and_image(folder: Path) -> Path:
+    """A `SentenceTransformer` on ViLT, of which each input is a text and an image."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from transformers import BertTokenizer, ViltConfig, ViltModel, ViltProcessor
+    from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
+
+    pieces = vocabulary()
+    torch.manual_seed(0)
+    config = ViltConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    vilt = folder / "vilt"
+    _scatter(ViltModel(config)).save_pretrained(vilt)
+    images = ViltImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, size_divisor=PATCH_SIZE)
+    tokenizer = BertTokenizer(vocab=pieces, model_max_length=MAX_TOKENS)
+    ViltProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(vilt)
+    both = {("image", "text"): {"method": "forward", "method_output_name": "pooler_output"}}
+    module = Transformer(str(vilt), modality_config=both, module_output_name="sentence_embedding")
+    SentenceTransformer(modules=[module]).save(str(folder / "model"))
+    return folder / "model"
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "embed": build_dense,
     "rerank": build_cross_encoder,
