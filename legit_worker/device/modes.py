@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ class Found:
     precision: str | None = "highest"
 
 
+#: Loads that run. One loader thread at a time changes it.
+_loads = 0
+
 #: While torch is not loaded.
 NOTHING_SET = Found()
 
@@ -43,9 +47,23 @@ def found() -> Found:
     if torch is None:
         return NOTHING_SET
     function_stack, dispatch_stack = _stacks()
-    return Found(
-        function_stack.modes(), dispatch_stack.modes(), _device(torch), torch.get_default_dtype(), _precision(torch)
-    )
+    dtype = None if _loads else torch.get_default_dtype()
+    return Found(function_stack.modes(), dispatch_stack.modes(), _device(torch), dtype, _precision(torch))
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """A model is read on this thread: meanwhile, the default dtype is the load's, and no task's.
+
+    transformers sets the dtype of the whole process while it makes a model (`local_torch_dtype`, 5.24). If a task that
+    parks set it back, the model would have weights of another type, and the process might keep that type.
+    """
+    global _loads
+    _loads += 1
+    try:
+        yield
+    finally:
+        _loads -= 1
 
 
 def suspend(others: Found = NOTHING_SET) -> Callable[[], None]:
@@ -151,7 +169,7 @@ def _set_device(torch: Any, device: tuple[Any, Any]) -> None:
 def _suspend_defaults(torch: Any, others: Found) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     dtype, precision = torch.get_default_dtype(), _precision(torch)
-    if dtype != (others.dtype or torch.float32):
+    if not _loads and dtype != (others.dtype or torch.float32):
         torch.set_default_dtype(others.dtype or torch.float32)
         undo.append(lambda: torch.set_default_dtype(dtype))
     if precision != others.precision and precision and others.precision:

@@ -20,6 +20,7 @@ from celery.utils.imports import import_from_cwd
 from kombu.utils.imports import symbol_by_name
 
 from legit_worker import parking
+from legit_worker.device import modes
 from legit_worker.device.cpu import give_back_freed
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device
@@ -171,7 +172,8 @@ class Loader:
         if model is None:
             own = _construct(cls, slot.alias, slot.spec, self._cache_dir)
             model = LoadedModel(slot.alias, slot.spec.kind, own, device, slot.activations, orders)
-            model.load()
+            with modes.loading():
+                model.load()
             _check_limit(slot, model)
         else:
             model.move(to_host=False)

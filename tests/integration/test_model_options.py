@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sentence_transformers
 import tiny_models
+import torch
 
 import legit_worker
 from legit_worker import tasks
@@ -19,7 +20,7 @@ from legit_worker.models.handle import forget_calls, last_called, last_computed,
 from legit_worker.models.preparing import LONG
 from legit_worker.models.registry import default_registry
 from legit_worker.settings import load
-from legit_worker.testing import use_models
+from legit_worker.testing import run_together, use_models
 
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 
@@ -253,3 +254,41 @@ def test_what_computed_a_result_is_of_the_alias_that_was_called_last(tiny_paths:
         a.encode("red")
         b.similarity(vectors, vectors)
         assert (last_called.get(), last_computed.get()) == ("b", None)
+
+
+def test_tasks_that_park_while_a_model_is_read_do_not_change_its_type(
+    tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sets the default type of the whole process meanwhile, and a task that parks sets its own one."""
+    reading, parked = threading.Event(), threading.Event()
+    read = sentence_transformers.SentenceTransformer.__init__
+
+    def slowly(self: Any, *args: Any, **options: Any) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        reading.set()
+        assert parked.wait(10)
+        seen.append(torch.get_default_dtype())
+        torch.set_default_dtype(before)
+        read(self, *args, **options)
+
+    def call(alias: str) -> Any:
+        if alias == "fast":
+            assert reading.wait(30)
+            legit_worker.model("fast").map(["red"])
+            parked.set()
+            return None
+        return legit_worker.model(alias).encode("red")
+
+    seen: list[Any] = []
+    monkeypatch.setattr(sentence_transformers.SentenceTransformer, "__init__", slowly)
+    specs: dict[str, Any] = {
+        "half": {"path": str(tiny_paths["embed"]), "dtype": "bfloat16"},
+        "fast": {"kind": "simulated"},
+    }
+    with use_models(specs) as registry:
+        legit_worker.model("fast").map(["red"])
+        run_together(call, ["half", "fast"])
+        assert [str(dtype) for dtype in seen] == ["torch.bfloat16"]
+        with use(registry.get("half"), registry.residency) as model:
+            assert {one.dtype for one in model.model._model.parameters()} == {torch.bfloat16}

@@ -143,3 +143,18 @@ def test_two_ways_to_set_a_precision_at_once_are_left_alone() -> None:
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_the_default_dtype_of_a_load_is_no_tasks() -> None:
+    """transformers sets it for the whole process, on the loader thread, while tasks park and go on."""
+    try:
+        with modes.loading():
+            torch.set_default_dtype(torch.bfloat16)
+            assert modes.found().dtype is None
+            restore = modes.suspend()
+            assert torch.get_default_dtype() is torch.bfloat16
+            torch.set_default_dtype(torch.float32)
+        restore()
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
