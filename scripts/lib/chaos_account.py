@@ -181,13 +181,16 @@ def _was_away(errand: Errand, evidence: Evidence) -> bool:
 def _was_killed_enough(runs: Sequence[Run], evidence: Evidence) -> bool:
     """Whether it was delivered so often to workers that were killed that it may be taken for the one that kills.
 
-    A worker that was stopped beyond its lease was taken for dead. The last delivery is alone: a neighbour that kills
-    its worker is no reason.
+    A worker that was stopped beyond its lease was taken for dead. A worker that died before the task began, which
+    counts, too, may be any that died so far. But the last delivery is alone: a neighbour that kills its worker is no
+    reason.
     """
-    deaths = [evidence.deaths[run.pid] for run in runs if run.how is None and run.pid in evidence.deaths]
-    stops = [run for run in runs if run.pid not in evidence.deaths or run.how is not None]
-    stopped = sum(_was_stopped(run, evidence) for run in stops)
-    return len(deaths) + stopped >= MAX_DELIVERIES and (deaths[-1].is_told or stopped > 0)
+    killed = [evidence.deaths[run.pid] for run in runs if run.how is None and run.pid in evidence.deaths]
+    stopped = sum(_was_stopped(run, evidence) for run in runs if run.pid not in evidence.deaths or run.how is not None)
+    if not (stopped or (killed and killed[-1].is_told)):
+        return False
+    so_far = sum(death.begin <= killed[-1].end for death in evidence.deaths.values()) if killed else 0
+    return max(len(killed), so_far) + stopped >= MAX_DELIVERIES
 
 
 def _was_stopped(run: Run, evidence: Evidence) -> bool:

@@ -200,6 +200,17 @@ def test_a_task_that_was_killed_often_enough_is_taken_for_one_that_kills(is_told
     assert verdict(*runs, **known).end == end
 
 
+@pytest.mark.parametrize(("others", "end"), [(4, "dead letter"), (3, "wrong")])
+def test_workers_that_died_before_it_began_count_as_well(others: int, end: str) -> None:
+    """They had its message, and nobody noted that. The last one was killed while the task ran alone."""
+    known = {
+        "deaths": {pid: account.Death(begin=10 * pid, end=10 * pid + 1, how="died") for pid in range(others + 1)},
+        "stored": {"task": ("FAILURE", "PoisonedMessageError")},
+        "dead": {"task": ["delivered 5 times"]},
+    }
+    assert verdict(run(10 * others - 1, pid=others), **known).end == end
+
+
 def letter(status: str = "SUCCESS", value: Any = 5, attempt: int = 1) -> Any:
     return account.Letter(attempt=attempt, status=status, value=value)
 
