@@ -32,6 +32,8 @@ REDIS_OPTIONS = {
     "unacked_restore_throttle": 1,
     "unacked_restore_interval": 1,
 }
+#: What `docs/reliability.md` says to set. Without it, a task's retry may be lost with its connection, under any worker.
+RABBITMQ_OPTIONS = {"confirm_publish": True}
 #: Seconds of a lease: fewer than a user's, since chaos is in a hurry.
 LEASE_SECONDS = 5
 #: Seconds within which a worker that is told to end must have ended.
@@ -143,7 +145,7 @@ class Scene:
             "CHAOS_FOLDER": str(self.folder),
             "CHAOS_QUEUE": self.queue,
             "CHAOS_QUEUE_TYPE": quorum,
-            "CHAOS_TRANSPORT_OPTIONS": json.dumps({} if self._amqp_proxy else REDIS_OPTIONS),
+            "CHAOS_TRANSPORT_OPTIONS": json.dumps(RABBITMQ_OPTIONS if self._amqp_proxy else REDIS_OPTIONS),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
