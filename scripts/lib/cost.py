@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ def main() -> None:
     parser.add_argument("--mode", action="append", choices=MODES)
     parser.add_argument("--tasks", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stacks", type=Path, help="have py-spy write stacks of the first worker, mode by mode, here")
     chosen = parser.parse_args()
     with Processes() as processes:
         broker = start_broker(processes)
@@ -45,8 +43,6 @@ def main() -> None:
         sides = {tree: _worker(processes, f"{broker}/{number}", tree) for number, tree in enumerate(trees)}
         for mode in chosen.mode or MODES:
             _measure(mode, sides, chosen.tasks, chosen.rounds)
-            if chosen.stacks:
-                _sample(mode, sides[trees[0]], chosen.tasks, chosen.stacks)
 
 
 def _worker(processes: Processes, url: str, tree: Path) -> Side:
@@ -85,14 +81,6 @@ def _seconds(pid: int) -> tuple[float, float]:
 
 def _threads(pid: int) -> Iterator[Path]:
     return Path(f"/proc/{pid}/task").iterdir()
-
-
-def _sample(mode: str, side: Side, tasks: int, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["py-spy", "record", "--pid", str(side.worker.pid), "--rate", "500", "--nonblocking", "--format", "raw"]
-    spy = subprocess.Popen([*command, "--duration", "15", "--output", str(folder / f"{mode}.txt")])
-    while spy.poll() is None:
-        _run(mode, side, tasks)
 
 
 if __name__ == "__main__":
