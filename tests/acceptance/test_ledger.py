@@ -24,7 +24,7 @@ from legit_worker.broker.lease import BEATS
 from legit_worker.errors import PoisonedMessageError
 
 #: Seconds within which a dead worker's messages are given to others.
-LEASE = 6
+LEASE = 4
 
 #: A model that no test waits for: its tasks stay parked.
 ENDLESS = {"LEGIT_WORKER_MODELS__ENDLESS__KIND": "simulated", "LEGIT_WORKER_MODELS__ENDLESS__PATH": "0,0,0,600"}
@@ -243,10 +243,13 @@ def test_a_rolling_change_runs_each_task_once(
 ) -> None:
     """Both take from one queue for a while, and then the former one ends in peace. Some tasks wait for their time."""
     former = held.worker(before, broker=broker, PROJECT_ACKS_LATE="1", **SETTINGS)
-    sent = [former.client.send_task("parks", [item], countdown=20) for item in names(4, "later")]
+    idle = f"--queues={broker.queue}-idle"
+    latter = held.worker(after, idle, broker=broker, PROJECT_ACKS_LATE="1", **SETTINGS)
+    latter.wait_until_it_hears()
+    sent = [former.client.send_task("parks", [item], countdown=8) for item in names(4, "later")]
     sent += [former.send("parks", item) for item in names(20)]
     poll(lambda: runs(former), "the former one to begin")
-    latter = held.worker(after, broker=broker, PROJECT_ACKS_LATE="1", **SETTINGS)
+    latter.client.control.add_consumer(broker.queue, destination=[latter.name], reply=True)
     sent += [former.send("parks", item) for item in names(20, "both")]
     poll(lambda: runs(latter), "the latter one to begin")
     assert former.stop() == 0
