@@ -225,12 +225,12 @@ def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: build(folder / kind) for kind, build in tiny_models.BUILDERS.items()}
 
 
-@pytest.fixture
-def rabbit(tmp_path: Path) -> Iterator[RabbitServer]:
-    """A RabbitMQ that no other test uses."""
+@pytest.fixture(scope="module")
+def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A RabbitMQ that no other file's tests use. Each leaves it as it was."""
     if not RABBITMQ.exists():
         missing(f"{RABBITMQ} is not there")
-    server = RabbitServer(tmp_path / "rabbit")
+    server = RabbitServer(tmp_path_factory.mktemp("rabbit"))
     try:
         server.start()
         yield server

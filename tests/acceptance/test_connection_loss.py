@@ -204,7 +204,7 @@ def test_tasks_in_flight_outlive_their_connections_to_rabbitmq(
 ) -> None:
     worker = Sides(start_worker, "controlled").worker(
         side,
-        broker=Broker(url=rabbit.url, backend=server.url, queue="work"),
+        broker=Broker(url=rabbit.url, backend=server.url, queue=f"work-of-{side}"),
         PROJECT_ACKS_LATE="1",
         LEGIT_WORKER_WINDOW=str(TASKS),
         **LATE,

@@ -43,7 +43,7 @@ def test_parked_tasks_run_once_through_three_lost_connections(
     tmp_path: Path,
     queue_type: str,
 ) -> None:
-    broker = Broker(url=rabbit.url, backend=server.url, queue="work", queue_type=queue_type)
+    broker = Broker(url=rabbit.url, backend=server.url, queue=f"parked-{queue_type}", queue_type=queue_type)
     gate = tmp_path / "gate"
     settings = GREEDY | {"LEGIT_WORKER_WINDOW": str(TASKS), "PROJECT_GATE": str(gate)}
     worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, **settings)
@@ -62,22 +62,22 @@ def test_parked_tasks_run_once_through_three_lost_connections(
     poll(lambda: worker.inspect().active() == {worker.name: []}, "the last one to be acked")
     assert worker.stop() == 0
     with kombu.Connection(rabbit.url) as connection:
-        assert connection.default_channel.queue_declare("work", passive=True).message_count == 0
+        assert connection.default_channel.queue_declare(broker.queue, passive=True).message_count == 0
 
 
 def test_a_worker_outlives_rabbitmqs_own_timeout(
     start_worker: StartWorker, rabbit: RabbitServer, server: Server, tmp_path: Path
 ) -> None:
     """RabbitMQ closes the channel of a consumer that acks too late (`consumer_timeout`): no end of a worker."""
-    rabbit.time_out_after(2)
-    broker = Broker(url=rabbit.url, backend=server.url, queue="work")
+    broker = Broker(url=rabbit.url, backend=server.url, queue="late")
     gate = tmp_path / "gate"
-    worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, PROJECT_GATE=str(gate))
-    results = [worker.send("tidies", f"text {number}", "gated") for number in range(20)]
-    worker.wait_for_log("delivery acknowledgement on channel")
-    poll(lambda: worker.pool()["adopted"] >= 20, "their messages to come again")
-    gate.touch()
-    assert worker.answers(results) == [f"TEXT {number}" for number in range(20)]
+    with rabbit.timing_out_after(2):
+        worker = Sides(start_worker, "controlled").worker("modelpool", broker=broker, PROJECT_GATE=str(gate))
+        results = [worker.send("tidies", f"text {number}", "gated") for number in range(20)]
+        worker.wait_for_log("delivery acknowledgement on channel")
+        poll(lambda: worker.pool()["adopted"] >= 20, "their messages to come again")
+        gate.touch()
+        assert worker.answers(results) == [f"TEXT {number}" for number in range(20)]
     assert runs(worker) == Counter(f"text {number}" for number in range(20))
     assert worker.log.count(f"{worker.name} ready.") == 1
     assert worker.stop() == 0
@@ -136,7 +136,7 @@ def has_died(worker: Worker) -> bool:
 def test_a_task_that_kills_its_workers_is_dead_in_the_end_and_no_other_is(
     start_worker: StartWorker, rabbit: RabbitServer, server: Server, queue_type: str
 ) -> None:
-    broker = Broker(url=rabbit.url, backend=server.url, queue="work", queue_type=queue_type)
+    broker = Broker(url=rabbit.url, backend=server.url, queue=f"deadly-{queue_type}", queue_type=queue_type)
     client = broker.client()
     good = [client.send_task("parks", [f"good {number}"]) for number in range(GOOD // 2)]
     deadly = client.send_task("dies", ["deadly"])
@@ -149,8 +149,9 @@ def test_a_task_that_kills_its_workers_is_dead_in_the_end_and_no_other_is(
         worker.answer(deadly)
     with kombu.Connection(rabbit.url) as connection:
         record = connection.SimpleQueue("legit.dead").get(timeout=5)
+        record.ack()
         assert (record.payload["id"], record.payload["deliveries"]) == (deadly.id, 3)
-        assert connection.default_channel.queue_declare("work", passive=True).message_count == 0
+        assert connection.default_channel.queue_declare(broker.queue, passive=True).message_count == 0
 
 
 def test_a_queues_own_delivery_limit_drops_the_deadly_message_and_no_other(
@@ -158,7 +159,7 @@ def test_a_queues_own_delivery_limit_drops_the_deadly_message_and_no_other(
 ) -> None:
     """A quorum queue with a limit of 3 counts all that a dead worker had; 14 of 60 were dropped with it."""
     arguments = {"x-delivery-limit": 3}
-    broker = Broker(url=rabbit.url, backend=server.url, queue="work", queue_type="quorum", queue_arguments=arguments)
+    broker = Broker(url=rabbit.url, backend=server.url, queue="limited", queue_type="quorum", queue_arguments=arguments)
     client = broker.client()
     good = [client.send_task("parks", [f"good {number}"]) for number in range(GOOD // 2)]
     client.send_task("dies", ["deadly"])
