@@ -21,20 +21,20 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", 
 
 
 @legit.command(cls=Command)
-@click.option("--model", "alias", required=True, help="The alias of a model of kind embed.")
-@click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's vectors with this file's.")
+@click.option("--model", "alias", required=True, help="The alias of a model of a built-in kind.")
+@click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's answers with this file's.")
 @click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, by no worker.")
 @click.option("--texts", type=click.Path(path_type=Path), help="Your own texts for it, one per line.")
-@click.option("--min-cosine", type=float, default=0.9999, show_default=True, help="The least that agrees.")
-@click.option("--max-difference", type=float, default=1e-3, show_default=True, help="Of any number, and of the length.")
+@click.option("--min-cosine", type=float, help="The least that agrees; by default as measured for the dtype.")
+@click.option("--max-difference", type=float, help="Of any number, and of the length; by default likewise.")
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds to wait for the next answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
 @handle_preload_options
 def validate(ctx: click.Context, **options: Any) -> None:
-    """Compare a worker's vectors, by every result format, with the vectors of SentenceTransformer.encode.
+    """Compare a worker's answers, by every result format, with those of sentence-transformers.
 
-    Starts a private worker on a private queue. Exit code 1 if vectors differ, 2 if they can't be compared.
+    Starts a private worker on a private queue. Exit code 1 if answers differ, 2 if they can't be compared.
     """
     from legit_worker.validation.command import main
 

@@ -1,1 +1,1 @@
-"""`celery legit validate`: compares a worker's vectors, by every result format, with `SentenceTransformer.encode`."""
+"""`celery legit validate`: compares a worker's answers, by every result format, with those of sentence-transformers."""

@@ -24,8 +24,10 @@ from legit_worker.errors import SettingsError
 from legit_worker.settings import ModelSettings
 from legit_worker.validation import reference
 from legit_worker.validation.comparison import Comparison, Finding, Tolerance
+from legit_worker.validation.library import CLASSES, Library
 from legit_worker.validation.reference import Reference, ValidationError
 from legit_worker.validation.run import Outcome, validate
+from legit_worker.validation.tolerances import MEASURED
 
 #: The most wrong rows that are listed for each path. JSON has them all.
 MAX_LISTED = 20
@@ -42,8 +44,8 @@ def main(
     against: Path | None,
     target: Path | None,
     texts: Path | None,
-    min_cosine: float,
-    max_difference: float,
+    min_cosine: float | None,
+    max_difference: float | None,
     timeout: float,
     as_json: bool,
 ) -> int:
@@ -56,15 +58,16 @@ def main(
             make_reference(model, target, texts)
             return 0
         assert against
-        tolerance = Tolerance(min_cosine=min_cosine, max_difference=max_difference)
-        return 0 if compare_with(app, project, alias, model, against, tolerance, timeout, as_json=as_json) else 1
+        known = reference.read(against)
+        tolerance = tolerance_of(model, known, min_cosine, max_difference)
+        return 0 if compare_with(app, project, alias, model, known, tolerance, timeout, as_json=as_json) else 1
     except ValidationError as error:
         click.echo(f"Error: {error}", err=True)
         return 2
 
 
 def configured(name: str) -> tuple[str, ModelSettings]:
-    """Return the alias and settings of the model of kind embed that this name means. Raises `ValidationError`."""
+    """Return the alias and settings of the model that this name means. Raises `ValidationError`."""
     try:
         models = settings.load(enabled_by_default=True).models
     except SettingsError as error:
@@ -73,9 +76,10 @@ def configured(name: str) -> tuple[str, ModelSettings]:
     if alias is None:
         known = ", ".join(sorted(models)) or "none"
         raise ValidationError(f"no model is called {name!r}; configured: {known}. Set {settings.path_variable(name)}")
-    if models[alias].kind != "embed":
+    if models[alias].kind not in CLASSES:
         raise ValidationError(
-            f"model {alias!r} is of kind {models[alias].kind!r}, and only kind 'embed' can be compared"
+            f"model {alias!r} is of kind {models[alias].kind!r}, for which sentence-transformers has no answers to "
+            f"compare with: it has them for {', '.join(CLASSES)}"
         )
     precision = models[alias].precision
     if precision in ("int8", "uint8"):
@@ -89,10 +93,27 @@ def configured(name: str) -> tuple[str, ModelSettings]:
 def make_reference(model: ModelSettings, path: Path, texts: Path | None) -> None:
     """Write a reference file."""
     chosen = reference.read_texts(texts) if texts else golden.texts()
+    library = Library(model, reference.dtype_of(model))
     with _progress() as progress:
-        rows = progress.track(reference.make(chosen, model), total=len(chosen), description="vectors by the library")
-        reference.write(path, rows, model)
-    click.echo(f"{path}: {len(chosen)} texts and their vectors by SentenceTransformer.encode, one by one, on the CPU")
+        made = progress.track(library.rows(chosen), total=None, description="answers by the library")
+        rows = reference.write(path, made, model, library.dtype)
+    click.echo(
+        f"{path}: {rows} inputs and their answers by {CLASSES[model.kind]} in {library.dtype}, one by one, on the CPU"
+    )
+
+
+def tolerance_of(
+    model: ModelSettings, known: Reference, min_cosine: float | None, max_difference: float | None
+) -> Tolerance:
+    """Return what the user said, and else what was measured for the type in which the model computes."""
+    dtype = str(known.origin.get("computed_in", "float32"))
+    if model.dtype not in (None, "auto"):
+        dtype = model.dtype
+    measured = MEASURED.get(dtype, MEASURED["float32"])
+    return Tolerance(
+        min_cosine=measured.min_cosine if min_cosine is None else min_cosine,
+        max_difference=measured.max_difference if max_difference is None else max_difference,
+    )
 
 
 def compare_with(
@@ -100,14 +121,13 @@ def compare_with(
     project: str,
     alias: str,
     model: ModelSettings,
-    path: Path,
+    known: Reference,
     tolerance: Tolerance,
     patience: float,
     *,
     as_json: bool,
 ) -> bool:
-    """Compare, and print how well the vectors agree. Returns whether all agree."""
-    known = reference.read(path)
+    """Compare, and print how well the answers agree. Returns whether all agree."""
     notes = reference.differences(known, model)
     with _progress(quiet=as_json) as progress:
         bar = progress.add_task("answers of a worker, which loads the model first", total=None)
@@ -134,7 +154,7 @@ def _as_json(alias: str, known: Reference, tolerance: Tolerance, notes: list[str
     paths = {path: asdict(comparison) for path, comparison in outcome.comparisons.items()}
     for figures in paths.values():
         for finding in figures["findings"]:
-            finding["text"] = _start(known.texts[finding["row"] - 1])
+            finding["text"] = _start(str(known.rows[finding["row"] - 1]))
     return {
         "model": alias,
         "agrees": outcome.agrees,
@@ -158,11 +178,11 @@ def _print(alias: str, known: Reference, tolerance: Tolerance, notes: list[str],
     for path, comparison in outcome.comparisons.items():
         for line in _listed(path, comparison, known):
             console.print(escape(line))
-    console.print(_verdict(tolerance, outcome))
+    console.print(_verdict(tolerance, outcome, known))
 
 
 def _table(alias: str, known: Reference, outcome: Outcome) -> Table:
-    title = f"{alias}: {len(known.texts)} texts by {len(outcome.comparisons)} paths"
+    title = f"{alias}: {len(known.rows)} inputs by {len(outcome.comparisons)} paths"
     if outcome.batches:
         title += f", {outcome.items} items in {outcome.batches} batches by {outcome.backend}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
@@ -185,23 +205,25 @@ def _cells(comparison: Comparison) -> Iterator[str]:
 
 def _listed(path: str, comparison: Comparison, known: Reference) -> Iterator[str]:
     for finding in comparison.findings[:MAX_LISTED]:
-        yield f"{path}, row {finding.row}, {_start(known.texts[finding.row - 1])!r}: {_described(finding)}"
+        yield f"{path}, row {finding.row}, {_start(str(known.rows[finding.row - 1]))!r}: {_described(finding)}"
     if len(comparison.findings) > MAX_LISTED:
         yield f"{path}: and {len(comparison.findings) - MAX_LISTED} more, which --json shows"
 
 
 def _described(finding: Finding) -> str:
-    if finding.cosine is None:
+    if finding.difference is None:
         return finding.problem
-    return f"{finding.problem} (cosine {finding.cosine:.6f}, largest difference {finding.difference:.2e})"
+    cosine = "" if finding.cosine is None else f"cosine {finding.cosine:.6f}, "
+    return f"{finding.problem} ({cosine}largest difference {finding.difference:.2e})"
 
 
 def _start(text: str) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
-def _verdict(tolerance: Tolerance, outcome: Outcome) -> str:
-    within = f"cosine at least {tolerance.min_cosine:g}, differences at most {tolerance.max_difference:g}"
+def _verdict(tolerance: Tolerance, outcome: Outcome, known: Reference) -> str:
+    cosine = "the same order" if known.form.ranks else f"cosine at least {tolerance.min_cosine:g}"
+    within = f"{cosine}, differences at most {tolerance.max_difference:g}"
     if outcome.agrees:
         return f"All agree with the reference: {within}."
     wrong = sum(len(comparison.findings) for comparison in outcome.comparisons.values())

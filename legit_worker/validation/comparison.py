@@ -1,6 +1,6 @@
 """How a worker's answers compare with the reference. Pure.
 
-In: the reference's vectors, and an answer for each row, or none. Out: figures for a table, and each wrong row with its
+In: the reference's answers, and an answer for each row, or none. Out: figures for a table, and each wrong row with its
 problem.
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vectors = NDArray[np.float64]
+from legit_worker.validation.forms import VECTOR, Form, Numbers, Vectors, flat
 
 #: Two references whose distance is at most this share of their length count as one, since an answer can't tell them
 #: apart: rounding moves a vector by 1e-6 of its length.
@@ -28,7 +27,7 @@ class Failed:
     reason: str
 
 
-#: One row's answer: a value that should be a vector, or `Failed`.
+#: One row's answer: what the task gave, or `Failed`.
 Answer = Any
 
 
@@ -36,9 +35,10 @@ Answer = Any
 class Tolerance:
     """How far an answer may be from its reference."""
 
-    #: The least cosine between them.
+    #: The least cosine between their vectors.
     min_cosine: float = 0.9999
-    #: The most by which any one number, or the length of the whole vector, may differ.
+    #: The most by which any one number, or the length of a vector, may differ. If a vector is longer than 1, or a score
+    #: larger, it is a share of this length or score.
     max_difference: float = 1e-3
 
 
@@ -50,7 +50,7 @@ class Finding:
     row: int
     #: The problem in words.
     problem: str
-    #: None if there is no vector to compare.
+    #: None if there are no vectors to compare.
     cosine: float | None = None
     #: The largest difference of any one number.
     difference: float | None = None
@@ -61,41 +61,17 @@ class Comparison:
     """All rows of one path."""
 
     rows: int
-    #: The number of rows with a finite vector of the right length.
+    #: The number of rows with finite numbers, as many as the reference has.
     compared: int
-    #: This and the next three are about the compared rows; None if there are none.
+    #: This and the next three are about the compared rows; None if there are none, or if scores have no such figure.
     worst_cosine: float | None
     mean_cosine: float | None
     max_difference: float | None
     max_norm_difference: float | None
-    #: Whether each compared row is closer to its own reference than to any other.
+    #: Whether each compared row is closer to its own reference than to any other; of scores: whether each row has the
+    #: reference's order.
     in_order: bool
     findings: tuple[Finding, ...]
-
-
-def compare(reference: Sequence[Sequence[float]], answers: Mapping[int, Answer], tolerance: Tolerance) -> Comparison:
-    """Compare each row's answer with its reference. `reference`: `[n, dim]`; `answers` by row, from 0."""
-    expected: Vectors = np.asarray(reference, dtype=np.float64)
-    findings: list[Finding] = []
-    kept: dict[int, Vectors] = {}
-    for row in range(len(expected)):
-        vector, problem = _vector(answers.get(row, Failed("no answer")), expected.shape[1])
-        if vector is None:
-            findings.append(Finding(row=row + 1, problem=problem))
-        else:
-            kept[row] = vector
-    figures = list(_measured(expected, kept))
-    findings += [found for figure in figures if (found := figure.finding(tolerance))]
-    return Comparison(
-        rows=len(expected),
-        compared=len(kept),
-        worst_cosine=min((figure.cosine for figure in figures), default=None),
-        mean_cosine=math.fsum(figure.cosine for figure in figures) / len(figures) if figures else None,
-        max_difference=max((figure.difference for figure in figures), default=None),
-        max_norm_difference=max((figure.norm_difference for figure in figures), default=None),
-        in_order=all(figure.belongs_to == figure.row for figure in figures),
-        findings=tuple(sorted(findings, key=lambda finding: finding.row)),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +79,12 @@ class _Figures:
     """One row's figures."""
 
     row: int
-    cosine: float
     difference: float
-    norm_difference: float
-    #: The row whose reference is closest.
-    belongs_to: int
+    #: None for scores, as the next one.
+    cosine: float | None = None
+    norm_difference: float | None = None
+    #: What is wrong with its place or its order.
+    misplaced: str = ""
 
     def finding(self, tolerance: Tolerance) -> Finding | None:
         problem = "; ".join(self._problems(tolerance))
@@ -116,63 +93,141 @@ class _Figures:
         return Finding(row=self.row + 1, problem=problem, cosine=self.cosine, difference=self.difference)
 
     def _problems(self, tolerance: Tolerance) -> Iterator[str]:
-        if self.belongs_to != self.row:
-            yield f"closest to the reference of row {self.belongs_to + 1}"
-        if self.cosine < tolerance.min_cosine:
+        if self.misplaced:
+            yield self.misplaced
+        if self.cosine is not None and self.cosine < tolerance.min_cosine:
             yield f"cosine below {tolerance.min_cosine:g}"
         if self.difference > tolerance.max_difference:
             yield f"a number differs by more than {tolerance.max_difference:g}"
-        if self.norm_difference > tolerance.max_difference:
+        if self.norm_difference is not None and self.norm_difference > tolerance.max_difference:
             yield f"length differs by {self.norm_difference:.2g}"
 
 
-def _vector(answer: Answer, dimension: int) -> tuple[Vectors | None, str]:
-    """Return the answer as a vector, or None and the problem."""
+def compare(
+    reference: Sequence[Any], answers: Mapping[int, Answer], tolerance: Tolerance, form: Form = VECTOR
+) -> Comparison:
+    """Compare each row's answer with its reference. `reference`: right answers; `answers` by row, from 0."""
+    expected = [form.read(right) for right in reference]
+    findings: list[Finding] = []
+    kept: dict[int, Numbers] = {}
+    for row, right in enumerate(expected):
+        numbers, problem = _read(form, answers.get(row, Failed("no answer")), right)
+        if numbers is None:
+            findings.append(Finding(row=row + 1, problem=problem))
+        else:
+            kept[row] = numbers
+    figures = list(_of_scores(expected, kept, tolerance) if form.ranks else _of_vectors(expected, kept))
+    findings += [found for figure in figures if (found := figure.finding(tolerance))]
+    cosines = [figure.cosine for figure in figures if figure.cosine is not None]
+    return Comparison(
+        rows=len(expected),
+        compared=len(kept),
+        worst_cosine=min(cosines, default=None),
+        mean_cosine=math.fsum(cosines) / len(cosines) if cosines else None,
+        max_difference=max((figure.difference for figure in figures), default=None),
+        max_norm_difference=max(
+            (figure.norm_difference for figure in figures if figure.norm_difference is not None), default=None
+        ),
+        in_order=not any(figure.misplaced for figure in figures),
+        findings=tuple(sorted(findings, key=lambda finding: finding.row)),
+    )
+
+
+def _read(form: Form, answer: Answer, right: Numbers) -> tuple[Numbers | None, str]:
+    """Return the answer's numbers, or None and the problem."""
     if isinstance(answer, Failed):
         return None, answer.reason
     try:
-        array = np.asarray(answer)
-    except (TypeError, ValueError):
-        return None, f"not a vector but {type(answer).__name__}"
-    # numpy would read a text such as "1.5" as a number.
-    if array.size and array.dtype.kind not in "iuf":
-        return None, f"not a vector of numbers but {type(answer).__name__} of {_kinds(answer)}"
-    vector: Vectors = array.astype(np.float64)
-    if vector.shape != (dimension,):
-        return None, f"shape {list(vector.shape)}, and not [{dimension}]"
-    if not np.isfinite(vector).all():
-        return None, f"{int((~np.isfinite(vector)).sum())} of {dimension} numbers are not finite"
-    return vector, ""
+        numbers = form.read(answer)
+    except ValueError as error:
+        return None, str(error)
+    all_numbers = flat(numbers)
+    if not np.isfinite(all_numbers).all():
+        return None, f"{int((~np.isfinite(all_numbers)).sum())} of {all_numbers.size} numbers are not finite"
+    if isinstance(numbers, dict) or isinstance(right, dict):
+        same = not form.ranks or set(numbers) == set(right)
+        return (numbers, "") if same else (None, f"scores of {len(numbers)}, and not of the same {len(right)}")
+    if numbers.shape != right.shape:
+        return None, f"shape {_shape(numbers)}, and not {_shape(right)}"
+    return numbers, ""
 
 
-def _kinds(answer: Answer) -> str:
-    parts = answer if isinstance(answer, list) else [answer]
-    return ", ".join(sorted({type(part).__name__ for part in parts}))
+def _shape(numbers: Vectors) -> list[int]:
+    return list(numbers.shape[1:] if len(numbers) == 1 else numbers.shape)
 
 
-def _measured(expected: Vectors, kept: Mapping[int, Vectors]) -> Iterator[_Figures]:
-    norms = np.linalg.norm(expected, axis=1)
-    for row, vector in kept.items():
-        norm = float(np.linalg.norm(vector))
+def _of_vectors(expected: Sequence[Numbers], kept: Mapping[int, Numbers]) -> Iterator[_Figures]:
+    right, found = _dense(expected, kept)
+    closest = _closest(right, found)
+    for row, vectors in found.items():
+        norms, lengths = np.linalg.norm(vectors, axis=1), np.linalg.norm(right[row], axis=1)
+        unit = np.maximum(lengths, 1)
+        other = closest[row]
         yield _Figures(
             row=row,
-            cosine=_cosine(vector, norm, expected[row], float(norms[row])),
-            difference=float(np.abs(vector - expected[row]).max()),
-            norm_difference=abs(norm - float(norms[row])),
-            belongs_to=_closest(expected, row, vector),
+            cosine=float(_cosines(vectors, norms, right[row], lengths).min(initial=1)),
+            difference=float((np.abs(vectors - right[row]) / unit[:, None]).max(initial=0)),
+            norm_difference=float((np.abs(norms - lengths) / unit).max(initial=0)),
+            misplaced="" if other == row else f"closest to the reference of row {other + 1}",
         )
 
 
-def _cosine(left: Vectors, left_norm: float, right: Vectors, right_norm: float) -> float:
-    """Return the cosine: 1 for two vectors of length zero, and 0 if only one has length zero."""
-    if left_norm == 0 or right_norm == 0:
-        return float(left_norm == right_norm)
-    return float(np.clip(left / left_norm @ (right / right_norm), -1, 1))
+def _dense(expected: Sequence[Numbers], kept: Mapping[int, Numbers]) -> tuple[dict[int, Vectors], dict[int, Vectors]]:
+    """Both sides as vectors. Sparse ones have a column for each place that any of them has."""
+    sparse = [one for one in (*expected, *kept.values()) if isinstance(one, dict)]
+    columns = {place: column for column, place in enumerate(sorted(set().union(*sparse)))}
+
+    def dense(numbers: Numbers) -> Vectors:
+        if not isinstance(numbers, dict):
+            return numbers
+        row = np.zeros((1, len(columns)))
+        row[0, [columns[place] for place in numbers]] = list(numbers.values())
+        return row
+
+    return dict(enumerate(map(dense, expected))), {row: dense(numbers) for row, numbers in kept.items()}
 
 
-def _closest(expected: Vectors, row: int, vector: Vectors) -> int:
-    """Return the row whose reference is closest to the vector: `row` itself, unless another is clearly closer."""
-    distances = np.linalg.norm(expected - vector, axis=1)
-    closest = int(distances.argmin())
-    apart = float(np.linalg.norm(expected[closest] - expected[row]))
-    return row if apart <= SAME * float(np.linalg.norm(expected[row])) else closest
+def _cosines(left: Vectors, left_norms: Vectors, right: Vectors, right_norms: Vectors) -> Vectors:
+    """Return each vector's cosine: 1 for two vectors of length zero, and 0 if only one has length zero."""
+    are_zero = (left_norms == 0) | (right_norms == 0)
+    units = np.where(left_norms == 0, 1, left_norms), np.where(right_norms == 0, 1, right_norms)
+    cosines: Vectors = ((left / units[0][:, None]) * (right / units[1][:, None])).sum(axis=1)
+    return np.where(are_zero, left_norms == right_norms, np.clip(cosines, -1, 1)).astype(np.float64)
+
+
+def _closest(right: Mapping[int, Vectors], found: Mapping[int, Vectors]) -> dict[int, int]:
+    """Return for each row the one whose reference is closest: the row itself, unless another is clearly closer."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for row, vectors in right.items():
+        by_shape.setdefault(vectors.shape, []).append(row)
+    closest: dict[int, int] = {}
+    for rows in by_shape.values():
+        references = np.stack([right[row].ravel() for row in rows])
+        for row in filter(found.__contains__, rows):
+            nearest = rows[int(np.linalg.norm(references - found[row].ravel(), axis=1).argmin())]
+            apart = float(np.linalg.norm(right[nearest] - right[row]))
+            closest[row] = row if apart <= SAME * float(np.linalg.norm(right[row])) else nearest
+    return closest
+
+
+def _of_scores(expected: Sequence[Numbers], kept: Mapping[int, Numbers], tolerance: Tolerance) -> Iterator[_Figures]:
+    for row, found in kept.items():
+        right = expected[row]
+        assert isinstance(found, dict)
+        assert isinstance(right, dict)
+        unit = max(1.0, *map(abs, right.values()))
+        yield _Figures(
+            row=row,
+            difference=max(abs(found[name] - right[name]) for name in right) / unit,
+            misplaced=_out_of_order(list(found), right, 2 * tolerance.max_difference * unit),
+        )
+
+
+def _out_of_order(order: Sequence[Any], right: Mapping[Any, float], apart: float) -> str:
+    """Name the first that comes behind one whose right score is lower, by more than two scores may both be wrong."""
+    lowest = order[0]
+    for name in order:
+        if right[name] > right[lowest] + apart:
+            return f"{name} comes behind {lowest}, whose right score is lower"
+        lowest = min(lowest, name, key=right.__getitem__)
+    return ""

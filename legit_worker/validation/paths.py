@@ -1,6 +1,6 @@
-"""The ways by which a vector gets from a worker to an app. Pure.
+"""The ways by which an answer gets from a worker to an app. Pure.
 
-In: a message of an app's queue, as its format's consumer reads it. Out: the task's id, and the vector or the reason why
+In: a message of an app's queue, as its format's consumer reads it. Out: the task's id, and its answer or the reason why
 there is none.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from legit_worker.validation.comparison import Answer, Failed
 
@@ -104,22 +105,40 @@ def _answer(route: Route, envelope: Mapping[str, Any]) -> Answer:
         error = envelope.get("error")
         told = f"{error.get('type')}: {error.get('message')}" if isinstance(error, Mapping) else error
         return Failed(f"{envelope.get('status')}: {told}")
-    result = envelope.get("result")
-    if isinstance(result, dict) != (route.encoding == "base64"):
-        return Failed(f"the result is {type(result).__name__}, with encoding {route.encoding}")
-    return _unpacked(result) if isinstance(result, dict) else result
+    if route.encoding == "json":
+        return envelope.get("result")
+    try:
+        return _unpacked(envelope.get("result"))
+    except ValueError as error:
+        return Failed(str(error))
 
 
-def _unpacked(packed: Mapping[str, Any]) -> Answer:
-    """Read an array of little-endian float32."""
+def _unpacked(value: Any) -> Any:
+    """Replace each packed array in a result. Raises `ValueError`."""
+    match value:
+        case {"base64": _}:
+            return _array(value)
+        case dict():
+            return {name: _unpacked(inner) for name, inner in value.items()}
+        case [float(), *_]:
+            raise ValueError("the result has a list of numbers, with encoding base64")
+        case list():
+            return [_unpacked(inner) for inner in value]
+    return value
+
+
+def _array(packed: Mapping[str, Any]) -> NDArray[Any]:
+    """Read an array of little-endian float32. Raises `ValueError`."""
     try:
         if packed["dtype"] != "<f4":
-            return Failed(f"dtype {packed['dtype']!r}, and not '<f4'")
+            raise ValueError(f"dtype {packed['dtype']!r}, and not '<f4'")
         if not _is_shape(packed["shape"]):
-            return Failed(f"shape {packed['shape']!r}, and not a list of lengths")
-        return np.frombuffer(base64.b64decode(packed["base64"], validate=True), "<f4").reshape(packed["shape"])
+            raise ValueError(f"shape {packed['shape']!r}, and not a list of lengths")
+        flat = np.frombuffer(base64.b64decode(packed["base64"], validate=True), "<f4")
+        numbers: NDArray[Any] = flat.reshape(packed["shape"])
+        return numbers
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        return Failed(f"the base64 can't be read: {type(error).__name__}: {error}")
+        raise ValueError(f"the base64 can't be read: {type(error).__name__}: {error}") from None
 
 
 def _is_shape(shape: Any) -> bool:

@@ -1,14 +1,13 @@
-"""The file of texts and their right vectors.
+"""The file of inputs and their right answers.
 
-In: texts, and a model's settings; or a file. Out: a file of JSON lines, or its content. The first line tells the origin
-of the vectors; each other line is `{"text": …, "vector": […]}`.
+In: rows, and a model's settings; or a file. Out: a file of JSON lines, or its content. The first line tells the origin
+of the answers; each other line is `{"text": …, "vector": […]}`, or another of the `forms`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 from legit_worker.errors import LegitWorkerError
 from legit_worker.settings import ModelSettings
+from legit_worker.validation.forms import Form, Row, row_of, vector
 
-#: The packages that compute the vectors.
+#: The packages that compute the answers.
 PACKAGES = ("sentence-transformers", "transformers", "torch")
 
 
@@ -29,39 +29,14 @@ class ValidationError(LegitWorkerError):
 class Reference:
     """A file's content."""
 
-    texts: list[str]
-    vectors: list[list[float]]
-    #: The first line, about the vectors' origin; empty if the file has no such line.
+    rows: list[Row]
+    #: The first line, about the answers' origin; empty if the file has no such line.
     origin: Mapping[str, Any] = field(default_factory=dict)
 
-
-def make(texts: Iterable[str], model: ModelSettings) -> Iterator[tuple[str, list[float]]]:
-    """Compute each text's vector by the library, alone, on the CPU, without a worker, with the alias's own options."""
-    from sentence_transformers import SentenceTransformer
-
-    dtype = _dtype(model)
-    options = {**model.model_kwargs, **({"dtype": dtype} if dtype else {})}
-    try:
-        encoder = SentenceTransformer(
-            model.path,
-            device="cpu",
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            local_files_only=model.local_files_only,
-            model_kwargs=options,
-            processor_kwargs=model.processor_kwargs,
-        )
-    except Exception as error:
-        raise ValidationError(f"the model at {model.path} can't be loaded: {error}") from error
-    if model.max_seq_length is not None:
-        encoder.max_seq_length = model.max_seq_length
-    encode = getattr(encoder, f"encode_{model.task}" if model.task else "encode")
-    asked = {
-        **{"prompt_name": model.prompt_name, "prompt": model.prompt, "truncate_dim": model.dimensions},
-        **{"precision": model.precision or "float32", "normalize_embeddings": bool(model.normalize)},
-    }
-    for text in texts:
-        yield text, encode(text, show_progress_bar=False, **asked).tolist()
+    @property
+    def form(self) -> Form:
+        """How its answers are read. All rows have the same kind of answer."""
+        return self.rows[0].form
 
 
 def _asked(model: ModelSettings) -> dict[str, Any]:
@@ -70,24 +45,26 @@ def _asked(model: ModelSettings) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(model, name)) is not None}
 
 
-def _dtype(model: ModelSettings) -> str | None:
+def dtype_of(model: ModelSettings) -> str | None:
     """The type in which torch makes the reference: another backend is compared with float32, whatever it computes."""
-    return model.dtype if model.backend == "torch" else "float32"
+    dtype = model.dtype if model.backend == "torch" else "float32"
+    return "float32" if dtype == "tf32" else dtype
 
 
-def write(path: Path, rows: Iterable[tuple[str, list[float]]], model: ModelSettings) -> None:
-    """Write the file. Raises `ValidationError`."""
-    lines = [origin(model), *({"text": text, "vector": vector} for text, vector in rows)]
+def write(path: Path, rows: Iterable[Row], model: ModelSettings, computed_in: str) -> int:
+    """Write the file, and return its number of rows. `computed_in`: the weights' type. Raises `ValidationError`."""
+    lines = [{**origin(model), "computed_in": computed_in}, *(row.to_json() for row in rows)]
     try:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise ValidationError(f"{path} can't be written: {error.strerror}") from None
+    return len(lines) - 1
 
 
 def origin(model: ModelSettings) -> dict[str, Any]:
     """Describe what makes the vectors: the model, and the packages' versions."""
     made_with = {package: version(package) for package in PACKAGES}
-    known = {"model": model.path, "revision": model.revision, "dtype": _dtype(model), "made_with": made_with}
+    known = {"model": model.path, "revision": model.revision, "dtype": dtype_of(model), "made_with": made_with}
     return {**known, **({"asked": asked} if (asked := _asked(model)) else {})}
 
 
@@ -95,18 +72,16 @@ def read(path: Path) -> Reference:
     """Read a file. Raises `ValidationError`, with a line's number, if it is no reference."""
     lines = [(number, line) for number, line in enumerate(_lines(path), start=1) if line.strip()]
     objects = [(number, _parsed(path, number, line)) for number, line in lines]
-    described = objects and "text" not in objects[0][1] and "model" in objects[0][1]
+    described = objects and "model" in objects[0][1] and not {"vector", "scores"} & objects[0][1].keys()
     rows = [_row(path, number, value) for number, value in objects[1 if described else 0 :]]
     if not rows:
-        raise ValidationError(f"{path} holds no text: make it anew with --make-reference")
-    lengths = sorted({len(vector) for _, vector in rows})
+        raise ValidationError(f"{path} holds no input: make it anew with --make-reference")
+    if len({row.form.read for row in rows}) > 1:
+        raise ValidationError(f"{path} holds answers of different kinds of models: make a file of each")
+    lengths = sorted({len(row.right) for row in rows if row.form.read is vector})
     if len(lengths) > 1:
         raise ValidationError(f"the vectors in {path} are of {len(lengths)} lengths, {lengths[0]} and {lengths[1]}")
-    return Reference(
-        texts=[text for text, _ in rows],
-        vectors=[vector for _, vector in rows],
-        origin=objects[0][1] if described else {},
-    )
+    return Reference(rows=rows, origin=objects[0][1] if described else {})
 
 
 def differences(reference: Reference, model: ModelSettings) -> list[str]:
@@ -150,21 +125,18 @@ def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # Python refuses numbers with thousands of digits
         raise ValidationError(f"line {number} of {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
+        raise ValidationError(f"line {number} of {path} should be a JSON object, and is {type(value).__name__}")
     return value
 
 
-def _row(path: Path, number: int, value: Mapping[str, Any]) -> tuple[str, list[float]]:
-    text, vector = value.get("text"), value.get("vector")
-    if not isinstance(text, str) or not isinstance(vector, list) or not vector:
-        raise ValidationError(f'line {number} of {path} should be {{"text": …, "vector": […]}}')
-    if not all(_is_finite(part) for part in vector):
-        raise ValidationError(f"line {number} of {path} has a vector that holds something other than finite numbers")
-    return text, vector
-
-
-def _is_finite(part: Any) -> bool:
+def _row(path: Path, number: int, value: Mapping[str, Any]) -> Row:
     try:
-        return isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part)
-    except OverflowError:  # the integer is too large for a float
-        return False
+        row = row_of(value)
+    except ValueError as error:
+        raise ValidationError(
+            f'line {number} of {path} has {error}: it should be {{"text": …, "vector": […]}}, or as --make-reference '
+            "writes it for this kind of model"
+        ) from None
+    if not row.right:
+        raise ValidationError(f"line {number} of {path} has no numbers")
+    return row

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult
 
 from legit_worker.validation.comparison import Answer, Comparison, Failed, Tolerance, compare
+from legit_worker.validation.forms import Row
 from legit_worker.validation.mailboxes import Mailboxes, usable
 from legit_worker.validation.paths import ROUTES, STOCK, opened
 from legit_worker.validation.reference import Reference, ValidationError
@@ -80,7 +81,7 @@ def validate(
     patience: float,
     tell: Callable[[int, int], object],
 ) -> Outcome:
-    """Send every text by every path, and compare. `patience`: seconds for the next answer, and for the model's load.
+    """Send every input by every path, and compare. `patience`: seconds for the next answer, and for the model's load.
 
     `tell` is called with the number of answers so far, and of all. Raises `ValidationError` if a server can't be used,
     or if the worker can't start or can't do the task.
@@ -92,13 +93,16 @@ def validate(
     letters = _Letters()
     with ending_by_exception(), Mailboxes(app, run) as mailboxes, _telling_of_loss(mailboxes):
         try:
-            _send(app, mailboxes.tasks, alias, reference.texts, letters, with_stock=not skipped)
+            _send(app, mailboxes.tasks, alias, reference.rows, letters, with_stock=not skipped)
             with PrivateWorker(project, mailboxes.tasks, f"{run}@%h", _variables(run)) as worker:
                 _collect(mailboxes, worker, letters, patience, tell)
                 counted = _counted(app, run, alias)
         finally:
             _forget(letters)
-    comparisons = {path: compare(reference.vectors, letters.answers[path], tolerance) for path in letters.answers}
+    right = [row.right for row in reference.rows]
+    comparisons = {
+        path: compare(right, answers, tolerance, reference.form) for path, answers in letters.answers.items()
+    }
     told = {name: counted.get(name) for name in ("batches", "items", "backend")}
     return Outcome(comparisons=comparisons, skipped=skipped, **told)
 
@@ -138,17 +142,21 @@ def _variables(run: str) -> dict[str, str]:
     return chosen
 
 
-def _send(app: Celery, queue: str, alias: str, texts: list[str], letters: _Letters, *, with_stock: bool) -> None:
+def _send(app: Celery, queue: str, alias: str, rows: Sequence[Row], letters: _Letters, *, with_stock: bool) -> None:
     """Send all tasks before the worker starts, so that its batches mix texts and paths."""
     paths: dict[str, dict[str, str]] = {STOCK: {}} if with_stock else {}
     paths |= {route.name: {"app": route.app} for route in ROUTES}
     letters.answers = {path: {} for path in paths}
-    for row, text in enumerate(texts):
+    for place, row in enumerate(rows):
         for path, headers in paths.items():
             result = app.send_task(
-                "legit_worker.embed_text", (text, alias), queue=queue, headers=headers, ignore_result=path != STOCK
+                f"legit_worker.{row.form.task}",
+                kwargs={**row.asked, "model": alias},
+                queue=queue,
+                headers=headers,
+                ignore_result=path != STOCK,
             )
-            letters.sent[result.id] = (path, row)
+            letters.sent[result.id] = (path, place)
             if path == STOCK:
                 letters.results.append(result)
 

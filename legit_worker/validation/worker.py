@@ -64,8 +64,7 @@ class PrivateWorker:
             raise ValidationError(f"the worker ended with exit code {code}. The end of its log:\n{self.tail()}")
         if "Received unregistered task" in self.log():
             raise ValidationError(
-                "the project's worker has no task legit_worker.embed_text: call legit_worker.install(app) where you "
-                "make the app"
+                "the project's worker has no task legit_worker.…: call legit_worker.install(app) where you make the app"
             )
 
     def log(self) -> str:

@@ -6,13 +6,18 @@ import json
 import signal
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+import tiny_models
 from harness import ANSWER_SECONDS, Broker, celery_command, poll, project_environment
 from terminal import write_to_terminal
+
+from legit_worker.settings import ModelSettings
+from legit_worker.validation.command import make_reference
 
 #: A worker starts, loads a model, and embeds the golden texts by five paths.
 SECONDS = 3 * ANSWER_SECONDS
@@ -78,6 +83,33 @@ def test_all_formats_agree_on_other_servers(
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert (report["agrees"], len(report["paths"]), len(report["skipped"])) == (True, paths, 5 - paths)
+
+
+#: Texts of several lengths, two of them alike.
+TEXTS = ["red apple", "the old dog sat on a mat", "The cat sat.", "the cat sat", "a cat is old " * 9, "river", "¿qué?"]
+
+
+@pytest.mark.parametrize("kind", ["image", "rerank", "sparse", "multi", "classify"])
+def test_answers_of_every_kind_agree(broker: Broker, tiny_paths: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    builders = {"multi": tiny_models.build_multi, "classify": partial(tiny_models.build_cross_encoder, labels=3)}
+    path = builders[kind](tmp_path / "model") if kind in builders else tiny_paths[kind]
+    kind = "rerank" if kind == "classify" else kind
+    texts, reference = tmp_path / "texts.txt", tmp_path / "reference.jsonl"
+    texts.write_text("\n".join(TEXTS), encoding="utf-8")
+    make_reference(ModelSettings(kind=kind, path=str(path)), reference, texts)
+    own = {"LEGIT_WORKER_MODELS__TINY__PATH": str(path), "LEGIT_WORKER_MODELS__TINY__KIND": kind}
+    done = subprocess.run(
+        command("--against", str(reference), "--json"),
+        env=environment(broker, tiny_paths) | own,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["paths"]) == 5
+    assert all(path["compared"] == path["rows"] > 0 and path["in_order"] for path in report["paths"].values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from legit_worker.golden import texts
 from legit_worker.validation.comparison import Failed, Tolerance, compare
+from legit_worker.validation.forms import MULTI, RERANK, SPARSE
 
 ROWS, DIMENSION = 12, 8
 REFERENCE = np.random.default_rng(0).normal(size=(ROWS, DIMENSION)).tolist()
@@ -91,3 +92,58 @@ def test_the_golden_texts_are_ones_that_the_task_takes() -> None:
     chosen = texts()
     assert len(set(chosen)) < len(chosen)
     assert all(text.strip() and text.encode() and len(text) <= 1_000_000 for text in chosen)
+
+
+def scored(*scores: float) -> list[dict[str, float]]:
+    """Best first, each document with its score."""
+    ranked = sorted(enumerate(scores), key=lambda one: -one[1])
+    return [{"index": index, "score": score} for index, score in ranked]
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (scored(0.5, 0.5004, 0.9), ""),
+        (scored(0.5004, 0.5, 0.9), ""),  # as close as rounding may bring them
+        (scored(0.95, 0.5, 0.9), "2 comes behind 0, whose right score is lower; a number differs"),
+        (scored(0.5, 0.6, 0.9), "a number differs by more than 0.001"),
+        (scored(0.5, 0.9), "scores of 2, and not of the same 3"),
+        (scored(0.5, 0.5, 0.9)[::-1], "the scores are not best first"),
+        ([{"index": 0, "score": "0.5"}], "not a vector of numbers but list of str"),
+        ([0.5, 0.5, 0.9], "not a list of index and score"),
+    ],
+)
+def test_an_order_that_rounding_does_not_explain_is_found(answer: Any, problem: str) -> None:
+    result = compare([scored(0.5, 0.5004, 0.9)], {0: answer}, Tolerance(), RERANK)
+    found = result.findings[0].problem if result.findings else ""
+    assert found.startswith(problem)
+    assert bool(found) == bool(problem)
+    assert result.worst_cosine is None
+
+
+def weights(**values: float) -> dict[str, list[Any]]:
+    """A sparse vector: `p3=0.5` has 0.5 at place 3."""
+    return {"indices": [int(place[1:]) for place in values], "values": list(values.values())}
+
+
+def test_sparse_vectors_are_compared_by_place() -> None:
+    reference = [weights(p3=2.0, p700=1.0), weights(p3=2.0, p9=1.0)]
+    right = {0: weights(p700=1.0, p3=2.0), 1: weights(p3=2.0, p9=1.0, p12=1e-6)}
+    assert not compare(reference, right, Tolerance(), SPARSE).findings
+    wrong = compare(reference, {0: reference[1], 1: weights(p3=2.0, p9=0.5)}, Tolerance(), SPARSE).findings
+    assert [one.problem.split(";")[0] for one in wrong] == ["closest to the reference of row 2", "cosine below 0.9999"]
+    broken = compare(reference, {0: {"indices": [1], "values": []}}, Tolerance(), SPARSE).findings[0]
+    assert broken.problem == "not a sparse vector of indices and as many values"
+
+
+def test_the_worst_token_of_a_text_counts() -> None:
+    reference = [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0]]]
+    found = compare(reference, {row: [[1.0, 0.0], [1.0, 0.0]] for row in range(2)}, Tolerance(), MULTI)
+    assert found.worst_cosine == 0
+    assert [one.problem.split(";")[0] for one in found.findings] == ["cosine below 0.9999", "shape [2, 2], and not [2]"]
+
+
+def test_a_long_vectors_difference_is_a_share_of_its_length() -> None:
+    reference = [[300.0, 400.0]]
+    assert not compare(reference, {0: [300.4, 400.0]}, Tolerance()).findings
+    assert "a number differs" in compare(reference, {0: [301.0, 400.0]}, Tolerance()).findings[0].problem
