@@ -212,6 +212,38 @@ def test_what_the_example_sends_is_answered_to_the_example_job(
         np.testing.assert_allclose(json.loads(rows[task_id]["result"]), vector, atol=1e-5)
 
 
+def test_a_client_that_sends_a_name_and_a_text_gets_queries_and_documents(
+    start_worker: StartWorker, broker: Broker, laravel: Laravel, tiny_paths: dict[str, Path]
+) -> None:
+    """The model has prompts, as E5 has. Its aliases say which one stands before a text; PHP knows of none."""
+    from sentence_transformers import SentenceTransformer
+
+    aliases = {"plain": {}, "query": {"TASK": "query"}, "document": {"PROMPT_NAME": "document"}}
+    path = {"PATH": str(tiny_paths["embed"])}
+    models = {
+        f"LEGIT_WORKER_MODELS__E5_{alias.upper()}__{name}": value
+        for alias, own in aliases.items()
+        for name, value in (path | own).items()
+    }
+    worker = start_worker("legit_worker", broker=broker, environment=laravel.settings | models)
+    library = SentenceTransformer(path["PATH"], device="cpu")
+    encode = {"plain": library.encode, "query": library.encode_query, "document": library.encode_document}
+    asked = [(alias, text) for text in ("red apple", "a cat sat on the mat " * 6) for alias in aliases]
+    calls = [
+        {"task": "legit_worker.embed_text", "args": [], "kwargs": {"text": text, "model": f"e5_{alias}"}, "meta": None}
+        for alias, text in asked
+    ]
+    sent = laravel.send(broker.queue, calls)
+    worker.settle([worker.client.AsyncResult(task_id) for task_id in sent])
+    laravel.work()
+    rows = laravel.rows()
+    vectors = [encode[alias](text) for alias, text in asked]
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+    for task_id, vector in zip(sent, vectors, strict=True):
+        np.testing.assert_allclose(json.loads(rows[task_id]["result"]), vector, rtol=1e-4, atol=1e-5)
+    assert worker.pool()["models"]["e5_query"]["shares"] == "e5_plain"
+
+
 def test_the_example_job_fails_an_envelope_of_a_version_that_it_does_not_know(
     sides: Sides, broker: Broker, laravel: Laravel
 ) -> None:
