@@ -97,6 +97,7 @@ def make_reference(model: ModelSettings, path: Path, texts: Path | None) -> None
     with _progress() as progress:
         made = progress.track(library.rows(chosen), total=None, description="answers by the library")
         rows = reference.write(path, made, model, library.dtype)
+        progress.update(progress.task_ids[0], total=rows, refresh=True)
     click.echo(
         f"{path}: {rows} inputs and their answers by {CLASSES[model.kind]} in {library.dtype}, one by one, on the CPU"
     )
