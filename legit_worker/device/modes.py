@@ -47,13 +47,14 @@ def found() -> Found:
     if torch is None:
         return NOTHING_SET
     function_stack, dispatch_stack = _stacks()
-    dtype = None if _loads else torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
+    dtype = None if _is_of_load(torch, dtype) else dtype
     return Found(function_stack.modes(), dispatch_stack.modes(), _device(torch), dtype, _precision(torch))
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """A model is read on this thread: meanwhile, the default dtype is the load's, and no task's.
+    """A model is read on this thread: meanwhile, a default dtype of half the size is the load's, and no task's.
 
     transformers sets the dtype of the whole process while it makes a model (`local_torch_dtype`, 5.24). If a task that
     parks set it back, the model would have weights of another type, and the process might keep that type.
@@ -169,13 +170,17 @@ def _set_device(torch: Any, device: tuple[Any, Any]) -> None:
 def _suspend_defaults(torch: Any, others: Found) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     dtype, precision = torch.get_default_dtype(), _precision(torch)
-    if not _loads and dtype != (others.dtype or torch.float32):
+    if dtype != (others.dtype or torch.float32) and not _is_of_load(torch, dtype):
         torch.set_default_dtype(others.dtype or torch.float32)
         undo.append(lambda: torch.set_default_dtype(dtype))
     if precision != others.precision and precision and others.precision:
         torch.set_float32_matmul_precision(others.precision)
         undo.append(lambda: torch.set_float32_matmul_precision(precision))
     return undo
+
+
+def _is_of_load(torch: Any, dtype: Any) -> bool:
+    return bool(_loads) and dtype in (torch.float16, torch.bfloat16)
 
 
 def _precision(torch: Any) -> str | None:

@@ -158,3 +158,15 @@ def test_the_default_dtype_of_a_load_is_no_tasks() -> None:
         assert torch.get_default_dtype() is torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_what_a_task_sets_during_a_load_is_put_aside_all_the_same() -> None:
+    try:
+        with modes.loading():
+            torch.set_default_dtype(torch.float64)
+            restore = modes.suspend()
+            assert torch.get_default_dtype() is torch.float32
+            restore()
+            assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
