@@ -23,6 +23,10 @@ AT_ONCE = 0.002
 #: across a network may need this long to give the next one.
 LOOK = 0.010
 
+#: The most batches before it is tried again whether such a look pays. One client that waits for each answer before it
+#: sends the next task may be as quick as a task that stood waiting, and each look would be time that it loses.
+MOST_SKIPPED = 64
+
 #: The most seconds between two batches that fetching may take, so that first answers don't wait for a full window.
 MAX_FETCH_SECONDS = 0.5
 
@@ -56,6 +60,8 @@ class Pace:
         self._arrived = False
         #: A task stood waiting when the last batch was done, and looking longer since has paid.
         self._backlog = False
+        #: Looks in a row that found nobody, as batches to skip after the next such one; and batches still to skip.
+        self._in_vain = self._skips = 0
 
     def task_arrived(self) -> None:
         """The hub handed over a task."""
@@ -85,7 +91,8 @@ class Pace:
         arrived, self._arrived = self._arrived, False
         if self._began is None:
             self._began = now
-            self._backlog = self._backlog or (arrived and now - self._batch_done_at < AT_ONCE)
+            if arrived and now - self._batch_done_at < AT_ONCE and not self._backlog:
+                self._backlog, self._skips = self._skips == 0, max(0, self._skips - 1)
         elapsed = now - self._began
         if self._max_delay is not None:
             return self._is_over(self._max_delay - elapsed, arrived, full, look)
@@ -97,8 +104,15 @@ class Pace:
         if arrived:  # go round first: the hub asks the broker for the next task only then
             return False
         found = look(patience)
-        self._backlog = self._backlog and (found or patience == _glance(launch_seconds))
+        if self._backlog and patience > _glance(launch_seconds):
+            self._learn(has_paid=found)
         return not found
+
+    def _learn(self, *, has_paid: bool) -> None:
+        """A look for a task that stands waiting is over."""
+        self._backlog = has_paid
+        self._in_vain = 0 if has_paid else min(MOST_SKIPPED, max(1, 2 * self._in_vain))
+        self._skips = self._in_vain
 
     def _patience(
         self, elapsed: float, waiting_seconds: float, launch_seconds: float, full: Callable[[], bool]

@@ -74,6 +74,35 @@ def test_while_tasks_come_it_fetches() -> None:
         assert not ask(pace, listener)
 
 
+def test_a_client_that_sends_when_it_has_its_answer_seldom_waits_for_company_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(pace_module, "monotonic", lambda: now)
+    pace, listener = Pace(None), Listener()
+    for _ in range(1000):
+        pace.batch_done()
+        now += 0.001
+        pace.task_arrived()
+        assert not ask(pace, listener)
+        assert ask(pace, listener)
+    assert listener.asked[0] == pace_module.LOOK, "nobody knows yet"
+    assert 1000 / pace_module.MOST_SKIPPED / 2 < listener.asked.count(pace_module.LOOK) < 30
+
+
+def test_a_look_that_pays_is_made_again_after_each_batch() -> None:
+    pace, listeners = Pace(None), [Listener(), Listener(hears=True)]
+    for listener in listeners:
+        for _ in range(20):
+            pace.batch_done()
+            pace.task_arrived()
+            ask(pace, listener)
+            ask(pace, listener)
+    in_vain, paying = (one.asked.count(pace_module.LOOK) for one in listeners)
+    assert in_vain < 6
+    assert paying > 1
+
+
 def test_fetching_takes_no_longer_than_computing_what_was_fetched() -> None:
     pace, listener = Pace(None), Listener(hears=True)
     pace.task_arrived()
