@@ -44,10 +44,12 @@ class Intake:
         aside: Callable[[], int],
         is_ending: Callable[[], bool],
         bound: Callable[[], float] = lambda: inf,
+        max_bytes: float = inf,
     ) -> None:
         """`waiting` counts the tasks that came and have not begun, `aside` those that wait for a model's load.
 
-        `is_ending` says that no task may begin now, `bound` how many may run beside one that may be deadly.
+        `is_ending` says that no task may begin now, `bound` how many may run beside one that may be deadly, and
+        `max_bytes` how large all messages of tasks that run may be.
         """
         #: The window.
         self.limit = limit
@@ -57,6 +59,7 @@ class Intake:
         self._aside = aside
         self._is_ending = is_ending
         self._bound = bound
+        self._max_bytes = max_bytes
         #: The tasks that this worker may hold now.
         self.most = share.cold(limit)
         self._prefetch: Prefetch | None = None
@@ -130,7 +133,16 @@ class Intake:
         self._told_aside = self._set_aside
         if self._prefetch is not None:
             count = max(1, self.most - self._running.early) + self._replaced + self._told_aside
-            self._prefetch.want(int(min(count, self._bound() + len(self._running.delivering))))
+            most = min(self._bound() + len(self._running.delivering), self._fitting())
+            self._prefetch.want(int(min(count, most)))
+
+    def _fitting(self) -> float:
+        """How many messages may be held, if they are as large as those of the tasks that run; one at least.
+
+        Also of tasks that wait for a load, or for a delivery, and take no room else.
+        """
+        held, count = self._running.bytes, len(self._running)
+        return max(1, self._max_bytes * count // held) if held else inf
 
     def replace_delivering(self) -> None:
         """Fetch one more task for each whose delivery takes long: other apps don't wait for a server that is away.

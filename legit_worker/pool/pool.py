@@ -142,6 +142,7 @@ class ModelPool(SoloPool):
             aside=lambda: self.engine.set_aside,
             is_ending=lambda: self._ending.is_near or in_doubt(),
             bound=lambda: self._suspects.bound,
+            max_bytes=chosen.max_held_bytes.of(0),
         )
         self._loop = Loop(
             engine=self.engine,

@@ -27,6 +27,8 @@ class Running:
         self.delivering: set[Fiber] = set()
         #: Tasks that have ever begun.
         self.begun = 0
+        #: Bytes of the messages of all that run.
+        self.bytes = 0
         #: How many there are of each app.
         self.by_app: Counter[str] = Counter()
 
@@ -42,6 +44,7 @@ class Running:
     def add(self, fiber: Fiber) -> None:
         """One begins."""
         self.begun += 1
+        self.bytes += _size(fiber.request)
         self.by_app[fiber.app] += 1
         key = self._all[fiber] = _key(fiber.request)
         if key is not None:
@@ -53,6 +56,7 @@ class Running:
         """One is over."""
         if fiber in self._all:
             self.by_app[fiber.app] -= 1
+            self.bytes -= _size(fiber.request)
         key = self._all.pop(fiber, None)
         self._early.discard(fiber)
         if key is not None:
@@ -105,6 +109,10 @@ def key_from(identity: Any, retries: Any) -> Key | None:
     """The key of a task; None if these are not what Celery writes, as in a foreign client's message."""
     retries = retries or 0
     return (identity, retries) if isinstance(identity, str) and isinstance(retries, int) else None
+
+
+def _size(request: Any) -> int:
+    return len(getattr(getattr(request, "message", None), "body", None) or b"")
 
 
 def _key(request: Any) -> Key | None:

@@ -317,6 +317,9 @@ class Settings(BaseSettings):
     #: Predicted seconds of work that this worker may hold; the rest stays in the queue, for others. If it is not set,
     #: the pool's measured default.
     max_held_seconds: SomeSeconds | None = None
+    #: Bytes of the messages that this worker may hold, and one more message. Images that come as base64 are most of
+    #: them. What a worker makes of a message comes on top: its file, and a picture of the model's size.
+    max_held_bytes: Bytes = Amount(512, "MiB")
     #: How often a message is delivered to workers that die before it is done; 0 sets no bound.
     max_deliveries: int = Field(default=5, ge=0, le=1000)
     #: Seconds within which a dead worker's messages are given to others, on Redis.

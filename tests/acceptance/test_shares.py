@@ -70,6 +70,18 @@ def test_what_is_held_follows_what_tasks_take(sides: Sides, broker: Broker) -> N
     poll(lambda: worker.stats()["prefetch_count"] > 100, "a wide window")
 
 
+def test_no_more_is_held_than_fits_into_the_bytes(sides: Sides, broker: Broker) -> None:
+    """Messages of half a MiB, and room for twelve of them."""
+    worker = sides.worker("modelpool", broker=broker, LEGIT_WORKER_MAX_HELD_BYTES="6MiB")
+    worker.settle([worker.send("one", "text", alias="heavy")])
+    large = [worker.send("one", "x" * 500_000, alias="heavy") for _ in range(40)]
+    poll(lambda: done(worker) > 3, "some tasks")
+    assert 1 < worker.stats()["prefetch_count"] < 20
+    worker.settle(large)
+    worker.settle([worker.send("no_model", number) for number in range(100)])
+    poll(lambda: worker.stats()["prefetch_count"] > 20, "a wide window")
+
+
 def test_tasks_that_run_their_own_code_for_long_are_left_to_others_too(sides: Sides, broker: Broker) -> None:
     def sleep(client: Client) -> list[Any]:
         return [client.send_task("sleeps", [0.1]) for _ in range(TASKS // 2)]
