@@ -250,12 +250,18 @@ def test_a_rolling_change_runs_each_task_once(
     sent += [former.send("parks", item) for item in names(20)]
     poll(lambda: runs(former), "the former one to begin")
     latter.client.control.add_consumer(broker.queue, destination=[latter.name], reply=True)
-    sent += [former.send("parks", item) for item in names(20, "both")]
-    poll(lambda: runs(latter), "the latter one to begin")
+    both: list[Any] = []
+
+    def the_latter_has_one() -> bool:  # a stock worker hears of a new queue at its next look
+        both.append(former.send("parks", f"both-{len(both)}"))
+        return bool(runs(latter))
+
+    poll(the_latter_has_one, "the latter one to begin")
+    sent += both
     assert former.stop() == 0
     sent += [latter.send("parks", item) for item in names(20, "after")]
     latter.settle(sent)
-    assert runs(former, latter) == once(names(4, "later") + names(20) + names(20, "both") + names(20, "after"))
+    assert runs(former, latter) == once(names(4, "later") + names(20) + names(len(both), "both") + names(20, "after"))
     nothing_left(on_broker)
 
 
