@@ -150,6 +150,11 @@ def _broker(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
                 f"(LEGIT_WORKER_LEASE_SECONDS), a stock worker's after {seconds:.0f} s (visibility_timeout)"
             )
             yield from _redis(connection.default_channel.client)
+        elif connection.transport.driver_type == "amqp" and not connection.transport_options.get("confirm_publish"):
+            yield warning(
+                "what a task sends while its connection breaks, such as its retry, is lost and nobody hears of it",
+                'if tasks send tasks, set broker_transport_options={"confirm_publish": True}',
+            )
     yield from _dead_letters(app, chosen)
 
 

@@ -49,6 +49,12 @@ def test_a_machine_without_a_gpu_is_well(broker: Broker, model: dict[str, str]) 
     assert "worst cosine between the two 1.000000" in about(found, "batches", "ok")
 
 
+def test_rabbitmq_is_to_confirm_what_tasks_send(rabbitmq: Broker) -> None:
+    code, found = doctor(rabbitmq)
+    assert code == 0, found
+    assert "confirm_publish" in about(found, "broker", "warning")
+
+
 def test_what_is_wrong_is_named_with_its_fix(broker: Broker, model: dict[str, str]) -> None:
     code, found = doctor(broker, "project", **model, LEGIT_WORKER_WINDOW="many")
     assert code == 1
