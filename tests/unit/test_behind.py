@@ -56,11 +56,11 @@ def test_after_a_copy_that_failed_none_is_tried_for_a_while_and_then_for_longer(
     refused, copies = Refused(), Behind()
     pauses = []
     for _ in range(8):
-        assert not copies.put(message(refused), "work", 1)
+        assert not copies.put(message(refused), "work", 1, 0)
         tries, began = refused.tries, clock.now
         while refused.tries == tries:
             clock.now += 1
-            copies.put(message(refused), "work", 1)
+            copies.put(message(refused), "work", 1, 0)
             if refused.tries == tries:
                 continue
         pauses.append(clock.now - began)
@@ -73,7 +73,7 @@ def test_after_a_copy_that_failed_none_is_tried_for_a_while_and_then_for_longer(
 def test_a_server_that_is_away_is_not_waited_for() -> None:
     """kombu tries for ever to connect a channel by itself."""
     connection = kombu.Connection(f"amqp://127.0.0.1:{free_port()}//")
-    assert not Behind().put(message(connection), "work", 1)
+    assert not Behind().put(message(connection), "work", 1, 0)
 
 
 def test_a_message_that_comes_while_a_copy_is_on_its_way_does_not_wait_for_it() -> None:
@@ -82,11 +82,11 @@ def test_a_message_that_comes_while_a_copy_is_on_its_way_does_not_wait_for_it() 
 
     class Interrupted(Refused):
         def clone(self, **_: Any) -> Any:
-            inner.append(copies.put(message(self), "work", 1))
+            inner.append(copies.put(message(self), "work", 1, 0))
             return super().clone()
 
     interrupted = Interrupted()
-    assert not copies.put(message(interrupted), "work", 1)
+    assert not copies.put(message(interrupted), "work", 1, 0)
     assert (inner, interrupted.tries) == ([False], 1)
 
 

@@ -101,7 +101,7 @@ class Contended(Limited):
 def test_a_load_takes_as_long_as_reading_and_moving_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for it is patient by that: not by the import of a library, nor by the wait for other workers."""
 
-    def find(name: str) -> type[Clocked]:
+    def find(name: str, imp: Any) -> type[Clocked]:
         Clocked.now += 30
         return Clocked
 
