@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import statistics
+import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -69,7 +70,8 @@ class Soak:
             | more
             | {"LEGIT_WORKER_ENABLED": "1"}
         )
-        command = ["celery", "-A", "soak_project", "worker", "--pool=solo", "-l", "WARNING"]
+        celery = str(Path(sys.executable).with_name("celery"))
+        command = [celery, "-A", "soak_project", "worker", "--pool=solo", "-l", "WARNING"]
         folder = Path(__file__).with_name("soak_app")
         self.worker: Process = processes.start("soak", command, environment, folder)
         self.client = Celery(broker=url, backend=url)
