@@ -142,7 +142,7 @@ class Intake:
         Also of tasks that wait for a load, or for a delivery, and take no room else.
         """
         held, count = self._running.bytes, len(self._running)
-        return max(1, self._max_bytes * count // held) if held else inf
+        return max(1, count * self._max_bytes / held) if held else inf
 
     def replace_delivering(self) -> None:
         """Fetch one more task for each whose delivery takes long: other apps don't wait for a server that is away.
