@@ -67,9 +67,14 @@ def routes(model: Any) -> list[Any]:
     return [route[0] for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
 
 
+def config_of(route: Any) -> Any:
+    """The configuration of a route's model in transformers; None if it has none."""
+    return getattr(getattr(route, "model", None), "config", None)
+
+
 def positions(route: Any) -> int | None:
     """The most tokens for which a module has learned positions; None if it has no table, as with rotary ones."""
-    config = getattr(getattr(route, "model", None), "config", None)
+    config = config_of(route)
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -34,7 +34,7 @@ from legit_worker.models.features import (
     patches_of,
     to_numpy,
 )
-from legit_worker.models.lengths import routes
+from legit_worker.models.lengths import config_of, routes
 from legit_worker.models.prompts import named_prompt
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.revision import revision_of
@@ -81,7 +81,7 @@ class SentenceModel:
         ).eval()
         move(self._model, device)
         self._texts = Tokenizing(self._model)
-        self._patches = patches_of(getattr(getattr(routes(self._model)[0], "model", None), "config", None))
+        self._patches = patches_of(config_of(routes(self._model)[0]))
         floats = (one.dtype for one in self._model.parameters() if one.is_floating_point())
         self._computes_in = (
             "tf32" if self._precision is tf32 else str(next(floats, torch.float32)).removeprefix("torch.")
