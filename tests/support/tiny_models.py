@@ -7,7 +7,7 @@ inputs give clearly different outputs; a trained model's would, and freshly init
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +187,7 @@ def build_text_and_image(folder: Path) -> Path:
 
     pieces = vocabulary()
     torch.manual_seed(0)
-    config = ViltConfig(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
+    config = ViltConfig(**_small(pieces), image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
     vilt = folder / "vilt"
     _scatter(ViltModel(config)).save_pretrained(vilt)
     images = ViltImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, size_divisor=PATCH_SIZE)
@@ -225,21 +216,25 @@ def picture(seed: int, width: int = 40, height: int = 48) -> Any:
     return Image.fromarray(squares).resize((width, height), Image.Resampling.NEAREST)
 
 
+def _small(pieces: Sized) -> dict[str, int]:
+    """The sizes of a model that reads texts of these tokens."""
+    return {
+        "vocab_size": len(pieces),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": MAX_TOKENS,
+    }
+
+
 def _save_bert(architecture: Any, folder: Path, **options: Any) -> Path:
     import torch
     from transformers import BertConfig, BertTokenizer
 
     pieces = vocabulary()
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        **options,
-    )
+    config = BertConfig(**_small(pieces), **options)
     _scatter(architecture(config)).save_pretrained(folder)
     BertTokenizer(vocab=pieces, model_max_length=MAX_TOKENS).save_pretrained(folder)
     return folder
