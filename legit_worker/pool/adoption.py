@@ -104,6 +104,7 @@ class Adoption:
 
     def _replace(self, request: Any, message: kombu.Message) -> None:
         """Let a request ack by another delivery. Celery 5.5 forgets running requests with their connection."""
+        self._suspects.adopted(message, former=request.message)
         request._message = message
         request._on_ack = partial(self._end_soon, message.ack_log_error)
         request._on_reject = partial(self._end_soon, message.reject_log_error)

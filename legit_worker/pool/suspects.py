@@ -13,7 +13,7 @@ behind others, and what this worker tells.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping
 from math import inf
 from time import monotonic
 from typing import Any
@@ -118,6 +118,12 @@ class Suspects:
         queue = self._queues.get(message.delivery_info.get("consumer_tag", ""))
         return queue is not None and self._behind.put(message, queue, deliveries, vouched)
 
+    def adopted(self, message: kombu.Message, *, former: kombu.Message) -> None:
+        """A message came again to its task, which goes on: it brings what is known, and this worker has it again."""
+        if is_numbered(message) and (key := key_of(message)) is not None:
+            message.delivery_info[DELIVERIES] = deaths_of(former)
+            self._received[key] = True
+
     def settled(self, message: kombu.Message, *, comes_again: bool) -> None:
         """A message was acked or rejected; or its task put it back into its queue, which is nobody's death."""
         key = key_of(message) if is_numbered(message) else None
@@ -137,7 +143,8 @@ class Suspects:
 
     def vouch(self, *, ends: bool = False) -> None:
         """Tell others that this worker lives, and what it gave back and has not again; as it ends, all that it has."""
-        keys = [*self._given_back, *(self._received if ends else ())]
+        given_back = [key for key in self._given_back if key not in self._received]
+        keys = [*given_back, *(self._received if ends else ())]
         dispatcher = getattr(self._consumer, "event_dispatcher", None)
         if not keys or dispatcher is None:
             return
@@ -152,15 +159,19 @@ class Suspects:
     def hear(self, event: Mapping[str, Any]) -> None:
         """Another worker lives, and gave messages back. If they run here, they need not run alone any more."""
         if event.get("hostname") != self._consumer.hostname:
-            self._note(event.get("keys") or ())
+            self._note(event.get("keys"))
 
-    def _note(self, told: Iterable[Any]) -> None:
-        keys = {key for one in told if isinstance(one, Sequence) and len(one) == 2 and (key := key_from(*one))}
+    def _note(self, told: Any) -> None:
+        """Whatever others send: an error here would end this worker."""
+        pairs = (
+            [one for one in told if isinstance(one, list | tuple) and len(one) == 2] if isinstance(told, list) else []
+        )
+        keys = {key for one in pairs if (key := key_from(*one))}
         for key in keys:
             self._vouched[key] = self._vouched.get(key, 0) + 1
         for message in [fiber.request.message for fiber in self._fibers]:
-            message.delivery_info[DELIVERIES] -= key_of(message) in keys
-        self._fibers = {fiber for fiber in self._fibers if fiber.request.message.delivery_info[DELIVERIES] > 0}
+            message.delivery_info[DELIVERIES] = deaths_of(message) - (key_of(message) in keys)
+        self._fibers = {fiber for fiber in self._fibers if deaths_of(fiber.request.message) > 0}
         self._is_careful = bool(self._fibers)
 
     # Fibers
@@ -170,10 +181,15 @@ class Suspects:
         message = getattr(fiber.request, "message", None)
         if message is None or not is_numbered(message):
             return
-        if 0 < count((message.delivery_info or {}).get(DELIVERIES)) < (self._most or inf):
+        if 0 < deaths_of(message) < (self._most or inf):
             self._fibers.add(fiber)
             logger.info("task %s runs alone: a worker that had its message died, or lost its connection", fiber.name)
 
     def discard(self, fiber: Fiber) -> None:
         """A task is over."""
         self._fibers.discard(fiber)
+
+
+def deaths_of(message: kombu.Message) -> int:
+    """Return how many workers may have died of a message, as was found when it came."""
+    return count((message.delivery_info or {}).get(DELIVERIES))

@@ -190,6 +190,8 @@ def test_what_another_worker_that_lives_gave_back_is_no_death(worker: Worker) ->
     worker.receive(message("a", Channel(), again=True))
     hear({"hostname": "other", "keys": [["a", 0], ["b", 0], [5, None], "strange"]})
     hear({"hostname": "this", "keys": [["a", 0]]})
+    for strange in (5, "ab", {"a": 0}, [None, {"id": 1}, ["a", "b"], [["a"], 0]]):
+        hear({"hostname": "other", "keys": strange})
     hear({"hostname": "other"})
     running = message("d", Channel(), **{DELIVERIES: 1})
     worker.receive(running)
@@ -238,6 +240,24 @@ def test_a_task_that_goes_on_acks_by_the_new_delivery(worker: Worker) -> None:
     assert [each.delivery_tag for each in worker.to_run] == [1, 8], "a client sent one id twice"
     request._on_ack(None, (ConnectionError,))
     assert (first.acked, second.acked) == ([], [7])
+
+
+def test_a_suspect_that_goes_on_after_a_lost_connection_is_one_still(worker: Worker) -> None:
+    """Its message comes again without the count, and every worker says that it lives after such a loss."""
+    hear = worker.consumer.gossip.event_handlers[ROUTING_KEY]
+    first = message("a", Channel(), **{DELIVERIES: 1})
+    worker.receive(first)
+    worker.begin(first)
+    first.channel.connection = None
+    worker.adoption.lost()
+    worker.receive(message("a", Channel(), tag=7, again=True))
+    assert worker.adoption.count == 1
+    hear({"hostname": "other", "keys": [["b", 0]]})
+    assert worker.suspects.bound == 1
+    worker.suspects.vouch()
+    assert worker.told == [], "it has the message again"
+    hear({"hostname": "other", "keys": [["a", 0]]})
+    assert worker.suspects.bound == inf
 
 
 def test_a_task_that_ended_without_a_connection_acks_when_its_message_comes_again(worker: Worker) -> None:
