@@ -32,11 +32,8 @@ DECIDE_SECONDS = 0.02
 #: An AMQP broker hears of a new prefetch count only if it is this many times the last one, or smaller by this factor.
 WORTH_TELLING = 1.25
 
-#: Seconds between two replacements of the consumers, which take two round trips each. See `_consume_anew`.
+#: Seconds between two replacements of the consumers, which take three round trips each. See `_consume_anew`.
 CONSUMER_SECONDS = 2.0
-
-#: Seconds for which a worker at most has no consumers, since it holds more than it wants.
-DRAIN_SECONDS = 10.0
 
 
 class Share:
@@ -125,8 +122,8 @@ class Prefetch:
         self._is_draining = False
 
     def is_due(self) -> bool:
-        """Tell whether it is time to decide again."""
-        return monotonic() - self._decided_at >= DECIDE_SECONDS
+        """Tell whether it is time to decide again: at once while there are no consumers."""
+        return self._is_draining or monotonic() - self._decided_at >= DECIDE_SECONDS
 
     def has_told(self, count: int) -> bool:
         """Tell whether the broker knows that it may hand over no more than this many tasks."""
@@ -197,21 +194,22 @@ class Prefetch:
     def _consume_anew(self) -> None:
         """Replace the consumers: each new one gets an equal part of the new count. The worker keeps its messages.
 
-        These don't count for the new consumers. So if they are more than the new count, they become fewer first.
-        Nothing here waits for the broker while it cancels: meanwhile a remote command could add or cancel a consumer.
+        These don't count for the new consumers. So if they are more than the new count, they become fewer first,
+        however long that takes. Then the worker holds at most twice the count, until it has done what it had.
         """
         tasks, channel = self._consumer.task_consumer, self._consumer.task_consumer.channel
-        if not self._is_draining:
-            self._consumed_at = self._decided_at
-            self._cancel(tasks, channel)
         self._qos.prev = self._qos.value
-        held = sum(not request.acknowledged for request in state.reserved_requests)
-        self._is_draining = held > self._told and self._decided_at - self._consumed_at < DRAIN_SECONDS
-        if not self._is_draining:
-            channel.basic_qos(0, max(1, self._qos.value // max(1, len(self._cancelled))), False)
+        if not self._is_draining:  # set first: while RabbitMQ answers, a remote command may come, and decide
+            self._is_draining, self._consumed_at = True, self._decided_at
+            self._cancel(tasks, channel)
+            self._limit(tasks, channel)  # what the former consumers still get comes before RabbitMQ's answer
+        if self._held(channel) <= self._told:
+            self._limit(tasks, channel)
             tasks.consume()
+            self._is_draining, self._consumed_at = False, self._decided_at
 
     def _cancel(self, tasks: Any, channel: Any) -> None:
+        """Cancel the consumers without a wait: meanwhile a remote command could add or cancel one."""
         for tag in self._cancelled:  # their last messages have arrived
             channel.callbacks.pop(tag, None)
         self._cancelled = list(tasks._active_tags.values())
@@ -219,3 +217,16 @@ class Prefetch:
         getattr(tasks, "_active_queue_no_ack", {}).clear()  # kombu 5.7
         for tag in self._cancelled:
             channel.basic_cancel(tag, nowait=True)
+
+    def _limit(self, tasks: Any, channel: Any) -> None:
+        """Give each consumer that comes from now on its part. Tasks for later are messages of the former ones."""
+        channel.basic_qos(0, max(1, (self._qos.value - self._later) // max(1, len(tasks.queues))), False)
+
+    def _held(self, channel: Any) -> int:
+        """Count the messages of this connection that are not acked, without those of tasks for later.
+
+        Celery reserves a task once its rate limit lets it go.
+        """
+        limited = sum(len(bucket.contents) for bucket in self._consumer.task_buckets.values() if bucket)
+        reserved = [request for request in state.reserved_requests if request.message.channel is channel]
+        return limited + sum(not request.acknowledged for request in reserved)

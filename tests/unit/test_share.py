@@ -109,8 +109,9 @@ class Consumer:
             basic_qos=lambda size, count, is_global: self.said.append((count, is_global)),
         )
         self.task_consumer = SimpleNamespace(
-            _active_tags=tags, channel=channel, consume=lambda: self.said.append("consume")
+            _active_tags=tags, channel=channel, queues=list(tags), consume=lambda: self.said.append("consume")
         )
+        self.task_buckets: dict[str, Any] = {"free": None}
         self.initial_prefetch_count = 1024
         self.prefetch_multiplier = 4
         self.qos: Any = None
@@ -196,42 +197,127 @@ def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> Non
     prefetch = Prefetch(consumer, 32)
     consumer.connect()
     prefetch.want(500)
-    assert consumer.said == ["tag 0", (500, False), "consume"]
+    assert consumer.said == ["tag 0", (500, False), (500, False), "consume"]
     consumer.turn()
     assert consumer.told == [32], "the hub has nothing to add"
     prefetch.want(10)
-    assert len(consumer.said) == 3, "too soon"
+    assert len(consumer.said) == 4, "too soon"
     consumer.task_consumer._active_tags["queue 0"] = "tag 1"
     clock.seconds += share.CONSUMER_SECONDS
     prefetch.want(10)
-    assert consumer.said[3:] == ["tag 1", (10, False), "consume"]
+    assert consumer.said[4:] == ["tag 1", (10, False), (10, False), "consume"]
     assert consumer.task_consumer.channel.callbacks == {}
+
+
+def request(consumer: Consumer, *, acknowledged: bool = False) -> Any:
+    message = SimpleNamespace(channel=consumer.task_consumer.channel)
+    return SimpleNamespace(acknowledged=acknowledged, message=message)
 
 
 def test_what_replaced_consumers_brought_counts(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each smaller count made a worker hold more: what it had, and as many as it wants."""
-    held = [SimpleNamespace(acknowledged=number < 5) for number in range(25)]
-    monkeypatch.setattr(share.state, "reserved_requests", held)
     consumer = Consumer("amqp", quorum=True)
+    held = [request(consumer, acknowledged=number < 5) for number in range(25)]
+    monkeypatch.setattr(share.state, "reserved_requests", held)
     prefetch = Prefetch(consumer, 32)
     consumer.connect()
     prefetch.want(10)
-    assert consumer.said == ["tag 0"], "20 are more than 10"
+    assert consumer.said == ["tag 0", (10, False)], "20 are more than 10"
     assert prefetch.has_told(10), "nothing comes meanwhile"
+    assert prefetch.is_due(), "the next task that ends may be the last one too many"
     del held[15:]
     prefetch.want(10)
-    assert consumer.said[1:] == [(10, False), "consume"]
+    assert consumer.said[2:] == [(10, False), "consume"]
+    assert not prefetch.is_due()
 
 
-def test_a_worker_that_holds_tasks_for_long_consumes_again(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share.state, "reserved_requests", [SimpleNamespace(acknowledged=False)] * 100)
-    consumer = Consumer("amqp", quorum=True)
+def test_what_a_lost_connection_brought_does_not_count(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer, former = Consumer("amqp", quorum=True), Consumer("amqp", quorum=True)
+    monkeypatch.setattr(share.state, "reserved_requests", [request(former)] * 100)
     prefetch = Prefetch(consumer, 32)
     consumer.connect()
     prefetch.want(10)
-    clock.seconds += share.DRAIN_SECONDS
+    assert consumer.said[-1] == "consume"
+
+
+def test_tasks_that_wait_for_celerys_rate_limit_count(clock: Any) -> None:
+    consumer = Consumer("amqp", quorum=True)
+    consumer.task_buckets["limited"] = SimpleNamespace(contents=[object()] * 100)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
     prefetch.want(10)
-    assert consumer.said == ["tag 0", (10, False), "consume"]
+    assert "consume" not in consumer.said
+
+
+def test_tasks_for_later_take_no_place_of_a_new_consumer(clock: Any) -> None:
+    consumer = Consumer("amqp", quorum=True)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(32)
+    consumer.qos.increment_eventually(500)
+    prefetch.want(100)
+    assert consumer.said[-2:] == [(100, False), "consume"]
+
+
+class QuorumQueue:
+    """A queue without end. It fills each consumer up to the count that the channel had as it began."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.held: list[Any] = []
+        self._consumer, self._count, self._active = consumer, consumer.initial_prefetch_count, 0
+        tasks, channel = consumer.task_consumer, consumer.task_consumer.channel
+        channel.basic_qos, channel.basic_cancel, tasks.consume = self._limit, self._cancel, self._consume
+        self._consume()
+
+    def _limit(self, _: int, count: int, __: bool) -> None:
+        self._count = count
+
+    def _cancel(self, _: str, nowait: bool) -> None:
+        self._active = 0
+
+    def _consume(self) -> None:
+        self._consumer.task_consumer._active_tags["queue 0"] = "tag"
+        self._active = self._count
+        self._room = self._count
+        self._fill()
+
+    def _fill(self) -> None:
+        new = [request(self._consumer) for _ in range(self._room if self._active else 0)]
+        self._room -= len(new)
+        self.held += new
+
+    def finish(self, number: int) -> None:
+        """The tasks that came first end."""
+        former = len(self.held) - (self._active - self._room)
+        ended = min(number, len(self.held))
+        del self.held[:ended]
+        self._room += max(0, ended - former)
+        self._fill()
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(1, 200), st.integers(0, 100), st.sampled_from([0.0, 0.02, 1.0, 2.5, 15.0])), max_size=40
+    )
+)
+def test_a_worker_never_holds_more_than_twice_what_it_wants_of_a_quorum_queue(
+    steps: list[tuple[int, int, float]],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        now = SimpleNamespace(seconds=100.0)
+        patch.setattr(share, "monotonic", lambda: now.seconds)
+        consumer = Consumer("amqp", quorum=True)
+        prefetch = Prefetch(consumer, 32)
+        consumer.connect()
+        queue = QuorumQueue(consumer)
+        patch.setattr(share.state, "reserved_requests", queue.held)
+        for count, ended, seconds in steps:
+            now.seconds += seconds
+            before = len(queue.held)
+            queue.finish(ended)
+            prefetch.want(count)
+            assert len(queue.held) <= max(before, 2 * prefetch._told)
+            assert queue._active or len(queue.held) > prefetch._told, "it has consumers, or more than it wants"
 
 
 def test_consumers_of_several_quorum_queues_share_the_count(clock: Any) -> None:
