@@ -133,8 +133,8 @@ class Intake:
         self._told_aside = self._set_aside
         if self._prefetch is not None:
             count = max(1, self.most - self._running.early) + self._replaced + self._told_aside
-            most = min(self._bound() + len(self._running.delivering), self._fitting())
-            self._prefetch.want(int(min(count, most)))
+            bound = self._bound() + len(self._running.delivering)
+            self._prefetch.want(int(min(count, bound, self._fitting())), at_most=bound < inf)
 
     def _fitting(self) -> float:
         """How many messages may be held, if they are as large as those of the tasks that run; one at least.

@@ -130,8 +130,8 @@ class Prefetch:
         qos = self._consumer.qos
         return qos is self._qos and self._told <= count and qos.prev == qos.value
 
-    def want(self, count: int) -> None:
-        """Let the broker hand over this many tasks."""
+    def want(self, count: int, *, at_most: bool = False) -> None:
+        """Let the broker hand over this many tasks, or about as many; never more if `at_most`."""
         self._decided_at = monotonic()
         if self._is_one_at_a_time():
             count = 1
@@ -144,7 +144,11 @@ class Prefetch:
         if self._consumer.connection.transport.driver_type != "amqp":
             if count != self._told:
                 self._tell(count)
-        elif self._is_draining or not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING:
+        elif (
+            self._is_draining
+            or (at_most and count < self._told)
+            or not self._told / WORTH_TELLING < count < self._told * WORTH_TELLING
+        ):
             self._tell_amqp(count)
 
     def _tell_amqp(self, count: int) -> None:

@@ -16,7 +16,7 @@ class Told:
 
     count = 0
 
-    def want(self, count: int) -> None:
+    def want(self, count: int, *, at_most: bool) -> None:
         """Note it."""
         self.count = count
 

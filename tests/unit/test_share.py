@@ -192,6 +192,18 @@ def test_a_broker_across_a_network_is_told_of_what_matters(clock: Any) -> None:
     assert consumer.told == [100, 126, 100, 1]
 
 
+def test_a_bound_is_told_however_near_it_is(clock: Any) -> None:
+    """While a suspect waits for it, no task of any app would begin."""
+    consumer = Consumer("amqp")
+    prefetch = Prefetch(consumer, 6)
+    consumer.connect()
+    for count, told in ((5, True), (6, False)):
+        prefetch.want(count, at_most=True)
+        consumer.turn()
+        assert prefetch.has_told(count)
+        assert (consumer.told[-1] == count) == told
+
+
 def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> None:
     consumer = Consumer("amqp", quorum=True)
     prefetch = Prefetch(consumer, 32)
