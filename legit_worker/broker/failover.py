@@ -21,8 +21,8 @@ from legit_worker.redis_errors import code_of
 
 #: Codes of a Redis server that another one replaces, or that does not write now: `UNBLOCKED` ends a wait when a
 #: server becomes a replica, `MASTERDOWN` comes from a replica without its master, `MISCONF` while the server can't
-#: save to its disk, `OOM` while its memory is full.
-AWAY = ("READONLY", "MASTERDOWN", "OOM", "UNBLOCKED", "MISCONF", "NOREPLICAS")
+#: save to its disk, `OOM` while its memory is full, `BUSY` while somebody's script runs for long.
+AWAY = ("READONLY", "MASTERDOWN", "OOM", "UNBLOCKED", "MISCONF", "NOREPLICAS", "BUSY")
 
 #: Part of RabbitMQ's answer if an ack is overdue (`consumer_timeout`), or comes for a delivery that it does not know.
 TIMED_OUT = ("delivery acknowledgement", "unknown delivery tag")

@@ -167,6 +167,22 @@ def test_a_worker_waits_for_a_server_that_can_not_save(
     poll(lambda: left(master) == 0, "all messages to be acked")
 
 
+def test_a_worker_waits_for_a_server_that_runs_a_long_script(
+    start_worker: StartWorker, pair: tuple[RedisServer, RedisServer], server: Server, tmp_path: Path
+) -> None:
+    """`BUSY`: anybody's script on a shared Redis."""
+    master, _ = pair
+    broker = broker_at(master.url, server)
+    worker, results = start(start_worker, broker, tmp_path / "gate")
+    master.client.config_set("lua-time-limit", 50)
+    master.client.connection_pool.get_connection().send_command("EVAL", "while true do end", 0)
+    (tmp_path / "gate").touch()
+    worker.wait_for_log("BUSY")
+    master.client.script_kill()
+    finish(worker, results, tmp_path / "gate", broker)
+    poll(lambda: left(master) == 0, "all messages to be acked")
+
+
 def refuses(server: RedisServer) -> bool:
     """Try to make it save, and see whether it refuses a change then."""
     try:
