@@ -17,6 +17,7 @@ from kombu.transport import pyamqp
 from kombu.transport import redis as stock
 from redis import exceptions
 
+from legit_worker.broker.patience import PatientConnection, PatientTransport
 from legit_worker.redis_errors import code_of
 
 #: Codes of a Redis server that another one replaces, or that does not write now: `UNBLOCKED` ends a wait when a
@@ -81,8 +82,9 @@ def enduring(transport: Any) -> Any:
     if issubclass(transport, pyamqp.Transport):
         former = transport.Connection
         channel = type(former.Channel.__name__, (_EnduringAmqpChannel, former.Channel), {})
-        connection = type(former.__name__, (_InterruptibleAmqpConnection, former), {"Channel": channel})
-        return type(transport.__name__, (transport,), {"Connection": connection})
+        bases = (PatientConnection, _InterruptibleAmqpConnection, former)
+        connection = type(former.__name__, bases, {"Channel": channel})
+        return type(transport.__name__, (PatientTransport, transport), {"Connection": connection})
     return transport
 
 

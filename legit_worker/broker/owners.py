@@ -46,6 +46,11 @@ def in_doubt() -> bool:
     return any(ledger.is_in_doubt and ledger.channels for ledger in _of_worker.values())
 
 
+def is_hurried() -> bool:
+    """Whether tasks of the worker here wait that should not wait for all messages that have come."""
+    return any(worker.is_hurried() for worker in _worker)
+
+
 def held_here() -> int:
     """Count the messages that this process's worker holds. Any thread may ask."""
     return sum(len(ledger.held) for ledger in list(_of_worker.values()))
