@@ -24,6 +24,7 @@ from legit_worker.broker.redis import gave_up
 from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.limits import TimeLimitPassed
+from legit_worker.pool.messages import is_gone
 from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,12 @@ class Job:
         the worker with it, as if a child process had died, and prefork's parent tells `Request.on_failure` of that.
         """
         fiber = _here()
-        if gave_up(getattr(self.request, "message", None)):
+        message = getattr(self.request, "message", None)
+        if message is not None and (is_gone(message) or gave_up(message)):
             logger.info("%s is another worker's by now, and does not begin here", self.name)
             state.task_ready(self.request)
             return
-        if self._has_expired():
+        if self._was_revoked():
             return
         try:
             apply_target(
@@ -98,13 +100,19 @@ class Job:
         finally:
             fiber.holdings.end(fiber)
 
-    def _has_expired(self) -> bool:
-        """Whether it expired while it waited to begin, which Celery then tells. Celery has looked only as it came."""
-        request = self.request
-        if not getattr(request, "expires", None) or not request.maybe_expire():
+    def _was_revoked(self) -> bool:
+        """Whether it expired or was revoked while it waited to begin, which Celery then tells.
+
+        Celery has looked only as it came.
+        """
+        fiber, request = _here(), self.request
+        if not _may_be_revoked(request):
             return False
-        _here().phase = Phase.ENDING
-        return bool(request.revoked())
+        phase, fiber.phase = fiber.phase, Phase.ENDING
+        if request.revoked():
+            return True
+        fiber.phase = phase
+        return False
 
     def refuse(self, error: Exception) -> None:
         """Fail a task that can't begin."""
@@ -140,6 +148,12 @@ class Job:
         if isinstance(result, ExceptionInfo):
             return self.error_callback(result)
         return self.callback(_seen_to(result))
+
+
+def _may_be_revoked(request: Any) -> bool:
+    """Look quickly at what `Request.revoked` looks at (celery.worker.request, 5.5 to 5.7)."""
+    has_stamps = state.revoked_stamps and getattr(request, "stamped_headers", None)
+    return bool(has_stamps or getattr(request, "expires", None) or getattr(request, "id", None) in state.revoked)
 
 
 def _here() -> Fiber:

@@ -48,6 +48,16 @@ def test_a_task_that_expires_while_it_waits_does_not_run(gated: Worker) -> None:
     assert "TaskRevokedError('expired')" in repr(short.result)
 
 
+def test_a_task_that_is_revoked_while_it_waits_does_not_run(gated: Worker) -> None:
+    slow = [send(gated, "slow", "many", 10_000, "sluggish") for _ in range(2)]
+    waiting, kept = [send(gated, "slow", "no_model", number) for number in range(2)]
+    poll(lambda: gated.pool()["limits"]["slow"]["waiting"] == 2, "two to wait")
+    gated.client.control.revoke(waiting.id, destination=[gated.name], reply=True, timeout=10)
+    gated.answers([*slow, kept])
+    gated.wait_for_log(f"Discarding revoked task: no_model[{waiting.id}]")
+    assert waiting.state == "REVOKED"
+
+
 def test_tasks_over_the_rate_wait_and_others_pass(gated: Worker) -> None:
     rare = [send(gated, "rare", "no_model", number) for number in range(3)]
     free = [send(gated, "free", "no_model", number) for number in range(TASKS)]

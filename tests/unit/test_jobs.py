@@ -1,16 +1,60 @@
-"""A retry that can't be sent since the broker is away: its task goes back to the queue."""
+"""Tasks that must not begin by now, and a retry that can't be sent since the broker is away."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from billiard.einfo import ExceptionInfo
 from celery import Celery
 from celery.exceptions import Reject
+from celery.worker import state
+from jobs import job
 from kombu.exceptions import EncodeError, OperationalError
 
+from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import CLOSED, _seen_to
+
+
+class Request:
+    """Celery's, of a message by RabbitMQ."""
+
+    id, expires = "a", None
+
+    def __init__(self, *, is_connected: bool = True, stamps: tuple[str, ...] = ()) -> None:
+        self.message = SimpleNamespace(delivery_tag=1, channel=SimpleNamespace(connection=is_connected or None))
+        self.stamped_headers = stamps
+
+    def revoked(self) -> bool:
+        """As Celery's."""
+        return self.id in state.revoked or "gone" in self.stamped_headers
+
+    def on_success(self, result: Any) -> None:
+        """Note nothing."""
+
+
+def ran(request: Request) -> bool:
+    """Whether its task's own code ran."""
+    seen: list[int] = []
+    fiber = Fiber(job(seen.append, 1, callback=request.on_success).run, app="", name="a", request=request)
+    fiber.resume()
+    assert fiber.dead
+    return bool(seen)
+
+
+def test_a_task_whose_connection_is_gone_does_not_begin() -> None:
+    """Its message comes again. Celery 5.6 begins tasks with an ETA nevertheless."""
+    assert ran(Request())
+    assert not ran(Request(is_connected=False))
+
+
+def test_a_task_that_was_revoked_while_it_waited_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "revoked_stamps", {"tenant": ["gone"]})
+    assert ran(Request(stamps=("kept",)))
+    assert not ran(Request(stamps=("gone",)))
+    monkeypatch.setattr(state, "revoked", {"a"})
+    assert not ran(Request())
 
 
 @pytest.mark.parametrize(
