@@ -59,13 +59,16 @@ def held_by_workers(channel: Any) -> tuple[int, float]:
 
 
 def gave_up(message: Any) -> bool:
-    """Whether another worker has a message by now, or this one got it again: then its task must not begin.
+    """Whether another worker has a message by now, or this one gets it again: then its task must not begin.
 
-    Takes the message out of kombu's accounts if no newer delivery has its place there.
+    Takes the message out of kombu's accounts if no newer delivery has its place there. A closed channel has given back
+    all that had not begun: Celery 5.6 begins tasks with an ETA nevertheless.
     """
     channel, tag = getattr(message, "channel", None), getattr(message, "delivery_tag", None)
-    if not isinstance(channel, ReservingChannel) or channel.closed or message.acknowledged:
+    if not isinstance(channel, ReservingChannel) or message.acknowledged:
         return False
+    if channel.closed:
+        return True
     latest = channel.qos._delivered.get(tag, message)
     if latest is message and tag in channel.ledger.held:
         return False

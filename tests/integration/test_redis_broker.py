@@ -135,6 +135,8 @@ def test_a_message_that_others_have_is_given_up(url: str, server: redis.Redis, t
     put(url, "b")
     assert one.take(1) == ["b"], "there is room again"
     assert not gave_up(one.got[1])
+    one.channel.close()
+    assert gave_up(one.got[1]), "it comes again"
 
 
 def test_a_message_that_came_again_takes_the_place_of_its_first_delivery(
