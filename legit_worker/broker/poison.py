@@ -6,14 +6,19 @@ In: messages of any broker. Out: how many workers they have outlived, and record
 from __future__ import annotations
 
 import base64
+import logging
 from datetime import datetime, timezone
 from typing import Any
 
+import amqp
 import kombu
 from kombu.utils.encoding import str_to_bytes
 
+from legit_worker.broker.behind import PATIENCE
 from legit_worker.broker.returning import DELIVERIES, count
 from legit_worker.broker.tally import tally
+
+logger = logging.getLogger(__name__)
 
 #: The list of records on Redis, and the queue of records on other brokers.
 DEAD = "legit.dead"
@@ -31,7 +36,8 @@ def deliveries_of(message: Any) -> int:
 def bury(message: Any, reason: str) -> None:
     """Let a message leave a record among the dead ones. On Redis that is one step with the message's ack.
 
-    Raises what the broker's connection raises.
+    A record that the broker does not take goes into the log: the message has to leave its queue, or it ends each worker
+    that gets it. Raises what a lost connection raises.
     """
     tally["poisoned"] += 1
     ledger = getattr(message.channel, "ledger", None)
@@ -44,10 +50,31 @@ def bury(message: Any, reason: str) -> None:
     if message.channel.connection is None:
         raise ConnectionResetError("the message's connection is gone: it comes again")
     queue = (message.delivery_info or {}).get("routing_key", "")
+    record = record_of(_payload(message), queue, reason, deliveries_of(message))
     with message.channel.connection.client.clone() as connection:
-        connection.transport_options = {**connection.transport_options, "confirm_publish": True}
-        with connection.SimpleQueue(kombu.Queue(DEAD, routing_key=DEAD), serializer="json") as dead:
-            dead.put(record_of(_payload(message), queue, reason, deliveries_of(message)))
+        try:
+            _put(connection, record)
+        except (*connection.channel_errors, amqp.exceptions.MessageNacked, TimeoutError) as error:
+            logger.error("the broker takes no record of a message into %s (%r), so here it is: %s", DEAD, error, record)
+
+
+def _put(connection: kombu.Connection, record: dict[str, Any]) -> None:
+    """Put a record into the queue of records. One that its owner made with other arguments stays as it is."""
+    amqp_only: dict[str, Any] = {}
+    if connection.transport.driver_type == "amqp":
+        connection.connect_timeout = PATIENCE
+        connection.transport_options = {
+            **connection.transport_options,
+            **{"confirm_publish": True, "read_timeout": PATIENCE, "write_timeout": PATIENCE},
+        }
+        amqp_only = {"confirm_timeout": PATIENCE}
+    connection.ensure_connection(max_retries=1, timeout=PATIENCE, interval_start=0, reraise_as_library_errors=False)
+    try:
+        kombu.Queue(DEAD, channel=connection.channel()).queue_declare(passive=True)
+    except connection.channel_errors:  # the queue is missing, and RabbitMQ has closed the channel
+        kombu.Queue(DEAD, channel=connection.channel()).queue_declare()
+    producer = connection.Producer(connection.channel(), serializer="json")
+    producer.publish(record, routing_key=DEAD, delivery_mode=2, **amqp_only)
 
 
 def record_of(payload: dict[str, Any], queue: str, reason: str, deliveries: int) -> dict[str, Any]:
