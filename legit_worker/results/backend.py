@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from legit_worker import parking
+from legit_worker.results import blocks
 from legit_worker.results.chords import Claims, waiting_since
 from legit_worker.results.writer import Writer
 from legit_worker.results.writes import Rider, Write, send
@@ -166,7 +167,10 @@ class Groups(Claims):
         """Return a client of the writer's own, which never tries again by itself."""
         given = self.connparams.get("socket_timeout")
         own = {"socket_timeout": min(given or PATIENCE, PATIENCE), "retry": Retry(NoBackoff(), 0)}
-        return self._create_client(**self.connparams | own)
+        client = self._create_client(**self.connparams | own)
+        pool = client.connection_pool
+        pool.connection_class = blocks.sending_blocks(pool.connection_class)
+        return client
 
     def _is_success(self, payload: bytes | str) -> bool:
         return bool(self.decode(payload)["status"] == states.SUCCESS)
