@@ -18,7 +18,7 @@ from celery import Celery
 
 from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.limits import Limits
-from legit_worker.inputs.options import SCALED, form_of, wording_of
+from legit_worker.inputs.options import SCALED, form_of, switch_of, wording_of
 from legit_worker.inputs.reading import (
     at,
     images_or_both_of,
@@ -63,9 +63,10 @@ def embed_text(
     limits, handle = current_limits(), Handle(model, "embed")
     wording = wording_of(task, prompt_name, prompt, limits.max_characters)
     form = form_of(dimensions, precision, normalize)
+    may_cut = truncate is not None and switch_of("truncate", truncate)
 
     def embedded(texts: list[Any], is_list: bool) -> Any:
-        if not truncate:
+        if not may_cut:
             for index, item in enumerate(texts):
                 at(index, text, functools.partial(handle.check_length, **wording), item)
         return _plain(_encoded(handle, texts if is_list else texts[0], wording, form), is_list)

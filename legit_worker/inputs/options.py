@@ -46,6 +46,13 @@ def form_of(dimensions: Any, precision: Any, normalize: Any) -> dict[str, Any]:
     given = {
         "truncate_dim": dimensions,
         "precision": precision,
-        "normalize_embeddings": None if normalize is None else bool(normalize),
+        "normalize_embeddings": None if normalize is None else switch_of("normalize", normalize),
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def switch_of(name: str, value: Any) -> bool:
+    """Read an argument that is on or off. JSON's 1 and 0 count, but no words: a client may mean `"false"` as off."""
+    if value not in (True, False):
+        raise InvalidInputError(f"{name} must be true or false, got {shown(value)}")
+    return bool(value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -13,6 +15,7 @@ from PIL import Image
 from legit_worker import settings, tasks
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.limits import limits_of
+from legit_worker.inputs.options import form_of
 from legit_worker.inputs.reading import images_of
 from legit_worker.testing import use_models, vector
 
@@ -105,3 +108,17 @@ def test_registering_twice_is_as_good_as_once_and_a_projects_own_task_keeps_its_
 def test_other_apps_of_the_process_get_no_task() -> None:
     app_with_aliases()
     assert "conductor.embed" not in Celery("other", set_as_current=False).tasks
+
+
+@pytest.mark.parametrize("value", ["false", "true", "", 2, 0.5, [], {}])
+def test_a_word_is_no_switch(value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"^normalize must be true or false, got {re.escape(repr(value))}$"):
+        form_of(None, None, value)
+    with pytest.raises(InvalidInputError, match=r"^truncate must be true or false, got "):
+        tasks.embed_text("a text", truncate=value)
+
+
+@pytest.mark.parametrize(("value", "is_on"), [(True, True), (1, True), (False, False), (0, False)])
+def test_what_json_has_for_on_and_off_is_a_switch(value: Any, is_on: bool) -> None:
+    assert form_of(None, None, value) == {"normalize_embeddings": is_on}
+    assert form_of(None, None, None) == {}
