@@ -5,7 +5,6 @@ In: an image that has passed the border. Out: its pixels, or a smaller file of t
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from legit_worker.inputs.images import decode
 from legit_worker.inputs.types import ImageBytes
 from legit_worker.prep import processes
-from legit_worker.prep.texts import model_folder
+from legit_worker.prep.texts import kept_if_found, model_folder
 
 #: The processors that resize as `_resized` does. Others, such as ViLT's, round or enlarge the edges in their own way.
 RESIZE_ALIKE = frozenset(
@@ -58,7 +57,7 @@ def _shrunk(image: ImageBytes, edge: Edge | None) -> Any:
     return whole if edge is None else _resized(whole, *edge)
 
 
-@functools.lru_cache(maxsize=32)
+@kept_if_found
 def resize_of(path: str, revision: str | None = None) -> Edge | None:
     """Return the edge to which a model's processor resizes.
 

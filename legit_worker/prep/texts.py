@@ -11,9 +11,10 @@ import hashlib
 import itertools
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.types import PreparedText
@@ -103,7 +104,7 @@ def fingerprint(tokenize: Callable[[str], Sequence[int]]) -> str:
 
 
 class TextTokenizer:
-    """A model's tokenizer, read from its `tokenizer.json`."""
+    """A model's tokenizer, read from its `tokenizer.json`. Any thread may use it."""
 
     def __init__(self, file: Path, limit: int, prompts: Mapping[str, str], default: str | None = None) -> None:
         from tokenizers import Tokenizer
@@ -115,16 +116,16 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self._is_word_by_word = is_word_by_word(self._tokenizer)
         self._specials = self._tokenizer.num_special_tokens_to_add(False)
-        self._cut_at(limit)
-        self.fingerprint = fingerprint(lambda text: self._tokenizer.encode(text).ids)
+        #: Held from the choice of where a text is cut to the text's tokens: the Rust object keeps one choice for all.
+        self._lock = threading.Lock()
+        self.fingerprint = fingerprint(lambda text: self._tokens(text, limit).ids)
 
     def prepare(self, text: str, prompt: str | None = None, limit: int | None = None) -> PreparedText:
         """Tokenize a text behind its prompt, and cut it where the model would: after `limit` tokens, or its own."""
         limit = limit or self.limit
-        self._cut_at(limit)
         whole = (prompt or "") + text
         for start in beginnings(whole, limit) if self._is_word_by_word else [whole]:
-            found = self._tokenizer.encode(start)
+            found = self._tokens(start, limit)
             if found.overflowing:
                 break
         return PreparedText(tuple(found.ids), self.fingerprint, cut=bool(found.overflowing), prompt=prompt)
@@ -136,8 +137,7 @@ class TextTokenizer:
 
         Each piece has the prompt, and `overlap` tokens in common with the piece before it.
         """
-        self._tokenizer.no_truncation()
-        whole = self._tokenizer.encode((prompt or "") + text)
+        whole = self._tokens((prompt or "") + text, None)
         head, again = self._heads(whole, prompt or "")
         least = self._specials + max(len(head), len(again))
         if not least < tokens <= (limit or self.limit):
@@ -164,10 +164,16 @@ class TextTokenizer:
         ids = [number for number, _, _ in head]
         joins = tokens[len(head) : len(head) + 1]
         is_joined = any(start < end for _, start, _ in joins)
-        return ids, self._tokenizer.encode(prompt, add_special_tokens=False).ids if is_joined else ids
+        return ids, self._tokens(prompt, None, has_specials=False).ids if is_joined else ids
 
-    def _cut_at(self, tokens: int) -> None:
-        self._tokenizer.enable_truncation(tokens)
+    def _tokens(self, text: str, limit: int | None, *, has_specials: bool = True) -> Any:
+        """Tokenize a text, and cut it after `limit` tokens, or nowhere."""
+        with self._lock:
+            if limit is None:
+                self._tokenizer.no_truncation()
+            else:
+                self._tokenizer.enable_truncation(limit)
+            return self._tokenizer.encode(text, add_special_tokens=has_specials)
 
 
 def _cut(whole: Any, head: list[int], again: list[int], room: int, overlap: int) -> Iterator[list[int]]:
@@ -179,7 +185,25 @@ def _cut(whole: Any, head: list[int], again: list[int], room: int, overlap: int)
         yield [*ids[:first], *(again if start else head), *text[start : start + room], *ids[last:]]
 
 
-@functools.lru_cache(maxsize=32)
+Found = TypeVar("Found")
+Reader = Callable[[str, str | None], Found | None]
+
+
+def kept_if_found(read: Reader[Found]) -> Reader[Found]:
+    """Remember what the function finds in a model's files. If it finds nothing, look again: they may be there later."""
+    known: dict[tuple[str, str | None], Found] = {}
+
+    @functools.wraps(read)
+    def remembered(path: str, revision: str | None = None) -> Found | None:
+        key = (path, revision)
+        if key not in known and (found := read(path, revision)) is not None:
+            known[key] = found
+        return known.get(key)
+
+    return remembered
+
+
+@kept_if_found
 def tokenizer_of(path: str, revision: str | None = None) -> TextTokenizer | None:
     """Return the tokenizer of the model at a path, or of this name in the local Hugging Face cache.
 

