@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -44,17 +45,18 @@ class JsonFormatter(logging.Formatter):
             "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _message(record),
             **self._of_task(record),
             **({"exception": _exception(record.exc_info[1])} if record.exc_info and record.exc_info[1] else {}),
             **({"stack": record.stack_info} if record.stack_info else {}),
         }
-        extra = {name: value for name, value in vars(record).items() if name not in OWN and name != DATA}
-        return json.dumps({**extra, **fields}, default=repr, ensure_ascii=False)
+        known = OWN | {DATA} if _is_celerys(record) else OWN
+        extra = {name: value for name, value in vars(record).items() if name not in known}
+        return _line({**extra, **fields})
 
     def _of_task(self, record: logging.LogRecord) -> dict[str, Any]:
         """The task that the line is about: the one that runs here, or the one that Celery's line names."""
-        task, data = get_current_task(), getattr(record, DATA, None)
+        task, data = get_current_task(), getattr(record, DATA, None) if _is_celerys(record) else None
         if task is not None and task.request.id:
             fields = {"task_id": task.request.id, "task": task.name, **self._of_request(task.request)}
         elif isinstance(data, dict) and "id" in data:
@@ -75,9 +77,53 @@ def _forget_model(**_: Any) -> None:
     forget_calls()
 
 
+def _is_celerys(record: logging.LogRecord) -> bool:
+    """Tell whether Celery wrote the line itself."""
+    return record.name.partition(".")[0] == "celery"
+
+
+def _message(record: logging.LogRecord) -> str:
+    """Return the message, and its parts if they don't fit together."""
+    try:
+        return record.getMessage()
+    except Exception:
+        return f"{_written(record.msg, str)} {_written(record.args)}"
+
+
 def _exception(error: BaseException) -> dict[str, str]:
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    return {"type": type(error).__name__, "message": str(error), "traceback": "".join(lines)}
+    return {"type": type(error).__name__, "message": _written(error, str), "traceback": "".join(lines)}
+
+
+def _line(fields: dict[str, Any]) -> str:
+    """Write an object on one line that every reader of JSON takes, whatever its values are. Never raises."""
+    try:
+        line = _json(fields)
+    except Exception:
+        line = _json({name: _fit(value) for name, value in fields.items()})
+    # Half of a surrogate pair, as in the name of a file, has no bytes: it becomes JSON's own escape.
+    return line.encode(errors="backslashreplace").decode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=_written, ensure_ascii=False, allow_nan=False)
+
+
+def _fit(value: Any) -> Any:
+    """Return a value that JSON has, or its text: of a circle, a number that is not finite, a key that is no string."""
+    try:
+        _json(value)
+    except Exception:
+        return _written(value)
+    return value
+
+
+def _written(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """Write a value as Python does, though its own class may raise."""
+    try:
+        return write(value)
+    except Exception as error:
+        return f"<{type(value).__name__}: {type(error).__name__} as it was written>"
 
 
 def write_json(chosen: Settings) -> None:
