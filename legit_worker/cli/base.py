@@ -5,6 +5,7 @@ In: an operator's command line. Out: the classes of commands and groups, and how
 
 from __future__ import annotations
 
+import errno
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+#: What only the writing of a file meets: a full disk, a full quota, a file that grows too large.
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Plainly(click.Command):
@@ -34,6 +38,8 @@ class _Plainly(click.Command):
         except LegitWorkerError as error:
             raise click.ClickException(str(error)) from None
         except away as error:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_FILES):
+                raise click.ClickException(f"{error.filename or 'a file'}: {error.strerror}") from None
             seen = str(error).rstrip(".")
             raise click.ClickException(
                 f"the broker {connection.as_uri()} does not answer: {seen}. Start it, or correct its URL"
