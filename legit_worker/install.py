@@ -124,7 +124,7 @@ class ModelPoolStep(bootsteps.Step):
 
 
 def _take_queues(app: Celery, chosen: settings.Settings) -> None:
-    """Take tasks from the default queue and from those of this worker's models, unless the command names queues.
+    """Take tasks from the default queue and from the queues of this worker's models, unless the command names queues.
 
     In the default one are tasks that no model's queue is for: the project's, Celery's, and those for a misspelt model.
     """

@@ -120,8 +120,8 @@ def embed_sparse(
 ) -> Any:
     """Embed a text, or a list of texts, as sparse vectors: `{"indices": [int], "values": [float]}`.
 
-    `max_active` keeps the largest values alone. The other arguments and errors are those of `embed_text`, with kind
-    `sparse`.
+    `max_active` keeps the largest values alone. The other arguments and the errors are the same as with `embed_text`,
+    with kind `sparse`.
     """
     if max_active is not None and (type(max_active) is not int or max_active < 1):
         raise InvalidInputError(f"max_active must be a whole number of at least 1, got {shown(max_active)}")
@@ -147,7 +147,7 @@ def embed_multi(
 ) -> Any:
     """Embed a text, or a list of texts, with a vector for each token: `[tokens, dim]`, or a list of these.
 
-    The arguments and errors are those of `embed_text`, with kind `multi`.
+    The arguments and errors are the same as with `embed_text`, with kind `multi`.
     """
     wording, form = (
         wording_of(task, prompt_name, prompt, current_limits().max_characters),

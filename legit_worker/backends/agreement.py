@@ -32,7 +32,7 @@ def of_vectors(expected: Rows, found: Rows) -> Agreement:
 
 
 def of_scores(expected: Rows, found: Rows) -> Agreement:
-    """Compare scores, shape `[n, labels]`: for each label, those of all rows as one vector, and their order."""
+    """Compare scores, shape `[n, labels]`: for each label, the scores of all rows as one vector, and their order."""
     orders = [_keeps_order(*pair) for pair in zip(expected.T, found.T, strict=True)]
     return Agreement(worst_cosine=float(_cosines(expected.T, found.T).min()), keeps_order=all(orders))
 

@@ -41,8 +41,8 @@ LEAST_OF_FILE = 0.9
 #: Of the texts of a validation, a chosen backend is compared on one in this many at each load.
 ONE_IN = 4
 
-#: A trial computes all batches this many times on either side, in turn, and the fastest time counts. It ends earlier
-#: after so many seconds: a large model computes long enough for one time to tell.
+#: A trial computes all batches this many times on either side, in turn, and the fastest time counts. It stops after
+#: this many seconds: a large model computes long enough for one time to tell.
 TRIALS, TRIAL_SECONDS = 3, 10.0
 
 #: What is part of a converted model's key, beside its weights: each of them may convert it in another way.
@@ -57,7 +57,7 @@ class Wanted:
     dtype: str | None
     #: None is the user's own.
     cache_dir: Path | None
-    #: Where the model's torch weights are to be.
+    #: The device that the model's torch weights go to.
     device: str
     #: The model's files on this machine; None if there are none.
     folder: Path | None

@@ -89,7 +89,7 @@ class _Lane:
     now: float = 0.0
     #: Cost served so far, divided by weight: the app with the least goes first.
     served: float = 0.0
-    #: Batches for which it still counts as light, and the cost of what was served last.
+    #: Batches for which it still counts as light, and what its items in the last batch cost.
     light: int = 0
     last_cost: int = 0
 
@@ -210,7 +210,7 @@ class FairQueue:
     def due(self, budget: int) -> list[Item]:
         """The items of a fair batch of this cost whose apps have no more than a batch waiting, if another has more.
 
-        A batch is picked by length from many more items. Those of an app that sends little would wait for their turn.
+        A batch is picked by length from many more items. An app that sends little would wait for its items' turn.
         """
         if sum(lane.waiting > 0 for lane in self._lanes.values()) < 2:
             return []
@@ -231,7 +231,7 @@ class FairQueue:
 
     @property
     def light_cost(self) -> int:
-        """The cost of what light apps had of their last batches, the most of them; 0 if no app is light."""
+        """What a light app's items in its last batch cost, the most of all light apps; 0 if no app is light."""
         return max((lane.last_cost for lane in self._lanes.values() if lane.light), default=0)
 
     def take(self, batch: Collection[Item]) -> None:
@@ -282,7 +282,7 @@ def _tag(item: Item) -> float:
 
 
 def _interleave(busy: list[tuple[bool, float, str, _Lane]]) -> Iterator[Item]:
-    """Items as the apps would be served one at a time, the least served app first; before them, those of light apps."""
+    """Items as the apps would be served one at a time, the least served app first, and light apps before all others."""
     heap = [(is_heavy, served, app, lane, iter(lane)) for is_heavy, served, app, lane in busy]
     heapq.heapify(heap)
     while heap:

@@ -53,7 +53,7 @@ def pick(costs: Sequence[int], budget: int, model: CostModel) -> list[int]:
     every = np.asarray(costs, dtype=np.int64)
     order = np.argsort(every, kind="stable")
     lengths = every[order]
-    # Items of one length are taken together as far as they fit, so few runs are worth a look.
+    # As many items of one length are taken as fit. Only a few runs are then worth a look.
     begins = np.flatnonzero(np.diff(lengths, prepend=0))
     place = int(np.searchsorted(lengths, costs[0]))  # of the first item: the sort keeps it before its equals
     kind = int(np.searchsorted(begins, place))

@@ -145,7 +145,7 @@ class AskingChannel(HearingChannel):
         self._riding = []
 
     def _understand(self, state: int, suspect: int, *found: Any) -> list[Reserved]:
-        """Note what the script said of what is next, and what it reserved."""
+        """Note what the script says about the next messages, and what it reserved."""
         self._looking = bool(state)
         self._group = min(2 * self._group, MOST_MESSAGES) if state == MORE else 1
         self._suspect = suspect if state == NO_ROOM else None

@@ -92,7 +92,7 @@ class Lease(threading.Thread):
     """Keeps one ledger's owner alive. Its thread has its own connections, and never touches a channel."""
 
     def __init__(self, ledger: Ledger, client: Redis, visibility_timeout: float) -> None:
-        """`visibility_timeout` is that of the ledger's channels, in seconds."""
+        """`visibility_timeout`: the visibility timeout of the ledger's channels, in seconds."""
         super().__init__(name="legit_worker lease", daemon=True)
         assert ledger.worker is not None
         self._ledger = ledger

@@ -30,7 +30,7 @@ DELIVERIES = "legit_deliveries"
 GROUP = 64
 
 #: Moves one message. KEYS: the unacked messages, their index, what the owner holds, the list, the owners.
-#: ARGV: tag, the SHA1 of what is noted, the bytes to push, the command that pushes, 1 if the owner must still hold it,
+#: ARGV: tag, the noted bytes' SHA1, the bytes to push, the command that pushes, 1 if the owner must still hold it,
 #: the owner if it must be dead, the times of which the message must have one then. Returns 1 if it moved the message.
 #: It pushes first: if the list is no list any more, the message stays noted. A full server lets it go on once it has
 #: begun to write.

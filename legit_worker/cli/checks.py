@@ -32,7 +32,7 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", 
 @click.pass_context
 @handle_preload_options
 def validate(ctx: click.Context, **options: Any) -> None:
-    """Compare a worker's answers, by every result format, with those of sentence-transformers.
+    """Compare a worker's answers, by every result format, with what sentence-transformers computes.
 
     Starts a private worker on a private queue. Exit code 1 if answers differ, 2 if they can't be compared.
     """

@@ -43,7 +43,7 @@ class Limits:
 
 
 def limits_of(chosen: Settings, app: str | None) -> Limits:
-    """The app's own limits, and those of all apps for what it has none of."""
+    """The app's own limits. If it has none of its own, the limit of all apps counts."""
     own = chosen.apps.get(app) if app else None
     found = {name: getattr(own, name, None) for name in LIMITS}
     return Limits(**{name: _number(getattr(chosen, name) if mine is None else mine) for name, mine in found.items()})

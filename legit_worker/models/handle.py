@@ -277,7 +277,7 @@ class Handle:
     def check_length(self, text: Any, **options: Any) -> None:
         """Raise `InvalidInputError` if the model would cut the text. Models without a limit take any.
 
-        `options` are those of `encode`, and `task`: the prompt counts, too.
+        `options` are the options of `encode`, and `task`: the prompt counts, too.
         """
         with self._use() as model:
             take_turns(model.alias)

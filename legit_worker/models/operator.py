@@ -35,7 +35,7 @@ def pin(registry: Registry, alias: str) -> str:
 
 
 def unpin(registry: Registry, alias: str) -> str:
-    """Let a model leave memory again, also one that is to be pinned once it is there. Raises `UnknownModelError`."""
+    """Let a model leave memory again, also one that waits to be pinned after its load. Raises `UnknownModelError`."""
     slot = registry.get(alias)
     registry.residency.pin(slot, False)
     caretaker.watch(registry.residency)

@@ -15,7 +15,7 @@ Plan = tuple[list[Any], Callable[[list[Any]], Any]]
 
 @runtime_checkable
 class Model(Protocol):
-    """Five methods. The constructor gets those of `alias`, `path`, `dtype` and `revision` that it names.
+    """Five methods. Of `alias`, `path`, `dtype` and `revision`, the constructor gets the ones that it names.
 
     More are optional. `batch_key(prepared) -> Hashable`: items share a batch only if their keys are equal; without it,
     all may. `identity(prepared) -> Hashable`: of items with equal keys and identities one is computed, and each gets

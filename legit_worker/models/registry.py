@@ -106,7 +106,7 @@ def _weights_of(alias: str, spec: settings.ModelSettings) -> str:
 
 
 def _slot(group: Mapping[str, settings.ModelSettings]) -> Slot:
-    """The slot of one copy. It is pinned if an alias is, and kept for as long as one of them is to be kept."""
+    """The slot of one copy. It is pinned if an alias is, and kept as long as the longest `keep_alive` says."""
     alias, spec = next(iter(group.items()))
     times = [one.keep_alive for one in group.values()]
     known = [seconds for seconds in times if seconds is not None]
@@ -124,7 +124,7 @@ _in_force: Registry | None = None
 
 
 def default_registry() -> Registry:
-    """This process's models: those of its settings, unless `use` named others.
+    """This process's models: the models of its settings, unless `use` named others.
 
     Raises `SettingsError`, and `ModelLoadError` in a child that was forked at a bad moment.
     """

@@ -94,7 +94,7 @@ class Tokenizing:
         return dict(features) if self._leaves_out_prompts else without_prompt_length(features)
 
     def of_ids(self, prepared: PreparedText, prompted: Prompted) -> dict[str, Any]:
-        """The features of what `prep_text` made. Raises `InvalidInputError` if they are not those of the text."""
+        """The features of a result of `prep_text`. Raises `InvalidInputError` if the text itself would have others."""
         if self._tokenize is None or prompted.task or (prepared.prompt and not self._tokenize.takes_prompts):
             raise InvalidInputError(
                 "this model, its prompt or its task needs the text itself: send it without prep_text"

@@ -42,7 +42,7 @@ LOOK = 0.25
 STORE_SECONDS = 5.0
 
 #: Seconds that a warm shutdown waits, after the last task's code is over, for a result backend that takes no results.
-#: Most of what kills a worker that does not end waits for 30 seconds or longer.
+#: Most programs that kill a worker which does not end wait for 30 seconds or longer.
 BACKEND_SECONDS = 20.0
 
 #: How names of threads begin that may be in C++ or Rust when the process ends.
@@ -125,7 +125,7 @@ class Ending:
     def _waits_in_vain(self) -> bool:
         """Whether all that still runs waits for a server that is away, and has for long enough.
 
-        That is the result backend, or a broker that takes no envelopes. Those for other servers become dead letters.
+        That is the result backend, or a broker that takes no envelopes. Other servers' envelopes become dead letters.
         """
         is_away = away_since() is not None or is_broker_down()
         is_waiting = is_away and all(map(self._running.is_around, self._running))

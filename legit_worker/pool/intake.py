@@ -137,9 +137,9 @@ class Intake:
             self._prefetch.want(int(min(count, bound, self._fitting())), at_most=bound < inf)
 
     def _fitting(self) -> float:
-        """How many messages may be held, if they are as large as those of the tasks that run; one at least.
+        """How many messages may be held, if they are as large as the messages of the tasks that run; one at least.
 
-        Also of tasks that wait for a load, or for a delivery, and take no room else.
+        Tasks that wait for a load or for a delivery count here, though they take no other room.
         """
         held, count = self._running.bytes, len(self._running)
         return max(1, count * self._max_bytes / held) if held else inf

@@ -61,7 +61,7 @@ class Job:
 
     @property
     def is_task(self) -> bool:
-        """Whether the arguments are those of Celery's `trace_task_ret` (celery.app.trace, 5.5 to 5.7)."""
+        """Whether these are the arguments of Celery's `trace_task_ret` (celery.app.trace, 5.5 to 5.7)."""
         return len(self.args) >= 3 and isinstance(self.args[2], Mapping)
 
     @property

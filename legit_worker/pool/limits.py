@@ -51,7 +51,7 @@ class Limit:
     _again_at: float = inf
 
     def due(self, own: float, now: float) -> BaseException | None:
-        """What is to be raised in the task, once each; the hard limit's again and again.
+        """What to raise in the task, if anything: the soft limit's error once, the hard limit's again and again.
 
         `own` is the task's own time in seconds, `now` the monotonic clock's.
         """

@@ -143,7 +143,7 @@ class Loop:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether tasks began for so long that the next turn should come before others begin."""
+        """Whether tasks have begun for `MOST_BEGINNING` seconds: the next turn should come before others begin."""
         return self._began_for >= MOST_BEGINNING
 
     @property

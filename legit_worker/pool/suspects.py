@@ -29,7 +29,7 @@ from legit_worker.pool.running import Key, key_from
 
 logger = logging.getLogger(__name__)
 
-#: The most messages that are known by name: more than a worker holds. Celery rejects those of unknown tasks by itself.
+#: The most messages that are known by name: more than a worker holds. Celery itself rejects unknown tasks' messages.
 MOST_KNOWN = 10_000
 
 #: Seconds in which suspects that come one after the other are one dead worker's, which ran the first of them alone.
@@ -60,7 +60,7 @@ class Suspects:
         self._vouched: LRUCache[Key, int] = LRUCache(MOST_KNOWN)
         # Until when a suspect belongs to the same dead worker as the last one, by the monotonic clock.
         self._row_until = 0.0
-        # Whether the last message was a suspect. Those of a dead worker come one after the other.
+        # Whether the last message was a suspect. A dead worker's messages come one after the other.
         self._is_careful = False
 
     def meet(self, consumer: Any) -> None:

@@ -1,7 +1,7 @@
 """Looks at the main thread from outside: tasks that run into their time limits, and tasks that hold everything up.
 
 In: the running fibers, and which of them has the main thread. Out: what is due, noted in the fibers; a signal to the
-main thread, where the one that runs is to be interrupted; and a log line when others wait for it for too long.
+main thread, if it must interrupt the task that runs; and a log line when others wait for that task for too long.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 
-#: Stores and tells one state. KEYS: the task's key. ARGV: the SHA1 of what the key had, empty if it had nothing;
+#: Stores and tells one state. KEYS: the task's key. ARGV: the SHA1 of the key's former value, empty if it had none;
 #: seconds until the server forgets the key, empty if it keeps it; the state. Returns 0 if the key has another value by
 #: now. An error of a command is the answer, as if the client had sent that command.
 STORE = """

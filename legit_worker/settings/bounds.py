@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from legit_worker.settings.schema import AppSettings, Settings
 
-#: The settings that an app may have of its own, or takes from those of all apps.
+#: The settings that bound an app's queues. An app without its own takes them from all apps.
 BOUNDS = ("queue_max_length", "queue_max_seconds", "dead_max_length", "dead_max_seconds")
 
 

@@ -52,7 +52,7 @@ from legit_worker.settings.values import (
     spelled,
 )
 
-#: The settings that bound what a task may bring: an app has its own, or those of all apps.
+#: The settings that bound what a task may bring. An app without its own takes them from all apps.
 LIMITS = ("max_items", "max_characters", "max_image_bytes", "max_pixels", "max_task_pixels", "image_formats")
 
 

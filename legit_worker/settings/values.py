@@ -108,7 +108,7 @@ _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
 
 @dataclass(frozen=True)
 class Rate:
-    """So many tasks in a second, a minute or an hour."""
+    """A number of tasks in a second, a minute or an hour."""
 
     number: float
     #: `s`, `m` or `h`.
@@ -288,7 +288,7 @@ def _server(url: str | None) -> str | None:
 
 
 def _check_place(scheme: str, url: str) -> None:
-    """Refuse a URL that kombu could not read when a result is to be delivered. No error shows a part of it."""
+    """Refuse a URL that kombu could not read at the delivery of a result. No error shows a part of it."""
     from kombu.utils.url import parse_url
 
     try:

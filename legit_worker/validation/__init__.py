@@ -1,1 +1,1 @@
-"""`celery legit validate`: compares a worker's answers, by every result format, with those of sentence-transformers."""
+"""`celery legit validate`: compares a worker's answers, by every result format, with the library's own."""
