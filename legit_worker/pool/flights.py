@@ -3,14 +3,16 @@
 In: batches, each with the queue that it is from. Out: the same queues are told how each batch ended.
 
 A CPU has computed a batch by the time it was handed over. A GPU is still at it: the batch is then in flight, the main
-thread goes on with other tasks, and `collect` takes what is done.
+thread goes on with other tasks, and `collect` takes what is done. A thread waits for the GPU meanwhile.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 from time import monotonic, sleep
 
 from legit_worker.batching.fairness import Item
@@ -146,6 +148,33 @@ class Flights:
         raise DeviceLostError(
             f"a batch of {len(batch)} broke model {queue.model.alias!r}'s device for this process: {error}"
         ) from error
+
+
+class Waiter:
+    """Waits for the GPU on a thread, so that the main thread need not. Owns the thread, which runs no task.
+
+    It starts with the first launch that is not done, so on a CPU there is none. It touches no tensor.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._launches: SimpleQueue[tuple[Launch, Callable[[], None]]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, launch: Launch, on_done: Callable[[], None]) -> None:
+        """Call `on_done` and wake the loop when this launch is done. A device's launches are done in their order."""
+        self._launches.put((launch, on_done))
+        if self._thread is None:
+            # A daemon: when the worker has ended, nobody needs the launch.
+            self._thread = threading.Thread(target=self._run, name="legit-waiter", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            launch, on_done = self._launches.get()
+            launch.wait()
+            on_done()
+            self._wake()
 
 
 def _traced(queue: ModelQueue, batch: list[Item]) -> BatchSpan | None:

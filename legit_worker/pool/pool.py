@@ -35,6 +35,7 @@ from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fetching import Fetching
 from legit_worker.pool.fibers import Fiber, FiberPid, Phase
+from legit_worker.pool.flights import Waiter
 from legit_worker.pool.gates import Gates
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
@@ -52,7 +53,6 @@ from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
 from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.unrun import end_in_fibers
-from legit_worker.pool.waiter import Waiter
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
 from legit_worker.results.backend import store_in_groups
