@@ -43,13 +43,12 @@ from legit_worker.pool.jobs import Job
 from legit_worker.pool.late import ignore_late_revokes
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
-from legit_worker.pool.pinned import load_pinned
-from legit_worker.pool.process import prepare_process
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
+from legit_worker.pool.starting import load_pinned, prepare_process
 from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
 from legit_worker.pool.telling import tell_own_time
 from legit_worker.pool.unrun import end_in_fibers
