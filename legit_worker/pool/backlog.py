@@ -1,15 +1,24 @@
-"""Tasks that came and have not started, and so are not accepted.
+"""Tasks that came and have not started, and so are not accepted; and the limits of apps that keep some of them back.
 
-In: fibers, in the order in which they came. Out: the same, as soon as each may start.
+In: fibers, in the order in which they came; the settings of apps, and which tasks run. Out: the same fibers, as soon as
+each may start.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
+from math import inf
+from time import monotonic
+from typing import Any
 
 from legit_worker.pool.fibers import Fiber
+from legit_worker.pool.running import Running
+from legit_worker.settings import AppSettings
+
+#: Seconds of an app's rate that it may catch up with: tasks begin between two batches, and not at exact times.
+SLACK = 0.5
 
 
 class Backlog:
@@ -43,3 +52,47 @@ class Backlog:
     def clear(self) -> None:
         """Forget them: the broker has them still."""
         self._lines.clear()
+
+
+class Gates:
+    """How many of an app's tasks may run at once, and how many may begin in a second. Lives on the main thread."""
+
+    def __init__(
+        self, apps: Mapping[str, AppSettings], running: Running, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._limited = {app: own for app, own in apps.items() if own.max_in_flight or own.rate}
+        self._running = running
+        self._clock = clock
+        # By app: when its next task may begin.
+        self._next_at: dict[str, float] = {}
+
+    def has(self, app: str) -> bool:
+        """Whether an app has a limit."""
+        return app in self._limited
+
+    def may_begin(self, fiber: Fiber) -> bool:
+        """Whether the limits of the task's app let it begin now."""
+        own = self._limited.get(fiber.app)
+        if own is None:
+            return True
+        is_full = self._running.by_app[fiber.app] >= (own.max_in_flight or inf)
+        return not is_full and self._clock() >= self._next_at.get(fiber.app, 0.0)
+
+    def begun(self, fiber: Fiber) -> None:
+        """A task begins."""
+        own = self._limited.get(fiber.app)
+        if own is not None and own.rate:
+            earliest = self._clock() - SLACK
+            self._next_at[fiber.app] = max(self._next_at.get(fiber.app, earliest), earliest) + 1 / own.rate.per_second
+
+    def report(self, backlog: Backlog) -> dict[str, Any]:
+        """For `celery inspect stats`."""
+        return {
+            app: {
+                "in_flight": self._running.by_app[app],
+                "max_in_flight": own.max_in_flight,
+                "rate": str(own.rate) if own.rate else None,
+                "waiting": backlog.of(app),
+            }
+            for app, own in self._limited.items()
+        }

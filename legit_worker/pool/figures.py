@@ -1,6 +1,7 @@
-"""What metrics and health ask of a pool.
+"""What `celery inspect stats`, metrics and health ask of a pool.
 
-In: the pool's parts, and what the rooms below it have counted. Out: samples for `metrics`, and words for a probe.
+In: the pool's parts, and what the rooms below it have counted. Out: JSON-safe numbers for `stats`, samples for
+`metrics`, and words for a probe. Asking changes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from legit_worker.broker.tally import tally
 from legit_worker.metrics.catalogue import OTHER, Sample
 from legit_worker.metrics.health import Holder
 from legit_worker.models.registry import Registry, default_registry
-from legit_worker.models.slot import Slot, State
+from legit_worker.models.slot import Named, Slot, State
 from legit_worker.pool import fibers
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Phase
@@ -29,6 +30,43 @@ from legit_worker.pool.running import Running
 from legit_worker.pool.watcher import Watcher
 from legit_worker.routing.lanes import lanes_of
 from legit_worker.settings import Settings
+
+
+def of_work(running: Running, engine: Engine) -> dict[str, Any]:
+    """Tasks that have begun, and what was computed for them."""
+    counters = sum(engine.counters.values(), Counters())
+    apps = Counter(fiber.app for fiber in running if fiber.request is not None)  # others end a task that does not run
+    return {"in_flight": apps.total(), "apps": dict(apps), "parked": running.parked, **counters.report()}
+
+
+def of_models(registry: Registry, engine: Engine) -> dict[str, Any]:
+    """Each model's state, bytes and batches, and the memory that all share."""
+    models = {
+        alias: _of_model(named.slot, engine) if alias == named.slot.alias else _of_another_name(named)
+        for alias, named in registry.aliases.items()
+    }
+    return {"models": models, "memory": registry.residency.report()}
+
+
+def _of_another_name(named: Named) -> dict[str, Any]:
+    """An alias whose weights stand under another one."""
+    return {"kind": named.spec.kind, "state": named.slot.state, "shares": named.slot.alias}
+
+
+def _of_model(slot: Slot, engine: Engine) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "kind": slot.spec.kind,
+        "state": slot.state,
+        "weights": slot.size,
+        "reserve": slot.reserve,
+        "loads": slot.loads,
+    }
+    if slot.model is not None:
+        info |= slot.model.backend
+    counters = engine.counters.get(slot.alias)
+    if counters is not None:
+        info |= {**counters.report(), "forward_seconds": round(counters.forward_seconds, 3)}
+    return info
 
 
 def shown(app: Celery, chosen: Settings, *parts: Any) -> Figures | None:

@@ -17,11 +17,10 @@ from greenlet import GreenletExit
 from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
-from legit_worker.pool.backlog import Backlog
+from legit_worker.pool.backlog import Backlog, Gates
 from legit_worker.pool.calls import trusted
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
-from legit_worker.pool.gates import Gates
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running

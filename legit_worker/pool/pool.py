@@ -27,8 +27,9 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, figures, limits, own, reports, shown, sql, statistics, turns
+from legit_worker.pool import fibers, figures, limits, own, reports, shown, sql, turns
 from legit_worker.pool.adoption import Adoption
+from legit_worker.pool.backlog import Gates
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
@@ -36,7 +37,6 @@ from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fetching import Fetching
 from legit_worker.pool.fibers import Fiber, FiberPid, Phase
 from legit_worker.pool.flights import Waiter
-from legit_worker.pool.gates import Gates
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
@@ -392,9 +392,9 @@ class ModelPool(SoloPool):
             "window": self.limit,
             "messages": self.taking(),
             "adopted": self._adoption.count,
-            **statistics.of_work(self._running, self.engine),
+            **figures.of_work(self._running, self.engine),
             "limits": self._loop.gates.report(self._loop.backlog),
             **self._reports.report(),
-            **statistics.of_models(default_registry(), self.engine),
+            **figures.of_models(default_registry(), self.engine),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
         }

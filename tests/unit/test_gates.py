@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from legit_worker.pool.backlog import Backlog
+from legit_worker.pool.backlog import SLACK, Backlog, Gates
 from legit_worker.pool.fibers import Fiber
-from legit_worker.pool.gates import SLACK, Gates
 from legit_worker.pool.running import Running
 from legit_worker.settings import AppSettings
 
