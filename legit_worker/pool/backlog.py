@@ -54,7 +54,7 @@ class Backlog:
         self._lines.clear()
 
 
-class Gates:
+class AppLimits:
     """How many of an app's tasks may run at once, and how many may begin in a second. Lives on the main thread."""
 
     def __init__(

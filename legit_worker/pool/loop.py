@@ -17,7 +17,7 @@ from greenlet import GreenletExit
 from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
-from legit_worker.pool.backlog import Backlog, Gates
+from legit_worker.pool.backlog import AppLimits, Backlog
 from legit_worker.pool.calls import trusted
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
@@ -47,7 +47,7 @@ class Loop:
         watcher: Watcher,
         pace: Pace,
         intake: Intake,
-        gates: Gates | None = None,
+        app_limits: AppLimits | None = None,
         review_models: Callable[[], None],
         ended: Callable[[Fiber], None],
         ends_at: Callable[[], float] = lambda: inf,
@@ -68,9 +68,9 @@ class Loop:
         #: Whether this package's code between the tasks runs: a batch, or a decision.
         self.is_turning = False
         #: What lets an app's tasks begin.
-        self.gates = gates or Gates({}, running)
+        self.app_limits = app_limits or AppLimits({}, running)
         #: Tasks that came and have not begun.
-        self.backlog = Backlog(self.gates.has)
+        self.backlog = Backlog(self.app_limits.has)
         self._ready: deque[Fiber] = deque()
         # Seconds that the tasks took which began since the last turn.
         self._began_for = 0.0
@@ -85,7 +85,7 @@ class Loop:
 
     def admit(self, fiber: Fiber) -> None:
         """Start a task that came, or keep it until it may start."""
-        if self.gates.has(fiber.app):  # behind the app's others
+        if self.app_limits.has(fiber.app):  # behind the app's others
             self.backlog.append(fiber)
             self._begin()
         elif self._intake.may_start() and self._may_begin(fiber):
@@ -99,12 +99,12 @@ class Loop:
             self.start(first)
 
     def _may_begin(self, fiber: Fiber) -> bool:
-        return (fiber.acks_late or self._intake.may_start_early()) and self.gates.may_begin(fiber)
+        return (fiber.acks_late or self._intake.may_start_early()) and self.app_limits.may_begin(fiber)
 
     def start(self, fiber: Fiber) -> None:
         """Run a task until it parks for the first time, or ends."""
         self._pace.task_arrived()
-        self.gates.begun(fiber)
+        self.app_limits.begun(fiber)
         self._running.add(fiber)
         self._watcher.follow(fiber)
         try:

@@ -29,7 +29,7 @@ from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
 from legit_worker.pool import fibers, figures, limits, own, reports, shown, sql, turns
 from legit_worker.pool.adoption import Adoption
-from legit_worker.pool.backlog import Gates
+from legit_worker.pool.backlog import AppLimits
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
 from legit_worker.pool.engine import Engine
@@ -150,7 +150,7 @@ class ModelPool(SoloPool):
             watcher=self._watcher,
             pace=self._pace,
             intake=self._intake,
-            gates=Gates(chosen.apps, self._running),
+            app_limits=AppLimits(chosen.apps, self._running),
             review_models=lambda: default_registry().residency.review(),
             ended=self._note_end,
             ends_at=lambda: self._soft.until_if_begun,
@@ -393,7 +393,7 @@ class ModelPool(SoloPool):
             "messages": self.taking(),
             "adopted": self._adoption.count,
             **figures.of_work(self._running, self.engine),
-            "limits": self._loop.gates.report(self._loop.backlog),
+            "limits": self._loop.app_limits.report(self._loop.backlog),
             **self._reports.report(),
             **figures.of_models(default_registry(), self.engine),
             **({"routing": self.app.backend.report()} if isinstance(self.app.backend, Routing) else {}),
