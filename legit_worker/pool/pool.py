@@ -27,11 +27,12 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, figures, limits, own, reports, shown, sql, turns
+from legit_worker.pool import fibers, figures, limits, own, reports, sql, turns
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.backlog import AppLimits
 from legit_worker.pool.computing import Computing
 from legit_worker.pool.ending import Ending
+from legit_worker.pool.ends import end_in_fibers, ignore_late_revokes
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fetching import Fetching
@@ -40,7 +41,6 @@ from legit_worker.pool.flights import Waiter
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
-from legit_worker.pool.late import ignore_late_revokes
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.queue import Counters
@@ -50,8 +50,7 @@ from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.starting import load_pinned, prepare_process
 from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
-from legit_worker.pool.telling import tell_own_time
-from legit_worker.pool.unrun import end_in_fibers
+from legit_worker.pool.telling import are_seen, show_quickly, tell_own_time
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
 from legit_worker.results.backend import store_in_groups
@@ -201,8 +200,8 @@ class ModelPool(SoloPool):
         prepare_process()
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
-        undo = (tell_own_time(), ignore_late_revokes(), end_in_fibers(self._run_end))
-        self._undo = (*undo, shown.show_quickly(lambda: shown.are_seen(self._consumer)), quickjson.use())
+        told = tell_own_time(), show_quickly(lambda: are_seen(self._consumer))
+        self._undo = (*told, end_in_fibers(self._run_end), ignore_late_revokes(), quickjson.use())
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:

@@ -10,7 +10,7 @@ from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legit_worker.pool.shown import is_alike, show_quickly, shown
+from legit_worker.pool.telling import is_alike, show_quickly, shown
 
 #: Celery before 5.7 cuts in another place, and its own way stays.
 pytestmark = pytest.mark.skipif(not is_alike(), reason="this release of Celery shows floats in another way")

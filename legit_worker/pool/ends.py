@@ -1,11 +1,13 @@
 """Ends of tasks that their own fibers don't tell: they expired, were revoked or cancelled, or nobody has them.
 
 In: Celery's calls that tell such an end. Out: the same calls in fibers of their own, which park until the end is stored
-and its app is told. Only then the message is acked, as with any other task.
+and its app is told. Only then the message is acked, as with any other task. A call that comes too late, since the
+task's own code is over and only the delivery of its result is left, does nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +17,9 @@ from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
 from legit_worker.broker.refusals import DATA_ERRORS, refuse
+from legit_worker.pool.fibers import FiberPid, Phase
+
+logger = logging.getLogger(__name__)
 
 #: Takes Celery's call and the task's name, and makes the call, in a fiber if one can park here.
 Run = Callable[[Callable[[], Any], str], None]
@@ -74,3 +79,34 @@ def _rejected_later(message: Any) -> Iterator[None]:
         del message.reject_log_error
         for args in rejections:
             message.reject_log_error(*args)
+
+
+def ignore_late_revokes() -> Callable[[], None]:
+    """Have a task that is over stay what it is. Returns what undoes this.
+
+    `Request.terminate` and `Request.cancel` (celery.worker.request, 5.5 to 5.7) store REVOKED or RETRY whatever the
+    pool makes of it.
+    """
+    terminate, cancel = Request.terminate, Request.cancel
+
+    def terminate_in_time(request: Request, *args: Any, **options: Any) -> None:
+        if not _is_over(request):
+            terminate(request, *args, **options)
+
+    def cancel_in_time(request: Request, *args: Any, **options: Any) -> None:
+        if not _is_over(request):
+            cancel(request, *args, **options)
+
+    def undo() -> None:
+        Request.terminate, Request.cancel = terminate, cancel
+
+    Request.terminate, Request.cancel = terminate_in_time, cancel_in_time
+    return undo
+
+
+def _is_over(request: Request) -> bool:
+    fiber = request.worker_pid.fiber if isinstance(request.worker_pid, FiberPid) else None
+    is_over = fiber is not None and fiber.phase is Phase.ENDING
+    if is_over:
+        logger.warning("task %s[%s] is over but for its delivery: too late to revoke it", request.name, request.id)
+    return is_over
