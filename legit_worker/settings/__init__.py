@@ -5,12 +5,11 @@ frozen `Settings`, or a `SettingsError` that names every wrong variable. Nothing
 a device: a process that only looks at its settings never opens a CUDA context.
 
 `schema.py` says which settings there are, `values.py` what each may hold, and `reading.py` reads and shows them.
-`aliases.py` looks for models that only an app's list has, and `bounds.py` gives each app the bounds of all.
-`nodes.py` gives a worker what is its own.
+`apps.py` gives each app the bounds of all, and looks for models that only an app's list has. `nodes.py` gives a worker
+what is its own.
 """
 
-from legit_worker.settings.aliases import unknown_models
-from legit_worker.settings.bounds import with_bounds
+from legit_worker.settings.apps import unknown_models, with_bounds
 from legit_worker.settings.nodes import models_of, queue_of, take_name
 from legit_worker.settings.reading import (
     changed,

@@ -19,7 +19,7 @@ from pydantic_settings import TomlConfigSettingsSource
 
 from legit_worker.errors import SettingsError
 from legit_worker.settings import nodes
-from legit_worker.settings.aliases import misspelt
+from legit_worker.settings.apps import misspelt
 from legit_worker.settings.schema import GROUPS, Settings
 from legit_worker.settings.values import BUILT_IN_TASKS, DELIMITER, PREFIX, Name, fold, spelled
 

@@ -1,7 +1,8 @@
-"""Models that an app may use, by a name that no model here has.
+"""What an app has of its own in the settings, compared with what there is for all.
 
-In: settings. Out: sentences. Another worker may serve a model that this one lacks. So a name is only an error if it is
-nearly the name of a model.
+In: settings. Out: the same, with the bounds of each app's queues filled in; and sentences about models that an app may
+use, by a name that no model here has. Another worker may serve a model that this one lacks. So a name is only an error
+if it is nearly the name of a model.
 """
 
 from __future__ import annotations
@@ -10,11 +11,24 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from legit_worker.settings.schema import Settings
+from legit_worker.settings.schema import AppSettings, Settings
 from legit_worker.settings.values import fold, spelled
 
 #: How alike two names are if one is a misspelling of the other: one wrong letter in six, or less.
 ALIKE = 0.83
+
+#: The settings that bound an app's queues. An app without its own takes them from all apps.
+BOUNDS = ("queue_max_length", "queue_max_seconds", "dead_max_length", "dead_max_seconds")
+
+
+def with_bounds(chosen: Settings) -> Settings:
+    """Give each app the bounds of all apps, if it has none of its own."""
+
+    def filled(app: AppSettings) -> AppSettings:
+        missing = [name for name in BOUNDS if getattr(app, name) is None]
+        return app.model_copy(update={name: getattr(chosen, name) for name in missing})
+
+    return chosen.model_copy(update={"apps": {name: filled(app) for name, app in chosen.apps.items()}})
 
 
 def unknown_models(settings: Settings) -> list[str]:
