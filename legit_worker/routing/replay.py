@@ -15,11 +15,10 @@ from uuid import uuid4
 from celery import Celery
 from kombu import Connection
 
-from legit_worker.routing.answers import judged
 from legit_worker.routing.delivery import AwayError, Delivery
 from legit_worker.routing.formats import Message, queue_of
 from legit_worker.routing.letters import Letter, envelope_of
-from legit_worker.routing.wires import BrokerWire, Wire, is_redis, open_wire
+from legit_worker.routing.wires import BrokerWire, Wire, is_redis, judged, open_wire
 from legit_worker.settings import NAME, AppSettings, Settings
 
 #: Counts on the headers of a message, which the next worker must not see.

@@ -16,9 +16,10 @@ from cachetools import LRUCache
 from celery import Celery
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import ChannelError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from legit_worker.routing.answers import judged
+from legit_worker.redis_errors import NOT_THIS_KEY, TAKES_NOTHING, code_of
 from legit_worker.routing.bounds import Ages, Room, cuts
 from legit_worker.routing.delivery import UNBOUND, AwayError, Bound, Delivery, NotNowError, Outcome
 from legit_worker.routing.formats import Message, Push
@@ -166,6 +167,17 @@ class RedisWire(Wire):
                 pipeline.execute_command(*command)
             replies: list[Any] = pipeline.execute(raise_on_error=False)
             return replies
+
+
+def judged(error: Exception) -> Exception:
+    """Return what a Redis error says of its delivery: `NotNowError` if the key takes nothing now, or else the error.
+
+    Raises `AwayError` if the server is away.
+    """
+    code = code_of(error)
+    if code in TAKES_NOTHING or isinstance(error, RedisConnectionError):
+        raise AwayError(f"{type(error).__name__}: {error}") from error
+    return NotNowError(f"{type(error).__name__}: {error}") if code in NOT_THIS_KEY else error
 
 
 def commands(values: Iterable[Push]) -> list[tuple[str, str, bytes]]:

@@ -9,8 +9,8 @@ from redis._parsers.base import BaseParser
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from legit_worker.results.writes import is_away
-from legit_worker.routing.answers import judged
 from legit_worker.routing.delivery import AwayError, NotNowError
+from legit_worker.routing.wires import judged
 
 AWAY = [
     "OOM command not allowed when used memory > 'maxmemory'.",
