@@ -1,11 +1,14 @@
 """Image files from strangers.
 
-In: a file's bytes. Out: `ImageBytes`, or pixels. The head tells the number of pixels before any is decoded, and one
-image's pixels are decoded at a time.
+In: base64, or a file's bytes. Out: bytes, `ImageBytes`, or pixels; or `InvalidInputError`. Padded base64 is read, in
+both alphabets, with line breaks, and behind a `data:` head. A file's head tells the number of pixels before any is
+decoded, and one image's pixels are decoded at a time.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import re
 import struct
@@ -25,6 +28,40 @@ BROKEN = (
 
 #: An object's address in a Pillow message: with it, equal errors would not be counted as one.
 _ADDRESS = re.compile(r" ?<[^<>]* object at 0x[0-9a-fA-F]+>")
+
+#: The longest head of a `data:` URI that is looked for.
+HEAD = 256
+
+#: What stands before the bytes in a `data:` URI.
+_DATA = re.compile(r"\s*data:[^,]*,", re.IGNORECASE)
+
+#: White space, which stands between lines of base64.
+SPACES = b" \t\r\n\v\f"
+
+#: From the alphabet for URLs to the usual one.
+USUAL = bytes.maketrans(b"-_", b"+/")
+
+
+def bytes_of(text: str, most: int) -> bytes:
+    """Read at most `most` bytes. Raises `InvalidInputError`."""
+    head = _DATA.match(text[:HEAD])
+    if head and not head[0].lower().rstrip().endswith(";base64,"):
+        raise InvalidInputError("the data: URI is not base64: its head must end in ;base64")
+    try:
+        raw = text[head.end() if head else 0 :].encode("ascii").translate(USUAL, delete=SPACES)
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"this is not base64: it has the character {text[error.start]!a}") from None
+    size = len(raw) // 4 * 3 - raw[-2:].count(b"=")
+    if size > most:
+        raise InvalidInputError(
+            f"the file has over {most} bytes, the most that one may have: it has {size}; resize the image"
+        )
+    if len(raw) % 4:
+        raise InvalidInputError(f"this is not base64 with padding: its {len(raw)} characters are no multiple of 4")
+    try:
+        return base64.b64decode(raw, validate=True)
+    except binascii.Error as error:
+        raise InvalidInputError(f"this is not base64: {error}") from None
 
 
 def image_of(file: bytes, limits: Limits) -> tuple[ImageBytes, int]:

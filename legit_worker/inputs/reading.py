@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from legit_worker.errors import InvalidInputError, shown
-from legit_worker.inputs.binary import bytes_of
-from legit_worker.inputs.images import image_of
+from legit_worker.inputs.images import bytes_of, image_of
 from legit_worker.inputs.limits import Limits
 from legit_worker.inputs.texts import text_of
 from legit_worker.inputs.types import ImageBytes, PreparedText, Text, TextAndImage

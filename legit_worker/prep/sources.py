@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from legit_worker.errors import InvalidInputError
-from legit_worker.inputs.binary import bytes_of
+from legit_worker.inputs.images import bytes_of
 
 #: Bytes read at a time.
 CHUNK = 1 << 16

@@ -19,8 +19,7 @@ from kombu.utils import json as kombus
 
 from legit_worker import apps, quickjson, settings
 from legit_worker.errors import InvalidInputError, SettingsError
-from legit_worker.inputs.binary import bytes_of
-from legit_worker.inputs.images import decode, image_of
+from legit_worker.inputs.images import bytes_of, decode, image_of
 from legit_worker.inputs.limits import Limits, limits_of
 from legit_worker.inputs.reading import images_of, texts_or_prepared
 from legit_worker.inputs.types import ImageBytes, PreparedText, Text

@@ -16,8 +16,7 @@ from PIL import Image
 
 from legit_worker import settings
 from legit_worker.errors import InvalidInputError
-from legit_worker.inputs.binary import bytes_of
-from legit_worker.inputs.images import image_of
+from legit_worker.inputs.images import bytes_of, image_of
 from legit_worker.inputs.limits import limits_of
 from legit_worker.inputs.texts import is_blank, text_of
 from legit_worker.inputs.types import ImageBytes, Text
