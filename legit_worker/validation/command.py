@@ -23,11 +23,10 @@ from legit_worker import golden, settings
 from legit_worker.errors import SettingsError
 from legit_worker.settings import ModelSettings
 from legit_worker.validation import reference
-from legit_worker.validation.comparison import Comparison, Finding, Tolerance
+from legit_worker.validation.comparison import MEASURED, Comparison, Finding, Tolerance
 from legit_worker.validation.library import CLASSES, Library
 from legit_worker.validation.reference import Reference, ValidationError
 from legit_worker.validation.run import Outcome, validate
-from legit_worker.validation.tolerances import MEASURED
 
 #: The most wrong rows that are listed for each path. JSON has them all.
 MAX_LISTED = 20

@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/lib/tolerances.py [--device cuda] [--model KIND=PATH …] [--dtypes float32,bfloat16]
 
 In: models; for kinds without one, the text encoder of all-MiniLM-L6-v2 with a head of random weights, or a random CLIP.
-Out: a table, from which the tolerances of `legit_worker/validation/tolerances.py` are rounded up. Each answer is
+Out: a table, from which the tolerances of `legit_worker/validation/comparison.py` are rounded up. Each answer is
 compared with the library's for this input alone on the CPU, in the same type and in float32.
 """
 
