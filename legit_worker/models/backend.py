@@ -43,13 +43,13 @@ class Backend:
 
     def choose(self, device: str, model: SentenceModel) -> None:
         """Find out what computes it, and free torch's weights if that is not torch. Raises `BackendError`."""
-        library: Any = model._model
+        library: Any = model.library
         if self._name == "torch":
             speed_up_linear_layers(library)
             return
         stored = next((one.dtype for one in library.parameters() if one.is_floating_point()), torch.float32)
         library.float()
-        folder = model_folder(model._path, model._revision)
+        folder = model_folder(model.path, model.revision)
         wanted = Wanted(backend=self._name, dtype=self._dtype, cache_dir=self._cache_dir, device=device, folder=folder)
         chosen = choose(wanted, _subject(model, stored))
         self.graphs, self._reason = chosen.graphs, chosen.reason
@@ -62,7 +62,7 @@ class Backend:
 
 
 def _subject(model: SentenceModel, stored: torch.dtype) -> Subject:
-    library: Any = model._model
+    library: Any = model.library
     obstacle = _obstacle(model)
     groups = [] if obstacle else [[model.preprocess(item) for item in inputs] for inputs in model.trial_inputs()]
     if any(len({item.key for item in group}) > 1 for group in groups):
@@ -73,7 +73,7 @@ def _subject(model: SentenceModel, stored: torch.dtype) -> Subject:
         takes_pictures=model.takes_pictures,
         module=library,
         compute=model.compute,
-        finish=model._output,
+        finish=model.output,
         groups=[[item.features for item in group] for group in groups],
         collate=lambda items: collate(items, library.tokenizer),
         obstacle=obstacle,
@@ -84,7 +84,7 @@ def _subject(model: SentenceModel, stored: torch.dtype) -> Subject:
 
 def _obstacle(model: SentenceModel) -> str | None:
     """What an input's features don't tell, and `forward` needs; None if there is nothing."""
-    library: Any = model._model
+    library: Any = model.library
     if "task" in library.get_model_kwargs():
         return "its modules treat queries and documents differently"
     if leaves_out_prompts(library):

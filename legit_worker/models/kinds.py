@@ -52,30 +52,30 @@ class Embedding(SentenceModel):
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """As `plan_encode`, with the prompt for queries, and the model's own way for them if it has one."""
-        name = prompt_name if prompt is not None else prompt_name or first_prompt(self._model.prompts, "query")
+        name = prompt_name if prompt is not None else prompt_name or first_prompt(self.library.prompts, "query")
         return self.plan_encode(inputs, name, prompt, task="query", **options)
 
     def plan_encode_document(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """The same for documents."""
-        name = prompt_name if prompt is not None else prompt_name or first_prompt(self._model.prompts, "document")
+        name = prompt_name if prompt is not None else prompt_name or first_prompt(self.library.prompts, "document")
         return self.plan_encode(inputs, name, prompt, task="document", **options)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
         """Compare each vector with each, by the model's own function: shape `[n, m]`."""
-        return self._compare(self._model.similarity, embeddings1, embeddings2)
+        return self._compare(self.library.similarity, embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
         """Compare the first vectors, the second ones, and so on: shape `[n]`."""
-        return self._compare(self._model.similarity_pairwise, embeddings1, embeddings2)
+        return self._compare(self.library.similarity_pairwise, embeddings1, embeddings2)
 
     def _compare(self, function: Callable[[Any, Any], torch.Tensor], *embeddings: Any) -> NDArray[Any]:
         return to_numpy(function(*map(as_the_library_takes_them, embeddings)).cpu())
 
     def get_embedding_dimension(self) -> Any:
         """Length of the vectors; None if the library does not know it."""
-        return self._model.get_embedding_dimension()
+        return self.library.get_embedding_dimension()
 
 
 class TextEmbedding(Embedding):
@@ -106,7 +106,7 @@ class TextEmbedding(Embedding):
         items, is_single = self._items(inputs, prompt_name, prompt, task, max_seq_length, is_told=is_told)
 
         def finish(rows: list[Any]) -> Any:
-            dimension = truncate_dim or self._model.truncate_dim
+            dimension = truncate_dim or self.library.truncate_dim
             vectors = dense_rows(rows, dimension, normalize=normalize_embeddings, precision=precision)
             return vectors[0] if is_single else vectors
 
@@ -128,7 +128,7 @@ class ImageEmbedding(TextEmbedding):
     def load(self, device: str) -> None:
         """As the other kinds."""
         super().load(device)
-        self._edge = resize_of(self._path, self._revision)
+        self._edge = resize_of(self.path, self.revision)
 
     def preprocess(self, item: Any) -> Prepared:
         """A `PIL.Image.Image`, `ImageBytes`, a text, or a dict of both. A string is never an address to read from."""
@@ -143,13 +143,13 @@ class ImageEmbedding(TextEmbedding):
 
     def trial_inputs(self) -> list[list[Any]]:
         """Pictures, and texts if it takes texts, too."""
-        return [golden.pictures(), *(super().trial_inputs() if "text" in self._model.modalities else [])]
+        return [golden.pictures(), *(super().trial_inputs() if "text" in self.library.modalities else [])]
 
     def _check(self, value: Any) -> None:
         check_image(value)
         parts = sorted(value) if isinstance(value, dict) else ["text" if isinstance(value, str) else "image"]
-        if not self._model.supports(parts[0] if len(parts) == 1 else tuple(parts)):
-            known = (one if isinstance(one, str) else " with ".join(one) for one in self._model.modalities)
+        if not self.library.supports(parts[0] if len(parts) == 1 else tuple(parts)):
+            known = (one if isinstance(one, str) else " with ".join(one) for one in self.library.modalities)
             raise InvalidInputError(
                 f"this model takes no {' with '.join(parts)} as one input: it takes {', '.join(known)}"
             )
@@ -161,8 +161,9 @@ class SparseEmbedding(Embedding):
     def _open(self, path: str, **options: Any) -> Any:
         return sentence_transformers.SparseEncoder(path, **options)
 
-    def _output(self, features: dict[str, Any]) -> torch.Tensor:
-        rows = super()._output(features)
+    def output(self, features: dict[str, Any]) -> torch.Tensor:
+        """The rows, with their zeros."""
+        rows = super().output(features)
         return rows.to_dense() if rows.layout is not torch.strided else rows
 
     def postprocess(self, output: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -185,10 +186,10 @@ class SparseEmbedding(Embedding):
         """The result is a `scipy.sparse.csr_array` of shape `[n, vocabulary]`, with one row for one text."""
         refuse(others, "encode", max_active_dims=max_active_dims)
         items, _ = self._items(inputs, prompt_name, prompt, task, max_seq_length)
-        most = max_active_dims or self._model.max_active_dims
+        most = max_active_dims or self.library.max_active_dims
 
         def finish(rows: list[Any]) -> Any:
             kept = [largest(places, values, most) for places, values in rows]
-            return sparse_rows(kept, self._model.get_embedding_dimension())
+            return sparse_rows(kept, self.library.get_embedding_dimension())
 
         return items, finish

@@ -25,7 +25,7 @@ class MultiVector(Embedding):
     def _open(self, path: str, **options: Any) -> Any:
         return sentence_transformers.MultiVectorEncoder(path, **options)
 
-    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+    def output(self, features: dict[str, Any]) -> torch.Tensor:
         """One padded tensor for all items: a last column tells which tokens count."""
         vectors: torch.Tensor = features["token_embeddings"]
         counts = features["attention_mask"].bool().unsqueeze(-1)

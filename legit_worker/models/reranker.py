@@ -36,8 +36,8 @@ class Reranker(SentenceModel):
 
     def labels(self) -> list[str]:
         """The names of its scores, in their order."""
-        names = self._model.config.id2label
-        return [str(names.get(place, place)) for place in range(self._model.num_labels)]
+        names = self.library.config.id2label
+        return [str(names.get(place, place)) for place in range(self.library.num_labels)]
 
     def trial_inputs(self) -> list[list[Any]]:
         """Pairs of a short text and any other one."""
@@ -48,9 +48,10 @@ class Reranker(SentenceModel):
         """A pair of about `cost` tokens."""
         return ("a " * (cost // 2), "a " * (cost // 2))
 
-    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+    def output(self, features: dict[str, Any]) -> torch.Tensor:
+        """One row of logits per pair, shape `[n, labels]`."""
         scores: torch.Tensor = features["scores"].float()
-        return scores.reshape(scores.shape[0], -1)  # one row of logits per pair, shape `[n, labels]`
+        return scores.reshape(scores.shape[0], -1)
 
     def plan_predict(
         self,
@@ -74,8 +75,8 @@ class Reranker(SentenceModel):
         def finish(rows: list[Any]) -> Any:
             if not rows:
                 return np.array([])
-            scores = (activation_fn or activation_fct or self._model.activation_fn)(torch.from_numpy(np.stack(rows)))
-            if self._model.num_labels == 1:
+            scores = (activation_fn or activation_fct or self.library.activation_fn)(torch.from_numpy(np.stack(rows)))
+            if self.library.num_labels == 1:
                 scores = scores.squeeze(-1)
             elif apply_softmax:
                 scores = torch.nn.functional.softmax(scores, dim=1)

@@ -57,13 +57,14 @@ class SentenceModel:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """`options`: more arguments of the library's constructor, as `loader.library_options` gives them."""
-        self._path = path
+        #: The folder of the weights, or their name on the Hub and the revision there.
+        self.path, self.revision = path, revision
         self._dtype = "float32" if dtype == "tf32" else dtype
         self._precision = tf32 if dtype == "tf32" else nullcontext
-        self._revision = revision
         self._options = dict(options or {})
         self._backend = Backend(backend, dtype, cache_dir)
-        self._model: Any = None
+        #: The library's own model; None before it is loaded.
+        self.library: Any = None
         self._texts: Any = None
         self._patches = Patches()
         self._computes_in = ""
@@ -71,23 +72,23 @@ class SentenceModel:
 
     def load(self, device: str) -> None:
         """Read the weights from the path, or from the local cache, and put them on `device`."""
-        if is_missing_folder(self._path):
+        if is_missing_folder(self.path):
             # The library would take the path for a name on the Hub, and complain about its characters.
-            raise FileNotFoundError(f"there is no folder {self._path}")
+            raise FileNotFoundError(f"there is no folder {self.path}")
         dtype = self._backend.dtype_to_read(self._dtype)
         more = {**self._options.pop("model_kwargs", {}), **({"dtype": dtype} if dtype else {})}
-        self._model = self._open(
-            self._path, device="cpu", revision=self._revision, model_kwargs=more or None, **self._options
+        self.library = self._open(
+            self.path, device="cpu", revision=self.revision, model_kwargs=more or None, **self._options
         ).eval()
-        move(self._model, device)
-        self._texts = Tokenizing(self._model)
-        self._patches = patches_of(config_of(routes(self._model)[0]))
-        floats = (one.dtype for one in self._model.parameters() if one.is_floating_point())
+        move(self.library, device)
+        self._texts = Tokenizing(self.library)
+        self._patches = patches_of(config_of(routes(self.library)[0]))
+        floats = (one.dtype for one in self.library.parameters() if one.is_floating_point())
         self._computes_in = (
             "tf32" if self._precision is tf32 else str(next(floats, torch.float32)).removeprefix("torch.")
         )
         self._backend.choose(device, self)
-        self._commit = revision_of(self._path, self._revision)
+        self._commit = revision_of(self.path, self.revision)
 
     @property
     def backend(self) -> dict[str, str]:
@@ -116,12 +117,12 @@ class SentenceModel:
 
     def to(self, device: str) -> None:
         """Move the weights."""
-        move(self._model, device)
+        move(self.library, device)
 
     def unload(self) -> None:
         """Free the weights' memory now: the library's objects are in cycles, and failed tasks may hold this one."""
         self._backend.unload()
-        self._model.to("meta")
+        self.library.to("meta")
 
     def sample(self, cost: int) -> Any:
         """A text of about `cost` tokens."""
@@ -131,7 +132,7 @@ class SentenceModel:
         """Bytes of its parameters and buffers, or of its graphs."""
         if self._backend.graphs is not None:
             return self._backend.graphs.memory
-        tensors = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
+        tensors = {id(tensor): tensor for tensor in (*self.library.parameters(), *self.library.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def preprocess(self, item: Any) -> Prepared:
@@ -163,7 +164,7 @@ class SentenceModel:
 
     def prompts(self) -> dict[str, str]:
         """Its prompts by name."""
-        return dict(self._model.prompts)
+        return dict(self.library.prompts)
 
     def max_seq_length(self) -> int | None:
         """The most tokens that it reads; None if there is no limit."""
@@ -193,17 +194,18 @@ class SentenceModel:
         if self._backend.graphs is not None:
             return self._backend.graphs.launch(features, len(batch))
         with self._precision():
-            return self.compute(to_device(features, self._model.device), batch[0].task)
+            return self.compute(to_device(features, self.library.device), batch[0].task)
 
     def compute(self, features: dict[str, Any], task: str | None = None) -> torch.Tensor:
         """The rows of a batch's features, by torch."""
-        return self._output(self._model(features, **if_any(task)))
+        return self.output(self.library(features, **if_any(task)))
 
     def trial_inputs(self) -> list[list[Any]]:
         """Each kind of input that it takes, short and long ones."""
         return [golden.texts()]
 
-    def _output(self, features: dict[str, Any]) -> torch.Tensor:
+    def output(self, features: dict[str, Any]) -> torch.Tensor:
+        """One row per item, in the features that the library's modules have filled."""
         embeddings: torch.Tensor = features["sentence_embedding"]
         return embeddings
 
@@ -218,7 +220,7 @@ class SentenceModel:
                 inputs, batch[0].raw.prompt, batch[0].task, batch[0].raw.limit
             )
             return features
-        return collate([item.features for item in batch], self._model.tokenizer)
+        return collate([item.features for item in batch], self.library.tokenizer)
 
     def _items(
         self,
@@ -232,9 +234,9 @@ class SentenceModel:
     ) -> tuple[list[Prompted], bool]:
         """The call's items, and whether it has a single input, whose result is no list."""
         self._texts.check_limit(limit)
-        is_single = self._model.is_singular_input(inputs)
+        is_single = self.library.is_singular_input(inputs)
         items = [inputs] if is_single else list(inputs)
-        chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self._model.default_prompt_name)
+        chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self.library.default_prompt_name)
         task = task if self._texts.minds_task else None
 
         def prompted(one: Any) -> Prompted:
@@ -244,4 +246,4 @@ class SentenceModel:
         return list(map(prompted, items)), is_single
 
     def _named_prompt(self, name: str | None) -> str | None:
-        return named_prompt(self._model.prompts, name)
+        return named_prompt(self.library.prompts, name)

@@ -81,7 +81,7 @@ def test_options_reach_the_library(tiny_paths: dict[str, Path]) -> None:
         assert handle.max_seq_length == 7
         assert len(registry.slots) == 2  # other options, other weights
         with use(handle.slot, default_registry().residency) as model:
-            assert model.model._model[0].model.config._attn_implementation == "eager"
+            assert model.model.library[0].model.config._attn_implementation == "eager"
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_batch_is_not_read_up_to_the_limit_of_a_long_text_that_is_read_meanwhi
     specs: dict[str, Any] = {"whole": {"path": path}, "short": {"path": path, "max_seq_length": 5}}
     with use_models(specs) as registry, use(registry.get("whole"), registry.residency) as model:
         prepared = model.preprocess(LONG_TEXT)
-        library = model.model._model
+        library = model.model.library
         preprocess = library.preprocess
 
         def slow(inputs: list[Any], **options: Any) -> Any:
@@ -291,4 +291,4 @@ def test_tasks_that_park_while_a_model_is_read_do_not_change_its_type(
         run_together(call, ["half", "fast"])
         assert [str(dtype) for dtype in seen] == ["torch.bfloat16"]
         with use(registry.get("half"), registry.residency) as model:
-            assert {one.dtype for one in model.model._model.parameters()} == {torch.bfloat16}
+            assert {one.dtype for one in model.model.library.parameters()} == {torch.bfloat16}

@@ -87,7 +87,7 @@ def models(tiny_paths: dict[str, Path], labels_path: Path, searching_paths: dict
 def test_a_model_that_is_unloaded_has_no_weights_left(tiny_paths: dict[str, Path], kind: str) -> None:
     model: Any = symbol_by_name(KINDS[kind])(str(tiny_paths[kind]))
     model.load("cpu")
-    weights = weakref.WeakSet(tensor.untyped_storage() for tensor in model._model.parameters())
+    weights = weakref.WeakSet(tensor.untyped_storage() for tensor in model.library.parameters())
     assert weights
     model.unload()
     assert not weights
@@ -421,7 +421,7 @@ def test_the_prompt_for_documents_is_the_first_that_the_library_takes(
     theirs = sentence_transformers.SentenceTransformer(str(tiny_paths["embed"]), device="cpu", prompts=prompts)
     model: Any = symbol_by_name(KINDS["embed"])(str(tiny_paths["embed"]))
     model.load("cpu")
-    model._model.prompts = dict(theirs.prompts)
+    model.library.prompts = dict(theirs.prompts)
     items, finish = model.plan_encode_document(TEXTS)
     got = finish([model.postprocess(row) for row in forward(model, items)])
     assert_equal(got, theirs.encode_document(TEXTS))
