@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from legit_worker.errors import InvalidInputError
-from legit_worker.settings import LIMITS, Settings
+from legit_worker.settings import LIMITS, Amount, Settings
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ def limits_of(chosen: Settings, app: str | None) -> Limits:
 
 def _number(value: Any) -> Any:
     """An amount of memory in bytes; anything else as it is."""
-    return value.of(0) if hasattr(value, "of") else value
+    return value.of(0) if isinstance(value, Amount) else value

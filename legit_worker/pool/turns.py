@@ -116,7 +116,7 @@ class Line:
         """
         if self.is_free(fiber) and (first or not self._waiting):
             return True
-        if not fiber.may_wait() or not self._will_move(fiber):
+        if not fiber.may_wait() or not self.will_move(fiber):
             return False
         with fiber.served():
             self._stand(Ticket(fiber), 0 if first else len(self._waiting))
@@ -143,7 +143,7 @@ class Line:
         if first is not None and not first.called.done() and self.is_free(first.fiber):
             first.called.set_result(None)
 
-    def _will_move(self, fiber: Fiber, asking: frozenset[Fiber] = frozenset()) -> bool:
+    def will_move(self, fiber: Fiber, asking: frozenset[Fiber] = frozenset()) -> bool:
         """Whether those who have what this task waits for can go on without this task."""
         asking |= {fiber}
         holders = list(self._holders(fiber))
@@ -154,7 +154,7 @@ def _can_go_on(fiber: Fiber, asking: frozenset[Fiber]) -> bool:
     if fiber in asking:
         return False
     line = fiber.holdings.stands_in
-    return line is None or line._will_move(fiber, asking)
+    return line is None or line.will_move(fiber, asking)
 
 
 class Gate:

@@ -99,12 +99,13 @@ def validate(
                 counted = _counted(app, run, alias)
         finally:
             _forget(letters)
-    right = [row.right for row in reference.rows]
-    comparisons = {
-        path: compare(right, answers, tolerance, reference.form) for path, answers in letters.answers.items()
-    }
     told = {name: counted.get(name) for name in ("batches", "items", "backend")}
-    return Outcome(comparisons=comparisons, skipped=skipped, **told)
+    return Outcome(comparisons=_compared(reference, letters, tolerance), skipped=skipped, **told)
+
+
+def _compared(reference: Reference, letters: _Letters, tolerance: Tolerance) -> dict[str, Comparison]:
+    right = [row.right for row in reference.rows]
+    return {path: compare(right, answers, tolerance, reference.form) for path, answers in letters.answers.items()}
 
 
 def _skipped(app: Celery) -> dict[str, str]:
