@@ -19,7 +19,7 @@ from time import monotonic
 from typing import Any
 
 from legit_worker.device.devices import Device, Launch
-from legit_worker.device.loaded import started_cuda
+from legit_worker.device.imported import started_cuda
 from legit_worker.device.vram import Gpu, Memory, NvmlMuteError, VramUnknownError, visible_gpus
 
 #: The variable by which torch's allocator lets its blocks grow, and leaves no holes between them. Read at import.

@@ -5,7 +5,7 @@ In: an exception from a model. Out: whether it says that memory is short.
 
 from __future__ import annotations
 
-from legit_worker.device.loaded import started_cuda
+from legit_worker.device.imported import started_cuda
 from legit_worker.errors import DeviceOutOfMemoryError
 
 #: torch raises a `RuntimeError` with these words if it has no class of its own: host memory, cuBLAS, older releases.

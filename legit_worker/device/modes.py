@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from legit_worker.device.loaded import loaded_torch
+from legit_worker.device.imported import imported
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ NOTHING_SET = Found()
 
 def found() -> Found:
     """What is set now."""
-    torch = loaded_torch()
+    torch = imported("torch")
     if torch is None:
         return NOTHING_SET
     function_stack, dispatch_stack = _stacks()
@@ -69,7 +69,7 @@ def loading() -> Iterator[None]:
 
 def suspend(others: Found = NOTHING_SET) -> Callable[[], None]:
     """Set what others find. Returns what sets the caller's modes again. Does nothing until torch is loaded."""
-    torch = loaded_torch()
+    torch = imported("torch")
     if torch is None:  # then no task has set a mode yet
         return _nothing
     undo: list[Callable[[], None]] = []

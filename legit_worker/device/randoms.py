@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from legit_worker.device.loaded import loaded_torch
+from legit_worker.device.imported import imported
 
 #: Bytes of a Mersenne Twister's state in C: 624 words and the place in them.
 STATE_BYTES = 625 * 4
@@ -87,7 +87,7 @@ def end(owner: object) -> None:
 
 
 def _streams() -> tuple[Stream, ...]:
-    return _always() if loaded_torch() is None else (*_always(), _torch_stream())
+    return _always() if imported("torch") is None else (*_always(), _torch_stream())
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def _renew_numpy() -> None:
 
 @functools.cache
 def _torch_stream() -> Stream:
-    generator = loaded_torch().default_generator
+    generator = imported("torch").default_generator
     return Stream(
         lambda: generator.get_state().numpy().tobytes(), generator.get_state, generator.set_state, generator.seed
     )

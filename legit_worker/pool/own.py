@@ -22,7 +22,7 @@ from typing import Any
 from celery._state import _set_task_join_will_block, task_join_will_block
 
 from legit_worker.device import modes, randoms
-from legit_worker.device.loaded import loaded_torch
+from legit_worker.device.imported import imported
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _is_raised_by_handler(error: Exception) -> bool:
 def _found_modes() -> modes.Found:
     """What was set between two tasks when torch had been loaded: each task puts that back, so it stays."""
     global _found
-    torch = loaded_torch()
+    torch = imported("torch")
     if _found is None or _found[0] is not torch:
         _found = torch, modes.found()
     return _found[1]

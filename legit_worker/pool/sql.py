@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+from legit_worker.device.imported import imported
 from legit_worker.pool import fibers
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.locks import (
@@ -361,8 +362,7 @@ _unwatched: dict[str, Callable[[], None]] = {"sqlalchemy": _watch_core, "sqlalch
 def watch() -> None:
     """Watch the modules that have been imported by now. Called before a task runs; imports nothing."""
     for name in tuple(_unwatched):
-        module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
+        if imported(name) is not None:
             _unwatched.pop(name)()
 
 
