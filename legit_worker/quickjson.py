@@ -47,15 +47,16 @@ def use() -> Callable[[], None]:
 
     Of 384 floats, kombu makes JSON in 0.17 ms, and this in 0.04.
     """
-    encoder, decoder = registry._encoders.get("json"), registry._decoders.get("application/json")
+    encoders, decoders = registry._encoders, registry._decoders
+    encoder, decoder = encoders.get("json"), decoders.get("application/json")
     if encoder is None or encoder.encoder is not json.dumps or decoder is not json.loads:
         return lambda: None
-    registry._encoders["json"] = encoder._replace(encoder=dumps)
-    registry._decoders["application/json"] = loads
+    encoders["json"] = encoder._replace(encoder=dumps)
+    decoders["application/json"] = loads
 
     def undo() -> None:
-        registry._encoders["json"] = encoder
-        registry._decoders["application/json"] = decoder
+        encoders["json"] = encoder
+        decoders["application/json"] = decoder
 
     return undo
 
