@@ -88,7 +88,7 @@ def give_way(what: str) -> None:
 def serving(alias: str) -> AbstractContextManager[object]:
     """Enter this package's own code on behalf of a task that calls a model.
 
-    What ends the task is raised where it waits, or at the end.
+    What ends the task is raised as it waits, or at the end.
     """
     return _host.serving(alias)
 
@@ -99,7 +99,7 @@ def is_pressing() -> bool:
 
 
 def keeps_tasks_apart() -> bool:
-    """Whether whoever parks gets back what it had set for itself: torch's modes, random numbers, warnings' filters."""
+    """Whether code that parks gets back what it had set: torch's modes, random numbers, warnings' filters."""
     return _host is not _blocking
 
 

@@ -1,4 +1,4 @@
-"""`celery legit queues`: where to send a task so that a worker gets it which has its model."""
+"""`celery legit queues`: which queue to send a task to, so that a worker with its model gets it."""
 
 from __future__ import annotations
 

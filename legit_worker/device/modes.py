@@ -37,7 +37,7 @@ class Found:
 #: Loads that run. One loader thread at a time changes it.
 _loads = 0
 
-#: While torch is not loaded.
+#: If torch is not imported.
 NOTHING_SET = Found()
 
 
@@ -68,7 +68,7 @@ def loading() -> Iterator[None]:
 
 
 def suspend(others: Found = NOTHING_SET) -> Callable[[], None]:
-    """Set what others find. Returns what sets the caller's modes again. Does nothing until torch is loaded."""
+    """Set what others find. Returns what sets the caller's modes again. Does nothing until torch is imported."""
     torch = imported("torch")
     if torch is None:  # then no task has set a mode yet
         return _nothing
@@ -191,7 +191,7 @@ def _precision(torch: Any) -> str | None:
 
 
 def _suspend_cuda_device(torch: Any) -> list[Callable[[], None]]:
-    """Only where CUDA already runs: asking must not start it."""
+    """Nothing unless CUDA runs already: the question must not start it."""
     if not torch.cuda.is_initialized() or torch.cuda.current_device() == 0:
         return []
     device = torch.cuda.current_device()

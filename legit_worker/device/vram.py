@@ -71,7 +71,7 @@ class Memory:
 
     total: int
     free: int
-    #: Of the processes that were asked about; None where NVML does not tell, as in many containers.
+    #: Of the processes that were asked about; None if NVML does not tell, as in many containers.
     mine: int | None
 
     @property
@@ -90,7 +90,7 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[Gpu, ...]:
 
     `CUDA_VISIBLE_DEVICES` is read as NVIDIA's CUDA programming guide has it: indices, unambiguous beginnings of UUIDs,
     MIG UUIDs; the list ends before the first entry that names nothing, or something again. Of a GPU that MIG splits,
-    CUDA shows one instance. Indices are in the order of PCI addresses, which is CUDA's where `CUDA_DEVICE_ORDER` is
+    CUDA shows one instance. Indices are in the order of PCI addresses, which is CUDA's if `CUDA_DEVICE_ORDER` is
     `PCI_BUS_ID` or all GPUs are alike: see `is_order_known`. Raises `VramUnknownError`.
     """
     environ = os.environ if environ is None else environ
@@ -207,7 +207,7 @@ def _used_by(nvml: Any, handle: Any, pids: Collection[int]) -> int | None:
 
 
 def _instances(nvml: Any, handle: Any) -> list[Any]:
-    """The MIG instances of a GPU; none where it is not split."""
+    """The MIG instances of a GPU; none if it is not split."""
     try:
         if nvml.nvmlDeviceGetMigMode(handle)[0] != nvml.NVML_DEVICE_MIG_ENABLE:
             return []

@@ -33,7 +33,7 @@ from legit_worker.models.registry import default_registry
 from legit_worker.models.residency import Residency
 from legit_worker.models.slot import Named, Slot
 
-#: Padded cost units per batch where no engine measures what is best: on CPU, smaller batches waste less.
+#: Padded cost units per batch if no engine measures what is best: on CPU, smaller batches waste less.
 DIRECT_BUDGET = 4096
 
 #: Seconds between two looks whether there is room for a model by now.
@@ -133,7 +133,7 @@ def outcome(request: Request) -> LoadedModel:
     return request.future.result()
 
 
-#: The alias of the model that the current task called last; None where it called none.
+#: The alias of the model that the current task called last; None if it called none.
 last_called: ContextVar[str | None] = ContextVar("legit_worker_last_called", default=None)
 
 
@@ -203,7 +203,7 @@ class Handle:
         return self._ask("similarity_pairwise", embeddings1, embeddings2)
 
     def get_embedding_dimension(self) -> int | None:
-        """Length of the model's vectors, None if it does not know. Loads the model where it is not there yet."""
+        """Length of the model's vectors, None if it does not know. Loads the model if it is not there yet."""
         dimension: int | None = self._ask("get_embedding_dimension")
         return dimension
 

@@ -157,7 +157,7 @@ class Loader:
                 model = self._read(slot, cls, orders, device)
             seconds = monotonic() - start
             orders.sized(slot, model.size)
-            # Where batches run: torch's allocator keeps what it freed for the stream that it was for.
+            # Outside `loading`, on the stream of batches: torch's allocator keeps what it freed for the same stream.
             _measure(slot, model, device)
         give_back_freed()
         logger.info("model %r loaded on %s in %.1f s, %.0f MiB", slot.alias, device.name, seconds, slot.size / 2**20)

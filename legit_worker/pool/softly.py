@@ -4,9 +4,9 @@ In: Celery's handlers of `SIGQUIT` and a second `SIGINT`. Out: a time until whic
 that the handlers wanted to make at once.
 
 Celery sleeps through this time in the signal's handler, and then stops the pool from there. That works for child
-processes. Here the tasks need the thread that would sleep, and the signal may arrive in a task's own code or in the
-middle of a batch, where nothing can drain. So the handler only notes the time, and returns. Celery then ends its loop
-and terminates the pool, which drains first.
+processes. Here the tasks need the thread that would sleep. The signal may arrive in a task's own code or in the middle
+of a batch, and nothing can drain there. So the handler only notes the time, and returns. Celery then ends its loop and
+terminates the pool, which drains first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SoftShutdown:
         self._handlers = 0
         #: The time at which it ends; in the past if there is none.
         self.until = -inf
-        #: Whether tasks can unwind where the code stands that a signal interrupted.
+        #: Whether tasks can unwind at the point at which a signal interrupted the code.
         self.may_cancel: Callable[[], bool] = lambda: True
 
     @property
