@@ -62,7 +62,6 @@ class Gpu:
     name: str
     #: NVML's index of the physical GPU: the order of PCI addresses.
     index: int
-    is_mig: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,8 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 def _gpus(nvml: Any, index: int) -> list[Gpu]:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    instances = _instances(nvml, handle)
-    return [
-        Gpu(nvml.nvmlDeviceGetUUID(one), nvml.nvmlDeviceGetName(handle), index, is_mig=bool(instances))
-        for one in instances or [handle]
-    ]
+    name = nvml.nvmlDeviceGetName(handle)
+    return [Gpu(nvml.nvmlDeviceGetUUID(one), name, index) for one in _instances(nvml, handle) or [handle]]
 
 
 def memory(gpu: Gpu, pids: Collection[int] | None = None) -> Memory:

@@ -118,7 +118,7 @@ def test_each_built_in_task_and_its_alias_go_to_the_queue_of_the_one_model_of_it
 
 
 def uuids(monkeypatch: pytest.MonkeyPatch, *found: str) -> None:
-    gpus = tuple(vram.Gpu(uuid, "T4", number, is_mig=uuid.startswith("MIG")) for number, uuid in enumerate(found))
+    gpus = tuple(vram.Gpu(uuid, "T4", number) for number, uuid in enumerate(found))
     monkeypatch.setattr(vram, "all_gpus", lambda: gpus)
     monkeypatch.setattr(cuda, "started_cuda", lambda: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # and is as before after the test
