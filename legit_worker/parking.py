@@ -40,7 +40,7 @@ class Host:
     def give_way(self, what: str) -> None:
         """See `give_way` below."""
 
-    def serving(self, alias: str) -> AbstractContextManager[object]:
+    def serving(self) -> AbstractContextManager[object]:
         """See `serving` below."""
         return nullcontext()
 
@@ -85,12 +85,12 @@ def give_way(what: str) -> None:
     _host.give_way(what)
 
 
-def serving(alias: str) -> AbstractContextManager[object]:
+def serving() -> AbstractContextManager[object]:
     """Enter this package's own code on behalf of a task that calls a model.
 
     What ends the task is raised as it waits, or at the end.
     """
-    return _host.serving(alias)
+    return _host.serving()
 
 
 def is_pressing() -> bool:

@@ -135,8 +135,8 @@ def frame(now: Sample, before: Sample) -> RenderableType:
     if not now.workers:
         return Panel(Text(now.error or "no worker with ModelPool answered"), title="celery legit top")
     parts: list[RenderableType] = [_workers(now, before)]
-    parts += [_models(name, told, before) for name, told in now.workers.items()]
-    parts.append(_rest(now))
+    parts += [_models(name, told) for name, told in now.workers.items()]
+    parts.append(Group(*map(safe, _lines(now))))
     return Panel(Group(*parts), title="celery legit top", title_align="left")
 
 
@@ -170,7 +170,7 @@ class _Since:
         self.wait = (pool["waited_seconds"] - past["waited_seconds"]) / tasks if tasks > 0 else 0.0
 
 
-def _models(worker: str, told: dict[str, Any], before: Sample) -> Table:
+def _models(worker: str, told: dict[str, Any]) -> Table:
     """A worker's models: their share of its memory as a bar, and what they computed."""
     pool = told["pool"]
     whole = pool["memory"].get("total") or pool["memory"]["budget"]
@@ -205,11 +205,8 @@ def _bar(part: float, whole: float, text: str = "") -> Table:
     return grid
 
 
-def _rest(now: Sample) -> RenderableType:
-    return Group(*(safe(line) for line in _lines(now)))
-
-
 def _lines(now: Sample) -> Iterator[str]:
+    """Yield the last lines: what belongs to no worker alone."""
     apps: dict[str, int] = {}
     for told in now.workers.values():
         for app, count in told["pool"].get("apps", {}).items():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
-from celery import Celery, signals
+from celery import signals
 from celery.worker import strategy
 
 from legit_worker.apps import identify
@@ -107,7 +107,7 @@ def _of_cell(task: str, app: str, cell: Cell) -> Iterator[Sample]:
     yield "task_wait_seconds", (task, app), cell.wait
 
 
-def count_requests(app: Celery, tally: Tally) -> Callable[[], None]:
+def count_requests(tally: Tally) -> Callable[[], None]:
     """Have all requests counted that this process makes from now on. Returns a function that undoes this."""
     create = strategy.create_request_cls
 

@@ -32,7 +32,7 @@ class MetricsStep(bootsteps.StartStopStep):
         self._health = Health(figures)
         self._beat: Any = None
         tally = Tally(chosen, figures.here if figures is not None else lambda: None)
-        count_requests(consumer.app, tally)
+        count_requests(tally)
         sources = [lambda: _of_worker(consumer, chosen), lambda: _of_health(self._health), tally.samples]
         self._server = Server(
             chosen.metrics_port, Collector(*sources, *([figures.samples] if figures is not None else [])), self._health

@@ -91,7 +91,7 @@ os.register_at_fork(after_in_child=lambda: use_compute(compute_directly))
 @contextmanager
 def use(slot: Slot, residency: Residency) -> Iterator[LoadedModel]:
     """Wait until the model is in memory, where it stays while the block runs. Raises `ModelLoadError`."""
-    with leave(slot.alias), parking.serving(slot.alias):
+    with leave(slot.alias), parking.serving():
         model = residency.take(slot)
         if model is not None:
             try:

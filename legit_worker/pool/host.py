@@ -99,7 +99,7 @@ class FiberHost(parking.Host):
             fiber.give_way(what)
 
     @contextmanager
-    def serving(self, alias: str) -> Iterator[None]:
+    def serving(self) -> Iterator[None]:
         """Keep what ends the task out of this package's code. A task whose device is lost ends, or goes back."""
         fiber = fibers.current()
         if fiber is None:
