@@ -27,12 +27,12 @@ def quiet_libraries() -> None:
     if logging.getLogger(LIBRARY).level == logging.NOTSET:
         logging.getLogger(LIBRARY).setLevel(logging.WARNING)
     for name in HTTP:
-        logging.getLogger(name).addFilter(_is_no_loads)
+        logging.getLogger(name).addFilter(_is_kept)
     if os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1" and "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _is_no_loads(record: logging.LogRecord) -> bool:
+def _is_kept(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or record.threadName != "legit-loader"
