@@ -6,16 +6,26 @@ In: the consumer, as it is made, connects, loses its connection and ends. Out: a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from celery import bootsteps
 
 from legit_worker import settings
 from legit_worker.metrics.catalogue import Sample
 from legit_worker.metrics.collector import Collector
-from legit_worker.metrics.health import BEAT_SECONDS, Health
+from legit_worker.metrics.health import BEAT_SECONDS, Health, Held
 from legit_worker.metrics.requests import Tally, count_requests
 from legit_worker.metrics.server import Server
+
+
+class Figures(Held, Protocol):
+    """What metrics ask of a pool that has `figures`: `ModelPool` has. Any thread may ask."""
+
+    def here(self) -> tuple[str, float] | None:
+        """The app of the task that runs here, and the seconds that the task was parked; None if none runs here."""
+
+    def samples(self) -> Iterator[Sample]:
+        """All that metrics show of the pool."""
 
 
 class MetricsStep(bootsteps.StartStopStep):
@@ -27,8 +37,7 @@ class MetricsStep(bootsteps.StartStopStep):
         super().__init__(consumer, **options)
         chosen = settings.load_or_exit()
         assert chosen.metrics_port is not None
-        # Other pools have none.
-        figures = getattr(consumer.pool, "figures", None)
+        figures: Figures | None = getattr(consumer.pool, "figures", None)
         self._health = Health(figures)
         self._beat: Any = None
         tally = Tally(chosen, figures.here if figures is not None else lambda: None)
