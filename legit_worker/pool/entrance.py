@@ -95,7 +95,7 @@ class Entrance:
             soft, hard = self._given(job, soft, hard)
         if not soft and not hard:
             return None
-        tell = limits.timeout_callback(job.name, on_timeout, job.error_callback)
+        tell = limits.timeout_callback(job.name, on_timeout, job.fail)
         return Limit(soft=soft, hard=hard, on_timeout=tell)
 
     def _given(self, job: Job, soft: Any, hard: Any) -> tuple[float | None, float | None]:

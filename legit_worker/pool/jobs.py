@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import celery
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery import signals
 from celery.app.task import Task
 from celery.concurrency.base import apply_target
 from celery.exceptions import Reject, WorkerLostError, WorkerShutdown, WorkerTerminate
@@ -25,6 +28,7 @@ from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.limits import TimeLimitPassed
 from legit_worker.pool.messages import is_gone
+from legit_worker.pool.softly import is_set
 from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
@@ -120,10 +124,32 @@ class Job:
         fiber.phase = Phase.ENDING
         if self.accept_callback is not None:  # which acks, if the task is acked early
             self.accept_callback(fiber.pid, monotonic())
-        try:
-            raise error
-        except Exception:
-            self.error_callback(ExceptionInfo())
+        self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Fail the task with an error that is not its own code's: its failure is stored, told, and then acked.
+
+        Once a shutdown has begun, `Request.on_failure` acks such a task, and stores nothing (Celery 5.6 and 5.7).
+        """
+        failure = _raised(error)
+        if self.request is not None and celery.VERSION[:2] >= (5, 6) and is_set(state.should_terminate):
+            self._store(error, failure)
+        self._tell(failure)
+
+    def _store(self, error: Exception, failure: ExceptionInfo) -> None:
+        """What `Request.on_failure` does at other times."""
+        request, task = self.request, self.request.task
+        context = request._context
+        task.backend.mark_as_failure(request.id, error, request=context, store_result=request.store_errors)
+        signals.task_failure.send(
+            sender=task,
+            task_id=request.id,
+            exception=error,
+            args=request.args,
+            kwargs=request.kwargs,
+            traceback=failure.traceback,
+            einfo=failure,
+        )
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         fiber = _here()
@@ -146,7 +172,8 @@ class Job:
 
     def _tell(self, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):
-            return self.error_callback(result)
+            with _acked_last(self.request):
+                return self.error_callback(result)
         return self.callback(_seen_to(result))
 
 
@@ -188,7 +215,37 @@ def _is_unsent_retry(reject: Reject) -> bool:
 
 def _as_lost(error: BaseException) -> ExceptionInfo:
     """Celery's word for a task that took its process with it, which is stored as its failure."""
+    lost = WorkerLostError(repr(error))
+    lost.__cause__ = error
+    return _raised(lost)
+
+
+def _raised(error: Exception) -> ExceptionInfo:
     try:
-        raise WorkerLostError(repr(error)) from error
-    except WorkerLostError:
+        raise error
+    except Exception:
         return ExceptionInfo()
+
+
+@contextmanager
+def _acked_last(request: Any) -> Iterator[None]:
+    """Ack what `Request.on_failure` acks once it is over. It acks, and stores the failure after that.
+
+    A worker that is killed between the two would lose the task's end; and the result backend may be away.
+    """
+    if request is None:
+        yield
+        return
+    acks: list[tuple[Any, ...]] = []
+
+    def later(*args: Any) -> None:
+        acks.append(args)
+
+    on_ack, request._on_ack = request._on_ack, later
+    try:
+        yield
+    finally:
+        if request._on_ack is later:  # a message that came again meanwhile has brought its own
+            request._on_ack = on_ack
+    for args in acks:
+        on_ack(*args)

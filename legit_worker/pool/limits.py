@@ -14,11 +14,12 @@ from math import inf
 from typing import Any
 
 import celery
-from billiard.einfo import ExceptionInfo
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
+from celery.worker import state
 from greenlet import GreenletExit
 
 from legit_worker.errors import InvalidInputError, shown
+from legit_worker.pool.softly import is_set
 
 logger = logging.getLogger(__name__)
 
@@ -106,21 +107,20 @@ def repair_shape(request: Any, **_: Any) -> None:
 
 
 def timeout_callback(
-    name: str, on_timeout: Callable[[bool, float], None], on_failure: Callable[[Any], Any]
+    name: str, on_timeout: Callable[[bool, float], None], fail: Callable[[Exception], None]
 ) -> Callable[[bool, float], None]:
-    """What to call when a limit of this task is over: once each, what prefork brings about."""
-    if celery.VERSION[:2] >= TELLS_ALL:
-        return on_timeout
+    """What to call when a limit of this task is over: once each, what prefork brings about.
+
+    Once a shutdown has begun, `Request.on_timeout` acks a task that is over its hard limit, and stores nothing (Celery
+    5.6 and 5.7).
+    """
 
     def tell(is_soft: bool, seconds: float) -> None:
-        if is_soft:
-            on_timeout(True, seconds)
+        if is_soft or (celery.VERSION[:2] >= TELLS_ALL and not is_set(state.should_terminate)):
+            on_timeout(is_soft, seconds)
             return
         # Not `on_timeout` as well: both store the failure, and would call the task's errbacks twice.
         logger.error("Hard time limit (%ss) exceeded for %s", seconds, name)
-        try:
-            raise TimeLimitExceeded(seconds)
-        except TimeLimitExceeded:
-            on_failure(ExceptionInfo())
+        fail(TimeLimitExceeded(seconds))
 
     return tell

@@ -162,7 +162,8 @@ class Watcher:
         # In a model call that lets no others run, it waits without being parked.
         waits = fiber.phase in (Phase.PARKED, Phase.SERVED)
         if due is not None:
-            fiber.pending = due
+            # A task that was revoked or cancelled has its end, which a limit must not replace.
+            fiber.pending = fiber.pending if isinstance(fiber.pending, GreenletExit) else due
         elif waits and fiber.clock.waited(now) >= fiber.max_wait and not fiber.has_waited_too_long:
             fiber.has_waited_too_long = True
         else:

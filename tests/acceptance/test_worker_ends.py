@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery.exceptions import TimeLimitExceeded
 from celery.result import AsyncResult
 from harness import StartWorker, poll
 from journal import Journal, Life, begin_life
@@ -243,6 +244,19 @@ def test_a_soft_shutdown_lets_end_what_can_and_gives_the_rest_back(
     inherit(heir, life)
     assert heir.worker.answer(long) == "it came"
     assert not {result.id for result in quick} & set(heir.journal.happened("begins")), "these had ended"
+
+
+@pytest.mark.parametrize("task", ["late", "early"])
+def test_a_hard_limit_that_passes_in_a_soft_shutdown_is_the_tasks_end(
+    start_worker: StartWorker, heirs: Heirs, tmp_path: Path, task: str
+) -> None:
+    life = begin(start_worker, heirs.of("modelpool"), tmp_path, "modelpool", soft_seconds=10)
+    long = life.send(task, "text", 60.0, time_limit=1)
+    life.journal.wait_for(long.id, "goes on")
+    life.worker.signal(QUIT)
+    assert life.worker.wait() == 0
+    assert (long.state, type(long.result)) == ("FAILURE", TimeLimitExceeded)
+    assert life.journal.happened("acks") == [long.id]
 
 
 @pytest.mark.parametrize(("pool", "soft_seconds"), [("prefork", 1.0), ("modelpool", 1.0), ("modelpool", 0.0)])

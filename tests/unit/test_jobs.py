@@ -34,6 +34,30 @@ class Request:
         """Note nothing."""
 
 
+class Failing(Request):
+    """Celery's in a shutdown: acks, and then stores unless the shutdown has begun."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
+    store_errors, _context = True, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+        self._on_ack = lambda: self.order.append("ack")
+        self.task = SimpleNamespace(backend=self)
+
+    def mark_as_failure(self, *_: Any, **__: Any) -> None:
+        """The backend's."""
+        self.order.append("store")
+
+    def on_failure(self, failure: ExceptionInfo) -> None:
+        """As Celery's."""
+        self._on_ack()
+        if not state.should_terminate:
+            self.mark_as_failure()
+
+
 def ran(request: Request) -> bool:
     """Whether its task's own code ran."""
     seen: list[int] = []
@@ -55,6 +79,16 @@ def test_a_task_that_was_revoked_while_it_waited_does_not_begin(monkeypatch: pyt
     assert not ran(Request(stamps=("gone",)))
     monkeypatch.setattr(state, "revoked", {"a"})
     assert not ran(Request())
+
+
+@pytest.mark.parametrize("should_terminate", [None, True])
+def test_a_failure_is_stored_once_and_then_acked(
+    monkeypatch: pytest.MonkeyPatch, should_terminate: bool | None
+) -> None:
+    monkeypatch.setattr(state, "should_terminate", should_terminate)
+    request = Failing()
+    job(print, error_callback=request.on_failure, callback=request.on_success).fail(ValueError("no"))
+    assert request.order == ["store", "ack"]
 
 
 @pytest.mark.parametrize(

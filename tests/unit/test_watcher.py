@@ -7,6 +7,7 @@ import weakref
 from math import inf
 
 from celery.exceptions import SoftTimeLimitExceeded
+from greenlet import GreenletExit
 
 from legit_worker.pool import watcher
 from legit_worker.pool.fibers import Fiber
@@ -62,6 +63,20 @@ def test_what_is_due_is_handed_to_the_loop_once() -> None:
     assert due == [late]
     assert isinstance(late.pending, SoftTimeLimitExceeded)
     assert subject.take_due() == []
+
+
+def test_a_limit_does_not_replace_the_end_of_a_task_that_was_cancelled() -> None:
+    running = Running()
+    subject = watching(running)
+    fiber = Fiber(lambda: None, app="", name="task")
+    fiber.limit = Limit(soft=None, hard=0.0001, on_timeout=lambda is_soft, seconds: None)
+    fiber.pending = ended = GreenletExit()
+    with fiber.clock.running():
+        running.add(fiber)
+        subject.follow(fiber)
+        while not subject.take_due():
+            subject._look_at_limits()
+    assert fiber.pending is ended
 
 
 def test_a_task_without_a_limit_and_without_a_bound_on_waiting_is_not_followed() -> None:
