@@ -242,6 +242,14 @@ def test_a_server_whose_reads_are_old_is_not_asked_for_ever() -> None:
     assert server.values == {b"a": last.value}
 
 
+def test_a_state_that_was_stored_before_the_connection_broke_is_told() -> None:
+    """The commands of a large group are cut in their middle. Celery's serializer makes text."""
+    server, text = Server(), json.dumps({"status": "SUCCESS"})
+    server.values[b"a"] = text.encode()
+    store(start(server), Write(key=b"a", value=text, is_success=True))
+    assert server.published == [b"a"]
+
+
 def test_what_is_not_readable_is_not_overwritten() -> None:
     server = Server()
     server.values[b"a"] = b"{"
