@@ -269,15 +269,27 @@ def is_gone(process: dict[str, Any]) -> bool:
     try:
         return _started(process["pid"]) != str(process["started"])
     except OSError:
-        return True
+        return not _is_there(process["pid"])
 
 
 def _started(pid: int) -> str:
-    """When a process started, in the system's ticks. Raises `OSError` if there is none. A zombie has ended."""
+    """When a process started, in the system's ticks; nothing if it has ended, and nobody has asked how.
+
+    Raises `OSError` if there is none, or if it is another user's and hidden.
+    """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    if fields[0] in "ZX":
-        raise ProcessLookupError(f"process {pid} has ended")
-    return fields[19]
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _is_there(pid: int) -> bool:
+    """Ask the kernel, which also knows processes that `/proc` hides (`hidepid`, systemd's `ProtectProc`)."""
+    try:
+        os.kill(pid, 0)  # signal 0 is none
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _read(raw: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pytest
 import redis
 from harness import poll
 
+from legit_worker.broker import lease
 from legit_worker.broker.lease import BEATS, Lease, is_gone, this_process
 from legit_worker.broker.ledger import Ledger, Worker
 from legit_worker.broker.reserve import COMPANY, LITTLE_COMPANY, MORE, NO_ROOM, RESERVE, Source, company
@@ -98,6 +99,22 @@ def test_this_process_lives_and_one_that_ended_does_not() -> None:
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     assert is_gone(this_process() | {"pid": int(ended.stdout)})
     assert is_gone(this_process() | {"started": "1"}), "another process has its number by now"
+
+
+def test_a_process_that_is_hidden_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hidepid` on /proc, and a worker of another user."""
+
+    def hide(*_: Any) -> None:
+        raise FileNotFoundError("hidden")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("another user's")
+
+    this = this_process()
+    monkeypatch.setattr(lease, "_started", hide)
+    assert not is_gone(this)
+    monkeypatch.setattr(lease.os, "kill", refuse)
+    assert not is_gone(this)
 
 
 @pytest.mark.parametrize("part", ["host", "boot", "namespace"])
