@@ -60,8 +60,8 @@ class Suspects:
         self._vouched: LRUCache[Key, int] = LRUCache(MOST_KNOWN)
         # Until when a suspect belongs to the same dead worker as the last one, by the monotonic clock.
         self._row_until = 0.0
-        # Whether the last message was a suspect. A dead worker's messages come one after the other.
-        self._is_careful = False
+        # Until when the next message may be a suspect, as the last one was. It may have gone behind the others.
+        self._careful_until = 0.0
 
     def meet(self, consumer: Any) -> None:
         """Meet the worker's consumer, before it connects."""
@@ -72,7 +72,7 @@ class Suspects:
     @property
     def bound(self) -> float:
         """How many tasks may run now, and how many messages the worker should have."""
-        return 1 if self._is_careful or self._fibers else inf
+        return 1 if self._fibers or monotonic() < self._careful_until else inf
 
     # Messages
 
@@ -85,12 +85,13 @@ class Suspects:
         came, vouched, is_news = self._deliveries(message, key)
         deaths = max(0, came - vouched)
         is_over = 0 < self._most <= deaths  # then it does not run
-        self._is_careful = deaths > 0 and not is_over
-        must_go = is_news or (self._is_careful and bool(self._fibers))
+        is_suspect = deaths > 0 and not is_over
+        self._careful_until = monotonic() + ROW_SECONDS if is_suspect else 0.0
+        must_go = is_news or (is_suspect and bool(self._fibers))
         if must_go and not is_over and self._goes_behind(message, came, vouched):
             return True
         # Without a copy, only the queue's own count goes on.
-        message.delivery_info[DELIVERIES] = max(deaths, counted) if is_news and self._is_careful else deaths
+        message.delivery_info[DELIVERIES] = max(deaths, counted) if is_news and is_suspect else deaths
         if key is not None:
             self._received[key] = True
         return False
@@ -172,7 +173,7 @@ class Suspects:
         for message in [fiber.request.message for fiber in self._fibers]:
             message.delivery_info[DELIVERIES] = deaths_of(message) - (key_of(message) in keys)
         self._fibers = {fiber for fiber in self._fibers if deaths_of(fiber.request.message) > 0}
-        self._is_careful = bool(self._fibers)
+        self._careful_until = 0.0
 
     # Fibers
 

@@ -143,6 +143,15 @@ def test_a_copy_runs_alone_and_looks_as_it_first_came(worker: Worker) -> None:
     assert worker.suspects.bound == inf
 
 
+def test_a_suspect_that_went_behind_keeps_nothing_back_for_long(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.receive(message("a", Channel(), again=True))
+    assert worker.suspects.bound == 1, "another may come right after it"
+    monkeypatch.setattr(suspects, "monotonic", lambda: monotonic() + ROW_SECONDS)
+    assert worker.suspects.bound == inf
+
+
 @pytest.mark.parametrize("counted", [1, 6])
 def test_whatever_a_quorum_queue_has_counted_since_the_last_copy_is_one(worker: Worker, counted: int) -> None:
     """RabbitMQ delivers messages that no worker has read when its connection breaks, and counts them."""
