@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable
+from time import time
 from typing import Any
 
 from kombu.transport import redis as stock
 from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ResponseError
 
 from legit_worker.broker.ledger import Ledger
@@ -122,11 +124,20 @@ class ReservingQoS(stock.QoS):
             super().append(message, delivery_tag)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
-        """Give one message back: this process's, or another's that took longer than its visibility timeout."""
-        if self.ledger.held.get(tag) is not None:
-            self.ledger.give_back(tag, to_back=leftmost)
+        """Give one message back: one that is not wanted, or another's that took longer than its visibility timeout.
+
+        A worker that lives gives none back for that. It renews the message, if a clock or a sleeping machine makes it
+        look old.
+        """
+        tag = bytes_to_str(tag)
+        if self.ledger.held.get(tag) is not None and leftmost:
+            self.ledger.give_back(tag, to_back=True)
             if not self.channel.closed:
                 self.ledger.flush(self.channel.plain_client)
+            return
+        if not leftmost and self.ledger.worker is not None and tag in self.ledger.held:
+            with self.channel.conn_or_acquire(client) as known:
+                known.zadd(self.unacked_index_key, {tag: time()}, xx=True)
             return
         self.ledger.forget(tag)
         try:

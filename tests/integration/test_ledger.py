@@ -102,6 +102,21 @@ def put(url: str, *bodies: Any, headers: dict[str, Any] | None = None) -> None:
             producer.publish(body, exchange=exchange, routing_key="work", declare=[queue], headers=headers)
 
 
+def test_a_worker_renews_its_own_message_that_looks_old(
+    url: str, server: redis.Redis, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's clock went forward, or the machine slept."""
+    put(url, "a")
+    one = connect(prefetch_count=1)
+    assert one.take(1) == ["a"]
+    now = time.time
+    monkeypatch.setattr("kombu.transport.redis.time", lambda: now() + 7200)
+    server.zadd("unacked_index", {one.got[0].delivery_tag: now() - 60}, xx=True)
+    one.channel.qos.restore_visible(interval=1)
+    assert (server.llen("work"), server.hlen("unacked")) == (0, 1)
+    assert server.zscore("unacked_index", one.got[0].delivery_tag) > now() - 30
+
+
 def test_acks_ride_with_the_next_reservation(url: str, server: redis.Redis, connect: Any) -> None:
     put(url, *range(5))
     one = connect(prefetch_count=2)
