@@ -78,6 +78,10 @@ class AppLimits:
         is_full = self._running.by_app[fiber.app] >= (own.max_in_flight or inf)
         return not is_full and self._clock() >= self._next_at.get(fiber.app, 0.0)
 
+    def blocks(self, fiber: Fiber) -> bool:
+        """Whether a task has not begun, and the limits of its app are why."""
+        return fiber not in self._running and not self.may_begin(fiber)
+
     def begun(self, fiber: Fiber) -> None:
         """A task begins."""
         own = self._limited.get(fiber.app)

@@ -156,6 +156,7 @@ class ModelPool(SoloPool):
             ends_at=lambda: self._soft.until_if_begun,
             cancel=self._soft.cancel_rest,
         )
+        self._suspects.is_blocked = self._loop.app_limits.blocks
         self._ending = Ending(
             loop=self._loop,
             running=self._running,

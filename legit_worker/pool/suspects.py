@@ -13,7 +13,7 @@ behind others, and what this worker tells.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from math import inf
 from time import monotonic
 from typing import Any
@@ -47,6 +47,8 @@ class Suspects:
 
     def __init__(self, most: int) -> None:
         """`most` is the setting MAX_DELIVERIES."""
+        #: Whether a task waits for its app's limits: it can kill nobody, and nobody waits for it.
+        self.is_blocked: Callable[[Fiber], bool] = lambda fiber: False
         self._most = most
         self._fibers: set[Fiber] = set()
         self._behind = Behind()
@@ -72,7 +74,11 @@ class Suspects:
     @property
     def bound(self) -> float:
         """How many tasks may run now, and how many messages the worker should have."""
-        return 1 if self._fibers or monotonic() < self._careful_until else inf
+        return 1 if monotonic() < self._careful_until or self._runs_one else inf
+
+    @property
+    def _runs_one(self) -> bool:
+        return any(not self.is_blocked(fiber) for fiber in self._fibers)
 
     # Messages
 
@@ -87,7 +93,7 @@ class Suspects:
         is_over = 0 < self._most <= deaths  # then it does not run
         is_suspect = deaths > 0 and not is_over
         self._careful_until = monotonic() + ROW_SECONDS if is_suspect else 0.0
-        must_go = is_news or (is_suspect and bool(self._fibers))
+        must_go = is_news or (is_suspect and self._runs_one)
         if must_go and not is_over and self._goes_behind(message, came, vouched):
             return True
         # Without a copy, only the queue's own count goes on.

@@ -143,6 +143,26 @@ def test_a_copy_runs_alone_and_looks_as_it_first_came(worker: Worker) -> None:
     assert worker.suspects.bound == inf
 
 
+def test_a_suspect_that_waits_for_its_apps_limits_keeps_nothing_back(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked: set[Fiber] = set()
+    worker.suspects.is_blocked = blocked.__contains__
+    first = message("a", Channel(), **{DELIVERIES: 1})
+    worker.receive(first)
+    blocked.add(worker.begin(first))
+    monkeypatch.setattr(suspects, "monotonic", lambda: monotonic() + ROW_SECONDS)
+    assert worker.suspects.bound == inf
+    second = message("b", Channel(), **{DELIVERIES: 1})
+    worker.receive(second)
+    assert (worker.to_run, worker.behind.copies) == ([first, second], []), "nor does it send others behind"
+    worker.begin(second)
+    assert worker.suspects.bound == 1
+    blocked.clear()
+    worker.suspects.discard(*(fiber for fiber in worker.suspects._fibers if fiber.name == "b"))
+    assert worker.suspects.bound == 1
+
+
 def test_a_suspect_that_went_behind_keeps_nothing_back_for_long(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
