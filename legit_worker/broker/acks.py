@@ -7,7 +7,6 @@ trip in each turn of the hub.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterable
 from time import time
 from typing import Any
@@ -20,11 +19,12 @@ from redis.exceptions import ResponseError
 from legit_worker.broker.ledger import Ledger
 from legit_worker.broker.outbox import MOST_ACKS
 from legit_worker.broker.returning import put_aside
+from legit_worker.broker.weakly import Weakly
 
 logger = logging.getLogger(__name__)
 
 #: The ledgers of open channels.
-ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+ledgers: Weakly[Ledger] = Weakly()
 
 #: What servers have answered to messages that came back.
 _refused: set[str] = set()
@@ -32,18 +32,18 @@ _refused: set[str] = set()
 
 def flush_acks(*, may_wait: bool = False) -> None:
     """Send all unsent acks. Those that `may_wait` ride with the next question once the outstanding one is answered."""
-    for ledger, channel in _open(ledger for ledger in list(ledgers) if ledger.outbox.unsent or not ledger.is_settled):
+    for ledger, channel in _open(ledger for ledger in ledgers if ledger.outbox.unsent or not ledger.is_settled):
         if not (may_wait and channel.awaits_answer and channel.qos.can_consume()):
             send(ledger, channel)
 
 
 def settle() -> None:
     """Send what can't ride with a question. Raises the error of a connection that is lost."""
-    for ledger in list(ledgers):
+    for ledger in ledgers:
         ledger.look_for_silent()
-    for ledger, channel in _open(ledger for ledger in list(ledgers) if ledger.has_lapsed):
+    for ledger, channel in _open(ledger for ledger in ledgers if ledger.has_lapsed):
         ledger.forget_lapsed(channel.plain_client)
-    for ledger, channel in _open(ledger for ledger in list(ledgers) if not ledger.is_settled):
+    for ledger, channel in _open(ledger for ledger in ledgers if not ledger.is_settled):
         _settle(ledger, channel)
 
 
@@ -62,7 +62,7 @@ def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:
     """Return ledgers, each with an open channel; preferably the one that takes tasks."""
     found = []
     for ledger in some:
-        channels = [channel for channel in list(ledger.channels) if not channel.closed]
+        channels = [channel for channel in ledger.channels if not channel.closed]
         if channels:
             found.append((ledger, max(channels, key=lambda channel: bool(channel.active_queues))))
     return found

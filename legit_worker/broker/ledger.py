@@ -7,7 +7,6 @@ connection. In a worker there is one ledger per broker; elsewhere each channel h
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from math import inf
@@ -21,6 +20,7 @@ from redis import Redis
 from legit_worker.broker.outbox import Outbox
 from legit_worker.broker.reserve import Source, company
 from legit_worker.broker.returning import Keys, eta_seconds, held_by
+from legit_worker.broker.weakly import Weakly
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Ledger:
         #: What is still to be told to the server.
         self.outbox = Outbox(keys, self.owner)
         #: The open channels.
-        self.channels: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.channels: Weakly[Any] = Weakly()
         #: Tags whose channel has closed while their tasks go on; and those whose tasks were gone at the last look.
         self.carried: set[str] = set()
         self._silent: set[str] = set()

@@ -30,7 +30,7 @@ def join(worker: Worker) -> Callable[[], None]:
 
     def leave() -> None:
         _worker.clear()
-        for ledger in _of_worker.values():
+        for ledger in list(_of_worker.values()):
             ledger.is_left = True
             _leave_if_over(ledger)
         _of_worker.clear()
@@ -43,7 +43,7 @@ def in_doubt() -> bool:
 
     What came by another server, which this one has replaced, has no channel any more.
     """
-    return any(ledger.is_in_doubt and ledger.channels for ledger in _of_worker.values())
+    return any(ledger.is_in_doubt and ledger.channels for ledger in list(_of_worker.values()))
 
 
 def is_hurried() -> bool:
@@ -66,7 +66,7 @@ def opened(channel: Any) -> Ledger:
     address = (_address(channel), keys)
     ledger = _of_worker.get(address) or Ledger(keys, *_worker)
     if _worker:
-        _of_worker[address] = ledger
+        ledger = _of_worker.setdefault(address, ledger)  # two threads may open its first channels at once
     ledgers.add(ledger)
     ledger.channels.add(channel)
     return ledger
