@@ -74,6 +74,7 @@ class Ending:
         #: The hub, whose timers go on until the end, and the consumer, once there is one.
         self.hub: Any = None
         self.consumer: Any = None
+        self._has_begun = False
         # Since when a shutdown waits for nothing but the result backend.
         self._waits_since: float | None = None
 
@@ -88,7 +89,8 @@ class Ending:
 
     def _shut_down(self, until: float) -> None:
         """The one way out. Each step stands where it does because an earlier place would lose something."""
-        # No consumer may be started any more.
+        # No task may begin any more: Celery's remote command `shutdown` sets no flag. No consumer may be started.
+        self._has_begun = True
         self._intake.close()
         # The consumer has stopped before the pool, so no task arrives any more. Those not started were not accepted:
         # the broker has them still, and gives them to another worker once this one's connection closes.
@@ -189,7 +191,8 @@ class Ending:
     @property
     def is_near(self) -> bool:
         """Whether a task that began now would only be ended, or keep the worker from its end."""
-        return is_set(state.should_stop) or self._loop.lost is not None or self._soft.has_begun
+        is_told = self._has_begun or is_set(state.should_stop)
+        return is_told or self._loop.lost is not None or self._soft.has_begun
 
     def give_up(self, error: DeviceLostError) -> None:
         """End a process that is of no more use: hand back what it holds, and leave with an exit code that says so.

@@ -80,6 +80,13 @@ def test_a_warm_shutdown_lets_all_end_that_started_and_none_begin(pool: Subject)
     assert pool.steps == ["released"]
 
 
+def test_no_task_begins_once_a_shutdown_has_begun_whoever_began_it(pool: Subject) -> None:
+    """Celery 5.6 starts tasks with an ETA meanwhile, and its remote command `shutdown` sets no flag."""
+    assert not pool.ending.is_near
+    pool.ending.warm()
+    assert pool.ending.is_near
+
+
 def test_a_cold_shutdown_unwinds_what_waits_and_stores_nothing(pool: Subject) -> None:
     for name in "abc":
         pool.send(pool.engine.call, name)
