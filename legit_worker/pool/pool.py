@@ -93,6 +93,7 @@ class ModelPool(SoloPool):
         self._thread = 0
         self._consumer: Any = None
         self._leave: Callable[[], None] = lambda: None
+        self._timers: list[Any] = []
         self._running = Running()
         self._suspects = Suspects(self._settings.max_deliveries)
         self._adoption = Adoption(self._running, self._suspects)
@@ -228,9 +229,10 @@ class ModelPool(SoloPool):
         ]
         if isinstance(self.app.backend, Routing):
             every.append((DELIVERY_LOOK, self._intake.replace_delivering))
-        for seconds, look in every:
-            hub.call_repeatedly(seconds, look)
-        hub.call_later(VOUCH_SECONDS, self._suspects.vouch)
+        for timer in self._timers:  # Celery 5.6 keeps them through a lost connection
+            timer.cancel()
+        self._timers = [hub.call_repeatedly(seconds, look) for seconds, look in every]
+        self._timers.append(hub.call_later(VOUCH_SECONDS, self._suspects.vouch))
 
     def _meet_worker(self, instance: Any = None, **_: Any) -> None:
         """Before it connects: the broker must hand over no more than a worker holds that knows nothing yet."""
