@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -32,6 +33,9 @@ ANSWERS = (ResponseError, BusyLoadingError)
 
 #: Seconds before a server that is away is tried again: the first pause, and the longest.
 FIRST_RETRY, LAST_RETRY = 0.05, 1.0
+
+#: Seconds before the log says again that a server takes nothing.
+SAID_SECONDS = 60.0
 
 #: If a server breaks more connections than this over the same writes, one after the other, and answers at once after
 #: each, it refuses one of them.
@@ -63,6 +67,8 @@ class Writer:
         self._groups: queue.SimpleQueue[Group] = queue.SimpleQueue()
         #: When the server stopped taking writes, by the monotonic clock; None while it takes them.
         self.away_since: float | None = None
+        # When the log last said so.
+        self._said_at = -inf
         # A daemon: what waits at the process's end is not acked, and runs again.
         threading.Thread(target=self._run, name="legit-results", daemon=True).start()
 
@@ -182,11 +188,14 @@ class Writer:
             client.connection_pool.disconnect()
 
     def _wait(self, error: Exception, seconds: float) -> None:
+        now = monotonic()
         if self.away_since is None:
-            self.away_since = monotonic()
+            self.away_since, self._said_at = now, -inf
+        if now - self._said_at >= SAID_SECONDS:
+            self._said_at = now
             logger.warning(
-                "%s takes no results, and the tasks wait until it does: %s: %s",
-                *(self.name, type(error).__name__, error),
+                "%s takes no results, for %.0f s by now, and the tasks wait until it does: %s: %s",
+                *(self.name, now - self.away_since, type(error).__name__, error),
             )
         threading.Event().wait(seconds)
 

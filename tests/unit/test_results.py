@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -305,6 +306,21 @@ def test_all_wait_for_a_server_that_comes_back() -> None:
     server.is_there = True
     group.done.result(SOON)
     assert set(server.values) == {b"a", b"b"}
+
+
+def test_the_log_says_again_that_a_server_takes_no_results(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writer, "SAID_SECONDS", 0.02)
+    server = Server()
+    server.is_there = False
+    (group,) = join(start(server), write("a"))
+    deadline = time.monotonic() + SOON
+    while caplog.text.count("takes no results, for") < 3 and time.monotonic() < deadline:
+        threading.Event().wait(0.001)
+    server.is_there = True
+    group.done.result(SOON)
+    assert caplog.text.count("nobody there") >= 3
 
 
 def test_a_write_over_which_the_server_breaks_the_connection_fails_alone() -> None:
