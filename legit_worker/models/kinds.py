@@ -52,14 +52,16 @@ class Embedding(SentenceModel):
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """As `plan_encode`, with the prompt for queries, and the model's own way for them if it has one."""
-        name = prompt_name if prompt is not None else prompt_name or first_prompt(self.library.prompts, "query")
+        is_told = prompt is not None or prompt_name is not None
+        name = prompt_name if is_told else first_prompt(self.library.prompts, "query")
         return self.plan_encode(inputs, name, prompt, task="query", **options)
 
     def plan_encode_document(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """The same for documents."""
-        name = prompt_name if prompt is not None else prompt_name or first_prompt(self.library.prompts, "document")
+        is_told = prompt is not None or prompt_name is not None
+        name = prompt_name if is_told else first_prompt(self.library.prompts, "document")
         return self.plan_encode(inputs, name, prompt, task="document", **options)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
@@ -102,7 +104,7 @@ class TextEmbedding(Embedding):
 
         `is_told`: whether the caller says what stands before the texts; if not, a prepared text has its own prompt.
         """
-        refuse(others, "encode", truncate_dim=truncate_dim)
+        refuse(others, "encode", truncate_dim=truncate_dim, max_seq_length=max_seq_length)
         items, is_single = self._items(inputs, prompt_name, prompt, task, max_seq_length, is_told=is_told)
 
         def finish(rows: list[Any]) -> Any:
@@ -184,7 +186,7 @@ class SparseEmbedding(Embedding):
         **others: Any,
     ) -> Plan:
         """The result is a `scipy.sparse.csr_array` of shape `[n, vocabulary]`, with one row for one text."""
-        refuse(others, "encode", max_active_dims=max_active_dims)
+        refuse(others, "encode", max_active_dims=max_active_dims, max_seq_length=max_seq_length)
         items, _ = self._items(inputs, prompt_name, prompt, task, max_seq_length)
         most = max_active_dims or self.library.max_active_dims
 

@@ -51,7 +51,7 @@ class MultiVector(Embedding):
         others.pop("convert_to_numpy", None)  # False is the library's default, for a list of tensors
         if others.get("output_value") == "token_embeddings":
             del others["output_value"]
-        refuse(others, "encode")
+        refuse(others, "encode", max_seq_length=max_seq_length)
         items, is_single = self._items(inputs, prompt_name, prompt, task, max_seq_length)
 
         def finish(rows: list[Any]) -> Any:

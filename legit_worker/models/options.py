@@ -6,6 +6,7 @@ In: what a task passed beside the arguments that a kind knows. Out: an error tha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 #: They say how to compute, which the engine decides.
@@ -15,8 +16,8 @@ IGNORED = frozenset({"batch_size", "show_progress_bar", "convert_to_numpy", "chu
 LOOKED_AT = frozenset({"convert_to_tensor", "output_value", "device", "pool"})
 
 
-def refuse(options: Mapping[str, Any], method: str, **counts: int | None) -> None:
-    """Raise `ValueError` or `TypeError`, with the reason, for what `method` can't do. `counts` must be 1 or more."""
+def refuse(options: Mapping[str, Any], method: str, **counts: Any) -> None:
+    """Raise `ValueError` or `TypeError`, with the reason, for what `method` can't do. `counts` are above 0, or None."""
     if options.get("convert_to_tensor") or options.get("convert_to_numpy") is False:
         raise ValueError(
             "tensors are refused: a task that keeps one would hold device memory that the engine counts as free; "
@@ -30,8 +31,11 @@ def refuse(options: Mapping[str, Any], method: str, **counts: int | None) -> Non
             "for more devices, start one worker for each"
         )
     for name, count in counts.items():
+        if count is not None and not isinstance(count, Integral):
+            raise TypeError(f"{name}={count!r} should be a whole number, or None for all")
         if count is not None and count < 1:
-            raise ValueError(f"{name}={count} would leave no numbers: give at least 1, or None for all")
+            left = "tokens" if name == "max_seq_length" else "numbers"
+            raise ValueError(f"{name}={count} would leave no {left}: give at least 1, or None for all")
     unknown = sorted(set(options) - IGNORED - LOOKED_AT)
     if unknown:
         raise TypeError(f"{method}() takes no {', '.join(unknown)}")

@@ -50,7 +50,7 @@ def chosen_prompt(
         return prompt
     if name is None and task is not None:
         name = first_prompt(prompts, task)
-    return named_prompt(prompts, name or default)
+    return named_prompt(prompts, default if name is None else name)
 
 
 def filled(

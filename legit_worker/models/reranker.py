@@ -69,7 +69,7 @@ class Reranker(SentenceModel):
 
         `activation_fct` is the library's older name of `activation_fn`.
         """
-        refuse(others, "predict")
+        refuse(others, "predict", max_seq_length=max_seq_length)
         items, is_single = self._items(inputs, prompt_name, prompt, None, max_seq_length)
 
         def finish(rows: list[Any]) -> Any:

@@ -236,7 +236,8 @@ class SentenceModel:
         self._texts.check_limit(limit)
         is_single = self.library.is_singular_input(inputs)
         items = [inputs] if is_single else list(inputs)
-        chosen = prompt if prompt is not None else self._named_prompt(prompt_name or self.library.default_prompt_name)
+        name = self.library.default_prompt_name if prompt_name is None else prompt_name
+        chosen = prompt if prompt is not None else self._named_prompt(name)
         task = task if self._texts.minds_task else None
 
         def prompted(one: Any) -> Prompted:
