@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from legit_worker.models.simulated import SimulatedModel
+from legit_worker.prep.texts import model_folder
 from legit_worker.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -31,35 +32,12 @@ def estimate(spec: ModelSettings) -> int:
     """Bytes of a model's weights before it was ever loaded; 0 if its path does not tell."""
     if spec.kind == "simulated":
         return SimulatedModel(spec.path).memory()
-    folder = _folder(spec)
+    folder = model_folder(spec.path, spec.revision) if spec.path else None
     if folder is None:
         return 0
     if files := list(_chosen(folder)):
         return sum(_stored(file, DTYPES.get(spec.dtype or "")) for file in files)
     return sum(file.stat().st_size for file in folder.rglob("*.bin") if file.is_file())
-
-
-def _folder(spec: ModelSettings) -> Path | None:
-    """Where its files are: its path, or where the Hub's library keeps what it downloaded under that name."""
-    if not spec.path:
-        return None
-    folder = Path(spec.path)
-    return folder if folder.is_dir() else _cached(spec.path, spec.revision)
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        return None
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        return None
-    if "/" not in name:  # sentence-transformers takes it for one of its own
-        name = f"sentence-transformers/{name}"
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # it was not downloaded yet, or is no name of the Hub
-        return None
 
 
 def _chosen(folder: Path) -> Iterator[Path]:

@@ -246,10 +246,19 @@ def model_folder(path: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's files on this machine; None if it has none."""
     if Path(path).is_dir():
         return Path(path)
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # no name on the Hub
+        return None
+    # The library takes a name without an organisation for one of its own, unless it is an old name of the Hub.
+    names = (path,) if "/" in path else (path, f"sentence-transformers/{path}")
+    return next((folder for name in names if (folder := _downloaded(name, revision))), None)
+
+
+def _downloaded(name: str, revision: str | None) -> Path | None:
+    """Return where the Hub's library keeps a model; None if it was not downloaded yet, or has no name of the Hub."""
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (ImportError, OSError, ValueError):
         return None
 

@@ -16,7 +16,9 @@ from safetensors.numpy import save_file
 
 from legit_worker.models import loader
 from legit_worker.models.registry import Registry
+from legit_worker.models.revision import revision_of
 from legit_worker.models.sizes import estimate
+from legit_worker.prep.texts import model_folder
 from legit_worker.settings import ModelSettings
 
 #: 1,000 floats of four bytes, and 10 integers of eight.
@@ -73,6 +75,8 @@ def test_a_name_on_the_hub_is_looked_up_among_what_was_downloaded(
         (tmp_path / name / "refs" / "main").write_text("a" * 40)
     assert estimate(spec("somebody/tiny", dtype="float16")) == 2080
     assert estimate(spec("tiny")) == 4080
+    assert model_folder("tiny") == tmp_path / "models--sentence-transformers--tiny" / "snapshots" / ("a" * 40)
+    assert revision_of("tiny", None) == "a" * 40
     for unknown in ("somebody/else", "/no/such/folder", "not a name", "a/b/c"):
         assert estimate(spec(unknown)) == 0
 
