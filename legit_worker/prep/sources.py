@@ -119,7 +119,7 @@ def _read_file(path: Path, roots: list[Path], limits: Limits) -> bytes:
         raise _not_there(str(path)) from None
     try:
         # Check the open file again: from now on nobody can put another file in its place.
-        real = Path(os.readlink(f"/proc/self/fd/{file}"))
+        real = _real(file, path)
         if not stat.S_ISREG(os.fstat(file).st_mode) or not any(real.is_relative_to(root) for root in roots):
             raise _not_there(str(path))
         with open(file, "rb", closefd=False) as opened:
@@ -129,6 +129,17 @@ def _read_file(path: Path, roots: list[Path], limits: Limits) -> bytes:
     if len(content) > limits.max_bytes:
         raise _too_large(limits)
     return content
+
+
+def _real(file: int, path: Path) -> Path:
+    """Return where an open file is."""
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{file}"))
+    except FileNotFoundError:  # macOS has no /proc
+        real = path.resolve()
+        if not os.path.samestat(os.stat(real), os.fstat(file)):
+            raise _not_there(str(path)) from None
+        return real
 
 
 def _read_url(source: str, limits: Limits) -> bytes:

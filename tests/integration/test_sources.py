@@ -122,6 +122,13 @@ def test_a_path_under_a_root_is_read(root: Path) -> None:
         assert read(name, limits) == CONTENT
 
 
+def test_a_path_is_read_where_there_is_no_proc(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(os, "readlink", lambda path: Path("/nowhere/at/all").stat())
+    limits = Limits(roots=(root.resolve(),))
+    assert read(f"{root}/inner/a picture.png", limits) == CONTENT
+
+
 def test_without_a_root_no_path_is_read(root: Path) -> None:
     refused(f"{root}/inner/a picture.png", Limits(), "names no folder")
 
