@@ -202,7 +202,17 @@ class CudaDevice(Device):
     @functools.cached_property
     def _loading_stream(self) -> Any:
         """One stream for all loads: the allocator reuses memory only on the stream that it was for."""
-        return _torch().cuda.Stream(self._numbered)
+        torch = _torch()
+        try:
+            return torch.cuda.Stream(self._numbered)
+        except (RuntimeError, AssertionError) as error:
+            count = torch.cuda.device_count()
+            if int(self._numbered.partition(":")[2]) < count:
+                raise
+            raise VramUnknownError(
+                f"LEGIT_WORKER_DEVICE is {self.name}, and torch {torch.__version__} sees {count} GPUs: install a torch "
+                "that is built for CUDA and for this driver, name another GPU, or set LEGIT_WORKER_DEVICE=cpu"
+            ) from error
 
     def hold(self, limit: int | None) -> None:
         """Bound torch's allocator. At the limit it first gives back the memory that it keeps for later, then raises."""

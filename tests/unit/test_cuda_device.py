@@ -18,6 +18,7 @@ from fakecuda import FakeCuda, OnGpu
 from legit_worker.device import cuda
 from legit_worker.device.cuda import CudaDevice, prepare_environment, tf32, to_device
 from legit_worker.device.memory import give_back_cached
+from legit_worker.device.vram import VramUnknownError
 from legit_worker.models.handle import outcome
 from legit_worker.models.registry import Registry
 from legit_worker.settings import ModelSettings
@@ -142,6 +143,12 @@ def test_what_torchs_allocator_keeps_is_ours(gpu: FakeCuda) -> None:
 def test_without_cuda_nothing_is_taken_and_nothing_is_lost() -> None:
     assert CudaDevice("cuda").taken() == 0
     assert not CudaDevice("cuda").is_lost(RuntimeError("CUDA error"))
+
+
+def test_a_gpu_that_torch_does_not_see_is_told_with_the_setting() -> None:
+    said = r"LEGIT_WORKER_DEVICE is cuda:99, and torch .* sees \d+ GPUs: install .* or set LEGIT_WORKER_DEVICE=cpu"
+    with pytest.raises(VramUnknownError, match=said), CudaDevice("cuda:99").loading():
+        pass
 
 
 class Destination:
