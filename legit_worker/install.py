@@ -72,14 +72,14 @@ class ModelPoolStep(bootsteps.Step):
 
             worker.quiet = True  # no banner
             write_json(chosen)
-        for sentence in settings.unknown_models(chosen):
-            logger.warning(sentence)
         from legit_worker import control, tasks
         from legit_worker.models import fence, requirements
         from legit_worker.models.quiet import quiet_libraries
 
+        _tell_doubts(worker, chosen)
         fence.use(chosen)
         control.register()
+        tasks.check_or_exit(chosen)
         tasks.register(worker.app, chosen)
         signals.task_unknown.connect(tasks.suggest_alias)
         if chosen.role == "device":
@@ -121,6 +121,21 @@ class ModelPoolStep(bootsteps.Step):
         worker.concurrency = worker.min_concurrency = window(chosen)
         worker.prefetch_multiplier = 1
         return True
+
+
+def _tell_doubts(worker: Any, chosen: settings.Settings) -> None:
+    """Warn of settings that are allowed, and that may mean something else than their author thinks."""
+    from legit_worker import settings
+
+    doubts = (
+        *settings.unknown_models(chosen),
+        *settings.strange_name(worker.hostname, chosen),
+        *settings.unused_prefixes(chosen),
+        *settings.kindless_urls(chosen),
+        *settings.taken_for_tasks(chosen, worker.app.amqp.queues.consume_from),
+    )
+    for sentence in doubts:
+        logger.warning(sentence)
 
 
 def _take_queues(app: Celery, chosen: settings.Settings) -> None:

@@ -32,7 +32,7 @@ from legit_worker.inputs.types import Pair
 from legit_worker.models.handle import Handle
 from legit_worker.models.prompts import CALLS
 from legit_worker.prep_tasks import prep_image, prep_text
-from legit_worker.settings import Settings
+from legit_worker.settings import Settings, misnamed
 from legit_worker.task_limits import current_limits
 
 logger = logging.getLogger(__name__)
@@ -260,6 +260,12 @@ def _argument_names(message: Any) -> list[str]:
     return []
 
 
+def check_or_exit(chosen: Settings) -> None:
+    """Check at a worker's start. If a name could never work, end the process with a sentence for each."""
+    if problems := list(misnamed(chosen)):
+        raise SystemExit("legit_worker: " + "\n".join(problems))
+
+
 def register(app: Celery, chosen: Settings) -> None:
     """Add the built-in tasks and their aliases to an app. A second call changes nothing."""
     labels = {source.value for source in chosen.app_from if source.kind == "kwarg"}
@@ -278,12 +284,25 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        named = ((renames.get(key, key), value) for key, value in kwargs.items())
-        return function(*args, **{key: value for key, value in named if key is not None})
+        return function(*args, **_renamed(kwargs, renames))
 
     # typing: Celery would refuse arguments at the client, before they are renamed.
     # shared: by default Celery gives a task to every app of the process.
     app.task(name=name, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
+
+
+def _renamed(given: Mapping[str, Any], renames: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return a message's arguments by the function's names. Raises `InvalidInputError` for two that are one."""
+    found: dict[str, Any] = {}
+    for caller, value in given.items():
+        own = renames.get(caller, caller)
+        if own is None:
+            continue
+        if own not in found or found[own] is None:
+            found[own] = value
+        elif value is not None:
+            raise InvalidInputError(f"{caller!r} and another argument of this task both stand for {own}: send only one")
+    return found
 
 
 def _plain(values: Any, is_list: bool) -> Any:

@@ -24,7 +24,7 @@ from legit_worker.errors import LegitWorkerError, SettingsError
 from legit_worker.models import requirements
 from legit_worker.prep.texts import model_folder, tokenizer_of
 from legit_worker.routing.dead import DeadLetters
-from legit_worker.routing.wires import reach
+from legit_worker.routing.wires import connect, reach
 
 #: The oldest Celery that works, and the first that is too new, as (major, minor).
 CELERY = ((5, 5), (5, 8))
@@ -80,7 +80,7 @@ def examine(app: Celery) -> Iterator[str | Finding]:
         "settings": lambda: _settings(app, chosen),
         "versions": _versions,
         "broker": lambda: _broker(app, chosen),
-        "results": lambda: _results(app),
+        "results": lambda: _results(app, chosen),
         "models": lambda: _models(chosen),
         "gpu": lambda: _gpu(chosen),
         "prep": lambda: _prep(chosen),
@@ -117,6 +117,10 @@ def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
         yield warning("LEGIT_WORKER_ENABLED is not 1 here: workers are stock Celery's", "set it to 1 for batches")
     for sentence in settings.unknown_models(chosen):
         yield warning(sentence, "correct the name, unless another worker has this model")
+    for sentence in (*settings.unused_prefixes(chosen), *settings.kindless_urls(chosen)):
+        yield warning(sentence, "or unset it")
+    for sentence in settings.misnamed(chosen):
+        yield failure(sentence, "a worker does not start before")
 
 
 def _versions() -> Iterator[Finding]:
@@ -183,8 +187,30 @@ def _redis(client: Any) -> Iterator[Finding]:
         )
 
 
-def _results(app: Celery) -> Iterator[Finding]:
-    backend = app.backend
+def _results(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
+    yield from _stock_results(app)
+    for name, own in chosen.apps.items():
+        if own.result_routing and own.url:
+            yield from _server_of(app, name, own.url)
+
+
+def _server_of(app: Celery, name: str, url: str) -> Iterator[Finding]:
+    with connect(app, url) as connection:
+        try:
+            reach(connection)
+        except Exception as error:
+            seen = f"{connection.as_uri()}, for the results of app {name}, does not answer: {error}"
+            yield failure(seen, f"start it, or correct LEGIT_WORKER_APPS__{name.upper()}__URL")
+        else:
+            yield ok(f"{connection.as_uri()} answers, for the results of app {name}")
+
+
+def _stock_results(app: Celery) -> Iterator[Finding]:
+    try:
+        backend = app.backend
+    except (KeyError, TypeError, ValueError):  # which may show a part of the password
+        yield failure("the result backend's URL can't be read", "write what is special in a password as %XX")
+        return
     name = type(backend).__name__
     client = getattr(backend, "client", None)
     if client is not None and hasattr(client, "ping"):

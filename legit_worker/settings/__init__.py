@@ -6,11 +6,12 @@ a device: a process that only looks at its settings never opens a CUDA context.
 
 `schema.py` says which settings there are, `values.py` what each may hold, and `reading.py` reads and shows them.
 `apps.py` gives each app the bounds of all, and looks for models that only an app's list has. `nodes.py` gives a worker
-what is its own.
+what is its own. `doubts.py` looks for settings that do nothing together.
 """
 
 from legit_worker.settings.apps import unknown_models, with_bounds
-from legit_worker.settings.nodes import models_of, queue_of, take_name
+from legit_worker.settings.doubts import kindless_urls, misnamed, taken_for_tasks, unused_prefixes
+from legit_worker.settings.nodes import models_of, queue_of, strange_name, take_name
 from legit_worker.settings.reading import (
     changed,
     is_enabled,
@@ -49,14 +50,19 @@ __all__ = [
     "fold",
     "is_enabled",
     "is_prep",
+    "kindless_urls",
     "listed_changes",
     "load",
     "load_or_exit",
+    "misnamed",
     "models_of",
     "path_variable",
     "queue_of",
+    "strange_name",
     "take_name",
+    "taken_for_tasks",
     "unknown",
     "unknown_models",
+    "unused_prefixes",
     "with_bounds",
 ]

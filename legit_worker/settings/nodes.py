@@ -21,6 +21,16 @@ def take_name(hostname: str, settings: Settings) -> bool:
     return False
 
 
+def strange_name(hostname: str, settings: Settings) -> Iterator[str]:
+    """Yield a sentence if the settings tell of workers that run models, and of none with this worker's name."""
+    if settings.workers and settings.node is None and settings.role == "device":
+        names = list(settings.workers)
+        yield (
+            f"this worker is named {hostname.partition('@')[0]!r}, and the settings tell of {', '.join(names)}: it "
+            f"takes no device, models or queues of theirs. If it is one of these, start it as -n {names[0]}@%h"
+        )
+
+
 def of_this_worker(settings: Settings) -> Settings:
     """Return the settings with this worker's own device and models."""
     own = settings.workers.get(settings.node or "")

@@ -213,7 +213,8 @@ class AppSettings(_Group):
     prefix: str = ""
     #: How arrays of floats are written.
     encoding: Literal["json", "base64"] = "json"
-    #: A message's `reply_to` names the queue if it begins like this. If it is not set, no message names a queue.
+    #: A message's `reply_to` names the queue if it begins like this, and if `APP_FROM` has `reply_to`. If it is not
+    #: set, no message names a queue.
     reply_to_prefix: SafeName | None = None
     #: The most entries of its queue, after which its results wait; 0 sets no bound. If it is not set, the bound of all
     #: apps holds.

@@ -22,11 +22,21 @@ PREFIX = "LEGIT_WORKER_"
 #: Stands between the parts of a variable's name.
 DELIMITER = "__"
 
-#: The built-in tasks that can have other names as well.
-BUILT_IN_TASKS = (
-    *("embed_text", "embed_image", "embed_sparse", "embed_multi", "rerank", "classify"),
-    *("prep_text", "prep_image"),
-)
+#: What a task says of its texts, and of its vectors.
+_WORDING = ("task", "prompt_name", "prompt")
+_FORM = ("dimensions", "precision")
+
+#: The built-in tasks, which can have other names as well, and the arguments of each.
+BUILT_IN_TASKS = {
+    "embed_text": ("text", "model", "normalize", "truncate", *_WORDING, *_FORM),
+    "embed_image": ("image", "model", "normalize", *_FORM),
+    "embed_sparse": ("text", "model", *_WORDING, "max_active"),
+    "embed_multi": ("text", "model", "normalize", *_WORDING),
+    "rerank": ("query", "documents", "model", "top_k"),
+    "classify": ("pair", "model", "top_k"),
+    "prep_text": ("text", "model", "chunk_tokens", "overlap", *_WORDING, *_FORM),
+    "prep_image": ("image", "model"),
+}
 
 #: The kinds of model that are read from a path.
 KINDS_WITH_PATH = ("embed", "rerank", "sparse", "multi", "image")

@@ -59,9 +59,18 @@ def test_what_is_wrong_is_named_with_its_fix(broker: Broker, model: dict[str, st
     code, found = doctor(broker, "project", **model, LEGIT_WORKER_WINDOW="many")
     assert code == 1
     assert "LEGIT_WORKER_WINDOW='many'" in about(found, "settings", "failure")
-    code, found = doctor(broker, **model, CELERY_BROKER_URL="redis://localhost:1/0")
+    app = {
+        "LEGIT_WORKER_APPS__SHOP__RESULT_ROUTING": "on",
+        "LEGIT_WORKER_APPS__SHOP__URL": "redis://:pass@localhost:1/7",
+    }
+    alias = {"LEGIT_WORKER_TASKS__RERANK": '{"rank": {"passage": "document"}}'}
+    code, found = doctor(broker, **model, **app, **alias, CELERY_BROKER_URL="redis://localhost:1/0")
     assert code == 1
     assert "localhost:1/0 does not answer" in about(found, "broker", "failure")
+    assert "redis://:**@localhost:1/7, for the results of app shop, does not answer" in about(
+        found, "results", "failure"
+    )
+    assert "did you mean documents?" in about(found, "settings", "failure")
     code, found = doctor(broker, LEGIT_WORKER_MODELS__GONE__PATH="/nowhere/model")
     assert code == 1
     assert "/nowhere/model is neither a folder" in about(found, "models", "warning")

@@ -59,6 +59,15 @@ def test_a_worker_takes_its_name_from_the_command_line_unless_it_has_one(monkeyp
     assert not settings.take_name("gpu0@host", settings.load(TWO | {"LEGIT_WORKER_NODE": "gpu1"}))
 
 
+def test_a_worker_whose_name_no_setting_has_says_so() -> None:
+    (said,) = settings.strange_name("worker-gpu0@host", settings.load(TWO))
+    assert "'worker-gpu0', and the settings tell of gpu0, gpu1" in said
+    assert said.endswith("-n gpu0@%h")
+    assert not list(settings.strange_name("gpu0@host", settings.load(TWO | {"LEGIT_WORKER_NODE": "gpu0"})))
+    assert not list(settings.strange_name("prep@host", settings.load(TWO | {"LEGIT_WORKER_ROLE": "prep"})))
+    assert not list(settings.strange_name("celery@host", settings.load({})))
+
+
 @pytest.fixture(autouse=True)
 def fresh_routes() -> None:
     """A process reads its settings once."""

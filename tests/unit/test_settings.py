@@ -28,10 +28,13 @@ from legit_worker.settings import (
     fold,
     is_enabled,
     is_prep,
+    kindless_urls,
     load,
     path_variable,
+    taken_for_tasks,
     unknown,
     unknown_models,
+    unused_prefixes,
     with_bounds,
 )
 from legit_worker.settings.values import BUILT_IN_TASKS
@@ -933,3 +936,35 @@ def test_an_apps_own_bound_beats_the_one_of_all_apps() -> None:
     lengths = {name: app.queue_max_length for name, app in bounded.apps.items()}
     assert lengths == {"vod": 0, "other": 10}
     assert bounded.apps["vod"].dead_max_seconds == 0
+
+
+# Those that do nothing together
+
+
+def routed(**more: str) -> dict[str, str]:
+    return {"APPS__SHOP__RESULT_ROUTING": "on"} | {f"APPS__SHOP__{name}": value for name, value in more.items()}
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", f"me:{PASSWORD}@redis.internal"])
+def test_a_url_that_names_no_kind_of_server_is_told(url: str) -> None:
+    (said,) = kindless_urls(loaded(**routed(URL=url)))
+    assert said.startswith("LEGIT_WORKER_APPS__SHOP__URL names no kind of server")
+    assert PASSWORD not in said
+    assert not list(kindless_urls(loaded(**routed(URL="redis://h"))))
+
+
+def test_a_prefix_that_no_message_is_compared_with_is_told() -> None:
+    (said,) = unused_prefixes(loaded(APPS__VOD__REPLY_TO_PREFIX="v", APPS__OTHER__WEIGHT="2", APP_FROM="header:app"))
+    assert said.startswith("LEGIT_WORKER_APPS__VOD__REPLY_TO_PREFIX has no effect")
+    assert said.endswith("LEGIT_WORKER_APP_FROM=header:app,reply_to")
+    assert not list(unused_prefixes(loaded(APPS__VOD__REPLY_TO_PREFIX="v", APP_FROM="header:app,reply_to")))
+
+
+def test_an_apps_queue_that_the_worker_takes_tasks_from_is_told() -> None:
+    (said,) = taken_for_tasks(loaded(**routed(QUEUE="celery")), ["celery"])
+    assert said.startswith("LEGIT_WORKER_APPS__SHOP__QUEUE=celery is a queue of tasks")
+    assert said.endswith("such as shop.results")
+    others = {"FORMAT": "celery", "JOB": "done"}, {"URL": "redis://h"}, {"PREFIX": "shop-"}, {"RESULT_ROUTING": "off"}
+    for other in others:
+        assert not list(taken_for_tasks(loaded(**routed(QUEUE="celery", **other)), ["celery"]))
+    assert not list(taken_for_tasks(loaded(**routed()), ["celery"]))

@@ -6,6 +6,7 @@ import base64
 import io
 import logging
 import re
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.limits import limits_of
 from legit_worker.inputs.options import form_of
 from legit_worker.inputs.reading import images_of
+from legit_worker.models.options import refuse
+from legit_worker.models.prompts import chosen_prompt
+from legit_worker.settings.values import BUILT_IN_TASKS
 from legit_worker.testing import use_models, vector
 
 DEFAULTS = limits_of(settings.Settings(), "")
@@ -122,3 +126,69 @@ def test_a_word_is_no_switch(value: Any) -> None:
 def test_what_json_has_for_on_and_off_is_a_switch(value: Any, is_on: bool) -> None:
     assert form_of(None, None, value) == {"normalize_embeddings": is_on}
     assert form_of(None, None, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "aliases", "said"),
+    [
+        (
+            "EMBED_TEXT",
+            '{"old": {"content": "texxt"}}',
+            "the argument 'texxt', which embed_text does not have: did you",
+        ),
+        ("RERANK", '{"old": {"content": "text"}}', "which rerank does not have: it has query, documents, model, top_k"),
+        ("EMBED_TEXT", "legit_worker.rerank", "'legit_worker.rerank' is the name of a built-in task"),
+        (
+            "RERANK",
+            '{"legit_worker.rerank": {"passages": "documents"}}',
+            "'legit_worker.rerank' is the name of a built",
+        ),
+    ],
+)
+def test_a_name_by_which_no_task_could_run_stops_the_worker(variable: str, aliases: str, said: str) -> None:
+    chosen = settings.load({f"LEGIT_WORKER_TASKS__{variable}": aliases})
+    with pytest.raises(SystemExit) as stopped:
+        tasks.check_or_exit(chosen)
+    assert str(stopped.value).startswith(f"legit_worker: LEGIT_WORKER_TASKS__{variable}: ")
+    assert said in str(stopped.value)
+
+
+def test_the_settings_know_each_tasks_arguments() -> None:
+    assert {name: tuple(signature(task).parameters) for name, task in tasks.BUILT_IN.items()} == BUILT_IN_TASKS
+
+
+@pytest.mark.parametrize("aliases", [ALIASES, "legit_worker.embed_text", "embed_text", "legit_worker.mine"])
+def test_a_name_by_which_a_task_can_run_stops_nothing(aliases: str) -> None:
+    tasks.check_or_exit(settings.load({"LEGIT_WORKER_TASKS__EMBED_TEXT": aliases}))
+
+
+def test_two_arguments_that_stand_for_one_are_refused_unless_one_is_null() -> None:
+    task = app_with_aliases().tasks["conductor.embed"]
+    with use_models({"sim": {"kind": "simulated"}}):
+        expected = [float(value) for value in vector("a text")]
+        assert task(text=None, content="a text", model_name="sim") == expected
+        assert task(content="a text", text=None, model_name="sim") == expected
+        with pytest.raises(InvalidInputError, match="'text' and another argument of this task both stand for text"):
+            task(content="a text", text="another")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_seq_length": 0}, "max_seq_length=0 would leave no tokens: give at least 1"),
+        ({"max_seq_length": -1}, "max_seq_length=-1 would leave no tokens"),
+        ({"max_seq_length": "8"}, "max_seq_length='8' should be a whole number"),
+        ({"truncate_dim": 8.5}, r"truncate_dim=8\.5 should be a whole number"),
+        ({"truncate_dim": 0}, "truncate_dim=0 would leave no numbers"),
+    ],
+)
+def test_a_handles_count_is_a_whole_number_of_at_least_one(options: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        refuse({}, "encode", **options)
+    refuse({}, "encode", max_seq_length=None, truncate_dim=8)
+
+
+def test_an_empty_name_of_a_prompt_is_no_name() -> None:
+    with pytest.raises(InvalidInputError, match="prompt_name='' is not among this model's prompts"):
+        chosen_prompt({"query": "q: "}, "query", None, "", None)
+    assert chosen_prompt({"query": "q: "}, "query", None, None, None) == "q: "

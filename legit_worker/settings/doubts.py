@@ -1,0 +1,62 @@
+"""Settings that are fine one by one, and together do nothing, or something else than their author thinks.
+
+In: settings. Out: sentences. `misnamed` stops a worker, since no task could ever run by such a name; the others warn.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator
+
+from legit_worker.settings.schema import Settings
+from legit_worker.settings.values import BUILT_IN_TASKS, spelled
+
+
+def misnamed(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each name by which no built-in task could ever run."""
+    for task, aliases in settings.tasks.items():
+        variable, known = spelled(("tasks", task)), BUILT_IN_TASKS[task]
+        for alias, renames in aliases.items():
+            owner = alias.removeprefix("legit_worker.")
+            if owner != alias and owner in BUILT_IN_TASKS and (renames or owner != task):
+                yield f"{variable}: {alias!r} is the name of a built-in task: choose another"
+            for caller, own in renames.items():
+                if own is not None and own not in known:
+                    near = difflib.get_close_matches(own, known, n=1)
+                    yield (
+                        f"{variable}: {alias!r} makes {caller!r} the argument {own!r}, which {task} does not have: "
+                        f"{f'did you mean {near[0]}? ' if near else ''}it has {', '.join(known)}"
+                    )
+
+
+def unused_prefixes(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each app whose prefix is for a `reply_to` that nobody reads."""
+    if any(source.kind == "reply_to" for source in settings.app_from):
+        return
+    for app, own in settings.apps.items():
+        if own.reply_to_prefix:
+            yield (
+                f"{spelled(('apps', app, 'reply_to_prefix'))} has no effect, since {spelled(('app_from',))} has no "
+                f"reply_to: add it, as in {spelled(('app_from',))}={','.join(map(str, settings.app_from))},reply_to"
+            )
+
+
+def kindless_urls(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each app whose URL does not say what kind of server is there."""
+    for app, own in settings.apps.items():
+        if own.url and "://" not in own.url:
+            yield (
+                f"{spelled(('apps', app, 'url'))} names no kind of server, so it counts as a host of RabbitMQ: write "
+                "it as amqp://user:password@host//, or redis://host:6379/0"
+            )
+
+
+def taken_for_tasks(settings: Settings, queues: Collection[str]) -> Iterator[str]:
+    """Yield one sentence for each app whose results would come to a queue that this worker takes tasks from."""
+    for app, own in settings.apps.items():
+        is_plain = own.format == "json" and not own.url and not own.prefix
+        if own.result_routing and is_plain and own.queue in queues:
+            yield (
+                f"{spelled(('apps', app, 'queue'))}={own.queue} is a queue of tasks that this worker reads: it would "
+                f"take the app's results for tasks. Give the app a queue of its own, such as {app}.results"
+            )
