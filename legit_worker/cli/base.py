@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 from typing import Any
 
 import click
@@ -17,6 +18,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+#: What to say of a server's URL that kombu can't read.
+UNREADABLE_URL = (
+    "URL can't be read: it begins like redis://, rediss://, sentinel://, amqp:// or amqps://, and has what is special "
+    "in a password as %XX"
+)
 
 #: What only the writing of a file meets: a full disk, a full quota, a file that grows too large.
 _OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,8 +38,11 @@ class _Plainly(click.Command):
 
         if not ctx.find_root().params.get("app"):
             raise click.UsageError(f"name the project: celery -A yourproject {spelled(ctx)}")
-        with ctx.obj.app.connection_for_read() as connection:
-            away = (OperationalError, *connection.connection_errors)
+        try:
+            with ctx.obj.app.connection_for_read() as connection:
+                away = (OperationalError, *connection.connection_errors)
+        except (KeyError, TypeError, ValueError):  # which may show a part of the password
+            raise click.ClickException(f"the broker's {UNREADABLE_URL}") from None
         try:
             return super().invoke(ctx)
         except LegitWorkerError as error:
@@ -44,6 +54,22 @@ class _Plainly(click.Command):
             raise click.ClickException(
                 f"the broker {connection.as_uri()} does not answer: {seen}. Start it, or correct its URL"
             ) from None
+
+
+class _Seconds(click.FloatRange):
+    """A number of seconds that one can wait."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not isfinite(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
+
+
+#: The type of `--timeout`.
+SECONDS = _Seconds(min=0, min_open=True)
 
 
 class Command(_Plainly, CeleryCommand):

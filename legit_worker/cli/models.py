@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, Group, busy, mib, new_table, reach, safe
+from legit_worker.cli.base import SECONDS, Command, Group, busy, mib, new_table, reach, safe
 
 #: Seconds between two questions whether the change is made.
 LOOK = 0.2
@@ -35,7 +35,7 @@ IS_DONE: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 Replies = dict[str, dict[str, Any]]
 
-_timeout = click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for workers.")
+_timeout = click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers.")
 _destination = click.option(
     "--destination", type=COMMA_SEPARATED_LIST, help="The names of the workers to ask, with commas; by default all."
 )

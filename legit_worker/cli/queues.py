@@ -10,11 +10,11 @@ from celery.bin.base import handle_preload_options
 from rich.console import Console
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, new_table, reach, safe
+from legit_worker.cli.base import SECONDS, Command, new_table, reach, safe
 
 
 @legit.command(cls=Command)
-@click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for workers.")
+@click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
 @handle_preload_options

@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, mib, new_table, reach, safe
+from legit_worker.cli.base import SECONDS, Command, mib, new_table, reach, safe
 
 #: Columns of a bar.
 BAR = 20
@@ -56,7 +56,7 @@ class Sample:
 
 @legit.command(cls=Command)
 @click.option("--once", is_flag=True, help="Print one frame, and end. So it is if the output is no terminal.")
-@click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Print one frame, and write it to this file as a picture.")
 @click.pass_context
 @handle_preload_options

@@ -6,6 +6,7 @@ In: the options. Out: a table and the wrong rows, or JSON.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -91,6 +92,8 @@ def configured(name: str) -> tuple[str, ModelSettings]:
 
 def make_reference(model: ModelSettings, path: Path, texts: Path | None) -> None:
     """Write a reference file."""
+    if not os.access(path.parent, os.W_OK):
+        raise ValidationError(f"{path.parent} is no folder that can be written to")
     chosen = reference.read_texts(texts) if texts else golden.texts()
     library = Library(model, reference.dtype_of(model))
     with _progress() as progress:

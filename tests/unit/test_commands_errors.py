@@ -11,17 +11,18 @@ import pytest
 from celery import Celery
 from click.testing import CliRunner
 
-from legit_worker.cli.base import Command
+from legit_worker.cli.base import SECONDS, Command
 
 
-def said(error: Exception) -> str:
+def said(error: Exception | None, broker: str = "redis://:secret@localhost:1/0") -> str:
     """What the command prints whose code raises this."""
 
     def fail() -> None:
-        raise error
+        if error is not None:
+            raise error
 
     root = click.Group("celery", params=[click.Option(["--app"])], commands=[Command("top", callback=fail)])
-    app = Celery(broker="redis://:secret@localhost:1/0", set_as_current=False)
+    app = Celery(broker=broker, set_as_current=False)
     found = CliRunner().invoke(root, ["--app", "project", "top"], obj=SimpleNamespace(app=app))
     assert found.exit_code == 1
     return found.output
@@ -42,3 +43,18 @@ def test_an_error_of_a_file_is_not_the_brokers(tmp_path: Path) -> None:
 def test_an_error_of_a_connection_is_the_brokers() -> None:
     refused = "Error: the broker redis://:**@localhost:1/0 does not answer: [Errno 111] Connection refused. Start it"
     assert said(ConnectionRefusedError(111, "Connection refused")).startswith(refused)
+
+
+@pytest.mark.parametrize("url", ["redis://:se/kr#et@localhost:6379/0", "nonsense://x", "redis://[::1/0"])
+def test_a_brokers_url_that_cant_be_read_is_told_without_a_part_of_it(url: str) -> None:
+    found = said(None, url)
+    assert found.startswith("Error: the broker's URL can't be read: it begins like redis://")
+    assert "kr" not in found
+    assert "se" not in found.replace("sentinel", "")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "soon"])
+def test_a_timeout_is_a_number_of_seconds_above_0(text: str) -> None:
+    command = click.Command("top", params=[click.Option(["--timeout"], type=SECONDS)], callback=lambda timeout: None)
+    assert CliRunner().invoke(command, ["--timeout", text]).exit_code == 2
+    assert CliRunner().invoke(command, ["--timeout", "0.5"]).exit_code == 0
