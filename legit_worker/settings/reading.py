@@ -166,12 +166,21 @@ def _read_file(given: Mapping[Name, Variable]) -> dict[str, Any]:
     # pydantic-settings takes a missing file for an empty one.
     path.open("rb").close()
     tree = TomlConfigSettingsSource(Settings, toml_file=path)()
+    if "config" in tree:
+        raise ValueError("the file can't name another one: remove its key config")
     return {key: _lower_keys(value) if key in GROUPS else value for key, value in tree.items()}
 
 
 def _lower_keys(value: Any) -> Any:
-    """Return a table with its keys in lower case, as the variables have them."""
-    return {key.lower(): inner for key, inner in value.items()} if isinstance(value, dict) else value
+    """Return a table with its keys in lower case, as the variables have them. Raises `ValueError` if two are one."""
+    if not isinstance(value, dict):
+        return value
+    lower: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key.lower() in lower:
+            raise ValueError(f"{key!r} is there twice, since upper and lower case count as one: rename one")
+        lower[key.lower()] = inner
+    return lower
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

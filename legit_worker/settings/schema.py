@@ -48,6 +48,7 @@ from legit_worker.settings.values import (
     TaskRate,
     at_home,
     fold,
+    no_switch,
     nothing_if,
     spelled,
 )
@@ -86,6 +87,7 @@ class _Group(BaseModel):
     """The settings of one alias or one app."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    _no_switch = field_validator("*", mode="before")(no_switch)
 
 
 class ModelSettings(_Group):
@@ -287,6 +289,7 @@ class Settings(BaseSettings):
     """All settings. `load` makes them; the class itself reads neither environment nor file."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    _no_switch = field_validator("*", mode="before")(no_switch)
 
     #: Whether the worker's pool is swapped; otherwise the worker is stock Celery. `celery -A legit_worker` has 1.
     enabled: bool = False

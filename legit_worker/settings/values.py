@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, ValidationInfo
 
 PREFIX = "LEGIT_WORKER_"
 
@@ -193,6 +193,13 @@ def matching(pattern: str, meaning: str) -> AfterValidator:
 def nothing_if(word: str, nothing: Any = None) -> BeforeValidator:
     """Read this word as nothing."""
     return BeforeValidator(lambda value: nothing if isinstance(value, str) and value.lower() == word else value)
+
+
+def no_switch(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """Refuse true and false of a file for anything but a switch: they would count as the numbers 1 and 0."""
+    if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, bool | None):
+        raise ValueError(f"{str(value).lower()} is no value of this setting, which is no switch")
+    return value
 
 
 def _in_bytes(amount: Amount) -> Amount:

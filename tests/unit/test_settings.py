@@ -684,6 +684,14 @@ def test_a_model_or_app_may_be_in_both_halves(toml: Any) -> None:
         ("[apps.a]\nmodels = [1]", "apps.a.models.0 in {path}: Input should be a valid string"),
         ("window = ", "LEGIT_WORKER_CONFIG='{path}': "),
         ("window = 1\nwindow = 2", "LEGIT_WORKER_CONFIG='{path}': "),
+        ("config = '/etc/w.toml'", "LEGIT_WORKER_CONFIG='{path}': the file can't name another one"),
+        ("[models.A]\npath = 'x'\n[models.a]\npath = 'y'", "LEGIT_WORKER_CONFIG='{path}': 'a' is there twice"),
+        ("[apps.Shop]\n[apps.shop]", "LEGIT_WORKER_CONFIG='{path}': 'shop' is there twice"),
+        ("metrics_port = true", "metrics_port in {path}: true is no value of this setting, which is no switch"),
+        ("window = true", "window in {path}: true is no value"),
+        ("max_queue_delay = false", "max_queue_delay in {path}: false is no value"),
+        ("[apps.a]\nweight = true", "apps.a.weight in {path}: true is no value"),
+        ("[models.a]\npath = 'x'\nkeep_alive = true", "models.a.keep_alive in {path}: true is no value"),
     ],
 )
 def test_a_mistake_in_the_file_is_told_with_its_place(toml: Any, text: str, message: str) -> None:
@@ -692,6 +700,14 @@ def test_a_mistake_in_the_file_is_told_with_its_place(toml: Any, text: str, mess
     assert said.startswith(message.replace("{path}", path))
     assert "\n" not in said
     assert PASSWORD not in said
+
+
+def test_a_file_has_its_switches_as_true_and_false(toml: Any) -> None:
+    model = "[models.a]\npath = 'x'\npin = true\nnormalize = false"
+    app = "[apps.a]\nresult_routing = true\nbatching = false"
+    chosen = loaded(CONFIG=toml(f"enabled = true\n{model}\n{app}"))
+    assert (chosen.enabled, chosen.models["a"].pin, chosen.models["a"].normalize) == (True, True, False)
+    assert (chosen.apps["a"].result_routing, chosen.apps["a"].batching) == (True, False)
 
 
 def test_a_bad_variable_is_told_even_where_the_file_has_the_same_setting(toml: Any) -> None:
