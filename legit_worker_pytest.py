@@ -23,15 +23,16 @@ def legit_models() -> Iterator[Callable[..., Registry]]:
     """Put models in place of the environment's until the test ends: `legit_models("minilm")`.
 
     A name alone is a simulated model, whose output for a text is `legit_worker.testing.vector(text)`. Keywords are
-    settings of a model: `legit_models(minilm={"kind": "simulated", "path": "0.01,0"})`.
+    settings of a model: `legit_models(minilm={"kind": "simulated", "path": "0.01,0"})`. Another call adds models.
     """
     from legit_worker.testing import use_models
 
+    known: dict[str, Any] = {}
     with ExitStack() as stack:
 
         def use(*aliases: str, **models: Any) -> Registry:
-            simulated = {alias: {"kind": "simulated"} for alias in aliases}
-            return stack.enter_context(use_models(simulated | models))
+            known.update({alias: {"kind": "simulated"} for alias in aliases} | models)
+            return stack.enter_context(use_models(known))
 
         yield use
 
