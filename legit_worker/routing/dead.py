@@ -124,17 +124,20 @@ class DeadLetters:
         places = self._places(connection, words)
         missing = set(words) - KINDS.keys() - {place.app for place in places}
         ids = frozenset(missing)
+        selected = 0
         for place in places:
             is_whole = not words or place.app in words or any(KINDS.get(word) == place.kind for word in words)
             for raw, remove in place.box.items() if is_whole or ids else ():
                 letter = read(raw, place.kind)
                 if is_whole or letter.id in ids:
                     missing.discard(letter.id)
+                    selected += 1
                     yield letter, remove
         if missing:
             raise RoutingError(
                 f"no dead letter has the id, and no app the name, {', '.join(map(repr, sorted(missing)))}; kinds are "
                 f"{', '.join(KINDS)}, and apps {', '.join(self._chosen.apps) or 'none'}"
+                f"{f'. The other words select {selected}, and that is done' if selected else ''}"
             )
 
     def _places(self, connection: Connection, words: tuple[str, ...] = ()) -> list[Place]:

@@ -189,6 +189,12 @@ def test_what_is_dropped_is_gone_and_the_rest_is_there(dead: DeadLetters) -> Non
     assert dead.totals() == {"poisoned": 1, "results of alpha": 1, "results of gone": 1}
 
 
+def test_a_misspelt_id_hides_nothing_of_what_was_done(dead: DeadLetters) -> None:
+    with pytest.raises(RoutingError, match=r"'task-7'.*The other words select 2, and that is done"):
+        dead.drop("alpha", "task-7")
+    assert dead.totals() == {name: count for name, count in ALL.items() if name != "results of alpha"}
+
+
 def test_all_that_can_be_sent_again_is_and_the_rest_is_kept_with_its_reason(dead: DeadLetters, redis: Any) -> None:
     outcome = dead.replay()
     assert outcome.done == 3
