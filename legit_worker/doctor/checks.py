@@ -231,7 +231,9 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
         yield failure(str(error), "a worker does not start before")
     for alias, model in chosen.models.items():
         if model.kind not in settings.KINDS_WITH_PATH or model.path is None:
-            yield ok(f"{alias}: kind {model.kind}")
+            wrong = probe("own_class", model.kind).get("error") if ":" in model.kind else None
+            seen = f"{alias}: kind {model.kind}"
+            yield failure(f"{seen}: {wrong}", "correct KIND, or the class") if wrong else ok(seen)
         elif model_folder(model.path, model.revision) is None:
             yield warning(
                 f"{alias}: {model.path} is neither a folder nor in the local cache",

@@ -12,6 +12,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+#: What the class of a model has at least.
+METHODS = ("load", "preprocess", "cost", "forward", "postprocess")
+
 #: Texts of mixed lengths, so that a batch is padded. They are few and short, so a model's load takes longer than they.
 TEXTS = [" ".join(f"word{place}" for place in range(1 + number * 7 % 20)) for number in range(8)]
 
@@ -49,6 +52,18 @@ def prep(alias: str = "") -> dict[str, Any]:
     except OSError:
         refused = False
     return {"did": did, "driver": driver, "refused": refused}
+
+
+def own_class(kind: str) -> dict[str, Any]:
+    """Import the class of a kind that is not built in. Returns what is wrong with it, or nothing."""
+    from legit_worker.models.loader import class_of
+
+    try:
+        found = class_of(kind)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    missing = [name for name in METHODS if not callable(getattr(found, name, None))]
+    return {"error": f"it has no {', '.join(missing)}"} if missing else {}
 
 
 def batches(*aliases: str) -> dict[str, dict[str, Any]]:
@@ -89,7 +104,12 @@ def _batches(alias: str) -> dict[str, Any]:
     }
 
 
-PROBES: dict[str, Callable[..., dict[str, Any]]] = {"torch_gpus": torch_gpus, "prep": prep, "batches": batches}
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {
+    "torch_gpus": torch_gpus,
+    "prep": prep,
+    "own_class": own_class,
+    "batches": batches,
+}
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

@@ -149,7 +149,7 @@ class Loader:
     def _bring(self, slot: Slot, orders: Orders, device: Device) -> tuple[LoadedModel, float]:
         # Before the turn: a first import of torch and of a library on it takes many seconds.
         with forks.importing():
-            cls = _class_of(slot.spec.kind)
+            cls = class_of(slot.spec.kind)
         with orders.turn():
             orders.check_room(slot)
             with device.loading():  # whose beginning starts CUDA, once
@@ -202,7 +202,7 @@ def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
         give_back_cached()  # the next batch may be a small one, and other processes may want the rest
 
 
-def _class_of(kind: str) -> Any:
+def class_of(kind: str) -> Any:
     """A user's own is looked for where Celery looks for the project: in the working directory, too."""
     return symbol_by_name(KINDS[kind]) if kind in KINDS else symbol_by_name(kind, imp=import_from_cwd)
 

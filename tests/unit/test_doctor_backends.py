@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from legit_worker import settings
-from legit_worker.doctor import checks
+from legit_worker.doctor import checks, probes
 from legit_worker.validation import reference
 
 
@@ -50,3 +50,17 @@ def test_another_backend_is_compared_with_float32(backend: str) -> None:
 def test_torch_is_compared_with_its_own_type() -> None:
     model = settings.ModelSettings(path="m", dtype="bfloat16")
     assert reference.origin(model)["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("nomod:Nix", "ModuleNotFoundError: No module named 'nomod'"),
+        ("legit_worker.models.simulated:Simulatd", "AttributeError: module"),
+        ("pathlib:Path", "it has no load, preprocess, cost, forward, postprocess"),
+        ("legit_worker.models.simulated:SimulatedModel", None),
+    ],
+)
+def test_a_class_of_ones_own_is_imported_and_looked_at(kind: str, said: str | None) -> None:
+    wrong = probes.own_class(kind).get("error")
+    assert wrong is None if said is None else wrong.startswith(said)
