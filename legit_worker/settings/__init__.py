@@ -10,7 +10,7 @@ what is its own. `doubts.py` looks for settings that do nothing together.
 """
 
 from legit_worker.settings.apps import unknown_models, with_bounds
-from legit_worker.settings.doubts import kindless_urls, misnamed, taken_for_tasks, unused_prefixes
+from legit_worker.settings.doubts import kindless_urls, late_delays, misnamed, taken_for_tasks, unused_prefixes
 from legit_worker.settings.nodes import models_of, queue_of, strange_name, take_name
 from legit_worker.settings.reading import (
     changed,
@@ -51,6 +51,7 @@ __all__ = [
     "is_enabled",
     "is_prep",
     "kindless_urls",
+    "late_delays",
     "listed_changes",
     "load",
     "load_or_exit",

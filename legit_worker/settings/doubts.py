@@ -51,6 +51,18 @@ def kindless_urls(settings: Settings) -> Iterator[str]:
             )
 
 
+def late_delays(settings: Settings) -> Iterator[str]:
+    """Yield a sentence if a task that waits for company would be late for that alone."""
+    delay = settings.max_queue_delay
+    for name in ("max_wait_seconds", "target_latency"):
+        bound = getattr(settings, name)
+        if delay is not None and bound is not None and delay >= bound:
+            yield (
+                f"{spelled(('max_queue_delay',))}={delay:g} lets a task wait for company for {delay:g} s, and "
+                f"{spelled((name,))} is {bound:g} s: lower the first one (both are in seconds), or set it to auto"
+            )
+
+
 def taken_for_tasks(settings: Settings, queues: Collection[str]) -> Iterator[str]:
     """Yield one sentence for each app whose results would come to a queue that this worker takes tasks from."""
     for app, own in settings.apps.items():

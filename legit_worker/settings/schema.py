@@ -338,7 +338,7 @@ class Settings(BaseSettings):
     #: longer.
     max_batch_seconds: SomeSeconds = 0.5
     #: The number of helper processes that prepare input beside the worker.
-    prep_processes: int = Field(default=0, ge=0)
+    prep_processes: int = Field(default=0, ge=0, le=1024)
     #: The most seconds that a helper takes for one input.
     prep_seconds: SomeSeconds = 30.0
     #: Folders that `prep_image` may read files from.

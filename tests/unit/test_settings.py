@@ -29,6 +29,7 @@ from legit_worker.settings import (
     is_enabled,
     is_prep,
     kindless_urls,
+    late_delays,
     load,
     path_variable,
     taken_for_tasks,
@@ -508,6 +509,7 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
         ("MAX_HELD_SECONDS", "x", "valid number"),
         ("MAX_BATCH_SECONDS", "nan", "finite"),
         ("PREP_PROCESSES", "-1", "greater than or equal to 0"),
+        ("PREP_PROCESSES", "100000", "less than or equal to 1024"),
         ("METRICS_PORT", "-1", "greater than or equal to 0"),
         ("METRICS_PORT", "65536", "less than or equal to 65535"),
         ("APP_FROM", "header", "header:<name>"),
@@ -984,3 +986,12 @@ def test_an_apps_queue_that_the_worker_takes_tasks_from_is_told() -> None:
     for other in others:
         assert not list(taken_for_tasks(loaded(**routed(QUEUE="celery", **other)), ["celery"]))
     assert not list(taken_for_tasks(loaded(**routed()), ["celery"]))
+
+
+def test_a_delay_by_which_each_task_is_late_is_told() -> None:
+    (said,) = late_delays(loaded(MAX_QUEUE_DELAY="5", MAX_WAIT_SECONDS="1"))
+    assert said.startswith("LEGIT_WORKER_MAX_QUEUE_DELAY=5 lets a task wait for company for 5 s")
+    assert "LEGIT_WORKER_MAX_WAIT_SECONDS is 1 s" in said
+    assert len(list(late_delays(loaded(MAX_QUEUE_DELAY="5", MAX_WAIT_SECONDS="1", TARGET_LATENCY="2")))) == 2
+    assert not list(late_delays(loaded(MAX_QUEUE_DELAY="0.5", MAX_WAIT_SECONDS="1")))
+    assert not list(late_delays(loaded(MAX_WAIT_SECONDS="1")))
