@@ -52,17 +52,20 @@ class Embedding(SentenceModel):
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """As `plan_encode`, with the prompt for queries, and the model's own way for them if it has one."""
-        is_told = prompt is not None or prompt_name is not None
-        name = prompt_name if is_told else first_prompt(self.library.prompts, "query")
-        return self.plan_encode(inputs, name, prompt, task="query", **options)
+        return self._plan_for("query", inputs, prompt_name, prompt, options)
 
     def plan_encode_document(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Plan:
         """The same for documents."""
-        is_told = prompt is not None or prompt_name is not None
-        name = prompt_name if is_told else first_prompt(self.library.prompts, "document")
-        return self.plan_encode(inputs, name, prompt, task="document", **options)
+        return self._plan_for("document", inputs, prompt_name, prompt, options)
+
+    def _plan_for(
+        self, task: str, inputs: Any, name: str | None, prompt: str | None, options: Mapping[str, Any]
+    ) -> Plan:
+        if name is None and prompt is None:
+            name = first_prompt(self.library.prompts, task)
+        return self.plan_encode(inputs, name, prompt, task=task, **options)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> NDArray[Any]:
         """Compare each vector with each, by the model's own function: shape `[n, m]`."""
