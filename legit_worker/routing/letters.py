@@ -2,7 +2,7 @@
 
 In: the bytes of a list or queue of dead letters. Out: letters. And the other way: an app's envelope as a dead letter.
 
-Three kinds there are. A *result* is an app's envelope that did not reach its queue, with one more field, `dead`, last.
+There are three kinds. A *result* is an app's envelope that did not reach its queue, with one more field, `dead`, last.
 A *poisoned* message was delivered too often: the broker's part of this package keeps a record of it. An *unreadable*
 one is no message that a worker can read; its bytes are kept.
 """
