@@ -290,14 +290,19 @@ class ModelPool(SoloPool):
             error_callback=error_callback,
             accept_callback=accept_callback,
         )
-        fiber = self._entrance.fiber(job, soft_timeout, timeout, timeout_callback)
-        if self._inline:
-            self._run_inline(fiber)
-        else:
+        self._admit(self._entrance.fiber(job, soft_timeout, timeout, timeout_callback))
+
+    def _admit(self, fiber: Fiber) -> None:
+        """Let a task begin as soon as it may; if nobody would come back to it, run it to its end now."""
+        if not self._inline:
             self._suspects.add(fiber)
             self._loop.admit(fiber)
             if self._suspects.bound < inf:
                 self._loop.look_again()
+            return
+        self._loop.start(fiber)
+        if self._loop.lost is not None:
+            self._ending.give_up(self._loop.lost)
 
     def _run_end(self, end: Callable[[], None], name: str) -> None:
         """Run Celery's code for a task that ends without running."""
@@ -307,12 +312,6 @@ class ModelPool(SoloPool):
         fiber = Fiber(end, app="", name=name, wake=self._loop.wake)
         fiber.phase = Phase.ENDING
         self._loop.start(fiber)
-
-    def _run_inline(self, fiber: Fiber) -> None:
-        """Run a task to its end."""
-        self._loop.start(fiber)
-        if self._loop.lost is not None:
-            self._ending.give_up(self._loop.lost)
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """`revoke(terminate=True)` on a running task: unwind its fiber."""
