@@ -24,9 +24,10 @@ def sending_blocks(connection: Any) -> Any:
 
 
 class _SendsBlocks:
-    def send_packed_command(self, command: Iterable[Any], check_health: bool = True) -> None:
+    def send_packed_command(self, command: bytes | str | Iterable[Any], check_health: bool = True) -> None:
         """Send packed commands (redis-py 4.5 to 8)."""
-        super().send_packed_command(list(joined(command)), check_health)  # type: ignore[misc]
+        blocks = command if isinstance(command, bytes | str) else list(joined(command))
+        super().send_packed_command(blocks, check_health)  # type: ignore[misc]
 
 
 def joined(pieces: Iterable[Any]) -> Iterator[bytes]:
