@@ -1,6 +1,6 @@
-"""What all commands share: errors in one sentence, tables, and text that a terminal can show.
+"""What all commands share: options, errors in one sentence, tables, and text that a terminal can show.
 
-In: an operator's command line. Out: the classes of commands and groups, and how they print.
+In: an operator's command line. Out: the classes of commands and groups, their common options, and how they print.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class _Seconds(click.FloatRange):
 
 #: The type of `--timeout`.
 SECONDS = _Seconds(min=0, min_open=True)
+
+timeout_option = click.option(
+    "--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers."
+)
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Command(_Plainly, CeleryCommand):

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import SECONDS, Command
+from legit_worker.cli.base import SECONDS, Command, as_json_option
 
 #: How `doctor` marks a finding: a character and its colour.
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}
@@ -28,7 +28,7 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", 
 @click.option("--min-cosine", type=float, help="The least that agrees; by default as measured for the dtype.")
 @click.option("--max-difference", type=float, help="Of any number, and of the length; by default likewise.")
 @click.option("--timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds to wait for the next answer.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def validate(ctx: click.Context, **options: Any) -> None:
@@ -42,7 +42,7 @@ def validate(ctx: click.Context, **options: Any) -> None:
 
 
 @legit.command(cls=Command)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a list.")
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def doctor(ctx: click.Context, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, minute, new_table, reach, safe
+from legit_worker.cli.base import Command, as_json_option, minute, new_table, reach, safe
 
 #: Dead letters in a table, if nobody says how many.
 SHOWN = 100
@@ -29,7 +29,7 @@ def dead() -> None:
 @dead.command("list", cls=Command)
 @click.argument("what", nargs=-1)
 @click.option("--limit", type=click.IntRange(min=1), help="The most letters to show; by default 100, of JSON all.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def list_dead(ctx: click.Context, what: tuple[str, ...], limit: int | None, as_json: bool) -> None:
@@ -127,7 +127,7 @@ def results() -> None:
 
 @results.command("list", cls=Command)
 @click.argument("app", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def list_results(ctx: click.Context, app: str | None, as_json: bool) -> None:

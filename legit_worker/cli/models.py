@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import SECONDS, Command, Group, busy, mib, new_table, reach, safe
+from legit_worker.cli.base import Command, Group, as_json_option, busy, mib, new_table, reach, safe, timeout_option
 
 #: Seconds between two questions whether the change is made.
 LOOK = 0.2
@@ -35,17 +35,15 @@ IS_DONE: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 Replies = dict[str, dict[str, Any]]
 
-_timeout = click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers.")
 _destination = click.option(
     "--destination", type=COMMA_SEPARATED_LIST, help="The names of the workers to ask, with commas; by default all."
 )
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @legit.group(cls=Group, invoke_without_command=True)
-@_timeout
+@timeout_option
 @_destination
-@_as_json
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def models(ctx: click.Context, timeout: float, destination: list[str] | None, as_json: bool) -> None:
@@ -128,9 +126,9 @@ def _action(name: str, help_line: str) -> None:
     @models.command(name, cls=Command, help=help_line)
     @click.argument("alias")
     @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds to wait until it is done.")
-    @_timeout
+    @timeout_option
     @_destination
-    @_as_json
+    @as_json_option
     @click.pass_context
     @handle_preload_options
     def change(ctx: click.Context, alias: str, **options: Any) -> None:

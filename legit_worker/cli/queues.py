@@ -10,12 +10,12 @@ from celery.bin.base import handle_preload_options
 from rich.console import Console
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import SECONDS, Command, new_table, reach, safe
+from legit_worker.cli.base import Command, as_json_option, new_table, reach, safe, timeout_option
 
 
 @legit.command(cls=Command)
-@click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@timeout_option
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def queues(ctx: click.Context, timeout: float, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import SECONDS, Command, mib, new_table, reach, safe
+from legit_worker.cli.base import Command, as_json_option, mib, new_table, reach, safe, timeout_option
 
 #: Characters of the bar that shows memory.
 BAR = 40
@@ -24,8 +24,8 @@ OTHERS = "{} with another pool did. Start a worker with LEGIT_WORKER_ENABLED=1 a
 
 
 @legit.command(cls=Command)
-@click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@timeout_option
+@as_json_option
 @click.pass_context
 @handle_preload_options
 def status(ctx: click.Context, timeout: float, as_json: bool) -> None:
