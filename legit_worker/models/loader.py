@@ -32,6 +32,7 @@ from legit_worker.models.calibration import calibrate
 from legit_worker.models.loaded import LoadedModel, Surroundings
 from legit_worker.models.shelf import Shelf
 from legit_worker.models.slot import Slot
+from legit_worker.models.told import load_is_told
 from legit_worker.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ class Loader:
         device = Device("nowhere")
         try:
             device = device_of("simulated" if slot.spec.kind == "simulated" else self._device_name())
-            return self._bring(slot, orders, device)
+            with load_is_told(slot, device.name):
+                return self._bring(slot, orders, device)
         except NotNowError:
             raise
         except BaseException as error:  # a user's model may call `sys.exit`

@@ -90,7 +90,9 @@ def test_a_folder_that_is_missing_is_told_once_at_the_start(start_worker: StartW
 def test_no_librarys_progress_or_advice_is_in_the_log(start_worker: StartWorker) -> None:
     worker = start_worker("legit_worker", environment={"LEGIT_WORKER_MODELS__MINILM__PATH": str(get_model_path())})
     assert len(worker.ask("legit_worker.embed_text", ["a text", "another one"])) == 2
-    assert lines(worker, "model 'minilm' loaded on")
+    (begins,) = lines(worker, f"model 'minilm' (kind embed, path {get_model_path()}) loads on cpu, about 87 MiB")
+    (ends,) = lines(worker, "model 'minilm' loaded on cpu in")
+    assert worker.log.index(begins) < worker.log.index(ends)
     assert not lines(worker, "WARNING/")
     assert not lines(worker, "Loading ")
     assert not lines(worker, "%|")
