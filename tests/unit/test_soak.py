@@ -30,4 +30,4 @@ def test_what_grows_in_the_last_third_by_more_than_its_bound_is_told(
 
 def test_a_swing_is_no_growth() -> None:
     swing = [700.0, 800.0] * 12
-    assert soak.told("resident MiB", samples("resident MiB", *swing))
+    assert soak.told("MiB without weights", samples("MiB without weights", *swing))

@@ -1,4 +1,4 @@
-"""A project whose worker also says how many greenlets it has: `scripts/soak`."""
+"""A project whose worker also says how many greenlets and which bytes of weights it has: `scripts/soak`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from celery import Celery
 from greenlet import greenlet
 
 import legit_worker
+from legit_worker.models.registry import default_registry
 
 app = Celery("soak", broker=os.environ["CELERY_BROKER_URL"], backend=os.environ["CELERY_RESULT_BACKEND"])
 legit_worker.install(app)
@@ -20,8 +21,9 @@ def embed(text: str, alias: str) -> list[float]:
     return legit_worker.model(alias).encode(text).tolist()
 
 
-@app.task(name="soak.greenlets")
-def greenlets() -> int:
-    """Greenlets that are alive once what is garbage is collected."""
+@app.task(name="soak.look")
+def look() -> dict[str, int]:
+    """Greenlets that are alive once what is garbage is collected, and bytes of the weights in memory."""
     gc.collect()
-    return sum(isinstance(one, greenlet) for one in gc.get_objects())
+    greenlets = sum(isinstance(one, greenlet) for one in gc.get_objects())
+    return {"greenlets": greenlets, "weights": default_registry().residency.report()["weights"] or 0}
