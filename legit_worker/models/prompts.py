@@ -62,7 +62,10 @@ def filled(
     the kinds that take prepared texts, tells whether the call itself says what stands before its texts.
     """
     chosen = dict(options)
-    if ":" not in spec.kind and 1 < len(inputs) <= 1 + len(BY_PLACE):  # a user's own kind has its own arguments
+    is_built_in = ":" not in spec.kind  # a user's own kind has its own arguments
+    if is_built_in and len(inputs) > 1 + len(BY_PLACE):
+        raise TypeError(f"{call}() takes {' and '.join(BY_PLACE)} by their places: give other options by their names")
+    if is_built_in and len(inputs) > 1:
         chosen |= dict(zip(BY_PLACE, inputs[1:], strict=False))
         inputs = inputs[:1]
     says_task = call in CALLS.values() or chosen.get("task") is not None

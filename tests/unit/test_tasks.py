@@ -19,7 +19,7 @@ from legit_worker.inputs.limits import limits_of
 from legit_worker.inputs.options import form_of
 from legit_worker.inputs.reading import images_of
 from legit_worker.models.options import refuse
-from legit_worker.models.prompts import chosen_prompt
+from legit_worker.models.prompts import chosen_prompt, filled
 from legit_worker.settings.values import BUILT_IN_TASKS
 from legit_worker.testing import use_models, vector
 
@@ -192,3 +192,13 @@ def test_an_empty_name_of_a_prompt_is_no_name() -> None:
     with pytest.raises(InvalidInputError, match="prompt_name='' is not among this model's prompts"):
         chosen_prompt({"query": "q: "}, "query", None, "", None)
     assert chosen_prompt({"query": "q: "}, "query", None, None, None) == "q: "
+
+
+def test_more_options_by_their_places_than_a_call_knows_are_refused() -> None:
+    spec = settings.ModelSettings(kind="embed", path="/m")
+    with pytest.raises(TypeError, match=r"encode\(\) takes prompt_name and prompt by their places: give other options"):
+        filled(spec, "encode", ["a text", None, None, 32], {})
+    assert filled(spec, "encode", ["a text", "query"], {})[1:] == (
+        ["a text"],
+        {"prompt_name": "query", "is_told": True},
+    )
