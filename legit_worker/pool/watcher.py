@@ -190,11 +190,16 @@ class Watcher:
         seconds = monotonic() - max(turn.since, turn.fiber.served_at)
         if seconds >= self._stall_seconds and (parked := self._running.parked):
             self._told = turn
-            logger.warning(STALLED, turn.fiber.name, seconds, parked, self._stack())
+            frame = sys._current_frames().get(self._main)
+            stack = "".join(traceback.format_stack(frame)[-FRAMES:])
+            said = IMPORTING if waits_for_import(frame) else STALLED
+            logger.warning(said, turn.fiber.name, seconds, parked, stack)
 
-    def _stack(self) -> str:
-        frame = sys._current_frames().get(self._main)
-        return "".join(traceback.format_stack(frame)[-FRAMES:])
+
+def waits_for_import(frame: FrameType | None) -> bool:
+    """Tell whether a thread that stands here waits for a module that another thread is importing."""
+    code = None if frame is None else frame.f_code
+    return code is not None and code.co_filename == "<frozen importlib._bootstrap>" and code.co_name == "acquire"
 
 
 def _is_alive(here: ref[Fiber]) -> bool:
@@ -212,6 +217,12 @@ def _remaining(fiber: Fiber, now: float) -> float:
     except Exception:  # a limit that can't be asked was logged once
         return wait
 
+
+#: What an operator reads when a task imports what the load of a model is importing, such as torch.
+IMPORTING = """%s has held the main thread for %.1f s, and %d parked tasks can't go on.
+It imports a module that another thread is importing, as the load of a model does. It goes on when that is done.
+This is where it stands:
+%s"""
 
 #: What an operator reads when one task keeps all others from going on.
 STALLED = """%s has held the main thread for %.1f s, and %d parked tasks can't go on.

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
+import threading
 import weakref
 from math import inf
+from pathlib import Path
+from time import monotonic
 
+import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from greenlet import GreenletExit
 
@@ -108,3 +114,23 @@ def test_a_task_that_is_over_is_kept_by_none_of_the_looks_to_come() -> None:
         assert len(subject._looks) <= watcher.SPARE
     finally:
         gc.enable()
+
+
+def test_a_wait_for_another_threads_import_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "imported_slowly", (begun, goes_on), raising=False)
+    (tmp_path / "imported_slowly.py").write_text(
+        "import sys\nbegun, goes_on = sys.imported_slowly\nbegun.set()\ngoes_on.wait(30)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    threads = [threading.Thread(target=importlib.import_module, args=("imported_slowly",)) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    until = monotonic() + 30
+    while not watcher.waits_for_import(sys._current_frames().get(threads[1].ident or 0)):
+        assert monotonic() < until
+    assert not watcher.waits_for_import(sys._current_frames().get(threads[0].ident or 0))
+    goes_on.set()
+    for thread in threads:
+        thread.join()
