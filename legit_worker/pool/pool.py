@@ -42,7 +42,6 @@ from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
 from legit_worker.pool.loop import Loop
-from legit_worker.pool.outage import Outage
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
@@ -239,7 +238,6 @@ class ModelPool(SoloPool):
         if instance.pool is self:
             self._consumer = self._ending.consumer = instance.consumer
             self._adoption.meet(instance.consumer)
-            Outage(self._loop, self.engine, self._ending.give_up).meet(instance.consumer)
             self._intake.meet(instance.consumer)
             self._leave = join(
                 Worker(

@@ -149,22 +149,6 @@ def test_a_worker_waits_for_a_server_that_is_a_replica_for_a_while(
     poll(lambda: left(master) == 0, "all messages to be acked")
 
 
-def test_tasks_that_have_begun_end_while_no_server_is_there(
-    start_worker: StartWorker, pair: tuple[RedisServer, RedisServer], server: Server, tmp_path: Path
-) -> None:
-    master, _ = pair
-    broker = broker_at(master.url, server)
-    worker, results = start(start_worker, broker, tmp_path / "gate")
-    master.end()
-    worker.wait_for_log("Connection to broker lost")
-    (tmp_path / "gate").touch()
-    poll(lambda: all(result.ready() for result in results[:PARKED]), "the end of those that have begun")
-    master.start()
-    kombu.pools.reset()
-    worker.client = broker.client()
-    assert worker.ask("no_model", 1) == 2
-
-
 def test_a_worker_waits_for_a_server_that_can_not_save(
     start_worker: StartWorker, pair: tuple[RedisServer, RedisServer], server: Server, tmp_path: Path
 ) -> None:
