@@ -94,9 +94,28 @@ def _patiently(call: Callable[[], Any]) -> tuple[Any, bool]:
         waiting_since.pop(this, None)
 
 
-def _later() -> Future[None]:
-    done: Future[None] = Future()
-    timer = threading.Timer(LOOK_SECONDS, done.set_result, (None,))
-    timer.daemon = True
-    timer.start()
-    return done
+class _Look:
+    """The next look. All tasks that wait share it: a thread for each would be a thousand after a worker's death."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done: Future[None] | None = None
+
+    def later(self) -> Future[None]:
+        """Return what is done once it is time to look again. Any thread may call it."""
+        with self._lock:
+            if self._done is None:
+                timer = threading.Timer(LOOK_SECONDS, self._come)
+                timer.daemon = True
+                timer.start()
+                self._done = Future()
+            return self._done
+
+    def _come(self) -> None:
+        with self._lock:
+            done, self._done = self._done, None
+        assert done is not None
+        done.set_result(None)
+
+
+_later = _Look().later

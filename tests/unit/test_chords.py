@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,10 @@ def part(**delivery: Any) -> Any:
     return SimpleNamespace(group="g", delivery_info=delivery)
 
 
+#: How the worker itself waits.
+later = chords._later
+
+
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def at_once(done: Future[Any], what: str, **_: Any) -> bool:
@@ -79,3 +84,12 @@ def test_a_worker_that_can_not_wait_counts_once(monkeypatch: pytest.MonkeyPatch)
     backend = Chords(b"alive", 100)
     backend.on_chord_part_return(part(redelivered=True))
     assert (backend.sent, backend.counted) == (0, 1)
+
+
+def test_all_parts_that_wait_share_one_thread() -> None:
+    before = threading.active_count()
+    first = [later() for _ in range(1000)]
+    assert threading.active_count() <= before + 1
+    for done in first:
+        done.result(timeout=60)
+    later().result(timeout=60)  # and there is another look after that
