@@ -228,13 +228,16 @@ def test_a_helper_that_is_killed_fails_its_item_only(helped: Worker, listener: i
 
 
 def test_a_helper_that_hangs_is_replaced_and_others_go_on(helped: Worker, listener: int) -> None:
-    stuck = helped.send("legit_worker.prep_image", f"http://localhost:{listener}/x")
-    started = time.monotonic()
-    assert helped.ask("legit_worker.embed_text", "others go on")
-    assert helped.ask("legit_worker.embed_image", encoded(picture(2)))
-    assert time.monotonic() - started < 3
-    with pytest.raises(InvalidInputError, match="took over 4 s"):
-        helped.answer(stuck)
+    def go_on_beside_it() -> bool:
+        stuck = helped.send("legit_worker.prep_image", f"http://localhost:{listener}/x")
+        assert helped.ask("legit_worker.embed_text", "others go on")
+        assert helped.ask("legit_worker.embed_image", encoded(picture(2)))
+        hangs = not stuck.ready()
+        with pytest.raises(InvalidInputError, match="took over 4 s"):
+            helped.answer(stuck)
+        return hangs
+
+    poll(go_on_beside_it, "others' answers while a helper hangs")  # a starved machine may need another try
 
 
 def test_helpers_end_with_their_worker(start_worker: StartWorker, models: dict[str, str]) -> None:
