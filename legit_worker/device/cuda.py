@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,11 +87,18 @@ def gpu(setting: str) -> Gpu | None:
     if setting.startswith(BY_UUID):
         return _by_uuid(setting)
     gpus = visible_gpus()
+    return None if setting == "auto" and not gpus else _by_number(setting, gpus)
+
+
+def _by_number(setting: str, gpus: Sequence[Gpu]) -> Gpu:
+    """Return the GPU of `auto`, `cuda` or `cuda:N`. Raises `VramUnknownError`."""
     number = int(setting.partition(":")[2] or 0)
-    if setting == "auto" and not gpus:
-        return None
     if number >= len(gpus):
-        raise VramUnknownError(f"LEGIT_WORKER_DEVICE={setting}, and CUDA shows {len(gpus)} GPUs to this process")
+        names = ", ".join(f"cuda:{index} is {gpu.uuid}" for index, gpu in enumerate(gpus)) or "none"
+        raise VramUnknownError(
+            f"LEGIT_WORKER_DEVICE={setting}, and CUDA shows {len(gpus)} GPUs to this process ({names}): name one of "
+            "them, or set LEGIT_WORKER_DEVICE=cpu"
+        )
     return gpus[number]
 
 
@@ -108,11 +115,16 @@ def _by_uuid(setting: str, environ: Mapping[str, str] | None = None) -> Gpu:
 def show_only(setting: str) -> None:
     """Let CUDA show this process and its children the GPU of this UUID alone, and a MIG instance at all.
 
-    CUDA reads the variable once, when it starts. Raises `VramUnknownError` if there is no such GPU, or the operator's
-    own `CUDA_VISIBLE_DEVICES` hides it.
+    CUDA reads the variable once, when it starts. Raises `VramUnknownError` if there is no such GPU, by its UUID or its
+    number, or the operator's own `CUDA_VISIBLE_DEVICES` hides it.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not setting.startswith(BY_UUID) or started_cuda() is not None:
+    if started_cuda() is not None:
+        return
+    if not setting.startswith(BY_UUID):
+        if setting.startswith("cuda"):
+            with suppress(NvmlMuteError):
+                _by_number(setting, visible_gpus())
         return
     with suppress(NvmlMuteError):
         _by_uuid(setting, {"CUDA_VISIBLE_DEVICES": setting if listed is None else listed})
