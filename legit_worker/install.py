@@ -130,9 +130,7 @@ def _tell_doubts(worker: Any, chosen: settings.Settings) -> None:
     doubts = (
         *settings.unknown_models(chosen),
         *settings.strange_name(worker.hostname, chosen),
-        *settings.unused_prefixes(chosen),
-        *settings.kindless_urls(chosen),
-        *settings.late_delays(chosen),
+        *settings.doubtful(chosen),
         *settings.taken_for_tasks(chosen, worker.app.amqp.queues.consume_from),
     )
     for sentence in doubts:

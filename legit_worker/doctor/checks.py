@@ -117,8 +117,7 @@ def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
         yield warning("LEGIT_WORKER_ENABLED is not 1 here: workers are stock Celery's", "set it to 1 for batches")
     for sentence in settings.unknown_models(chosen):
         yield warning(sentence, "correct the name, unless another worker has this model")
-    doubts = (*settings.unused_prefixes(chosen), *settings.kindless_urls(chosen), *settings.late_delays(chosen))
-    for sentence in doubts:
+    for sentence in settings.doubtful(chosen):
         yield warning(sentence, "or unset it")
     for sentence in settings.misnamed(chosen):
         yield failure(sentence, "a worker does not start before")

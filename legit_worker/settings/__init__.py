@@ -10,7 +10,7 @@ what is its own. `doubts.py` looks for settings that do nothing together.
 """
 
 from legit_worker.settings.apps import unknown_models, with_bounds
-from legit_worker.settings.doubts import kindless_urls, late_delays, misnamed, taken_for_tasks, unused_prefixes
+from legit_worker.settings.doubts import doubtful, misnamed, taken_for_tasks
 from legit_worker.settings.nodes import models_of, queue_of, strange_name, take_name
 from legit_worker.settings.reading import (
     changed,
@@ -47,11 +47,10 @@ __all__ = [
     "ModelSettings",
     "Settings",
     "changed",
+    "doubtful",
     "fold",
     "is_enabled",
     "is_prep",
-    "kindless_urls",
-    "late_delays",
     "listed_changes",
     "load",
     "load_or_exit",
@@ -64,6 +63,5 @@ __all__ = [
     "taken_for_tasks",
     "unknown",
     "unknown_models",
-    "unused_prefixes",
     "with_bounds",
 ]

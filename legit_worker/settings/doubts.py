@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
-from legit_worker.settings.schema import Settings
-from legit_worker.settings.values import BUILT_IN_TASKS, spelled
+from legit_worker.settings.schema import ModelSettings, Settings
+from legit_worker.settings.values import BUILT_IN_TASKS, KINDS_WITH_PATH, spelled
+
+#: Settings of an app that say how its results are routed, and nothing else.
+OF_ROUTING = ("queue", "format", "job", "url", "prefix", "encoding")
 
 
 def misnamed(settings: Settings) -> Iterator[str]:
@@ -38,6 +42,39 @@ def unused_prefixes(settings: Settings) -> Iterator[str]:
             yield (
                 f"{spelled(('apps', app, 'reply_to_prefix'))} has no effect, since {spelled(('app_from',))} has no "
                 f"reply_to: add it, as in {spelled(('app_from',))}={','.join(map(str, settings.app_from))},reply_to"
+            )
+
+
+def unused_revisions(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each model whose revision is of a folder, which has no others."""
+    for alias, model in settings.models.items():
+        if model.revision is not None and _has_one_revision(model):
+            yield (
+                f"{spelled(('models', alias, 'revision'))}={model.revision} has no effect, since {model.path} is a "
+                "folder: give a name on the Hub as PATH, or leave REVISION out"
+            )
+
+
+def _has_one_revision(model: ModelSettings) -> bool:
+    """Tell whether all files of a model are in its folder: an adapter and the model's code may be on the Hub."""
+    folder = Path(model.path or "")
+    is_whole = not model.trust_remote_code and not (folder / "adapter_config.json").exists()
+    return model.kind in KINDS_WITH_PATH and folder.is_dir() and is_whole
+
+
+def unused_routes(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each app that says how its results are routed, and not that they are."""
+    for app, own in settings.apps.items():
+        given = [name for name in OF_ROUTING if name in own.model_fields_set]
+        if given and "result_routing" not in own.model_fields_set:
+            yield (
+                f"{', '.join(spelled(('apps', app, name)) for name in given)}: no effect, since no result of this app "
+                f"is routed: set {spelled(('apps', app, 'result_routing'))} to on, or to off if that is meant"
+            )
+        elif own.prefix and own.url and own.url.startswith(("amqp", "pyamqp")):
+            yield (
+                f"{spelled(('apps', app, 'prefix'))} has no effect, since it stands before names in Redis, and the "
+                f"app's URL is of RabbitMQ: write the whole name in {spelled(('apps', app, 'queue'))}"
             )
 
 
@@ -72,3 +109,13 @@ def taken_for_tasks(settings: Settings, queues: Collection[str]) -> Iterator[str
                 f"{spelled(('apps', app, 'queue'))}={own.queue} is a queue of tasks that this worker reads: it would "
                 f"take the app's results for tasks. Give the app a queue of its own, such as {app}.results"
             )
+
+
+#: What a worker warns of at its start, and the doctor, too.
+OF_SETTINGS = (unused_prefixes, unused_revisions, unused_routes, kindless_urls, late_delays)
+
+
+def doubtful(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each setting that is surely not as its author thinks."""
+    for found in OF_SETTINGS:
+        yield from found(settings)

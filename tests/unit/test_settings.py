@@ -25,17 +25,15 @@ from legit_worker.settings import (
     ModelSettings,
     Settings,
     changed,
+    doubtful,
     fold,
     is_enabled,
     is_prep,
-    kindless_urls,
-    late_delays,
     load,
     path_variable,
     taken_for_tasks,
     unknown,
     unknown_models,
-    unused_prefixes,
     with_bounds,
 )
 from legit_worker.settings.values import BUILT_IN_TASKS
@@ -965,17 +963,17 @@ def routed(**more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("url", ["localhost:6379", f"me:{PASSWORD}@redis.internal"])
 def test_a_url_that_names_no_kind_of_server_is_told(url: str) -> None:
-    (said,) = kindless_urls(loaded(**routed(URL=url)))
+    (said,) = doubtful(loaded(**routed(URL=url)))
     assert said.startswith("LEGIT_WORKER_APPS__SHOP__URL names no kind of server")
     assert PASSWORD not in said
-    assert not list(kindless_urls(loaded(**routed(URL="redis://h"))))
+    assert not list(doubtful(loaded(**routed(URL="redis://h"))))
 
 
 def test_a_prefix_that_no_message_is_compared_with_is_told() -> None:
-    (said,) = unused_prefixes(loaded(APPS__VOD__REPLY_TO_PREFIX="v", APPS__OTHER__WEIGHT="2", APP_FROM="header:app"))
+    (said,) = doubtful(loaded(APPS__VOD__REPLY_TO_PREFIX="v", APPS__OTHER__WEIGHT="2", APP_FROM="header:app"))
     assert said.startswith("LEGIT_WORKER_APPS__VOD__REPLY_TO_PREFIX has no effect")
     assert said.endswith("LEGIT_WORKER_APP_FROM=header:app,reply_to")
-    assert not list(unused_prefixes(loaded(APPS__VOD__REPLY_TO_PREFIX="v", APP_FROM="header:app,reply_to")))
+    assert not list(doubtful(loaded(APPS__VOD__REPLY_TO_PREFIX="v", APP_FROM="header:app,reply_to")))
 
 
 def test_an_apps_queue_that_the_worker_takes_tasks_from_is_told() -> None:
@@ -989,9 +987,41 @@ def test_an_apps_queue_that_the_worker_takes_tasks_from_is_told() -> None:
 
 
 def test_a_delay_by_which_each_task_is_late_is_told() -> None:
-    (said,) = late_delays(loaded(MAX_QUEUE_DELAY="5", MAX_WAIT_SECONDS="1"))
+    (said,) = doubtful(loaded(MAX_QUEUE_DELAY="5", MAX_WAIT_SECONDS="1"))
     assert said.startswith("LEGIT_WORKER_MAX_QUEUE_DELAY=5 lets a task wait for company for 5 s")
     assert "LEGIT_WORKER_MAX_WAIT_SECONDS is 1 s" in said
-    assert len(list(late_delays(loaded(MAX_QUEUE_DELAY="5", MAX_WAIT_SECONDS="1", TARGET_LATENCY="2")))) == 2
-    assert not list(late_delays(loaded(MAX_QUEUE_DELAY="0.5", MAX_WAIT_SECONDS="1")))
-    assert not list(late_delays(loaded(MAX_WAIT_SECONDS="1")))
+    assert len(list(doubtful(loaded(MAX_QUEUE_DELAY="5", MAX_WAIT_SECONDS="1", TARGET_LATENCY="2")))) == 2
+    assert not list(doubtful(loaded(MAX_QUEUE_DELAY="0.5", MAX_WAIT_SECONDS="1")))
+    assert not list(doubtful(loaded(MAX_WAIT_SECONDS="1")))
+
+
+def test_a_revision_of_a_folder_is_told(tmp_path: Path) -> None:
+    model = {"MODELS__M__PATH": str(tmp_path), "MODELS__M__REVISION": "v1"}
+    (said,) = doubtful(loaded(**model))
+    assert said == (
+        f"LEGIT_WORKER_MODELS__M__REVISION=v1 has no effect, since {tmp_path} is a folder: give a name on the Hub as "
+        "PATH, or leave REVISION out"
+    )
+    for other in ({"MODELS__M__PATH": "org/name"}, {"MODELS__M__KIND": "own:Class"}, {"MODELS__M__REVISION": ""}):
+        assert not list(doubtful(loaded(**model | other)))
+    (tmp_path / "adapter_config.json").touch()  # the model below it may be on the Hub
+    assert not list(doubtful(loaded(**model)))
+
+
+def test_a_route_of_an_app_without_routing_is_told() -> None:
+    (said,) = doubtful(loaded(APPS__SHOP__QUEUE="a", APPS__SHOP__FORMAT="celery", APPS__SHOP__WEIGHT="2"))
+    assert said == (
+        "LEGIT_WORKER_APPS__SHOP__QUEUE, LEGIT_WORKER_APPS__SHOP__FORMAT: no effect, since no result of this app is "
+        "routed: set LEGIT_WORKER_APPS__SHOP__RESULT_ROUTING to on, or to off if that is meant"
+    )
+    assert not list(doubtful(loaded(APPS__SHOP__WEIGHT="2", APPS__SHOP__QUEUE_MAX_LENGTH="5")))
+    assert not list(doubtful(loaded(APPS__SHOP__QUEUE="a", APPS__SHOP__RESULT_ROUTING="off")))
+    assert not list(doubtful(loaded(APPS__SHOP__QUEUE="a", APPS__SHOP__RESULT_ROUTING="on")))
+
+
+def test_a_prefix_for_rabbitmq_is_told() -> None:
+    (said,) = doubtful(loaded(**routed(URL=f"amqps://me:{PASSWORD}@h//", PREFIX="a-")))
+    assert said.startswith("LEGIT_WORKER_APPS__SHOP__PREFIX has no effect")
+    assert PASSWORD not in said
+    for other in ({"URL": "redis://h", "PREFIX": "a-"}, {"URL": "amqp://h"}, {"PREFIX": "a-"}):
+        assert not list(doubtful(loaded(**routed(**other))))
