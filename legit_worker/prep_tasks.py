@@ -48,6 +48,7 @@ def prep_text(
     limits, named = current_limits(), Handle(model, "embed").named
     wording = wording_of(task, prompt_name, prompt, limits.max_characters)
     form_of(dimensions, precision, None)
+    _check_split(chunk_tokens, overlap)
     spec, texts = named.spec, texts_of(text, "text", limits)
     is_readable = spec.path and spec.kind == "embed" and not spec.processor_kwargs  # which may change the tokenizer
     tokenizer = tokenizer_of(spec.path or "", spec.revision) if is_readable else None
@@ -64,12 +65,20 @@ def prep_text(
         one = functools.partial(tokenizer.prepare, prompt=before, limit=spec.max_seq_length)
         done: list[Any] = each(lambda item: one(item).to_json(), texts, named.alias)
     else:
-        check_counts(chunk_tokens=chunk_tokens, overlap=overlap)
         cut = functools.partial(
             tokenizer.chunks, tokens=chunk_tokens, overlap=overlap, prompt=before, limit=spec.max_seq_length
         )
         done = each(lambda item: _pieces(cut(item), limits), texts, named.alias)
     return done if isinstance(text, list) else done[0]
+
+
+def _check_split(chunk_tokens: Any, overlap: Any) -> None:
+    """Raise `InvalidInputError` for what makes no pieces."""
+    check_counts(overlap=overlap)
+    if chunk_tokens is not None:
+        check_counts(chunk_tokens=chunk_tokens)
+    elif overlap:
+        raise InvalidInputError(f"overlap is {overlap}, and the text is not split: set chunk_tokens, too")
 
 
 def _before(spec: ModelSettings, tokenizer: TextTokenizer, wording: dict[str, str]) -> str | None:

@@ -155,13 +155,13 @@ class Handle:
         self._kind = kind
 
     def __repr__(self) -> str:
-        return f"<Handle {self._alias or 'the one of kind ' + self._kind}>"
+        return f"<Handle {'the one of kind ' + self._kind if self._alias is None else self._alias}>"
 
     @property
     def named(self) -> Named:
         """The alias, as configured. Raises `UnknownModelError`, also if the task's app may not use it."""
         registry = default_registry()
-        named = registry.find(self._alias) if self._alias else registry.only(self._kind)
+        named = registry.only(self._kind) if self._alias is None else registry.find(self._alias)
         fence.check(named.alias)
         if last_called.get() != named.alias:
             last_called.set(named.alias)

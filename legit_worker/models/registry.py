@@ -71,7 +71,8 @@ class Registry:
         named = self._by_name.get(settings.fold(str(alias)))
         if named is None:
             name = shown(alias)
-            hint = f". Set {settings.path_variable(alias)} to add it" if name == repr(alias) == f"'{alias}'" else ""
+            is_plain = alias and name == repr(alias) == f"'{alias}'"
+            hint = f". Set {settings.path_variable(alias)} to add it" if is_plain else ""
             raise UnknownModelError(f"no model {name} is configured; there are: {self._names()}{hint}")
         return named
 

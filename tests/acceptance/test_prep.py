@@ -130,7 +130,9 @@ def test_chunks_of_a_text_are_a_list_of_vectors(pair: tuple[Worker, Worker]) -> 
         ({"chunk_tokens": 2}, "chunk_tokens is 2"),
         ({"chunk_tokens": 300}, "chunk_tokens is 300"),
         ({"chunk_tokens": 10, "overlap": 8}, "overlap is 8"),
-        ({"chunk_tokens": "many"}, "must be a whole number"),
+        ({"chunk_tokens": "many"}, "chunk_tokens must be a whole number"),
+        ({"overlap": 8}, "overlap is 8, and the text is not split: set chunk_tokens"),
+        ({"overlap": "some"}, "overlap must be a whole number"),
     ],
 )
 def test_chunks_that_make_no_sense_are_refused(

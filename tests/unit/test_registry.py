@@ -12,6 +12,7 @@ import pytest
 import legit_worker
 from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
 from legit_worker.models import policy, registry
+from legit_worker.models.handle import Handle
 from legit_worker.models.loaded import MAX_COST
 from legit_worker.models.simulated import vector
 from legit_worker.testing import use_models
@@ -86,6 +87,13 @@ def test_aliases_are_found_by_any_name_that_folds_to_the_same() -> None:
 def test_an_unknown_alias_is_refused_with_those_that_there_are() -> None:
     with use_models({"sim": {"kind": "simulated"}}), pytest.raises(UnknownModelError, match=r"'nope'.*sim \(simulated"):
         legit_worker.model("nope").map([1])
+
+
+def test_an_empty_alias_is_an_unknown_one() -> None:
+    with use_models({"sim": {"kind": "simulated"}}) as models:
+        with pytest.raises(UnknownModelError, match=r"no model '' is configured; there are: sim \(simulated\)$"):
+            Handle("", "simulated").map([1])
+        assert Handle(None, "simulated").slot is models.get("sim")
 
 
 def test_no_alias_means_the_only_model_of_a_kind() -> None:
