@@ -4,11 +4,12 @@ In: `LEGIT_WORKER_*` variables, and the TOML file that `LEGIT_WORKER_CONFIG` nam
 frozen `Settings`, or a `SettingsError` that names every wrong variable. Nothing here imports Celery, and nothing reads
 a device: a process that only looks at its settings never opens a CUDA context.
 
-`schema.py` says which settings there are, `values.py` what each may hold, and `reading.py` reads and shows them.
-`apps.py` gives each app the bounds of all, and looks for models that only an app's list has. `nodes.py` gives a worker
-what is its own. `doubts.py` looks for settings that do nothing together.
+`schema.py` says which settings there are, `values.py` and `amounts.py` what each may hold, and `reading.py` reads and
+shows them. `apps.py` gives each app the bounds of all, and looks for models that only an app's list has. `nodes.py`
+gives a worker what is its own. `doubts.py` looks for settings that do nothing together.
 """
 
+from legit_worker.settings.amounts import UNITS, Amount
 from legit_worker.settings.apps import unknown_models, with_bounds
 from legit_worker.settings.doubts import doubtful, misnamed, taken_for_tasks
 from legit_worker.settings.nodes import models_of, queue_of, strange_name, take_name
@@ -27,8 +28,6 @@ from legit_worker.settings.values import (
     KINDS_WITH_PATH,
     NAME,
     PREFIX,
-    UNITS,
-    Amount,
     AppSource,
     fold,
     path_variable,

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from legit_worker.settings.amounts import Amount
 from legit_worker.settings.values import (
     DENSE_KINDS,
     DTYPES_OF,
     FORMATS,
     KINDS_WITH_PATH,
-    Amount,
     AppName,
     AppSource,
     AppSources,
@@ -29,10 +29,10 @@ from legit_worker.settings.values import (
     Folder,
     Folders,
     Formats,
+    Headroom,
     Hosts,
     Key,
     Kind,
-    Memory,
     ModelAliases,
     Networks,
     Options,
@@ -43,6 +43,8 @@ from legit_worker.settings.values import (
     Seconds,
     ServerUrl,
     Some,
+    SomeBytes,
+    SomeMemory,
     SomeSeconds,
     TaskAliases,
     TaskRate,
@@ -236,7 +238,7 @@ class AppSettings(_Group):
     #: What one of its tasks may bring. If it is not set, the limit of all apps holds.
     max_items: Some | None = None
     max_characters: Some | None = None
-    max_image_bytes: Bytes | None = None
+    max_image_bytes: SomeBytes | None = None
     max_pixels: Pixels | None = None
     max_task_pixels: Some | None = None
     image_formats: Formats | None = None
@@ -306,9 +308,9 @@ class Settings(BaseSettings):
     #: How the queue of each model is named, with `{model}` in place of its alias.
     model_queues: QueuePattern = "legit.{model}"
     #: Device memory to leave free: `4GiB`, or a share.
-    vram_headroom: Memory = Amount(10, "%")
+    vram_headroom: Headroom = Amount(10, "%")
     #: The most device memory to take: `4GiB`, or a share. If it is not set, all but the headroom.
-    vram_limit: Memory | None = None
+    vram_limit: SomeMemory | None = None
     #: The folder in which workers of one GPU meet, to load one after the other; a folder of the user's own if it is not
     #: set.
     lock_dir: Folder | None = None
@@ -360,7 +362,7 @@ class Settings(BaseSettings):
     #: The most characters in one text: forty times what the longest models take. Tokenizing takes time for each.
     max_characters: Some = 1_000_000
     #: The most bytes in one image's file.
-    max_image_bytes: Bytes = Amount(32, "MiB")
+    max_image_bytes: SomeBytes = Amount(32, "MiB")
     #: The most pixels in one image, as a large camera has. A file of half a megabyte can hold a hundred times as many.
     max_pixels: Pixels = 64_000_000
     #: The most pixels in all images of one task: some twenty seconds of decoding.
@@ -375,7 +377,7 @@ class Settings(BaseSettings):
     #: `queue:<regex with (?P<app>…)>`, `reply_to`.
     app_from: AppSources = (AppSource("header", "app"), AppSource("kwarg", "app"))
     #: The most bytes of one routed envelope; a larger result is routed as a failure that says so.
-    result_max_bytes: Bytes = Amount(16, "MiB")
+    result_max_bytes: SomeBytes = Amount(16, "MiB")
     #: The worker tries to deliver an envelope for this many seconds before the envelope is a dead letter.
     result_retry_seconds: Seconds = 300.0
     #: A task may hold the main thread for this many seconds while others wait, before the log says so.

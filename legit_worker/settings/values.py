@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, ValidationInfo
 
+from legit_worker.settings.amounts import Amount, Rate
+
 PREFIX = "LEGIT_WORKER_"
 
 #: Stands between the parts of a variable's name.
@@ -52,9 +54,6 @@ DTYPES_OF = {
 #: The kinds whose vectors are dense rows: they can be shortened, normalized and quantized.
 DENSE_KINDS = ("embed", "image")
 
-#: Bytes in one of each unit that an amount of memory can be written in.
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
 #: The formats that an image may have, by Pillow's names: those that only decode pixels. EPS and its like run programs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
@@ -70,75 +69,11 @@ _NUMBERED = ("redis", "rediss", "valkey", "valkeys", "sentinel")
 #: The form of an app's or a queue's name.
 NAME = r"[A-Za-z0-9_.:-]{1,128}"
 
-#: The form of an amount. Fifteen digits are a petabyte, and a float holds them exactly.
-_AMOUNT = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
-
 #: Characters that an alias may have and that a shell does not allow in a variable's name: a variable has `_` instead.
 _UNSPELLABLE = re.compile(r"[-./]")
 
 #: Commas between app sources. A comma inside a queue's regex isn't followed by the start of another source.
 _BETWEEN_SOURCES = re.compile(r",\s*(?=(?:header|kwarg|queue):|reply_to\s*(?:,|$))")
-
-
-@dataclass(frozen=True)
-class Amount:
-    """An amount of memory: a number of bytes, or a share of the whole."""
-
-    #: As it was written: 4 in `4GiB`, 10 in `10%`.
-    number: float
-    #: `%`, or a key of `UNITS`.
-    unit: str = "B"
-
-    def __str__(self) -> str:
-        return f"{self.number:.15g}{self.unit}"
-
-    def of(self, total_bytes: int) -> int:
-        """Return bytes, on a device that has `total_bytes`. An amount in bytes may exceed the total."""
-        if self.unit == "%":
-            return int(total_bytes * self.number / 100)
-        return int(self.number * UNITS[self.unit])
-
-    @classmethod
-    def parse(cls, text: str) -> Amount:
-        """Read an amount written as `10%`, `4GiB`, `512 MiB` or `1000000`. Raises `ValueError`."""
-        found = _AMOUNT.fullmatch(text)
-        units = {unit.lower(): unit for unit in (*UNITS, "%")}
-        unit = units.get((found[2] or "B").lower()) if found else None
-        if found is None or unit is None:
-            raise ValueError(f"should be bytes, a number with {', '.join(UNITS)}, or a share such as 10%")
-        amount = cls(float(found[1]), unit)
-        if unit == "%" and amount.number > 100:
-            raise ValueError(f"{amount} is more than all there is: give at most 100%")
-        return amount
-
-
-#: The form of a rate, as Celery's `rate_limit` has it.
-_RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A number of tasks in a second, a minute or an hour."""
-
-    number: float
-    #: `s`, `m` or `h`.
-    unit: str = "s"
-
-    def __str__(self) -> str:
-        return f"{self.number:.15g}/{self.unit}"
-
-    @property
-    def per_second(self) -> float:
-        """Tasks in a second."""
-        return self.number / {"s": 1, "m": 60, "h": 3600}[self.unit]
-
-    @classmethod
-    def parse(cls, text: str) -> Rate:
-        """Read a rate written as `100/s`, `30/m`, `5/h` or `10`, which is in a second. Raises `ValueError`."""
-        found = _RATE.fullmatch(text.strip())
-        if found is None or float(found[1]) <= 0:
-            raise ValueError("should be a number of tasks above 0 in a second, a minute or an hour: 100/s, 30/m or 5/h")
-        return cls(float(found[1]), found[2] or "s")
 
 
 @dataclass(frozen=True)
@@ -200,6 +135,18 @@ def no_switch(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, bool | None):
         raise ValueError(f"{str(value).lower()} is no value of this setting, which is no switch")
     return value
+
+
+def _some(amount: Amount) -> Amount:
+    if not amount.number:
+        raise ValueError("should be above 0")
+    return amount
+
+
+def _leaves_some(amount: Amount) -> Amount:
+    if amount == Amount(100, "%"):
+        raise ValueError("100% leaves no memory for models")
+    return amount
 
 
 def _in_bytes(amount: Amount) -> Amount:
@@ -363,10 +310,13 @@ Memory = Annotated[
     Amount,
     BeforeValidator(lambda value: Amount.parse(str(value)) if isinstance(value, str | int | float) else value),
 ]
+SomeMemory = Annotated[Memory, AfterValidator(_some)]
+Headroom = Annotated[Memory, AfterValidator(_leaves_some)]
 TaskRate = Annotated[
     Rate, BeforeValidator(lambda value: Rate.parse(str(value)) if isinstance(value, str | int | float) else value)
 ]
 Bytes = Annotated[Memory, AfterValidator(_in_bytes)]
+SomeBytes = Annotated[Bytes, AfterValidator(_some)]
 BuiltInTask = Annotated[str, matching("|".join(BUILT_IN_TASKS), f"one of {', '.join(BUILT_IN_TASKS)}")]
 TaskAliases = Annotated[
     dict[Annotated[str, StringConstraints(min_length=1)], dict[str, str | None]], BeforeValidator(_renames_by_alias)
