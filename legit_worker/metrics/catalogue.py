@@ -247,7 +247,12 @@ METRICS = (
         labels=("kind", "app"),
         help="What was given up: poisoned and unreadable messages, and an app's results.",
     ),
-    # Results for apps
+    # Results
+    Metric(
+        name="result_backend_away_seconds",
+        kind="gauge",
+        help="Seconds for which the Redis result backend has taken no results; 0 while it takes them.",
+    ),
     Metric(
         name="routed_results_total",
         kind="counter",

@@ -28,6 +28,7 @@ from legit_worker.pool.loop import Loop
 from legit_worker.pool.queue import Counters
 from legit_worker.pool.running import Running
 from legit_worker.pool.watcher import Watcher
+from legit_worker.results.backend import away_since
 from legit_worker.routing.lanes import lanes_of
 from legit_worker.settings import Settings
 
@@ -113,9 +114,10 @@ class Figures:
 
     @staticmethod
     def missing() -> list[str]:
-        """One sentence for each pinned model that is not there."""
+        """One sentence for each pinned model that is not there, and for a result backend that takes nothing."""
         slots = default_registry().slots.values()
-        return [f"model {slot.alias!r} is {slot.state}" for slot in slots if slot.is_pinned and not slot.is_resident]
+        models = [f"model {slot.alias!r} is {slot.state}" for slot in slots if slot.is_pinned and not slot.is_resident]
+        return models + (["the result backend takes no results"] if away_since() is not None else [])
 
     def samples(self) -> Iterator[Sample]:
         """All that metrics show of the pool."""
@@ -128,6 +130,8 @@ class Figures:
             yield "model_items_waiting", (alias,), waiting
         yield from _of_memory(default_registry())
         yield from _of_broker()
+        since = away_since()
+        yield "result_backend_away_seconds", (), 0 if since is None else monotonic() - since
         yield from self._of_routing()
 
     def _of_tasks(self) -> Iterator[Sample]:

@@ -53,7 +53,7 @@ from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
 from legit_worker.pool.telling import are_seen, show_quickly, tell_own_time
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
-from legit_worker.results.backend import store_in_groups
+from legit_worker.results.backend import ask_early, store_in_groups
 from legit_worker.routing.backend import Routing
 
 #: Seconds between two looks at the tasks that wait for the delivery of their result, and between two decisions about
@@ -208,6 +208,7 @@ class ModelPool(SoloPool):
         own.use()
         if not self._inline:
             store_in_groups(self.app)
+            ask_early(self.app)
         load_pinned(default_registry())
 
     def register_with_event_loop(self, hub: Any) -> None:

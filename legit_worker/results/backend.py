@@ -51,6 +51,16 @@ def away_since() -> float | None:
     return min([*since, *list(waiting_since.values())], default=None)
 
 
+def ask_early(app: Celery) -> None:
+    """Have the server of results asked now, on the writer's thread. If it takes nothing, the log tells it at once.
+
+    It is asked for a result's key, as before each result: a user may have the right to that, and not to PING.
+    """
+    backend: Any = app.backend
+    if isinstance(backend, Groups):
+        backend.ask_early()
+
+
 def store_in_groups(app: Celery) -> None:
     """Let this app's backends store in groups, in a process whose tasks can park."""
     get_backend = app._get_backend
@@ -106,6 +116,7 @@ class Groups(Claims):
     connparams: dict[str, Any]
     as_uri: Any
     decode: Any
+    get_key_for_task: Any
     _create_client: Any
 
     def __reduce__(self, *args: Any) -> Any:
@@ -150,6 +161,10 @@ class Groups(Claims):
         write = _write(self, key, value, *expires, is_success=state == states.SUCCESS)
         # The next attempt of a retried task must not begin before Celery has told of this one.
         self._writer.store(write, waits=state != states.RETRY)
+
+    def ask_early(self) -> None:
+        """See `ask_early` above."""
+        self._writer.store(Write(key=self.get_key_for_task("legit_worker"), is_read=True), waits=False)
 
     def ensure(self, fun: Any, args: tuple[Any, ...], **policy: Any) -> Any:
         """Call what may fail while the server is away. The writer itself tries again."""

@@ -114,7 +114,8 @@ class Writer:
                         write.error = BackendStoreError(f"results can't be stored on {self.name}: {error!r}")
             for write in group.writes:
                 if write.error is not None and not write.is_waited_for:
-                    logger.error("%s refuses the state of %s: %r", self.name, write.key, write.error)
+                    what = "to read" if write.is_read else "the state of"
+                    logger.error("%s refuses %s %s: %r", self.name, what, write.key, write.error)
             group.done.set_result(None)
 
     def _store(self, writes: list[Write]) -> None:

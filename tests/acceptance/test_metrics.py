@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import redis
@@ -249,6 +250,29 @@ def test_a_worker_whose_broker_is_away_is_alive_and_not_ready(start_worker: Star
     assert endpoint.ask("/healthz?seconds=0.001")[1]["excuse"] == "the broker is away"
     server.start()
     poll(lambda: endpoint.get("/readyz")[0] == 200, "ready again")
+    assert worker.ask("no_model", 1) == 2
+
+
+def test_a_result_backend_that_takes_nothing_is_told_before_the_first_task(
+    start_worker: StartWorker, broker: Broker, server: Server
+) -> None:
+    def let_bob_in_by(password: str) -> None:
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command("ACL", "SETUSER", "bob", "on", f">{password}", "~*", "&*", "+@all", "-ping")
+
+    let_bob_in_by("right")
+    theirs = replace(broker, backend=f"redis://bob:wrong@127.0.0.1:{server.port}/0")
+    worker = start_worker(broker=theirs, environment={**SIMULATED, **ON})
+    worker.wait_for_log("takes no results")
+    assert "AuthenticationError" in worker.log
+    assert "wrong@" not in worker.log
+    endpoint = endpoint_of(worker)
+    status, why = endpoint.ask("/readyz")
+    assert (status, why["reasons"]) == (503, ["the result backend takes no results"])
+    assert endpoint.scrape().one("result_backend_away_seconds") > 0
+    let_bob_in_by("wrong")
+    poll(lambda: endpoint.get("/readyz")[0] == 200, "ready")
+    assert endpoint.scrape().one("result_backend_away_seconds") == 0
     assert worker.ask("no_model", 1) == 2
 
 
