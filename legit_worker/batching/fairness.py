@@ -267,13 +267,19 @@ class FairQueue:
         self._size -= len(items)
 
     def _lane(self, app: str) -> _Lane:
-        """The app's lane. One that was idle starts level with the least served, so that time away earns no credit."""
+        """The app's lane. One that was idle starts level with the least served of those who wait.
+
+        If nobody waits, each app has had all that it wanted, so all are level. Otherwise an app of long standing would
+        wait until a new one has had as much as itself.
+        """
         lane = self._lanes.get(app)
         if lane is None:
             lane = self._lanes[app] = _Lane(self._weight_of(app))
         if not lane.waiting:
-            least = min((other.served for other in self._lanes.values() if other.waiting), default=0)
-            lane.served = max(lane.served, least)
+            lanes = self._lanes.values()
+            least = min((other.served for other in lanes if other.waiting), default=None)
+            level = max(other.served for other in lanes) if least is None else least
+            lane.served = max(lane.served, level)
         return lane
 
 

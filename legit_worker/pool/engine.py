@@ -9,7 +9,7 @@ computes it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -52,8 +52,6 @@ class Engine:
         self.loading = 0
         #: What was computed so far, by the model's alias.
         self.counters: dict[str, Counters] = {}
-        # Device seconds that the model had whose turn it was last.
-        self._level = 0.0
         #: Model calls so far.
         self.calls = 0
 
@@ -67,8 +65,8 @@ class Engine:
         """Queue more items of a call. Raises what the model raises when it is asked for their costs and keys."""
         queue = self._queue(model)
         queue.model = model  # which may have been loaded anew since the last call
-        if not len(queue):  # time away earns no credit
-            queue.seconds = max(queue.seconds, self._level)
+        if not len(queue):
+            queue.seconds = max(queue.seconds, _level(self._queues.values()))
         chunk = queue.submit(call, prepared)
         self._demand.arrived(model.alias, [item.cost for item in chunk.items], is_new=not call.chunks)
         self.calls += not call.chunks
@@ -178,7 +176,6 @@ class Engine:
         queue = _next(self._queues.values())
         if queue is None:
             return False
-        self._level = queue.seconds
         with trusted():
             self._flights.launch(queue, queue.next_batch())
         return True
@@ -209,6 +206,15 @@ class Engine:
             queue = self._queues[model.alias] = self._new_queue(model)
             self.counters[model.alias] = queue.counters
         return queue
+
+
+def _level(queues: Collection[ModelQueue]) -> float:
+    """The device seconds that a model begins with after its time away, which earns no credit and costs nothing.
+
+    If no model has items, each has had all that it wanted, so all are level. Batches out of turn count, too.
+    """
+    least = _next(queues)
+    return max(map(_seconds, queues)) if least is None else least.seconds
 
 
 def _next(queues: Iterable[ModelQueue]) -> ModelQueue | None:

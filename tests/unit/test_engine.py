@@ -94,6 +94,20 @@ def test_a_model_that_nobody_asked_for_a_while_gets_no_credit_for_that() -> None
     assert 4 <= subject.counters["away"].batches - before <= 6
 
 
+def test_a_model_that_computed_out_of_turn_waits_no_longer_than_a_new_one() -> None:
+    subject, old, new = engine(), Letters("old"), Letters("new")
+    for model in (old, new):
+        model.launch = lambda batch: Launch(outputs=list(batch), seconds=1.0)  # type: ignore[method-assign]
+    for _ in range(20):
+        subject.drive(ask(subject, old, ["text"], app="alone"))
+    for model in (new, old):
+        ask(subject, model, ["x" * 4096] * 100)
+    before = subject.counters["old"].batches
+    for _ in range(10):
+        subject.step()
+    assert 4 <= subject.counters["old"].batches - before <= 6
+
+
 @pytest.mark.parametrize("bad", [KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("method", ["forward", "postprocess"])
 def test_what_would_end_a_process_is_the_guilty_items_error_if_a_model_raises_it(

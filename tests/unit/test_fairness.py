@@ -91,6 +91,17 @@ def test_an_app_that_was_away_gets_no_credit_for_it() -> None:
     assert 45 <= served.count("b") <= 55
 
 
+def test_an_app_of_long_standing_waits_no_longer_than_one_that_comes_when_nothing_waits() -> None:
+    queue = queue_of()
+    for _ in range(500):
+        add(queue, FakeCall("old"), [10])
+        serve(queue, 10)
+    add(queue, FakeCall("new"), [10] * 500)
+    add(queue, FakeCall("old"), [10] * 500)
+    served = [item.call.app for _ in range(10) for item in serve(queue, 10)]
+    assert 45 <= served.count("old") <= 55
+
+
 def test_an_app_that_takes_less_than_its_part_is_light_beside_a_flood_and_goes_first() -> None:
     queue = queue_of()
     add(queue, FakeCall("flood"), [10] * 1000)
@@ -197,7 +208,7 @@ class PlainQueue:
         lane = self.lanes[call.app]
         if items and not lane.items:
             busy = [other.served for other in self.lanes.values() if other.items]
-            lane.served = max(lane.served, min(busy, default=0))
+            lane.served = max(lane.served, min(busy) if busy else max(other.served for other in self.lanes.values()))
         for item in items:
             self.tags[item] = max(lane.now, self.finish.get(call, 0.0))
             self.finish[call] = self.tags[item] + item.cost
