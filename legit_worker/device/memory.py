@@ -1,9 +1,11 @@
 """How to tell that memory ran out, and how to free some at once.
 
-In: an exception from a model. Out: whether it says that memory is short.
+In: an exception from a model. Out: whether it says that memory is short; what its frames had is free.
 """
 
 from __future__ import annotations
+
+import traceback
 
 from legit_worker.device.imported import started_cuda
 from legit_worker.errors import DeviceOutOfMemoryError
@@ -24,3 +26,18 @@ def give_back_cached() -> None:
     cuda = started_cuda()
     if cuda is not None:
         cuda.empty_cache()
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames have that raised an error, and the errors that it came from.
+
+    An error that is kept would otherwise keep the tensors of the code that raised it.
+    """
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += one.__cause__, one.__context__

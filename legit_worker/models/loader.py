@@ -9,7 +9,6 @@ import gc
 import inspect
 import logging
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +23,7 @@ from legit_worker.device import modes
 from legit_worker.device.cpu import give_back_freed
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device
-from legit_worker.device.memory import give_back_cached
+from legit_worker.device.memory import give_back_cached, let_go
 from legit_worker.device.simulated import simulated_device
 from legit_worker.errors import DeviceLostError, LimitError, ModelLoadError
 from legit_worker.models import forks
@@ -139,8 +138,10 @@ class Loader:
             raise
         except BaseException as error:  # a user's model may call `sys.exit`
             is_lost = device.is_lost(error)
-            # Or the error, which is kept, would keep the weights on the device.
-            traceback.clear_frames(error.__traceback__)
+            let_go(error)  # which is kept, and would keep the weights on the device
+            if device.tells_memory and not is_lost:
+                gc.collect()  # modules are in cycles
+                give_back_cached()
             if is_lost:
                 raise DeviceLostError(f"model {slot.alias!r} was to be loaded on a lost device: {error}") from error
             raise ModelLoadError(
@@ -158,9 +159,14 @@ class Loader:
                 start = monotonic()
                 model = self._read(slot, cls, orders, device)
             seconds = monotonic() - start
-            orders.sized(slot, model.size)
-            # Outside `loading`, on the stream of batches: torch's allocator keeps what it freed for the same stream.
-            _measure(slot, model, device)
+            try:
+                _check_limit(slot, model)
+                orders.sized(slot, model.size)
+                # Outside `loading`, on the stream of batches: torch's allocator keeps what it freed for that stream.
+                _measure(slot, model, device)
+            except BaseException:
+                model.unload()
+                raise
         give_back_freed()
         logger.info("model %r loaded on %s in %.1f s, %.0f MiB", slot.alias, device.name, seconds, slot.size / 2**20)
         if slot.spec.backend != "torch":
@@ -176,7 +182,6 @@ class Loader:
             model = LoadedModel(slot.alias, slot.spec.kind, own, device, slot.activations, orders)
             with modes.loading():
                 model.load()
-            _check_limit(slot, model)
         else:
             model.move(to_host=False)
         return model

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from legit_worker.batching.packer import padded, pick
 from legit_worker.batching.sizing import Sizing
 from legit_worker.batching.twins import distinct, with_twins
 from legit_worker.device.devices import Launch
-from legit_worker.device.memory import is_out_of_memory
+from legit_worker.device.memory import is_out_of_memory, let_go
 from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.pool.calls import ENDS, Call, Chunk
 from legit_worker.pool.parts import Parts
@@ -383,7 +382,7 @@ class ModelQueue:
     def _make_room(self, batch: list[Item], error: BaseException) -> None:
         """Too much at once: free what can be freed, and have no batch as large from now on."""
         self.counters.out_of_memory += 1
-        traceback.clear_frames(error.__traceback__)  # where `forward` stopped, it still holds what it had
+        let_go(error)  # where `forward` stopped, it still holds what it had
         tries = batch[0].tries if len(batch) == 1 else 0
         if len(batch) == 1:
             batch[0].tries += 1

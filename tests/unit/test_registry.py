@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import threading
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -46,6 +48,27 @@ class Broken(Named):
     def load(self, device: str) -> None:
         Broken.loads += 1
         raise OSError("no such weights")
+
+
+class Weights:
+    """What a load had read when it failed."""
+
+
+class HalfRead(Named):
+    """Its load fails by an error that comes from another one, which was raised where the weights are."""
+
+    read: ClassVar[list[weakref.ref[Weights]]] = []
+
+    def load(self, device: str) -> None:
+        try:
+            self._read()
+        except OSError:
+            raise ValueError("not whole") from None
+
+    def _read(self) -> None:
+        weights = Weights()
+        HalfRead.read.append(weakref.ref(weights))
+        raise OSError
 
 
 class Short(Named):
@@ -101,6 +124,15 @@ def test_no_alias_means_the_only_model_of_a_kind() -> None:
         assert models.only("simulated").alias == "a"
         with pytest.raises(UnknownModelError, match=r"0 are configured.*Set LEGIT_WORKER_MODELS__.*rerank"):
             models.only("rerank")
+
+
+def test_the_error_of_a_failed_load_which_is_kept_keeps_no_weights() -> None:
+    with use_models({"mine": spec("HalfRead")}) as models:
+        with pytest.raises(ModelLoadError, match="not whole"):
+            legit_worker.model("mine").map([1])
+        assert models.get("mine").error is not None
+        gc.collect()
+        assert [weights() for weights in HalfRead.read] == [None]
 
 
 def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

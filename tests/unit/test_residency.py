@@ -507,6 +507,22 @@ def moves(subject: Registry, alias: str) -> list[str]:
     return found
 
 
+class Unfit(Movable):
+    """A model whose weights are there when its load fails."""
+
+    def sample(self, cost: int) -> Any:
+        raise ValueError("no sample")
+
+
+def test_a_model_that_fails_after_its_weights_were_read_is_unloaded() -> None:
+    gone.clear()
+    subject = Registry({"m0": ModelSettings(kind=f"{__name__}:Unfit")}, lambda: "simulated", Caching(20, 0))
+    request = subject.residency.request(subject.get("m0"))
+    with pytest.raises(ModelLoadError, match="no sample"):
+        request.future.result(timeout=10)
+    assert gone == [["made m0", "load simulated", "unload"]]
+
+
 def test_evicted_weights_wait_on_the_host_and_come_back_without_being_read_again() -> None:
     subject = movable(budget=10, host_cache=20)
     touch(subject, "m0", "m1")
