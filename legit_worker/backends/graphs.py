@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from time import monotonic
 from typing import Any
 
@@ -180,7 +181,7 @@ _handing_over = threading.RLock()
 def _before_fork() -> None:
     """Wait for the batches in flight. A child that has none of their threads would wait for them at its own batch."""
     _handing_over.acquire()
-    for inference in list(_in_flight):
+    for inference in sorted(_in_flight, key=attrgetter("began")):  # or an earlier one would seem to take no time
         inference.wait()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from itertools import combinations
+from math import isfinite
 from typing import Any, overload
 
 import numpy as np
@@ -35,6 +36,9 @@ BYTES_PRIOR = np.array((0.0, 2e4, 1.0))
 
 #: How much larger the largest must be than the smallest before the batches tell a term of the formula apart.
 VARIED = 2
+
+#: Seconds that a batch takes at least: CUDA measures half of this, and a batch without kernels took 0.
+SHORTEST = 1e-6
 
 #: The three terms.
 LAUNCH, UNIT, LENGTH = range(3)
@@ -84,7 +88,10 @@ class CostModel:
         return a + count * (longest * (b + c * longest))
 
     def observe(self, count: int, longest: int, seconds: float) -> None:
-        """Learn from a batch that ran."""
+        """Learn from a batch that ran. Errors are relative, so a batch of 0 seconds would count without end."""
+        if not isfinite(seconds):
+            return
+        seconds = max(seconds, SHORTEST)
         self._seen = np.vstack([self._seen, (count, longest, seconds)])[-MEMORY:]
         if self._is_changed(self.predict(count, longest), seconds):
             self._seen = self._seen[-SURPRISES:]

@@ -30,6 +30,22 @@ def test_it_learns_the_law_of_a_device(law: tuple[float, float, float]) -> None:
         assert model.predict(count, longest) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("solver", ["scipy", "own"])
+@pytest.mark.parametrize("seconds", [0.0, float("nan"), float("inf")])
+def test_a_batch_of_no_time_or_of_none_that_is_known_ends_no_learning(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, solver: str
+) -> None:
+    if solver == "own":
+        monkeypatch.setitem(sys.modules, "scipy.optimize", ModuleType("scipy.optimize"))
+    else:
+        pytest.importorskip("scipy.optimize")
+    model = taught(4e-3, 1e-4, 1e-7)
+    model.observe(4, 32, seconds)
+    for count, longest in BATCHES * 8:
+        model.observe(count, longest, 4e-3 + 1e-4 * count * longest + 1e-7 * count * longest**2)
+    assert model.predict(20, 100) == pytest.approx(4e-3 + 1e-4 * 2000 + 1e-7 * 200_000, rel=1e-6)
+
+
 def test_one_batch_is_enough_to_know_how_much_slower_a_device_is() -> None:
     model = CostModel()
     expected = model.predict(8, 64)
