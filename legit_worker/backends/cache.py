@@ -34,9 +34,12 @@ OPEN = 0o755
 ABANDONED = 3600.0
 
 
-def default_folder() -> Path:
-    """Return the folder for what this user's programs may make anew."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legit_worker"
+def default_folder() -> Path | None:
+    """Return the folder for what this user's programs may make anew; None if the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legit_worker"
+    except RuntimeError:
+        return None
 
 
 class Cache:
@@ -47,8 +50,8 @@ class Cache:
 
     def read(self, key: str) -> Path | None:
         """Return an entry's folder if all its files are whole. One that is not is removed."""
-        entry = self._folder / key
-        if not entry.is_dir():
+        entry = self._folder / key if self._folder else None
+        if entry is None or not entry.is_dir():
             return None
         if _is_whole(entry):
             return entry
@@ -61,10 +64,13 @@ class Cache:
 
         If another worker has written the same entry meanwhile, that one stays.
         """
+        if self._folder is None:
+            logger.info("this user has no home, so each load converts the model: set LEGIT_WORKER_CACHE_DIR")
+            return None
         unfinished = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            _sweep(self._folder)
             unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._folder))
             save(unfinished)
             digests = {file.name: _digest(file) for file in unfinished.iterdir()}
@@ -79,11 +85,12 @@ class Cache:
                 shutil.rmtree(unfinished, ignore_errors=True)
         return self.read(key)
 
-    def _sweep(self) -> None:
-        """Remove what workers left that were killed while they wrote."""
-        for entry in self._folder.glob(f"{UNFINISHED}*"):
-            if time.time() - entry.stat().st_mtime > ABANDONED:
-                shutil.rmtree(entry, ignore_errors=True)
+
+def _sweep(folder: Path) -> None:
+    """Remove what workers left that were killed while they wrote."""
+    for entry in folder.glob(f"{UNFINISHED}*"):
+        if time.time() - entry.stat().st_mtime > ABANDONED:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _rename(unfinished: Path, entry: Path) -> None:

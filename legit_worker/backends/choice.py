@@ -20,7 +20,17 @@ import torch
 from legit_worker.backends import onnx
 from legit_worker.backends.agreement import Agreement, of_scores, of_vectors
 from legit_worker.backends.cache import Cache
-from legit_worker.backends.graphs import PRECISIONS, Features, Graphs, convert, core, has_bfloat16, library, quantized
+from legit_worker.backends.graphs import (
+    PRECISIONS,
+    Features,
+    Graphs,
+    convert,
+    core,
+    first_line,
+    has_bfloat16,
+    library,
+    quantized,
+)
 from legit_worker.errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -102,22 +112,31 @@ def choose(wanted: Wanted, subject: Subject) -> Chosen:
     """Return what computes the model. Raises `BackendError` if the operator's choice can't."""
     if wanted.backend == "auto":
         return _tried(wanted, subject)
-    if reason := _obstacle(wanted, subject):
-        raise BackendError(f"BACKEND={wanted.backend}: {reason}. Set this model's BACKEND=torch")
-    dtype = _dtype(wanted, subject)
-    is_file = wanted.backend == "onnx"
     try:
-        graphs = Graphs([_of_file(wanted, subject)], dtype) if is_file else _graphs(wanted, subject, dtype)
+        graphs, agreement = _made(wanted, subject, one_in=ONE_IN)
+        least = LEAST_OF_FILE if wanted.backend == "onnx" else LEAST_BY_DTYPE[graphs.dtype]
+        if agreement.worst_cosine < least:
+            raise BackendError(
+                f"{graphs.dtype} results differ from torch's, worst cosine {agreement.worst_cosine:.6f} and not {least}"
+            )
     except BackendError as error:
         raise BackendError(f"BACKEND={wanted.backend}: {error}. Set this model's BACKEND=torch") from error
-    agreement = compare(subject, graphs, one_in=ONE_IN)
-    least = LEAST_OF_FILE if is_file else LEAST_BY_DTYPE[dtype]
-    if agreement.worst_cosine < least:
-        raise BackendError(
-            f"BACKEND={wanted.backend}: {dtype} results differ from torch's, worst cosine "
-            f"{agreement.worst_cosine:.6f} and not {least}. Set this model's BACKEND=torch"
-        )
     return Chosen(graphs=graphs, reason=f"worst cosine with torch {agreement.worst_cosine:.6f}")
+
+
+def _made(wanted: Wanted, subject: Subject, one_in: int = 1) -> tuple[Graphs, Agreement]:
+    """Return the graphs, and how they agree with torch. Raises `BackendError`, whatever OpenVINO raises."""
+    if reason := _obstacle(wanted, subject):
+        raise BackendError(reason)
+    try:
+        dtype = _dtype(wanted, subject)
+        is_file = wanted.backend == "onnx"
+        graphs = Graphs([_of_file(wanted, subject)], dtype) if is_file else _graphs(wanted, subject, dtype)
+        return graphs, compare(subject, graphs, one_in)
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendError(f"the trial of OpenVINO failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _of_file(wanted: Wanted, subject: Subject) -> Any:
@@ -130,14 +149,10 @@ def _of_file(wanted: Wanted, subject: Subject) -> Any:
 
 def _tried(wanted: Wanted, subject: Subject) -> Chosen:
     try:
-        if reason := _obstacle(wanted, subject):
-            raise BackendError(reason)
-        dtype = _dtype(wanted, subject)
-        graphs = _graphs(wanted, subject, dtype)
-        agreement = compare(subject, graphs)
+        graphs, agreement = _made(wanted, subject)
         if agreement.worst_cosine < LEAST_COSINE or not agreement.keeps_order:
             order = "" if agreement.keeps_order else ", and another order"
-            raise BackendError(f"{dtype} has a worst cosine of {agreement.worst_cosine:.6f}{order}")
+            raise BackendError(f"{graphs.dtype} has a worst cosine of {agreement.worst_cosine:.6f}{order}")
     except BackendError as error:
         _stay(wanted, subject)
         return Chosen(graphs=None, reason=f"auto stays with torch: {error}")

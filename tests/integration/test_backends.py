@@ -177,6 +177,34 @@ def test_auto_takes_the_faster_one(
     assert chosen["backend_reason"].startswith(f"auto: openvino takes {1 / gain:.2f} of torch's time, worst cosine 1.0")
 
 
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("Exception from src/inference/src/cpp/core.cpp:133:\nNot enough memory")
+
+
+@pytest.mark.parametrize("method", ["__init__", "compute"])
+def test_whatever_openvino_raises_auto_stays_with_torch(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from legit_worker.backends.graphs import Graphs
+
+    monkeypatch.setattr(Graphs, method, fails)
+    said = "the trial of OpenVINO failed: RuntimeError: Not enough memory"
+    registry = serve("embed", "auto")
+    assert len(legit_worker.model("m").encode("a text")) == 32
+    assert backend_of(registry) == {"backend": "torch", "backend_reason": f"auto stays with torch: {said}"}
+    serve("embed")
+    with pytest.raises(ModelLoadError, match=f"BACKEND=openvino: {said}. Set this model's BACKEND=torch"):
+        legit_worker.model("m").encode("a text")
+
+
+def test_without_a_home_nothing_is_kept(tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fails)
+    with use_models({"m": {"kind": "embed", "path": str(tiny_paths["embed"]), "backend": "openvino"}}) as registry:
+        assert len(legit_worker.model("m").encode("a text")) == 32
+        assert backend_of(registry)["backend"] == "openvino float32"
+
+
 def test_auto_does_not_take_what_differs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     from legit_worker.backends import choice
     from legit_worker.backends.agreement import Agreement
