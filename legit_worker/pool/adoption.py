@@ -37,6 +37,29 @@ MOST_OWED = 10_000
 ENDS = {"ack_log_error": "ack", "reject_log_error": "reject"}
 
 
+class LaterAck:
+    """Stands for a request's ack until its end is stored."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        #: What acks: of the message's last delivery.
+        self.call = call
+        self._args: tuple[Any, ...] | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether Celery has acked."""
+        return self._args is not None
+
+    def __call__(self, *args: Any) -> None:
+        """Celery acks."""
+        self._args = args
+
+    def send(self) -> None:
+        """Ack, if Celery has."""
+        if self._args is not None:
+            self.call(*self._args)
+
+
 class Adoption:
     """One worker's. Lives on the main thread. Owns the ends of tasks that their broker has not heard of."""
 
@@ -106,8 +129,12 @@ class Adoption:
         """Let a request ack by another delivery. Celery 5.5 forgets running requests with their connection."""
         self._suspects.adopted(message, former=request.message)
         request._message = message
-        request._on_ack = partial(self._end_soon, message.ack_log_error)
+        ack = partial(self._end_soon, message.ack_log_error)
         request._on_reject = partial(self._end_soon, message.reject_log_error)
+        if isinstance(request._on_ack, LaterAck) and request._on_ack.is_due:
+            request._on_ack.call = ack
+            return
+        request._on_ack = ack
         if request.acknowledged:  # when it began, or when it was revoked
             self._end(message, "ack")
         else:

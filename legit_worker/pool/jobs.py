@@ -24,6 +24,7 @@ from greenlet import GreenletExit
 from kombu.exceptions import OperationalError
 
 from legit_worker.broker.redis import gave_up
+from legit_worker.pool.adoption import LaterAck
 from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.limits import TimeLimitPassed
@@ -236,16 +237,10 @@ def _acked_last(request: Any) -> Iterator[None]:
     if request is None:
         yield
         return
-    acks: list[tuple[Any, ...]] = []
-
-    def later(*args: Any) -> None:
-        acks.append(args)
-
-    on_ack, request._on_ack = request._on_ack, later
+    ack = request._on_ack = LaterAck(request._on_ack)
     try:
         yield
     finally:
-        if request._on_ack is later:  # a message that came again meanwhile has brought its own
-            request._on_ack = on_ack
-    for args in acks:
-        on_ack(*args)
+        if request._on_ack is ack:
+            request._on_ack = ack.call
+    ack.send()

@@ -13,8 +13,10 @@ from celery.worker import state
 from jobs import job
 from kombu.exceptions import EncodeError, OperationalError
 
+from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import CLOSED, _seen_to
+from legit_worker.pool.running import Running
 
 
 class Request:
@@ -87,6 +89,26 @@ def test_a_failure_is_stored_once_and_then_acked(
 ) -> None:
     monkeypatch.setattr(state, "should_terminate", should_terminate)
     request = Failing()
+    job(print, error_callback=request.on_failure, callback=request.on_success).fail(ValueError("no"))
+    assert request.order == ["store", "ack"]
+
+
+def test_a_failure_whose_message_comes_again_is_acked_once_it_is_stored_by_the_new_delivery() -> None:
+    adoption = Adoption(Running(), SimpleNamespace(adopted=lambda *_, **__: None))  # type: ignore[arg-type]
+    adoption._call_soon = lambda ack, *_: ack()
+
+    class Parked(Failing):
+        acknowledged = False
+
+        def mark_as_failure(self, *_: Any, **__: Any) -> None:
+            """The connection breaks meanwhile."""
+            self.acknowledged = True
+            message = SimpleNamespace(ack_log_error=lambda: self.order.append("ack"), reject_log_error=None)
+            adoption._replace(self, message)  # type: ignore[arg-type]
+            self.order.append("store")
+
+    request = Parked()
+    request._on_ack = lambda: request.order.append("ack of the old one")
     job(print, error_callback=request.on_failure, callback=request.on_success).fail(ValueError("no"))
     assert request.order == ["store", "ack"]
 

@@ -40,6 +40,7 @@ class Request(SimpleNamespace):
     """Celery's request, of which Celery keeps weak references."""
 
     __hash__ = object.__hash__
+    _on_ack: Any = None
 
     @property
     def message(self) -> Any:
