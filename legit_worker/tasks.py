@@ -300,7 +300,7 @@ def _renamed(given: Mapping[str, Any], renames: Mapping[str, str | None]) -> dic
             continue
         if own not in found or found[own] is None:
             found[own] = value
-        elif value is not None:
+        elif value not in (None, found[own]):
             raise InvalidInputError(f"{caller!r} and another argument of this task both stand for {own}: send only one")
     return found
 

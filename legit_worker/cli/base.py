@@ -56,20 +56,18 @@ class _Plainly(click.Command):
             ) from None
 
 
-class _Seconds(click.FloatRange):
-    """A number of seconds that one can wait."""
-
-    name = "seconds"
+class _Number(click.FloatRange):
+    """A number that can be compared with others, and waited for."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds: float = super().convert(value, param, ctx)
-        if not isfinite(seconds):
-            self.fail(f"{value} is no number of seconds", param, ctx)
-        return seconds
+        number: float = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
-#: The type of `--timeout`.
-SECONDS = _Seconds(min=0, min_open=True)
+#: The types of `--timeout` and `--wait`, in seconds, and of what `validate` takes for equal.
+SECONDS, COSINE, DIFFERENCE = _Number(min=0, min_open=True), _Number(min=-1, max=1), _Number(min=0)
 
 timeout_option = click.option(
     "--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds to wait for workers."

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import SECONDS, Command, as_json_option
+from legit_worker.cli.base import COSINE, DIFFERENCE, SECONDS, Command, as_json_option
 
 #: How `doctor` marks a finding: a character and its colour.
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}
@@ -25,8 +25,8 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", 
 @click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's answers with this file's.")
 @click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, by no worker.")
 @click.option("--texts", type=click.Path(path_type=Path), help="Your own texts for it, one per line.")
-@click.option("--min-cosine", type=float, help="The least that agrees; by default as measured for the dtype.")
-@click.option("--max-difference", type=float, help="Of any number, and of the length; by default likewise.")
+@click.option("--min-cosine", type=COSINE, help="The least that agrees; by default as measured for the dtype.")
+@click.option("--max-difference", type=DIFFERENCE, help="Of any number, and of the length; by default likewise.")
 @click.option("--timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds to wait for the next answer.")
 @as_json_option
 @click.pass_context

@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.table import Column
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, Group, as_json_option, busy, mib, new_table, reach, safe, timeout_option
+from legit_worker.cli.base import (
+    SECONDS,
+    Command,
+    Group,
+    as_json_option,
+    busy,
+    mib,
+    new_table,
+    reach,
+    safe,
+    timeout_option,
+)
 
 #: Seconds between two questions whether the change is made.
 LOOK = 0.2
@@ -125,7 +136,7 @@ def _action(name: str, help_line: str) -> None:
 
     @models.command(name, cls=Command, help=help_line)
     @click.argument("alias")
-    @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds to wait until it is done.")
+    @click.option("--wait", type=SECONDS, default=60.0, show_default=True, help="Seconds to wait until it is done.")
     @timeout_option
     @_destination
     @as_json_option

@@ -12,6 +12,7 @@ from celery import Celery
 from click.testing import CliRunner
 
 from legit_worker.cli.base import SECONDS, Command
+from legit_worker.cli.checks import validate
 
 
 def said(error: Exception | None, broker: str = "redis://:secret@localhost:1/0") -> str:
@@ -51,6 +52,13 @@ def test_a_brokers_url_that_cant_be_read_is_told_without_a_part_of_it(url: str) 
     assert found.startswith("Error: the broker's URL can't be read: it begins like redis://")
     assert "kr" not in found
     assert "se" not in found.replace("sentinel", "")
+
+
+@pytest.mark.parametrize("option", ["--min-cosine", "--max-difference"])
+def test_what_validate_takes_for_equal_is_a_number(option: str) -> None:
+    """By nan, all would be equal."""
+    run = CliRunner().invoke(validate, ["--model", "a", option, "nan"])
+    assert (run.exit_code, "nan is not a finite number" in run.output) == (2, True)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "soon"])

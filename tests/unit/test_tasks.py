@@ -162,12 +162,13 @@ def test_a_name_by_which_a_task_can_run_stops_nothing(aliases: str) -> None:
     tasks.check_or_exit(settings.load({"LEGIT_WORKER_TASKS__EMBED_TEXT": aliases}))
 
 
-def test_two_arguments_that_stand_for_one_are_refused_unless_one_is_null() -> None:
+def test_two_arguments_that_stand_for_one_are_refused_unless_they_are_equal_or_one_is_null() -> None:
     task = app_with_aliases().tasks["conductor.embed"]
     with use_models({"sim": {"kind": "simulated"}}):
         expected = [float(value) for value in vector("a text")]
         assert task(text=None, content="a text", model_name="sim") == expected
         assert task(content="a text", text=None, model_name="sim") == expected
+        assert task(content="a text", text="a text", model_name="sim") == expected
         with pytest.raises(InvalidInputError, match="'text' and another argument of this task both stand for text"):
             task(content="a text", text="another")
 
