@@ -29,7 +29,7 @@ def prep_text(
     text: Any,
     model: str | None = None,
     chunk_tokens: int | None = None,
-    overlap: int = 0,
+    overlap: int | None = 0,
     task: str | None = None,
     prompt_name: str | None = None,
     prompt: str | None = None,
@@ -48,6 +48,7 @@ def prep_text(
     limits, named = current_limits(), Handle(model, "embed").named
     wording = wording_of(task, prompt_name, prompt, limits.max_characters)
     form_of(dimensions, precision, None)
+    overlap = overlap or 0
     _check_split(chunk_tokens, overlap)
     spec, texts = named.spec, texts_of(text, "text", limits)
     is_readable = spec.path and spec.kind == "embed" and not spec.processor_kwargs  # which may change the tokenizer

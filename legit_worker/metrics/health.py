@@ -44,7 +44,7 @@ class Held(Protocol):
         """What has the main thread; None if the worker's own loop has it."""
 
     def missing(self) -> list[str]:
-        """One sentence for each pinned model that is not there, and for a result backend that takes nothing."""
+        """One sentence for each pinned model that is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)

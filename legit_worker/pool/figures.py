@@ -114,10 +114,9 @@ class Figures:
 
     @staticmethod
     def missing() -> list[str]:
-        """One sentence for each pinned model that is not there, and for a result backend that takes nothing."""
+        """One sentence for each pinned model that is not there."""
         slots = default_registry().slots.values()
-        models = [f"model {slot.alias!r} is {slot.state}" for slot in slots if slot.is_pinned and not slot.is_resident]
-        return models + (["the result backend takes no results"] if away_since() is not None else [])
+        return [f"model {slot.alias!r} is {slot.state}" for slot in slots if slot.is_pinned and not slot.is_resident]
 
     def samples(self) -> Iterator[Sample]:
         """All that metrics show of the pool."""

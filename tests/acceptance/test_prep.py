@@ -122,6 +122,7 @@ def test_chunks_of_a_text_are_a_list_of_vectors(pair: tuple[Worker, Worker]) -> 
     assert np.array(vectors).shape == (len(pieces), 384)
     nested = through_both(pair, "text", [long, "short"], chunk_tokens=64, overlap=8)
     assert [len(item) for item in nested] == [len(pieces), 1]
+    assert "ids" in prep.ask("legit_worker.prep_text", "short", chunk_tokens=None, overlap=None)
 
 
 @pytest.mark.parametrize(
