@@ -148,8 +148,9 @@ def _gain(layers: Sequence[Any], rows: int) -> float:
     """Return how many times as fast oneDNN computes these layers in a row; 0 if its results differ."""
     import torch
 
+    own = torch.Generator().manual_seed(0)  # a task may have seeded torch's own one, and draw from it meanwhile
     with torch.inference_mode():
-        inputs = [torch.randn(rows, layer.in_features) for layer in layers]
+        inputs = [torch.randn(rows, layer.in_features, generator=own) for layer in layers]
         pairs = list(zip(layers, inputs, strict=True))
         if not all(torch.allclose(layer(x), _by_onednn(layer, x), rtol=1e-4, atol=1e-4) for layer, x in pairs):
             return 0.0

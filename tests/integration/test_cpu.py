@@ -134,6 +134,12 @@ def test_layers_that_go_through_onednn_give_what_they_gave(
     torch.testing.assert_close(model(rows), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_trial_draws_from_no_stream_that_a_task_may_have_seeded() -> None:
+    model, before = layers(), torch.get_rng_state()
+    cpu.speed_up_linear_layers(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_where_it_is_not_faster_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "WORTH_IT", float("inf"))
     model = layers()
