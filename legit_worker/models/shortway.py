@@ -86,6 +86,8 @@ class ShortWay:
 
     def of_ids(self, prepared: PreparedText, limit: int | None = None) -> dict[str, Any]:
         """The features of a text that `prep_text` tokenized, of at most `limit` tokens. Raises `InvalidInputError`."""
+        if not self._takes_ids:
+            raise InvalidInputError("this model's tokenizer tells more than tokens: send the text without prep_text")
         limit = limit or self.limit
         if prepared.tokenizer != self.fingerprint:
             raise InvalidInputError(
@@ -97,8 +99,15 @@ class ShortWay:
                 f"the text has {len(prepared.ids)} tokens up to number {max(prepared.ids)}, and the model takes "
                 f"{limit} of {len(self.tokenizer)}"
             )
+        return self._of(list(prepared.ids))
+
+    @functools.cached_property
+    def _takes_ids(self) -> bool:
+        """Whether a text's tokens tell all its features. XLNet's have another type at the end."""
+        return all(self._of(features["input_ids"]) == features for features in map(self, PROBES))
+
+    def _of(self, ids: list[int]) -> dict[str, Any]:
         same = {"attention_mask": 1, "token_type_ids": 0}
-        ids = list(prepared.ids)
         features = {name: [same[name]] * len(ids) if name in same else ids for name in self.tokenizer.model_input_names}
         return {**features, **self.rest}
 

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
+from legit_worker.errors import InvalidInputError
+from legit_worker.inputs.types import PreparedText
 from legit_worker.models.kinds import TextEmbedding
 from legit_worker.models.shortway import short_way, without_prompt_length
 
@@ -59,6 +62,22 @@ def test_the_vocabulary_is_in_memory_once(minilm: SentenceTransformer) -> None:
         assert own.backend.model.unk_token == "[SEP]"
     finally:
         vocabulary.unk_token = before
+
+
+def test_a_prepared_text_is_refused_if_its_tokens_do_not_tell_its_features() -> None:
+    """XLNet's tokenizer gives the last token another type."""
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    plain = short_way(model)
+    assert plain is not None
+    features = plain("a text")
+    assert plain.of_ids(PreparedText(tuple(features["input_ids"]), plain.fingerprint)) == features
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:2", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
+    )
+    other = short_way(model)
+    assert other is not None
+    with pytest.raises(InvalidInputError, match="tells more than tokens: send the text without prep_text"):
+        other.of_ids(PreparedText(tuple(other("a text")["input_ids"]), other.fingerprint))
 
 
 def test_a_model_whose_preprocessing_does_more_takes_the_long_way(
