@@ -160,6 +160,8 @@ class Loop:
             self._turn(should_compute)
         finally:
             self.is_turning = False
+            if self.is_overdue:  # which the next turn ends, and messages wait for that
+                self._wakeup.set()
 
     def _turn(self, should_compute: Callable[[], bool]) -> None:
         with trusted():

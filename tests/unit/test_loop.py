@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -265,3 +266,24 @@ def test_a_task_that_ends_within_another_librarys_greenlet_can_end_itself(pool: 
 
     pool.send(lambda: greenlet(within).switch())
     assert pool.ended == ["task"]
+
+
+def test_a_turn_that_ends_overdue_has_another_turn_behind_it(pool: PlayedPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that waited before its own code, as for its STARTED to be stored, begins that within a turn."""
+    now = 100.0
+    monkeypatch.setattr(loop, "monotonic", lambda: now)
+    stored: Future[None] = Future()
+
+    def waits_and_takes_long() -> None:
+        nonlocal now
+        fiber.wait_for(stored, "its start to be stored", in_own_code=False)
+        now += 1
+
+    fiber = fibers.Fiber(waits_and_takes_long, app="", name="long", wake=pool.loop.wake)
+    pool.loop.admit(fiber)
+    stored.set_result(None)
+    pool.wakeup.clear()
+    pool.turn()
+    assert fiber.dead
+    assert pool.loop.is_overdue
+    assert select.select([pool.wakeup], [], [], 0)[0]
