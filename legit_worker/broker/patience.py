@@ -3,37 +3,56 @@
 kombu reads one message at each turn of the hub, and once more whenever the connection is readable. So each turn reads
 one message more than the turn before, and a finished result waits until all their tasks have begun.
 
-In: the hub's reads. Out: the same, or none.
+In: the hub's reads. Out: the same; or one at each turn, as long as a task waits.
+
+Sources: kombu.transport.base.Transport.on_readable (5.5 to 5.7).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from legit_worker.broker.owners import is_hurried
 
 
 class PatientTransport:
-    """Mixed into kombu's transport for RabbitMQ."""
+    """Mixed into kombu's transport for RabbitMQ. Lives on the main thread."""
 
-    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Let the connection know that a hub reads it, which comes back."""
-        connection.is_read_by_hub = True
-        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+    def _make_reader(self, connection: Any, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        """Return what the hub calls when the connection is readable."""
+        reads = _Reads(connection)
+        read = super()._make_reader(reads, *args, **kwargs)  # type: ignore[misc]
+
+        def read_once_more(loop: Any) -> None:
+            reads.coming += 1
+            read(loop)
+
+        return read_once_more
 
 
-class PatientConnection:
-    """Mixed into a py-amqp connection class. Lives on the main thread."""
+class _Reads:
+    """What kombu's reader sees of a connection. The hub calls the reader again, if it has read something."""
 
-    #: Whether the worker's hub reads it.
-    is_read_by_hub = False
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        #: How often the hub will call the reader from now on, though the connection may not be readable: TLS has read
+        #: more than it has given.
+        self.coming = 0
 
-    def drain_events(self, timeout: float | None = None) -> Any:
-        """Read until there is one method, unless the hub should go round first. Only the hub waits for 0 seconds.
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is open."""
+        return bool(self._connection.connected)
 
-        kombu's reader (kombu.transport.base, 5.5 to 5.7) then reads at the hub's next turn. Whatever hurries has set
-        the pool's wakeup, so that turn comes at once.
+    def drain_events(self, timeout: float) -> None:
+        """Read until there is one method. In a hurry, only the last call of those that are coming reads.
+
+        Whatever hurries has set the pool's wakeup, so the hub's next turn comes at once. It reads there, however long
+        the hurry lasts: heartbeats and remote control are such methods, too.
         """
-        if timeout == 0 and self.is_read_by_hub and is_hurried():
-            return None
-        return super().drain_events(timeout)  # type: ignore[misc]
+        self.coming -= 1
+        if self.coming and is_hurried():
+            raise TimeoutError  # kombu lets this one go
+        self._connection.drain_events(timeout=timeout)
+        self.coming += 1

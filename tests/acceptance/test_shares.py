@@ -153,3 +153,11 @@ def test_a_result_does_not_wait_until_all_that_rabbitmq_has_sent_has_begun(
     start_worker: StartWorker, rabbitmq: Broker
 ) -> None:
     short_among_slow(Sides(start_worker), rabbitmq)
+
+
+def test_rabbitmq_is_read_after_a_long_task_with_no_end(start_worker: StartWorker, rabbitmq: Broker) -> None:
+    worker = Sides(start_worker).worker("modelpool", broker=rabbitmq)
+    for number in range(3):
+        ignored = worker.send("ignores", 0.5)
+        worker.wait_for_log(f"{ignored.id}] ignored")
+        assert worker.ask("no_model", number) == number + 1

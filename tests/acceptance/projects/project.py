@@ -18,6 +18,7 @@ from typing import Any
 
 import kombu
 from celery import Celery, signals
+from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 
 import legit_worker
@@ -84,6 +85,13 @@ def no_model(number: int) -> int:
 def sleeps(seconds: float) -> None:
     """Its own code takes that long."""
     time.sleep(seconds)
+
+
+@app.task(name="ignores")
+def ignores(seconds: float) -> None:
+    """Its own code takes that long, and it has no end that Celery would keep."""
+    time.sleep(seconds)
+    raise Ignore
 
 
 @app.task(name="ends_badly")
