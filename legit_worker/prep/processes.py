@@ -11,10 +11,12 @@ import functools
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -38,6 +40,7 @@ class Helpers:
     def __init__(self, count: int, seconds: float) -> None:
         self._count, self._seconds = count, seconds
         self._pool = self._new_pool()
+        self._renewing = threading.Lock()
         #: The bytes of each item whose task waits for it, or has not gone on since it was done.
         self._at_work: dict[Future[Any], int] = {}
 
@@ -69,22 +72,30 @@ class Helpers:
 
     def _busy(self) -> dict[Future[Any], int]:
         """The bytes of each item that is not done. One that is would be waited for in vain: its task has to go on."""
-        return {future: size for future, size in self._at_work.items() if not future.done()}
+        now = dict(self._at_work)  # in one step: other threads change it meanwhile
+        return {future: size for future, size in now.items() if not future.done()}
 
     def _schedule(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
         """Give an item to the helpers. If no helper could be started before, pebble's pool is of no more use."""
+        pool = self._pool
         try:
-            return self._pool.schedule(function, args=arguments, timeout=self._seconds)
+            return pool.schedule(function, args=arguments, timeout=self._seconds)
         except RuntimeError as error:
             logger.warning("helper processes could not be started (%s), and are started anew", error)
+        with self._renewing:
+            if self._pool is pool:  # no other thread has done it meanwhile
+                self._give_up()
+                self._pool = self._new_pool()
+        return self._pool.schedule(function, args=arguments, timeout=self._seconds)
+
+    def _give_up(self) -> None:
         broken = BrokenProcessPool(
             f"no helper process could be started for a while (LEGIT_WORKER_PREP_PROCESSES={self._count}): if this "
             "comes again, look at the machine's memory and at its bound of processes"
         )
         for lost in self._busy():
-            lost.set_exception(broken)
-        self._pool = self._new_pool()
-        return self._pool.schedule(function, args=arguments, timeout=self._seconds)
+            with suppress(InvalidStateError):  # it was done just now
+                lost.set_exception(broken)
 
     def _new_pool(self) -> ProcessPool:
         return ProcessPool(
@@ -97,9 +108,17 @@ class Helpers:
         self._pool.join()
 
 
-@functools.cache
+_making = threading.Lock()
+
+
 def helpers() -> Helpers | None:
     """Return this process's helpers; None if `LEGIT_WORKER_PREP_PROCESSES` is 0."""
+    with _making:  # or two threads that ask at once would each start some
+        return _helpers()
+
+
+@functools.cache
+def _helpers() -> Helpers | None:
     chosen = settings.load()
     if not chosen.prep_processes or chosen.role == "prep":
         return None
@@ -114,5 +133,11 @@ def run(function: Callable[..., Any], *arguments: Any, size: int) -> Any:
     return function(*arguments) if pool is None else pool.run(function, *arguments, size=size)
 
 
-# A forked child has no threads that speak to the helpers, and must not use its parent's.
-os.register_at_fork(after_in_child=helpers.cache_clear)
+def _restart() -> None:
+    """In a forked child, which has no threads that speak to the helpers, and must not use its parent's."""
+    global _making
+    _making = threading.Lock()
+    _helpers.cache_clear()
+
+
+os.register_at_fork(after_in_child=_restart)

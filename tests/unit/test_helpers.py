@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
-from concurrent.futures import Future
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
 
 from legit_worker import parking
+from legit_worker.prep import processes
 from legit_worker.prep.processes import MAX_BYTES, Helpers
 
 
@@ -46,6 +51,48 @@ def test_what_is_done_takes_no_room_though_its_task_has_not_gone_on(
 
     monkeypatch.setattr(parking, "wait", wait)
     assert helpers.run(math.sqrt, 4.0, size=1) == 2
+
+
+def test_threads_share_the_helpers(helpers: Helpers) -> None:
+    """One adds and takes away items while another asks what is at work: so often that it met it in each run."""
+    wrong: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for _ in range(500):
+                helpers.run(math.sqrt, 4.0, size=1)
+        except Exception as error:
+            wrong.append(error)
+
+    for number in range(200):
+        helpers._at_work[Future()] = number  # others' items
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_threads_that_ask_first_at_once_make_one_set_of_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+    monkeypatch.setattr(Helpers, "_new_pool", lambda self: Pool())
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    monkeypatch.setenv("LEGIT_WORKER_PREP_PROCESSES", "1")
+    monkeypatch.setattr(processes, "_helpers", functools.cache(processes._helpers.__wrapped__))
+
+    def ask() -> Helpers | None:
+        both.wait()
+        return processes.helpers()
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.submit(ask), threads.submit(ask)
+    assert first.result() is second.result() is not None
 
 
 def test_helpers_that_could_not_be_started_are_started_anew(helpers: Helpers, caplog: pytest.LogCaptureFixture) -> None:
