@@ -29,6 +29,7 @@ from legit_worker.inputs.reading import (
 )
 from legit_worker.inputs.texts import text_of
 from legit_worker.inputs.types import Pair
+from legit_worker.models.finite import check_finite
 from legit_worker.models.handle import Handle
 from legit_worker.models.prompts import CALLS
 from legit_worker.prep_tasks import prep_image, prep_text
@@ -307,10 +308,5 @@ def _renamed(given: Mapping[str, Any], renames: Mapping[str, str | None]) -> dic
 
 def _plain(values: Any, is_list: bool) -> Any:
     """Return an array as lists for JSON. If a number is not finite, raise `InvalidInputError` with its item's place."""
-    import numpy as np
-
-    finite = np.isfinite(values)
-    if not finite.all():
-        whose = f"item {finite.reshape(len(finite), -1).all(axis=1).argmin()}: " if is_list else ""
-        raise InvalidInputError(f"{whose}the model's result is not finite for this input")
+    check_finite(values, is_list=is_list)
     return values.tolist()

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.texts import check_unicode
 from legit_worker.inputs.types import Text
+from legit_worker.models.finite import check_finite
 
 #: Numbers of an image or a sound that count as one unit of cost, if the model does not say how large its patches are.
 NUMBERS_PER_COST = 1024
@@ -168,7 +169,10 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def dense_rows(rows: Sequence[NDArray[Any]], dimension: int | None, *, normalize: bool, precision: str | None) -> Any:
-    """The rows of a call as one array, as the library's `encode` finishes them; `[]` if there are none."""
+    """The rows of a call as one array, as the library's `encode` finishes them; `[]` if there are none.
+
+    Raises `InvalidInputError` for a row that is not finite, if a precision would make a plausible one of it.
+    """
     if not rows:
         return np.array([])
     vectors: Any = np.stack(rows)[:, :dimension]
@@ -177,6 +181,7 @@ def dense_rows(rows: Sequence[NDArray[Any]], dimension: int | None, *, normalize
         wide = vectors.astype(np.promote_types(vectors.dtype, np.float32), copy=False)
         vectors = (wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)).astype(vectors.dtype)
     if precision and precision != "float32":
+        check_finite(vectors, is_list=len(rows) > 1)
         vectors = util.quantize_embeddings(vectors, precision=precision)
     return vectors
 

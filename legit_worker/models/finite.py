@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from legit_worker.errors import InvalidInputError
+
 #: Items that are not finite alone either, after which a call's others are left: the model is broken, or computes in a
 #: type that is too small, and each try keeps the thread.
 ENOUGH = 4
@@ -23,6 +25,14 @@ def is_finite(output: Any) -> bool:
     if not isinstance(output, np.ndarray) or output.dtype.kind != "f":
         return True
     return bool(np.isfinite(output).all())
+
+
+def check_finite(values: Any, *, is_list: bool) -> None:
+    """Raise `InvalidInputError` if a number of a result is not finite, with its item's place in a list."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        whose = f"item {finite.reshape(len(finite), -1).all(axis=1).argmin()}: " if is_list else ""
+        raise InvalidInputError(f"{whose}the model's result is not finite for this input")
 
 
 def with_second_try(items: list[Any], outputs: list[Any], alone: Callable[[Any], Any]) -> list[Any]:

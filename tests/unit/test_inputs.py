@@ -109,3 +109,13 @@ def test_only_what_is_not_finite_is_tried_alone_and_not_for_ever() -> None:
     outputs = with_second_try(list(range(12)), [np.array([0.0]), "text", bad, *[bad] * 9], alone)
     assert tried == [2, *range(3, 3 + ENOUGH)]
     assert outputs[2] == np.array([2])
+
+
+@pytest.mark.parametrize("precision", ["binary", "ubinary", "int8", "uint8"])
+def test_a_precision_hides_no_result_that_is_not_finite(precision: str) -> None:
+    rows = [np.ones(8, np.float32), np.full(8, np.nan, np.float32)]
+    with pytest.raises(InvalidInputError, match="item 1: the model's result is not finite"):
+        dense_rows(rows, None, normalize=True, precision=precision)
+    with pytest.raises(InvalidInputError, match=r"^the model's result is not finite"):
+        dense_rows(rows[1:], None, normalize=False, precision="binary")
+    assert np.isnan(dense_rows(rows, None, normalize=False, precision="float32")[1]).all()
