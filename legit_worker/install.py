@@ -156,6 +156,7 @@ def _show_only_gpu(device: str) -> None:
 
     try:
         cuda.show_only(device)
+        cuda.check_number(device)
     except vram.VramUnknownError as error:
         raise SystemExit(f"legit_worker: {error}") from None
 

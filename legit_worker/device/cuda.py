@@ -115,20 +115,22 @@ def _by_uuid(setting: str, environ: Mapping[str, str] | None = None) -> Gpu:
 def show_only(setting: str) -> None:
     """Let CUDA show this process and its children the GPU of this UUID alone, and a MIG instance at all.
 
-    CUDA reads the variable once, when it starts. Raises `VramUnknownError` if there is no such GPU, by its UUID or its
-    number, or the operator's own `CUDA_VISIBLE_DEVICES` hides it.
+    CUDA reads the variable once, when it starts. Raises `VramUnknownError` if there is no such GPU, or the operator's
+    own `CUDA_VISIBLE_DEVICES` hides it.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if started_cuda() is not None:
-        return
-    if not setting.startswith(BY_UUID):
-        if setting.startswith("cuda"):
-            with suppress(NvmlMuteError):
-                _by_number(setting, visible_gpus())
+    if not setting.startswith(BY_UUID) or started_cuda() is not None:
         return
     with suppress(NvmlMuteError):
         _by_uuid(setting, {"CUDA_VISIBLE_DEVICES": setting if listed is None else listed})
     os.environ["CUDA_VISIBLE_DEVICES"] = setting
+
+
+def check_number(setting: str) -> None:
+    """Raise `VramUnknownError` for a number, `cuda` or `cuda:N`, that NVML shows no GPU of to this process."""
+    if setting.startswith("cuda"):
+        with suppress(NvmlMuteError):
+            _by_number(setting, visible_gpus())
 
 
 def prepare_environment() -> None:

@@ -165,24 +165,26 @@ def test_a_number_that_no_gpu_has_is_refused(monkeypatch: pytest.MonkeyPatch, de
     uuids(monkeypatch, *("GPU-aaaa", "GPU-bbbb")[:found])
     said = f"LEGIT_WORKER_DEVICE={device}, and CUDA shows {found} GPUs to this process"
     with pytest.raises(vram.VramUnknownError, match=said):
-        cuda.show_only(device)
+        cuda.check_number(device)
     uuids(monkeypatch, "GPU-aaaa", "GPU-bbbb", "GPU-cccc")
-    cuda.show_only(device)
+    cuda.check_number(device)
+    uuids(monkeypatch)
+    cuda.show_only(device)  # a process that computes nothing may be kept off the GPU
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_a_number_counts_what_cuda_is_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
     uuids(monkeypatch, "GPU-aaaa", "GPU-bbbb")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    cuda.show_only("cuda:0")
+    cuda.check_number("cuda:0")
     with pytest.raises(vram.VramUnknownError, match=r"CUDA shows 1 GPUs to this process \(cuda:0 is GPU-b"):
-        cuda.show_only("cuda:1")
+        cuda.check_number("cuda:1")
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "simulated"])
 def test_a_device_that_names_no_gpu_needs_none(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     uuids(monkeypatch)
-    cuda.show_only(device)
+    cuda.check_number(device)
 
 
 def test_a_uuid_is_taken_on_trust_if_nvml_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_a_uuid_is_taken_on_trust_if_nvml_tells_nothing(monkeypatch: pytest.Monk
     cuda.show_only("GPU-aaaa")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa"
     assert cuda.name_of("GPU-aaaa") == "cuda:0"
-    cuda.show_only("cuda:7")
+    cuda.check_number("cuda:7")
 
 
 def test_the_driver_knows_the_uuid(tmp_path: Path) -> None:
