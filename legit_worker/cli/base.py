@@ -96,6 +96,12 @@ def reach(app: Celery) -> None:
         wires.reach(connection)
 
 
+def taken_queues(app: Celery, timeout: float = 1.0) -> dict[str, list[str]]:
+    """Ask the workers from which queues they take tasks. Returns the queues' names, by the worker's name."""
+    active = app.control.inspect(timeout=timeout).active_queues() or {}
+    return {worker: [queue["name"] for queue in found] for worker, found in sorted(active.items())}
+
+
 def safe(text: Any) -> Text:
     """Return what a stranger may have written as text that moves no cursor, and is no markup."""
     return Text("".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in str(text)))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, as_json_option, minute, new_table, reach, safe
+from legit_worker.cli.base import Command, as_json_option, minute, new_table, reach, safe, taken_queues
 
 #: Dead letters in a table, if nobody says how many.
 SHOWN = 100
@@ -84,7 +84,11 @@ def replay_dead(ctx: click.Context, what: tuple[str, ...], is_all: bool, queue: 
 
     A letter is deleted only when its server has it.
     """
-    outcome = _dead_letters(ctx).replay(*_chosen(what, is_all), queue=queue)
+    letters = _dead_letters(ctx)
+    outcome = letters.replay(*_chosen(what, is_all), queue=queue)
+    if outcome.done and queue and not any(queue in names for names in taken_queues(ctx.obj.app).values()):
+        seen = f"no worker that answers takes tasks from {queue}: `{ctx.find_root().info_name} legit queues` shows"
+        click.echo(safe(f"{seen} which are read"), err=True)
     _report(f"{outcome.done} sent again", outcome)
 
 

@@ -10,7 +10,7 @@ from celery.bin.base import handle_preload_options
 from rich.console import Console
 
 from legit_worker.cli import legit
-from legit_worker.cli.base import Command, as_json_option, new_table, reach, safe, timeout_option
+from legit_worker.cli.base import Command, as_json_option, new_table, reach, safe, taken_queues, timeout_option
 
 
 @legit.command(cls=Command)
@@ -21,8 +21,7 @@ from legit_worker.cli.base import Command, as_json_option, new_table, reach, saf
 def queues(ctx: click.Context, timeout: float, as_json: bool) -> None:
     """Show each model's queue and workers by the settings, and who takes tasks from it now."""
     reach(ctx.obj.app)
-    active = ctx.obj.app.control.inspect(timeout=timeout).active_queues() or {}
-    takes = {worker: [queue["name"] for queue in found] for worker, found in sorted(active.items())}
+    takes = taken_queues(ctx.obj.app, timeout)
     models, workers = _chosen(takes)
     if as_json:
         click.echo(json.dumps({"models": models, "workers": workers, "running": takes}))

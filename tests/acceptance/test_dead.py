@@ -188,7 +188,9 @@ def test_an_unreadable_one_is_replayed_to_a_queue_that_is_named(broker: Broker, 
     assert refused.returncode != 0
     assert "--queue" in refused.stderr
     assert server.llen("legit.unreadable") == 1
-    good(broker, "replay", "unreadable", "--queue", "elsewhere")
+    replayed = dead(broker, "replay", "unreadable", "--queue", "elsewhere")
+    assert (replayed.returncode, replayed.stdout.strip()) == (0, "1 sent again")
+    assert "no worker that answers takes tasks from elsewhere: " in replayed.stderr
     assert server.lrange("elsewhere", 0, -1) == [b"garbage"]
     assert not server.exists("legit.unreadable")
 
