@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
+from math import inf
 from typing import Any, Protocol
 
 from legit_worker.batching.twins import Group, Twins, distinct
@@ -26,8 +27,9 @@ FRONT = 1024
 #: A batch is picked from the first of several apps' items. To put them in order takes three times as long for each.
 INTERLEAVED = 256
 
-#: For this many batches an app counts as light, after one that left nothing of it behind although others had to wait,
-#: or had at least twice as much of it. It takes less than its part, so it goes first, and batches beside it are short.
+#: For this many batches an app counts as light, after one that left nothing of it behind although others had to wait
+#: and it had had no more than they, or had at least twice as much of it. It takes less than its part, so it goes first,
+#: and batches beside it are short.
 LIGHT_BATCHES = 100
 
 
@@ -250,8 +252,9 @@ class FairQueue:
     def _note_light(self, costs: Mapping[_Lane, int]) -> None:
         """A batch with these costs was taken: is anybody light beside those who wait?"""
         small = sum(costs.values()) / (2 * len(costs)) if costs else 0
+        least = min((lane.served for lane in self._lanes.values() if lane.waiting), default=inf)
         for lane in self._lanes.values():
-            if lane in costs and lane.waiting:
+            if lane in costs and (lane.waiting or lane.served - costs[lane] / lane.weight > least):
                 lane.light = 0
             elif lane in costs and (self._size or costs[lane] <= small):
                 lane.light, lane.last_cost = LIGHT_BATCHES, costs[lane]

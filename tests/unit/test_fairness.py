@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +140,22 @@ def test_an_app_whose_items_are_left_behind_is_not_light_and_neither_is_one_that
     assert not queue.light_cost
 
 
+@pytest.mark.parametrize("in_flight", [1, 4, 8])
+def test_an_app_whose_items_come_again_with_each_batch_has_no_more_than_its_part(in_flight: int) -> None:
+    """Beside a light app, a batch has no more than as many items."""
+    queue = queue_of()
+    add(queue, FakeCall("flood"), [10] * 2000)
+    served: Counter[str] = Counter()
+    mine = in_flight
+    for _ in range(100):
+        for _ in range(mine):
+            add(queue, FakeCall("loop"), [10])
+        batch = serve(queue, max(2, in_flight) if queue.light_cost else 16)
+        mine = sum(item.call.app == "loop" for item in batch)
+        served.update(item.call.app for item in batch)
+    assert served["flood"] >= served["loop"] - 16
+
+
 def test_items_are_due_if_their_app_has_no_more_than_a_batch_and_another_has_more() -> None:
     queue = queue_of()
     add(queue, FakeCall(app="big"), [10] * 1000)
@@ -236,8 +253,9 @@ class PlainQueue:
         self.remove(batch)
         costs = Counter({app: sum(item.cost for item in batch if item.call.app == app) for app in self.lanes})
         parts = sum(cost > 0 for cost in costs.values())
+        least = min((lane.served for lane in self.lanes.values() if lane.items), default=math.inf)
         for app, lane in self.lanes.items():
-            if costs[app] and lane.items:
+            if costs[app] and (lane.items or lane.served - costs[app] / lane.weight > least):
                 lane.light = 0
             elif costs[app] and (self.first(1) or costs[app] * 2 * parts <= costs.total()):
                 lane.light = LIGHT_BATCHES
