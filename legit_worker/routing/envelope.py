@@ -78,10 +78,13 @@ def seal(ending: Ending, *, encoding: str, max_bytes: int) -> bytes:
 
 
 def _refusal(ending: Ending, message: str, max_bytes: int) -> bytes:
-    """Write a failure in place of a result that can't be sent, with `meta` if JSON can hold that."""
+    """Write a failure in place of a result that can't be sent, with `meta` if JSON can hold that.
+
+    It does not say what computed the result: a sender's prompt is in that, and may be why the result can't be sent.
+    """
     error = RoutingError(message)
     error.retryable = False
-    failed = replace(ending, status="FAILURE", result=None, error=error, queued_at=None)
+    failed = replace(ending, status="FAILURE", result=None, error=error, queued_at=None, computed_by=None)
     for candidate in (failed, replace(failed, meta=None)):
         try:
             envelope = _dumped(_fields(candidate))

@@ -129,6 +129,12 @@ def test_a_result_over_the_limit_becomes_a_failure_with_both_sizes() -> None:
     assert envelope["meta"] == "m"
 
 
+@pytest.mark.parametrize("prompt", ["\ud800", "p" * 5000])
+def test_a_prompt_that_can_not_be_sent_takes_nothing_else_with_it(prompt: str) -> None:
+    envelope = sealed(result=[1], meta="m", computed_by={"prompt": prompt}, max_bytes=1000)
+    assert (envelope["status"], envelope["meta"], envelope["computed_by"]) == ("FAILURE", "m", None)
+
+
 def test_a_result_of_exactly_the_limit_is_sent() -> None:
     size = len(seal(ending(result="x" * 500), encoding="json", max_bytes=ENOUGH))
     assert sealed(result="x" * 500, max_bytes=size)["status"] == "SUCCESS"
