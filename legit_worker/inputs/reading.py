@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.images import bytes_of, image_of
 from legit_worker.inputs.limits import Limits
+from legit_worker.inputs.options import wording_of
 from legit_worker.inputs.texts import text_of
 from legit_worker.inputs.types import ImageBytes, PreparedText, Text, TextAndImage
 
@@ -44,14 +46,21 @@ def texts_or_prepared(value: Any, name: str, limits: Limits) -> list[Text | Prep
     The pieces of a text may be more than the items of a list, if they have no more tokens than it may have characters.
     """
     if is_chunks(value) and len(value) > limits.max_items:
-        pieces = [at(index, value, PreparedText.from_json, item) for index, item in enumerate(value)]
+        pieces = [at(index, value, partial(_prepared, limits=limits), item) for index, item in enumerate(value)]
         check_pieces(pieces, name, limits)
         return list(pieces)
 
     def read(item: Any) -> Text | PreparedText:
-        return PreparedText.from_json(item) if isinstance(item, dict) else text_of(item, limits.max_characters)
+        return _prepared(item, limits) if isinstance(item, dict) else text_of(item, limits.max_characters)
 
     return items_of(value, name, read, limits)
+
+
+def _prepared(item: Any, limits: Limits) -> PreparedText:
+    """Read a result of `prep_text`, whose prompt is bound as a task's own."""
+    prepared = PreparedText.from_json(item)
+    wording_of(None, None, prepared.prompt, limits.max_characters)
+    return prepared
 
 
 def check_pieces(pieces: list[PreparedText], name: str, limits: Limits) -> None:

@@ -7,6 +7,7 @@ import io
 import struct
 import textwrap
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from legit_worker import settings
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.images import bytes_of, image_of
 from legit_worker.inputs.limits import limits_of
+from legit_worker.inputs.reading import texts_or_prepared
 from legit_worker.inputs.texts import is_blank, text_of
-from legit_worker.inputs.types import ImageBytes, Text
+from legit_worker.inputs.types import ImageBytes, PreparedText, Text
 from legit_worker.models.features import dense_rows
 from legit_worker.models.finite import ENOUGH, with_second_try
 
@@ -119,3 +121,13 @@ def test_a_precision_hides_no_result_that_is_not_finite(precision: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^the model's result is not finite"):
         dense_rows(rows[1:], None, normalize=False, precision="binary")
     assert np.isnan(dense_rows(rows, None, normalize=False, precision="float32")[1]).all()
+
+
+@pytest.mark.parametrize(("prompt", "match"), [("\ud800", "not valid Unicode"), ("p" * 101, "the prompt has 101")])
+def test_the_prompt_of_a_prepared_text_is_bound_as_a_tasks_own(prompt: str, match: str) -> None:
+    value = PreparedText((1, 2), "t", prompt=prompt).to_json()
+    limits = replace(DEFAULTS, max_characters=100)
+    with pytest.raises(InvalidInputError, match=match):
+        texts_or_prepared(value, "text", limits)
+    with pytest.raises(InvalidInputError, match=match):
+        texts_or_prepared([value] * (limits.max_items + 1), "text", limits)
