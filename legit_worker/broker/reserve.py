@@ -25,8 +25,8 @@ SHARED_MESSAGES = 16
 COMPANY = 32
 LITTLE_COMPANY = 4
 
-#: The script's first number; 0 if nothing is left. More messages are waiting; a suspect is next, for which the worker
-#: holds too many others; bytes are next of which the server can't say whether they are a message.
+#: The script's first number. More messages may be waiting; a suspect is next, for which the worker holds too many
+#: others; bytes are next of which the server can't say whether they are a message.
 MORE, NO_ROOM, UNSURE = 1, 2, 3
 
 #: Acks, and then reserves. It notes each message among the unacked ones, as kombu's `QoS.append` does
@@ -130,13 +130,6 @@ local function reserve(list, queue)
     return true
 end
 
-local function is_more()
-    for list = 5, #KEYS do
-        if redis.call('LLEN', KEYS[list]) > 0 then return true end
-    end
-    return false
-end
-
 local function reserve_all()
     for first = 5, #KEYS, queues do
         local again = true
@@ -144,7 +137,7 @@ local function reserve_all()
             again = false
             for queue = 1, queues do
                 repeat
-                    if messages <= 0 or bytes <= 0 then return is_more() and stop(1) or nil end
+                    if messages <= 0 or bytes <= 0 then return stop(1) end
                     local found = reserve(first + queue - 1, queue)
                     if found == nil then return end
                     again = again or found

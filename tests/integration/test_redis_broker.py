@@ -20,7 +20,7 @@ from legit_worker.broker.acks import flush_acks
 from legit_worker.broker.hearing import refusals
 from legit_worker.broker.outbox import MOST_ACKS
 from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection, gave_up
-from legit_worker.broker.reserve import MORE, MOST_BYTES, RESERVE
+from legit_worker.broker.reserve import MOST_BYTES
 
 #: Seconds until a message that is there has been delivered, and for which one waits that must not come.
 SOON = 10
@@ -416,13 +416,6 @@ def test_of_a_few_messages_an_idle_worker_gets_its_share(url: str, taker: Any) -
         for one in takers:
             one.drain()
     assert min(len(one.got) for one in takers) >= 3
-
-
-def test_the_answer_with_the_last_message_says_that_nothing_is_left(url: str, server: redis.Redis) -> None:
-    put(url, "a", "b")
-    keys = ("unacked", "unacked_index", "legit.unreadable", "held", "work")
-    asked = (1, MOST_BYTES, "1.0", "tag.", 0, "", 0, 0, 0, 0, 0, "work", 1)
-    assert [server.eval(RESERVE, len(keys), *keys, *asked)[0] for _ in range(3)] == [MORE, 0, 0]
 
 
 def test_large_messages_are_not_taken_by_the_dozen(url: str, server: redis.Redis, taker: Any) -> None:
