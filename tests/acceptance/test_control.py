@@ -403,9 +403,14 @@ def test_the_window_and_the_prefetch_grow_and_shrink_together(
     assert sizes(worker) == (3, 3)
     worker.settle(results)
     worker.ask("one", "text", alias="even")  # tasks that wait for its load would not count
-    worker.settle([worker.send("one", f"text {number}", alias="even") for number in range(30)])
-    batches = [int(count) for count in re.findall(r"computes (\d+) items", worker.log)]
-    assert max(batches) == 3
+
+    def largest_batch() -> int:
+        """Of thirty tasks more. A batch may begin before the last message of a window has come."""
+        worker.settle([worker.send("one", f"text {number}", alias="even") for number in range(30)])
+        return max(int(count) for count in re.findall(r"computes (\d+) items", worker.log))
+
+    poll(lambda: largest_batch() >= 3, "a batch of a whole window")
+    assert largest_batch() == 3
     ask(worker, "pool_shrink", n=10)
     assert sizes(worker) == (1, 1)
     assert worker.ask("one", "text", alias="upper") == "TEXT"
