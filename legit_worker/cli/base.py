@@ -66,7 +66,7 @@ class _Number(click.FloatRange):
         return number
 
 
-#: The types of `--timeout` and `--wait`, in seconds, and of what `validate` takes for equal.
+#: The types of `--timeout` and `--wait`, in seconds, and of the tolerances of `validate`.
 SECONDS, COSINE, DIFFERENCE = _Number(min=0, min_open=True), _Number(min=-1, max=1), _Number(min=0)
 
 timeout_option = click.option(

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 #: What kombu's publishing says, as an `AttributeError`, if its channel was closed while it tried again (5.5 to 5.7).
 CLOSED = "'NoneType' object has no attribute 'client'"
 
+#: From this release on, `Request.on_failure` acks and stores nothing once a shutdown has begun.
+STORES_NOTHING = (5, 6)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -128,12 +131,9 @@ class Job:
         self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Fail the task with an error that is not its own code's: its failure is stored, told, and then acked.
-
-        Once a shutdown has begun, `Request.on_failure` acks such a task, and stores nothing (Celery 5.6 and 5.7).
-        """
+        """Fail the task with an error that is not its own code's: its failure is stored, told, and then acked."""
         failure = _raised(error)
-        if self.request is not None and celery.VERSION[:2] >= (5, 6) and is_set(state.should_terminate):
+        if self.request is not None and celery.VERSION[:2] >= STORES_NOTHING and is_set(state.should_terminate):
             self._store(error, failure)
         self._tell(failure)
 
