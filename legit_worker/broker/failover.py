@@ -17,7 +17,7 @@ from kombu.transport import pyamqp
 from kombu.transport import redis as stock
 from redis import exceptions
 
-from legit_worker.broker.patience import PatientTransport
+from legit_worker.broker.patience import PatientChannel, PatientTransport
 from legit_worker.redis_errors import code_of
 
 #: Codes of a Redis server that another one replaces, or that does not write now: `UNBLOCKED` ends a wait when a
@@ -81,7 +81,7 @@ def enduring(transport: Any) -> Any:
         return type(transport.__name__, (transport,), {"Channel": channel, "connection_errors": errors})
     if issubclass(transport, pyamqp.Transport):
         former = transport.Connection
-        channel = type(former.Channel.__name__, (_EnduringAmqpChannel, former.Channel), {})
+        channel = type(former.Channel.__name__, (PatientChannel, _EnduringAmqpChannel, former.Channel), {})
         connection = type(former.__name__, (_InterruptibleAmqpConnection, former), {"Channel": channel})
         return type(transport.__name__, (PatientTransport, transport), {"Connection": connection})
     return transport

@@ -3,17 +3,40 @@
 kombu reads one message at each turn of the hub, and once more whenever the connection is readable. So each turn reads
 one message more than the turn before, and a finished result waits until all their tasks have begun.
 
-In: the hub's reads. Out: the same; or one at each turn, as long as a task waits.
+An answer of RabbitMQ to a question comes behind all messages that it had sent. So tasks don't begin before it.
 
-Sources: kombu.transport.base.Transport.on_readable (5.5 to 5.7).
+In: the hub's reads, and questions. Out: the same; or one read at each turn, as long as a task waits; and whether an
+answer is waited for.
+
+Sources: kombu.transport.base.Transport.on_readable (5.5 to 5.7), amqp.abstract_channel.AbstractChannel.wait (5.4).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from legit_worker.broker.owners import is_hurried
+
+_waits = threading.local()
+
+
+def is_answer_awaited() -> bool:
+    """Whether this thread reads a connection until an answer comes: messages before it are only kept."""
+    return getattr(_waits, "depth", 0) > 0
+
+
+class PatientChannel:
+    """Mixed into a py-amqp channel class."""
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for an answer. A message that comes first may bring a command, whose own question comes within."""
+        _waits.depth = getattr(_waits, "depth", 0) + 1
+        try:
+            return super().wait(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _waits.depth -= 1
 
 
 class PatientTransport:

@@ -94,8 +94,11 @@ class Loop:
             self.backlog.append(fiber)
 
     def _begin(self) -> None:
-        """Begin tasks that came, as long as there is room."""
-        while self._intake.may_start() and (first := self.backlog.take(self._may_begin)) is not None:
+        """Begin tasks that came, as long as there is room, and time before the next turn."""
+        while not self.is_overdue and self._intake.may_start():
+            first = self.backlog.take(self._may_begin)
+            if first is None:
+                return
             self.start(first)
 
     def _may_begin(self, fiber: Fiber) -> bool:

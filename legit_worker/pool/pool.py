@@ -21,6 +21,7 @@ from celery.utils import threads
 from legit_worker import control, parking, quickjson, settings
 from legit_worker.broker.ledger import Worker
 from legit_worker.broker.owners import in_doubt, join
+from legit_worker.broker.patience import is_answer_awaited
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import refuse_unreadable
 from legit_worker.errors import DeviceLostError
@@ -139,7 +140,7 @@ class ModelPool(SoloPool):
             self._share,
             waiting=lambda: len(self._loop.backlog),
             aside=lambda: self.engine.set_aside,
-            is_ending=lambda: self._ending.is_near or in_doubt(),
+            is_ending=lambda: self._ending.is_near or in_doubt() or is_answer_awaited(),
             bound=lambda: self._suspects.bound,
             max_bytes=chosen.max_held_bytes.of(0),
         )
@@ -296,7 +297,7 @@ class ModelPool(SoloPool):
         if not self._inline:
             self._suspects.add(fiber)
             self._loop.admit(fiber)
-            if self._suspects.bound < inf:
+            if self._suspects.bound < inf or is_answer_awaited():
                 self._loop.look_again()
             return
         self._loop.start(fiber)

@@ -129,6 +129,25 @@ def test_once_tasks_have_begun_for_long_the_next_turn_is_overdue(
     assert not pool.loop.is_overdue
 
 
+def test_tasks_that_came_begin_for_no_longer_than_until_the_next_turn_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pool = 100.0, PlayedPool()
+    monkeypatch.setattr(loop, "monotonic", lambda: now)
+
+    def long() -> None:
+        nonlocal now
+        now += loop.MOST_BEGINNING * 0.6
+        pool.engine.call()
+
+    pool.is_ending = True
+    for name in "abcde":
+        pool.send(long, name)
+    pool.is_ending = False
+    for ended in ("ab", "abcd", "abcde"):
+        pool.turn()
+        assert "".join(pool.ended) == ended
+    parking.stop()
+
+
 def test_what_is_due_is_raised_where_the_task_waits_and_in_no_other(pool: PlayedPool) -> None:
     errors: list[str] = []
     waits = waits_in_vain(pool, SoftTimeLimitExceeded, errors)

@@ -96,3 +96,42 @@ def test_in_a_hurry_what_tls_has_read_already_is_read_though_the_socket_has_noth
     turn = turns(connection, is_readable=lambda: connection.left == 10)
     monkeypatch.setattr(patience, "is_hurried", lambda: True)
     assert [turn() for _ in range(11)] == [1] * 10 + [0]
+
+
+class Channel:
+    """Gets an answer behind a message."""
+
+    def __init__(self, message: Callable[[], None]) -> None:
+        self._message = message
+
+    def wait(self, method: object, timeout: float | None = None) -> str:
+        self._message()
+        return f"{method} within {timeout}"
+
+
+class PatientChannel(patience.PatientChannel, Channel):
+    """As a worker's."""
+
+
+def test_a_message_before_an_answer_learns_that_one_is_awaited() -> None:
+    heard: list[bool] = []
+
+    def message() -> None:
+        heard.append(patience.is_answer_awaited())
+
+    def command() -> None:
+        PatientChannel(message).wait("inner")
+        message()
+
+    assert PatientChannel(command).wait("qos", timeout=3) == "qos within 3"
+    assert heard == [True, True]
+    assert not patience.is_answer_awaited()
+
+
+def test_no_answer_is_awaited_any_more_once_the_connection_is_lost() -> None:
+    def lost() -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        PatientChannel(lost).wait("qos")
+    assert not patience.is_answer_awaited()
