@@ -17,7 +17,7 @@ from typing import Any
 from bench_contenders import OUR_MODELS, PATH
 from bench_figures import OURS, STOCK, Point, Row, Spread, Table, Verdict, percentile, poisson_times
 from bench_modes import Bench
-from measure import QUEUE, STAGING, STUCK_SECONDS, StuckError, collect, lone_task, stage, timed_run, warm_up
+from measure import QUEUE, STAGING, STUCK_SECONDS, StuckError, collect, lone_task, stage, warm_up
 from services import Side, start_broker, start_side
 from texts import short_titles
 
@@ -74,11 +74,11 @@ def _start(bench: Bench) -> dict[str, Meter]:
 
 
 def _capacity(bench: Bench, side: Side) -> float:
-    """Tasks a second when all are there at once."""
+    """Tasks a second when all are there at once, with the client that listens beside: it shares the worker's cores."""
     with bench.console.status(f"poisson: what {side.name} can do"):
         titles = short_titles(bench.tasks or CAPACITY_TASKS)
         warm_up(side, titles)
-        return statistics.median(timed_run(side, titles).tasks_per_second for _ in range(3))
+        return statistics.median(len(titles) / open_loop(side, titles, [0.0] * len(titles))[1] for _ in range(3))
 
 
 def _lone(side: Side) -> float:
