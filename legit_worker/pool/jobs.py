@@ -29,7 +29,6 @@ from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.limits import TimeLimitPassed
 from legit_worker.pool.messages import is_gone
-from legit_worker.pool.softly import is_set
 from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ class Job:
     def fail(self, error: Exception) -> None:
         """Fail the task with an error that is not its own code's: its failure is stored, told, and then acked."""
         failure = _raised(error)
-        if self.request is not None and celery.VERSION[:2] >= STORES_NOTHING and is_set(state.should_terminate):
+        if self.request is not None and celery.VERSION[:2] >= STORES_NOTHING and state.should_terminate:
             self._store(error, failure)
         self._tell(failure)
 

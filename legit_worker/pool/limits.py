@@ -19,7 +19,6 @@ from celery.worker import state
 from greenlet import GreenletExit
 
 from legit_worker.errors import InvalidInputError, shown
-from legit_worker.pool.softly import is_set
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def timeout_callback(
     """
 
     def tell(is_soft: bool, seconds: float) -> None:
-        if is_soft or (celery.VERSION[:2] >= TELLS_ALL and not is_set(state.should_terminate)):
+        if is_soft or (celery.VERSION[:2] >= TELLS_ALL and not state.should_terminate):
             on_timeout(is_soft, seconds)
             return
         # Not `on_timeout` as well: both store the failure, and would call the task's errbacks twice.
