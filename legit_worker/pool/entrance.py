@@ -51,20 +51,21 @@ class Entrance:
 
     def fiber(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Fiber:
         """The fiber of a task, which fails at once if its limits are no numbers."""
-        run, limit = job.run, None
+        refuse: Callable[[], None] | None = None
+        limit = None
         try:
             limit = self._limit(job, soft, hard, on_timeout)
         except InvalidInputError as error:
-            run = functools.partial(job.refuse, error)
+            refuse = functools.partial(job.refuse, error)
         message = getattr(job.request, "message", None)
         deliveries = deliveries_of(message) if message is not None else 0
         if 0 < self._settings.max_deliveries <= deliveries:
-            run = functools.partial(self._refuse_poisoned, job, deliveries)
+            refuse = functools.partial(self._refuse_poisoned, job, deliveries)
         app = identify(self._settings, job.headers) or ""
         if app not in self._settings.apps:
             app = ""
         fiber = Fiber(
-            run,
+            functools.partial(job.run, refuse),
             app=app,
             name=job.name,
             request=job.request,

@@ -76,11 +76,12 @@ class Job:
         """Celery's `Request`, whose methods the callbacks are; None if the target is no task."""
         return getattr(self.callback, "__self__", None)
 
-    def run(self) -> None:
+    def run(self, refuse: Callable[[], None] | None = None) -> None:
         """Run the task from its acceptance to its end, as `apply_target` does (celery.concurrency.base, 5.7).
 
-        A task that ends by `sys.exit()`, a `KeyboardInterrupt` of its own, or a `MemoryError` fails. Celery would end
-        the worker with it, as if a child process had died, and prefork's parent tells `Request.on_failure` of that.
+        If there is a `refuse`, it runs in place of a task that can't begin. A task that ends by `sys.exit()`, a
+        `KeyboardInterrupt` of its own, or a `MemoryError` fails. Celery would end the worker with it, as if a child
+        process had died, and prefork's parent tells `Request.on_failure` of that.
         """
         fiber = _here()
         message = getattr(self.request, "message", None)
@@ -89,6 +90,9 @@ class Job:
             state.task_ready(self.request)
             return
         if self._was_revoked():
+            return
+        if refuse is not None:
+            refuse()
             return
         try:
             apply_target(

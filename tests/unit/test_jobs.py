@@ -14,9 +14,11 @@ from jobs import job
 from kombu.exceptions import EncodeError, OperationalError
 
 from legit_worker.pool.adoption import Adoption
+from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import CLOSED, _seen_to
 from legit_worker.pool.running import Running
+from legit_worker.settings import Settings
 
 
 class Request:
@@ -81,6 +83,21 @@ def test_a_task_that_was_revoked_while_it_waited_does_not_begin(monkeypatch: pyt
     assert not ran(Request(stamps=("gone",)))
     monkeypatch.setattr(state, "revoked", {"a"})
     assert not ran(Request())
+
+
+def test_a_task_that_must_be_refused_is_not_if_its_connection_is_gone() -> None:
+    """Its message comes again, and is refused then."""
+    entrance = Entrance(Celery(set_as_current=False), Settings(), {}, wake=lambda fiber: None, is_inline=False)
+    request = Failing()
+    one = job(print, error_callback=request.on_failure, callback=request.on_success)
+    request.message = SimpleNamespace(
+        delivery_tag=1, channel=SimpleNamespace(connection=None), delivery_info={}, headers={}
+    )
+    entrance.fiber(one, "soon", None, lambda *_: None).resume()
+    assert request.order == []
+    request.message.channel.connection = object()
+    entrance.fiber(one, "soon", None, lambda *_: None).resume()
+    assert request.order == ["store", "ack"]
 
 
 @pytest.mark.parametrize("should_terminate", [None, True, 0])
