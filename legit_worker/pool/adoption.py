@@ -131,13 +131,14 @@ class Adoption:
         request._message = message
         ack = partial(self._end_soon, message.ack_log_error)
         request._on_reject = partial(self._end_soon, message.reject_log_error)
-        if isinstance(request._on_ack, LaterAck) and request._on_ack.is_due:
-            request._on_ack.call = ack
-            return
-        request._on_ack = ack
-        if request.acknowledged:  # when it began, or when it was revoked
-            self._end(message, "ack")
+        later = request._on_ack if isinstance(request._on_ack, LaterAck) else None
+        if later is not None:
+            later.call = ack
         else:
+            request._on_ack = ack
+        if request.acknowledged and (later is None or not later.is_due):  # when it began, or when it was revoked
+            self._end(message, "ack")
+        elif request in state.active_requests:  # others have ended for Celery, and nobody would say so again
             state.task_reserved(request)
 
     # Ends

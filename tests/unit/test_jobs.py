@@ -109,24 +109,40 @@ def test_a_failure_is_stored_once_and_then_acked(monkeypatch: pytest.MonkeyPatch
     assert request.order == ["store", "ack"]
 
 
-def test_a_failure_whose_message_comes_again_is_acked_once_it_is_stored_by_the_new_delivery() -> None:
+class Looking(Failing):
+    """Celery's for a lost worker: looks whether a success is stored, and then acks and stores the failure."""
+
+    acknowledged = False
+
+    def __init__(self, waits_in: str, adoption: Adoption) -> None:
+        """`waits_in` is the step in which its message comes again."""
+        super().__init__()
+        self._waits_in, self._adoption = waits_in, adoption
+        self._on_ack = lambda: self.order.append("ack of the old one")
+
+    def on_failure(self, failure: ExceptionInfo) -> None:
+        state.task_ready(self)
+        self._step("look")
+        self._on_ack()
+        self.acknowledged = True
+        self._step("store")
+
+    def _step(self, name: str) -> None:
+        if name == self._waits_in:
+            message = SimpleNamespace(ack_log_error=lambda: self.order.append("ack"), reject_log_error=None)
+            self._adoption._replace(self, message)  # type: ignore[arg-type]
+        self.order.append(name)
+
+
+@pytest.mark.parametrize("waits_in", ["look", "store"])
+def test_a_failure_whose_message_comes_again_is_acked_once_it_is_stored_by_the_new_delivery(waits_in: str) -> None:
     adoption = Adoption(Running(), SimpleNamespace(adopted=lambda *_, **__: None))  # type: ignore[arg-type]
     adoption._call_soon = lambda ack, *_: ack()
-
-    class Parked(Failing):
-        acknowledged = False
-
-        def mark_as_failure(self, *_: Any, **__: Any) -> None:
-            """The connection breaks meanwhile."""
-            self.acknowledged = True
-            message = SimpleNamespace(ack_log_error=lambda: self.order.append("ack"), reject_log_error=None)
-            adoption._replace(self, message)  # type: ignore[arg-type]
-            self.order.append("store")
-
-    request = Parked()
-    request._on_ack = lambda: request.order.append("ack of the old one")
+    request = Looking(waits_in, adoption)
     job(print, error_callback=request.on_failure, callback=request.on_success).fail(ValueError("no"))
-    assert request.order == ["store", "ack"]
+    assert request.order == ["look", "store", "ack"]
+    assert request not in state.reserved_requests, "it has ended for Celery"
+    assert request.id not in state.requests
 
 
 @pytest.mark.parametrize(
