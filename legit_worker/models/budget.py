@@ -6,7 +6,6 @@ In: the settings, what is free now by NVML, and what this process has. Out: byte
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
@@ -95,7 +94,7 @@ class DeviceBudget:
         #: As NVML told last, or CUDA.
         self._seen: vram.Memory | None = None
         #: When others had how many bytes, each more than all that came later: the first is the most.
-        self._others: deque[tuple[float, int]] = deque()
+        self._others: tuple[tuple[float, int], ...] = ()
 
     def bytes(self, weights: int) -> int | None:
         """What is free on the GPU and what this process has, less the headroom, less what others grow into."""
@@ -175,18 +174,15 @@ class DeviceBudget:
         return cuda.cuda_device(cuda.name_of(self._chosen.device))
 
     def _note(self, others: int) -> None:
-        """Remember what others have now, and forget what they had long ago."""
+        """Remember what others have now, and forget what they had long ago. Any thread may do that at any time."""
         now = monotonic()
-        while self._others and self._others[-1][1] <= others:
-            self._others.pop()
-        self._others.append((now, others))
-        while self._others[0][0] < now - GROWTH_SECONDS:
-            self._others.popleft()
+        more = ((at, size) for at, size in self._others if size > others and at >= now - GROWTH_SECONDS)
+        self._others = (*more, (now, others))
 
     def _growth(self, others: int) -> int:
         """How many bytes more others had lately than they have now."""
         since = monotonic() - GROWTH_SECONDS
-        most = next((size for seen_at, size in list(self._others) if seen_at >= since), 0)
+        most = next((size for seen_at, size in self._others if seen_at >= since), 0)
         return max(0, most - others)
 
     def _memory(self) -> vram.Memory | None:

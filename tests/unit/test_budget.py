@@ -69,6 +69,24 @@ def test_what_is_remembered_of_others_stays_small(world: World) -> None:
     assert subject.bytes(0) == 1000 - 306 - 100
 
 
+def test_threads_that_read_at_once_do_not_disturb_each_other(world: World) -> None:
+    subject = DeviceBudget(Settings(device="cuda"))
+
+    class Interrupted(float):
+        """A time at whose look back another thread reads."""
+
+        def __sub__(self, other: float) -> float:
+            world.now, world.others = float(self), 500
+            assert subject.bytes(0) == 400
+            return float(self) - other
+
+    world.others = 300
+    assert subject.bytes(0) == 600
+    world.now, world.others = Interrupted(budget.GROWTH_SECONDS + 1), 100
+    assert subject.bytes(0) is not None
+    assert subject.bytes(0) is not None
+
+
 def test_an_nvml_that_fails_for_once_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = DeviceBudget(Settings(device="cuda"))
     assert subject.bytes(0) == 900
