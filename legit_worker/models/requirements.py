@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from pathlib import Path
+import os
 
 from legit_worker.errors import SettingsError
 from legit_worker.settings import KINDS_WITH_PATH, ModelSettings, Settings
@@ -61,7 +61,7 @@ def _check_backend(alias: str, model: ModelSettings) -> None:
 
 def is_missing_folder(path: str) -> bool:
     """Tell whether this path can only be a folder's, and the folder is missing."""
-    return path.startswith(FOLDER_SIGNS) and not Path(path).is_dir()
+    return path.startswith(FOLDER_SIGNS) and not os.path.isdir(path)
 
 
 def check_or_exit(chosen: Settings) -> None:

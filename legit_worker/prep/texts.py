@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -244,7 +245,7 @@ def _is_plain(folder: Path) -> bool:
 
 def model_folder(path: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's files on this machine; None if it has none."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # a class of a user's own may take anything as its path, however long
         return Path(path)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # no name on the Hub
         return None

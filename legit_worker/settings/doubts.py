@@ -6,8 +6,8 @@ In: settings. Out: sentences. `misnamed` stops a worker, since no task could eve
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 from legit_worker.settings.schema import ModelSettings, Settings
 from legit_worker.settings.values import BUILT_IN_TASKS, KINDS_WITH_PATH, spelled
@@ -57,9 +57,29 @@ def unused_revisions(settings: Settings) -> Iterator[str]:
 
 def _has_one_revision(model: ModelSettings) -> bool:
     """Tell whether all files of a model are in its folder: an adapter and the model's code may be on the Hub."""
-    folder = Path(model.path or "")
-    is_whole = not model.trust_remote_code and not (folder / "adapter_config.json").exists()
-    return model.kind in KINDS_WITH_PATH and folder.is_dir() and is_whole
+    folder = model.path or ""
+    is_whole = not model.trust_remote_code and not os.path.exists(os.path.join(folder, "adapter_config.json"))
+    return model.kind in KINDS_WITH_PATH and os.path.isdir(folder) and is_whole
+
+
+def unused_times(settings: Settings) -> Iterator[str]:
+    """Yield one sentence for each model that is pinned, and would otherwise leave when it is idle."""
+    for alias, model in settings.models.items():
+        if model.pin and model.keep_alive is not None:
+            yield (
+                f"{spelled(('models', alias, 'keep_alive'))}={model.keep_alive:g} has no effect while "
+                f"{spelled(('models', alias, 'pin'))} is on, since a pinned model stays: leave one of them out, unless "
+                "an operator is to unpin the model"
+            )
+
+
+def unnamed_apps(settings: Settings) -> Iterator[str]:
+    """Yield a sentence if there are settings of apps, and no task can name one."""
+    if settings.apps and not settings.app_from:
+        yield (
+            f"{spelled(('app_from',))} is empty, so no task names an app, and what is set for "
+            f"{', '.join(settings.apps)} has no effect: leave it out, or say where a task names its app"
+        )
 
 
 def unused_routes(settings: Settings) -> Iterator[str]:

@@ -16,10 +16,11 @@ from safetensors.numpy import save_file
 
 from legit_worker.models import loader
 from legit_worker.models.registry import Registry
+from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.revision import revision_of
 from legit_worker.models.sizes import estimate
 from legit_worker.prep.texts import model_folder
-from legit_worker.settings import ModelSettings
+from legit_worker.settings import ModelSettings, Settings, doubtful
 
 #: 1,000 floats of four bytes, and 10 integers of eight.
 TENSORS = {"weight": np.zeros((100, 10), dtype=np.float32), "ids": np.arange(10)}
@@ -100,6 +101,15 @@ class Contended(Limited):
     def turn(self) -> Iterator[None]:
         Clocked.now += 120
         yield
+
+
+@pytest.mark.parametrize("kind", ["own:Class", "embed"])
+def test_a_path_that_no_folder_can_have_is_no_folder(kind: str) -> None:
+    long = "/{" + "'layers': 12, " * 100 + "}"
+    chosen = ModelSettings(kind=kind, path=long, revision="v1")
+    assert estimate(chosen) == 0
+    assert not list(doubtful(Settings(models={"m": chosen})))
+    assert is_missing_folder(long)
 
 
 def test_a_load_takes_as_long_as_reading_and_moving_alone(monkeypatch: pytest.MonkeyPatch) -> None:
