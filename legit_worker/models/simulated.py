@@ -48,7 +48,7 @@ class SimulatedModel:
         if device == "cpu":
             if self._leave is not None:
                 self._leave()
-        else:
+        elif self._leave is None or not self._leave.alive:
             self._ledger.take(self._alias, self._weights)
             self._leave = weakref.finalize(self, self._ledger.give_back, self._alias, self._weights)
             self._leave.atexit = False

@@ -69,3 +69,14 @@ def test_there_is_one_registry_for_all_and_the_one_before_comes_back() -> None:
             assert default_registry() is inner
         assert default_registry() is models
     assert default_registry() is before
+
+
+def test_a_model_that_comes_back_before_it_was_moved_is_entered_once() -> None:
+    ledger = Ledger(100)
+    model = ModelOnDevice(ledger, "minilm", weights=40, bytes_per_cost=0)
+    model.load("simulated")
+    model.to("simulated")
+    assert ledger.used == 40
+    model.to("cpu")
+    model.to("simulated")
+    assert ledger.used == 40
