@@ -35,6 +35,10 @@ class ModelLoadError(LegitWorkerError):
     retryable = True
 
 
+class CallsModelError(LegitWorkerError):
+    """A method of a model calls another model, and can't wait for it."""
+
+
 class BackendError(LegitWorkerError):
     """A backend can't compute a model."""
 
@@ -82,6 +86,14 @@ MOST_SHOWN = 80
 def shown(value: Any) -> str:
     """Write a stranger's value for an error: only its beginning, and in a form that UTF-8 can encode."""
     return _short.repr(value).encode(errors="backslashreplace").decode()
+
+
+def said(error: BaseException) -> str:
+    """Return an error's message. If a stranger's class can't tell it, say so."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"its message can't be read, since its __str__() raises {type(other).__name__}"
 
 
 _short = reprlib.Repr()

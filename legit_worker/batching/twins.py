@@ -55,7 +55,7 @@ class Twins:
         if group.waiting:
             self.more -= 1
         else:
-            del self._groups[group.identity]
+            self._groups.pop(group.identity, None)  # a user's key may equal another one now, and not later
 
 
 def distinct(items: Iterable[Item]) -> list[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 
 from legit_worker.device.imported import started_cuda
-from legit_worker.errors import DeviceOutOfMemoryError
+from legit_worker.errors import DeviceOutOfMemoryError, said
 
 #: torch raises a `RuntimeError` with these words if it has no class of its own: host memory, cuBLAS, older releases.
 WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether a smaller batch could have worked."""
     if isinstance(error, MemoryError | DeviceOutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+    return isinstance(error, RuntimeError) and any(word in said(error) for word in WORDS)
 
 
 def give_back_cached() -> None:

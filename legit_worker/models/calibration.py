@@ -38,7 +38,7 @@ def calibrate(alias: str, model: Any, compute: Callable[[Sequence[Any]], Launch]
         if start + took.at_most(count, cost) > until:
             left_out += 1
             continue
-        batch = [model.preprocess(model.sample(cost)) for _ in range(count)]
+        batch = [model.trial(cost) for _ in range(count)]
         launch = _launch(compute, batch)
         if number and launch is not None:  # the first one has the library's beginning in its time, too
             took.observe(count, cost, monotonic() - start)

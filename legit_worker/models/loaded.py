@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, Protocol
 
 from legit_worker.batching.costmodel import CostModel
+from legit_worker.batching.keys import key_of
 from legit_worker.device.devices import Device, Launch
 from legit_worker.errors import LegitWorkerError
 from legit_worker.models.methods import Methods
@@ -60,8 +61,10 @@ class LoadedModel:
     ) -> None:
         self.alias = alias
         self.kind = kind
-        #: The user's own object; None once it has left memory for good.
+        #: The object of its class; None once it has left memory for good.
         self.model: Any = model
+        #: Whether this class is a user's own.
+        self.is_own = ":" in kind
         self._device = device
         self._activations = activations
         self._around = around
@@ -71,8 +74,7 @@ class LoadedModel:
         self._memory = self._optional("memory")
         self._key_of = self._optional("batch_key")
         self._identity_of = self._optional("identity")
-        #: Makes an item of a given cost; None if the model can't.
-        self.sample = self._optional("sample")
+        self._sample = self._optional("sample")
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.alias} ({self.kind}) on {self._device.name}>"
@@ -110,7 +112,7 @@ class LoadedModel:
     @property
     def backend(self) -> dict[str, str]:
         """What computes a model of a built-in kind, and why; empty for other kinds."""
-        return dict(getattr(self.model, "backend", {}))
+        return {} if self.is_own else dict(getattr(self.model, "backend", {}))
 
     def computed_by(self, items: list[Any], result: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """What an index must know of a call's result; nothing is known of a user's own model."""
@@ -126,7 +128,7 @@ class LoadedModel:
     @property
     def size(self) -> int | None:
         """Bytes of the weights in memory; None if the model does not tell."""
-        return None if self._memory is None else int(self._memory())
+        return None if self._memory is None else int(self._methods.at_once("memory", self._memory))
 
     @property
     def can_move(self) -> bool:
@@ -136,7 +138,7 @@ class LoadedModel:
     def move(self, *, to_host: bool) -> None:
         """To the host's memory, or back. Raises what the model raises."""
         assert self._to is not None
-        self._to("cpu" if to_host else self._device.name)
+        self._methods.at_once("to", self._to, "cpu" if to_host else self._device.name)
 
     def unload(self) -> weakref.ref[Any] | None:
         """It leaves memory for good. Returns the object that must be gone before that is free; None if it is free now.
@@ -144,13 +146,13 @@ class LoadedModel:
         A model without `unload()`, and of a class that knows weak references, is gone once nobody has it any more.
         """
         model, unload = self.model, self._unload
-        self.model = self.sample = self._to = self._unload = self._memory = self._key_of = self._identity_of = None
+        self.model = self._sample = self._to = self._unload = self._memory = self._key_of = self._identity_of = None
         if unload is None:
             with suppress(TypeError):
                 return weakref.ref(model)
             return None
         try:
-            unload()
+            self._methods.at_once("unload", unload)
         except Exception:
             logger.exception("unload() of model %r failed", self.alias)
         return None
@@ -165,6 +167,17 @@ class LoadedModel:
         """One item, ready for a batch. Raises what the model raises."""
         return self._methods.alone("preprocess", self.model.preprocess, item)
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether the model makes items of a given cost."""
+        return self._sample is not None
+
+    def trial(self, cost: int) -> Any:
+        """An item of about this cost, ready for a batch. Raises `CallsModelError` if that takes another model."""
+        assert self._sample is not None
+        item = self._methods.at_once("sample", self._sample, cost)
+        return self._methods.at_once("preprocess", self.model.preprocess, item)
+
     def cost(self, prepared: Any) -> int:
         """The model's cost of a preprocessed item, at least 1, and small enough for the packer's arithmetic."""
         return min(max(1, int(self._methods.at_once("cost", self.model.cost, prepared))), MAX_COST)
@@ -172,18 +185,23 @@ class LoadedModel:
     def batch_key(self, prepared: Any) -> Hashable:
         """What must be equal for two items to share a batch. Raises `TypeError` if the model's key is no key."""
         key: Hashable = None if self._key_of is None else self._methods.at_once("batch_key", self._key_of, prepared)
-        hash(key)
+        safe = self._safe(key)
         if not key == key:  # a tensor has a hash, and can't be compared as one thing
             raise TypeError(f"batch_key() of model {self.alias!r} gave {key!r}, which does not equal itself")
-        return key
+        return safe
 
     def identity(self, prepared: Any) -> Hashable:
         """What tells that two items of equal keys have the same output. Raises `TypeError` if it has no hash."""
-        found: Hashable = None
-        if self._identity_of is not None:
-            found = self._methods.at_once("identity", self._identity_of, prepared)
-            hash(found)
-        return found
+        if self._identity_of is None:
+            return None
+        return self._safe(self._methods.at_once("identity", self._identity_of, prepared))
+
+    def _safe(self, key: Hashable) -> Hashable:
+        """A key that can be compared between two tasks. Raises `TypeError` if it has no hash."""
+        if self.is_own:
+            return key_of(key)
+        hash(key)
+        return key
 
     def postprocess(self, output: Any) -> Any:
         """One output, as the task gets it. Raises what the model raises."""
@@ -213,9 +231,11 @@ class LoadedModel:
 
     def _checked(self, batch: Sequence[Any]) -> Sequence[Any]:
         outputs: Sequence[Any] = self._methods.at_once("forward", self.model.forward, batch)
-        if len(outputs) != len(batch):
+        is_list = hasattr(outputs, "__len__") and not isinstance(outputs, Mapping | Set)
+        given = len(outputs) if is_list else f"{type(outputs).__name__} instead of"
+        if given != len(batch):
             raise LegitWorkerError(
-                f"model {self.alias!r} gave {len(outputs)} outputs for a batch of {len(batch)} items: "
+                f"model {self.alias!r} gave {given} outputs for a batch of {len(batch)} items: "
                 f"forward() must return one output per item, in order"
             )
         return outputs

@@ -5,6 +5,7 @@ In: the slot of a model to load. Out: its `LoadedModel`, or why there is none. W
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import logging
@@ -25,10 +26,11 @@ from legit_worker.device.cuda import cuda_device
 from legit_worker.device.devices import Device
 from legit_worker.device.memory import give_back_cached, let_go
 from legit_worker.device.simulated import simulated_device
-from legit_worker.errors import DeviceLostError, LimitError, ModelLoadError
+from legit_worker.errors import CallsModelError, DeviceLostError, LimitError, ModelLoadError, said
 from legit_worker.models import forks
 from legit_worker.models.calibration import calibrate
 from legit_worker.models.loaded import LoadedModel, Surroundings
+from legit_worker.models.methods import Methods
 from legit_worker.models.shelf import Shelf
 from legit_worker.models.slot import Slot
 from legit_worker.models.told import load_is_told
@@ -143,10 +145,12 @@ class Loader:
                 gc.collect()  # modules are in cycles
                 give_back_cached()
             if is_lost:
-                raise DeviceLostError(f"model {slot.alias!r} was to be loaded on a lost device: {error}") from error
+                raise DeviceLostError(
+                    f"model {slot.alias!r} was to be loaded on a lost device: {said(error)}"
+                ) from error
             raise ModelLoadError(
                 f"model {slot.alias!r} (kind {slot.spec.kind}, path {slot.spec.path}) could not be loaded: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {said(error)}"
             ) from error
 
     def _bring(self, slot: Slot, orders: Orders, device: Device) -> tuple[LoadedModel, float]:
@@ -204,8 +208,15 @@ def _thread(function: Callable[..., None], *arguments: Any) -> None:
 
 def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
     """What batches take, if the device tells, the model has samples, and it was not done before."""
-    if device.tells_memory and model.sample is not None and not slot.is_calibrated:
-        slot.is_calibrated = calibrate(slot.alias, model, model.compute, slot.activations)
+    if device.tells_memory and model.has_samples and not slot.is_calibrated:
+        try:
+            slot.is_calibrated = calibrate(slot.alias, model, model.compute, slot.activations)
+        except CallsModelError:  # whose load would begin when this one has ended
+            logger.warning(
+                "model %r calls another model to prepare its samples, so there are no trial batches at its load: the "
+                "memory that batches need is learned from those that run",
+                slot.alias,
+            )
         give_back_cached()  # the next batch may be a small one, and other processes may want the rest
 
 
@@ -220,7 +231,8 @@ def _construct(cls: Any, alias: str, spec: ModelSettings, cache_dir: Path | None
         **{"backend": spec.backend, "cache_dir": cache_dir, "options": library_options(spec)},
     }
     wanted = inspect.signature(cls).parameters
-    return cls(**{name: value for name, value in offered.items() if name in wanted})
+    make = functools.partial(cls, **{name: value for name, value in offered.items() if name in wanted})
+    return Methods(alias).at_once("__init__", make)
 
 
 def library_options(spec: ModelSettings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from legit_worker.errors import LegitWorkerError
+from legit_worker.errors import CallsModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class Methods:
 
 
 def leave(alias: str) -> AbstractContextManager[None]:
-    """Call model `alias` from here. Raise `LegitWorkerError` in a model's method that can't wait for it."""
+    """Call model `alias` from here. Raise `CallsModelError` in a model's method that can't wait for it."""
     here = _here()
     if here is not None and here.lock is None:
-        raise LegitWorkerError(
+        raise CallsModelError(
             f"model {here.alias!r} calls model {alias!r} in its {here.method}(), for which other tasks wait: "
             f"call {alias!r} in preprocess(), or in the task before it calls {here.alias!r}"
         )

@@ -18,7 +18,7 @@ from time import monotonic, sleep
 from legit_worker.batching.fairness import Item
 from legit_worker.batching.twins import distinct
 from legit_worker.device.devices import Launch
-from legit_worker.errors import DeviceLostError
+from legit_worker.errors import DeviceLostError, said
 from legit_worker.pool.calls import ENDS
 from legit_worker.pool.clock import Work
 from legit_worker.pool.queue import ModelQueue, calls_of
@@ -146,7 +146,7 @@ class Flights:
         else:
             queue.put_back(batch)
         raise DeviceLostError(
-            f"a batch of {len(batch)} broke model {queue.model.alias!r}'s device for this process: {error}"
+            f"a batch of {len(batch)} broke model {queue.model.alias!r}'s device for this process: {said(error)}"
         ) from error
 
 

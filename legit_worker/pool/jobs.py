@@ -22,6 +22,7 @@ from celery.exceptions import Reject, WorkerLostError, WorkerShutdown, WorkerTer
 from celery.worker import state
 from greenlet import GreenletExit
 from kombu.exceptions import OperationalError
+from kombu.utils.encoding import safe_repr
 
 from legit_worker.broker.redis import gave_up
 from legit_worker.pool.adoption import LaterAck
@@ -201,7 +202,7 @@ def _seen_to(result: Any) -> Any:
     """
     match result:
         case (1, ExceptionInfo(exception=MemoryError() as error) as failure, _):
-            failure.exception = RuntimeError(repr(error))
+            failure.exception = RuntimeError(safe_repr(error))
         case (1, ExceptionInfo(exception=ExceptionWithTraceback(exc=Reject() as reject)), _):
             if _is_unsent_retry(reject):
                 logger.warning("a task could not be sent again, and goes back to its queue: %r", reject.reason)
@@ -219,7 +220,7 @@ def _is_unsent_retry(reject: Reject) -> bool:
 
 def _as_lost(error: BaseException) -> ExceptionInfo:
     """Celery's word for a task that took its process with it, which is stored as its failure."""
-    lost = WorkerLostError(repr(error))
+    lost = WorkerLostError(safe_repr(error))
     lost.__cause__ = error
     return _raised(lost)
 

@@ -26,7 +26,7 @@ from legit_worker.batching.sizing import Sizing
 from legit_worker.batching.twins import distinct, with_twins
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory, let_go
-from legit_worker.errors import DeviceOutOfMemoryError
+from legit_worker.errors import DeviceOutOfMemoryError, said
 from legit_worker.pool.calls import ENDS, Call, Chunk
 from legit_worker.pool.parts import Parts
 
@@ -292,7 +292,10 @@ class ModelQueue:
         self._learn([item.cost for item in computed], launch)
         try:
             outputs = {id(item.group or item): output for item, output in zip(computed, launch.outputs, strict=True)}
-        except Exception as error:  # a sequence of the model's own
+        except ENDS:
+            self.put_back(batch)
+            raise
+        except BaseException as error:  # a sequence of the model's own
             self.failed(batch, error)
             return
         self._deliver(batch, outputs)
@@ -399,14 +402,14 @@ class ModelQueue:
             self._room.did_not_fit(cost)
             logger.warning(
                 "model %r ran out of memory with %d items, padded cost %d; batches have at most %.0f from now on: %s",
-                *(self.model.alias, len(batch), cost, self._room.most, error),
+                *(self.model.alias, len(batch), cost, self._room.most, said(error)),
             )
 
 
 def _never_fits(item: Item, alias: str, error: BaseException) -> DeviceOutOfMemoryError:
     refused = DeviceOutOfMemoryError(
         f"an item of cost {item.cost} does not fit into the device's memory beside model {alias!r}, even alone in its "
-        f"batch and after {item.tries} tries: shorten it, or give the model more memory ({error})"
+        f"batch and after {item.tries} tries: shorten it, or give the model more memory ({said(error)})"
     )
     refused.__cause__ = error
     return refused

@@ -20,7 +20,7 @@ from uuid import UUID
 
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 
-from legit_worker.errors import RoutingError
+from legit_worker.errors import RoutingError, said
 
 #: The version of the envelope. `docs/result-routing.md` says what may change within one version.
 VERSION = 1
@@ -123,7 +123,7 @@ def _error(error: BaseException) -> dict[str, Any]:
     name = getattr(error, "exc_cls_name", None) or type(error).__name__
     return {
         "type": name,
-        "message": _CREDENTIALS.sub("***", str(error))[:MAX_MESSAGE].encode(errors="replace").decode(),
+        "message": _CREDENTIALS.sub("***", said(error))[:MAX_MESSAGE].encode(errors="replace").decode(),
         "retryable": bool(getattr(error, "retryable", isinstance(error, _RETRYABLE))),
     }
 

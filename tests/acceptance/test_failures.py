@@ -50,6 +50,16 @@ def test_a_task_that_wants_to_end_its_process_fails_and_nobody_else_does(
     assert model_pool.pool()["in_flight"] == 0
 
 
+@pytest.mark.parametrize("how", ["error", "memory", "end"])
+def test_a_task_whose_error_can_not_be_shown_fails_and_nobody_else_does(model_pool: Worker, how: str) -> None:
+    neighbours = [model_pool.send("one", "text") for _ in range(10)]
+    guilty = model_pool.send("ends_mutely", how)
+    model_pool.settle([*neighbours, guilty])
+    assert guilty.state == "FAILURE"
+    assert all(one.successful() for one in neighbours)
+    assert model_pool.pool()["in_flight"] == 0
+
+
 def test_what_would_end_a_process_is_the_guilty_tasks_error_if_a_model_raises_it(model_pool: Worker) -> None:
     """In any of a model's methods, and whatever it is: its batch-mates succeed, and the worker goes on."""
     errors = {

@@ -216,3 +216,11 @@ def test_an_id_that_is_no_unicode_is_sent_even_so() -> None:
     envelope = sealed(id="a\ud800")
     assert envelope["id"] == "a?"
     assert envelope["status"] == "FAILURE"
+
+
+def test_an_error_that_can_not_tell_its_message_is_sent_all_the_same() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("who knows")
+
+    assert failed(MuteError())["message"] == "its message can't be read, since its __str__() raises RuntimeError"

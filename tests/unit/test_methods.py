@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,11 @@ from pools import PlayedPool
 
 import legit_worker
 from legit_worker import parking
-from legit_worker.errors import LegitWorkerError
+from legit_worker.errors import LegitWorkerError, ModelLoadError
+from legit_worker.models import registry
 from legit_worker.models.methods import Methods, leave
+from legit_worker.models.registry import Registry
+from legit_worker.settings import ModelSettings
 from legit_worker.testing import use_models
 
 #: Seconds after which two threads are taken to wait for each other.
@@ -44,6 +47,37 @@ class Asking:
     def postprocess(self, output: Any) -> Any:
         """As it is."""
         return output
+
+
+class AskingAtItsBirth(Asking):
+    """Asks `b` before it is loaded."""
+
+    def __init__(self) -> None:
+        legit_worker.model("b").map(["text"])
+
+
+class Measuring(Asking):
+    """Asks `b` to prepare its trial items."""
+
+    def sample(self, cost: int) -> str:
+        """An item that `b` is asked for."""
+        return "b:text"
+
+
+class AskingForSamples(Asking):
+    """Asks `b` for its trial items."""
+
+    def sample(self, cost: int) -> Any:
+        """What `b` says."""
+        return legit_worker.model("b").map(["text"])[0]
+
+
+class AskingAtItsEnd(Asking):
+    """Asks `b` when it leaves memory."""
+
+    def unload(self) -> None:
+        """Nothing to free."""
+        legit_worker.model("b").map(["text"])
 
 
 @pytest.fixture
@@ -129,3 +163,48 @@ def test_a_thread_of_a_methods_own_gives_up_no_lock_of_its_thread() -> None:
 
     methods.alone("preprocess", lambda: asyncio.run(asyncio.to_thread(elsewhere)))
     assert seen == [True]
+
+
+def mapped(kind: type[Asking], device: str = "cpu") -> Any:
+    """What the model `a` of this class says to a text, or its error."""
+    specs = {"a": kind, "b": Asking}
+    chosen = Registry(
+        {alias: ModelSettings(kind=f"{__name__}:{one.__name__}", keep_alive=0) for alias, one in specs.items()},
+        lambda: device,
+    )
+    before = registry.use(chosen)
+    try:
+        answer: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(legit_worker.model("a").map(["text"]))
+                chosen.residency.evict_idle()
+            except BaseException as error:
+                answer.set_exception(error)
+
+        asking = threading.Thread(target=ask, daemon=True)  # which may wait for ever
+        asking.start()
+        asking.join(DEADLOCK)
+        assert not asking.is_alive()
+        return answer.result()
+    finally:
+        registry.use(before)
+
+
+def test_a_model_that_asks_another_one_as_it_is_made_is_told_so() -> None:
+    with pytest.raises(ModelLoadError, match=r"'a' calls model 'b' in its __init__\(\)"):
+        mapped(AskingAtItsBirth)
+
+
+@pytest.mark.parametrize("kind", [Measuring, AskingForSamples])
+def test_a_model_whose_samples_need_another_one_has_no_trial_batches(
+    kind: type[Asking], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert mapped(kind, "simulated") == ["text!"]
+    assert caplog.text.count("model 'a' calls another model to prepare its samples") == 1
+
+
+def test_a_model_that_asks_another_one_as_it_leaves_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    assert mapped(AskingAtItsEnd) == ["text!"]
+    assert "unload() of model 'a' failed" in caplog.text

@@ -94,6 +94,34 @@ def ignores(seconds: float) -> None:
     raise Ignore
 
 
+class Mute:
+    """Mixed into an error whose message can't be read."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("who knows")
+
+    __repr__ = __str__
+
+
+class MuteError(Mute, Exception):
+    """One of a task."""
+
+
+class MuteMemoryError(Mute, MemoryError):
+    """One that Celery treats apart."""
+
+
+class MuteEnd(Mute, BaseException):
+    """One that would end a process."""
+
+
+@app.task(name="ends_mutely")
+def ends_mutely(how: str) -> None:
+    """By an error that can't be shown, after a model call."""
+    legit_worker.model("sim").map([how])
+    raise {"error": MuteError, "memory": MuteMemoryError, "end": MuteEnd}[how]
+
+
 @app.task(name="ends_badly")
 def ends_badly(how: str) -> None:
     """In a way that is no `Exception`, or that Celery takes for its own end; after a model call."""
