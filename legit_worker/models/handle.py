@@ -32,6 +32,7 @@ from legit_worker.models.protocol import Plan
 from legit_worker.models.registry import default_registry
 from legit_worker.models.residency import Residency
 from legit_worker.models.slot import Named, Slot
+from legit_worker.models.views import in_own_memory
 
 #: Padded cost units per batch if no engine measures what is best: on CPU, smaller batches waste less.
 DIRECT_BUDGET = 4096
@@ -73,6 +74,11 @@ def _computed(model: LoadedModel, items: list[Any]) -> list[Any]:
         return compute_directly(model, [item])[0]
 
     return with_second_try(items, _compute(model, items), alone)
+
+
+def _handed_out(model: LoadedModel, items: list[Any]) -> list[Any]:
+    """The same, for code that may keep one output for long."""
+    return list(map(in_own_memory, _computed(model, items)))
 
 
 _compute: Compute = compute_directly
@@ -270,7 +276,7 @@ class Handle:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""
         items = list(items)  # a generator's code is the task's own
         with self._use() as model:
-            outputs = _computed(model, items)
+            outputs = _handed_out(model, items)
             last_computed.set(model.computed_by([], None, {}))
             return outputs
 
@@ -294,7 +300,8 @@ class Handle:
         call, places, chosen = filled(named.spec, name, inputs, options)
         with use(named.slot, default_registry().residency) as model:
             items, finish = _planned(named, model, call, places, chosen)
-            result = finish(_computed(model, items))
+            # A built-in kind's `finish` copies the outputs.
+            result = finish((_handed_out if model.is_own else _computed)(model, items))
             last_computed.set(model.computed_by(items, result, chosen))
             return result
 
