@@ -22,7 +22,7 @@ class InvalidInputError(LegitWorkerError, ValueError):
 
 
 class LimitError(LegitWorkerError):
-    """A model can't read its texts up to this many tokens. A handle says whose limit it is, by another error."""
+    """A model can't read that many tokens, or has no vectors that long. A handle says who asked, by another error."""
 
 
 class UnknownModelError(LegitWorkerError, LookupError):

@@ -30,7 +30,7 @@ from legit_worker.inputs.reading import (
 from legit_worker.inputs.texts import text_of
 from legit_worker.inputs.types import Pair
 from legit_worker.models.finite import check_finite
-from legit_worker.models.handle import Handle
+from legit_worker.models.handle import Handle, last_computed
 from legit_worker.models.prompts import CALLS
 from legit_worker.prep_tasks import prep_image, prep_text
 from legit_worker.settings import Settings, misnamed
@@ -90,7 +90,16 @@ def _encoded(handle: Handle, texts: Any, wording: dict[str, str], form: dict[str
             "vector has none: send several texts, or ask for binary"
         )
     options = {name: value for name, value in wording.items() if name != "task"}
-    return getattr(handle, call)(texts, **options, **form)
+    vectors = getattr(handle, call)(texts, **options, **form)
+    _check_dimensions(form.get("truncate_dim"))
+    return vectors
+
+
+def _check_dimensions(asked: int | None) -> None:
+    """Raise `InvalidInputError` if a task asks for longer vectors than its model gave. The library gives all it has."""
+    has = (last_computed.get() or {}).get("dimensions")
+    if asked is not None and has is not None and has < asked:
+        raise InvalidInputError(f"dimensions={asked}: this model's vectors have {has} numbers, so ask for no more")
 
 
 def embed_image(

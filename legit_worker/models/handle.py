@@ -302,7 +302,10 @@ class Handle:
             items, finish = _planned(named, model, call, places, chosen)
             # A built-in kind's `finish` copies the outputs.
             result = finish((_handed_out if model.is_own else _computed)(model, items))
-            last_computed.set(model.computed_by(items, result, chosen))
+            told = model.computed_by(items, result, chosen)
+            last_computed.set(told)
+            if options.get("truncate_dim") is None:
+                _check_dimensions(named, told["dimensions"])
             return result
 
     def _ask(self, name: str, *arguments: Any) -> Any:
@@ -312,6 +315,15 @@ class Handle:
 
     def _use(self) -> AbstractContextManager[LoadedModel]:
         return use(self.slot, default_registry().residency)
+
+
+def _check_dimensions(named: Named, has: int | None) -> None:
+    """Raise `ModelLoadError` if the alias asks for longer vectors than its model gives."""
+    asked = named.spec.dimensions
+    if asked is not None and has is not None and has < asked:
+        raise ModelLoadError(
+            f"model {named.alias!r} can't have DIMENSIONS={asked}: its vectors have {has} numbers, so ask for no more"
+        )
 
 
 def _planned(named: Named, model: LoadedModel, call: str, inputs: list[Any], chosen: dict[str, Any]) -> Plan:

@@ -45,8 +45,9 @@ class Embedding(SentenceModel):
             return None
         if options.get("precision") not in ("binary", "ubinary"):
             return int(result.shape[-1]) or None
-        most = (options.get("truncate_dim"), self.get_embedding_dimension())
-        return min([8 * int(result.shape[-1]), *filter(None, most)]) or None
+        with self.library.truncate_embeddings(options.get("truncate_dim") or self.library.truncate_dim):
+            most = self.get_embedding_dimension()
+        return min([8 * int(result.shape[-1]), *filter(None, [most])]) or None
 
     def plan_encode_query(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any

@@ -165,6 +165,7 @@ class Loader:
             seconds = monotonic() - start
             try:
                 _check_limit(slot, model)
+                _check_dimensions(slot, model)
                 orders.sized(slot, model.size)
                 # Outside `loading`, on the stream of batches: torch's allocator keeps what it freed for that stream.
                 _measure(slot, model, device)
@@ -200,6 +201,16 @@ def _check_limit(slot: Slot, model: LoadedModel) -> None:
         model.alone("check_limit", limit)
     except LimitError as error:
         raise LimitError(f"MAX_SEQ_LENGTH={limit}: {error}") from None
+
+
+def _check_dimensions(slot: Slot, model: LoadedModel) -> None:
+    """Raise `LimitError` if the model's vectors are shorter than its `DIMENSIONS`. Computes one to find out."""
+    asked = slot.spec.dimensions
+    if asked is None or len(slot.aliases) > 1:
+        return
+    has = int(model.compute([model.trial(1)]).outputs[0].shape[-1])
+    if has < asked:
+        raise LimitError(f"DIMENSIONS={asked}: its vectors have {has} numbers, so ask for no more")
 
 
 def _thread(function: Callable[..., None], *arguments: Any) -> None:

@@ -127,7 +127,7 @@ class ModelSettings(_Group):
     prompt_name: str | None = None
     #: The same, as a text.
     prompt: str | None = None
-    #: The first numbers of each vector that are kept; all if it is not set.
+    #: The first numbers of each vector that are kept, no more than it has; all if it is not set.
     dimensions: Some | None = None
     #: How the numbers of a vector are written; as `float32`, or as the model computes them, if it is not set.
     precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] | None = None

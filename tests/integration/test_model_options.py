@@ -231,13 +231,65 @@ def test_a_prepared_text_needs_no_word_of_what_stands_before_it(
 
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
-@pytest.mark.parametrize(("asked", "told"), [(12, 12), (16, 16), (1000, 32), (None, 32)])
+@pytest.mark.parametrize(("asked", "told"), [(12, 12), (16, 16), (32, 32), (1000, 32), (None, 32)])
 def test_packed_bits_are_no_more_dimensions_than_the_vectors_have(
     tiny_paths: dict[str, Path], precision: str, asked: int | None, told: int
 ) -> None:
-    with use_models({"m": {"path": str(tiny_paths["embed"]), "precision": precision, "dimensions": asked}}):
-        legit_worker.model("m").encode(["red", "cat"])
+    with use_models({"m": {"path": str(tiny_paths["embed"]), "precision": precision}}):
+        legit_worker.model("m").encode(["red", "cat"], truncate_dim=asked)
     assert (last_computed.get() or {})["dimensions"] == told
+
+
+@pytest.mark.parametrize("kind", ["embed", "image"])
+def test_a_model_does_not_load_with_more_dimensions_than_its_vectors_have(
+    tiny_paths: dict[str, Path], kind: str
+) -> None:
+    has = tiny_models.IMAGE_DIMENSION if kind == "image" else 32
+    spec: dict[str, Any] = {"kind": kind, "path": str(tiny_paths[kind])}
+    told = rf"could not be loaded: LimitError: DIMENSIONS={has + 1}: its vectors have {has} numbers"
+    with use_models({"m": spec | {"dimensions": has + 1}}), pytest.raises(ModelLoadError, match=told):
+        legit_worker.model("m").encode("red")
+    with use_models({"m": spec | {"dimensions": has}}):
+        assert len(legit_worker.model("m").encode("red")) == has
+
+
+@pytest.mark.parametrize("precision", [None, "binary"])
+def test_an_alias_that_shares_its_weights_fails_alone_if_it_asks_for_too_many_dimensions(
+    tiny_paths: dict[str, Path], precision: str | None
+) -> None:
+    path = str(tiny_paths["embed"])
+    wide = {"path": path, "dimensions": 33, "precision": precision}
+    with use_models({"m": {"path": path}, "wide": wide}):
+        with pytest.raises(ModelLoadError, match="'wide' can't have DIMENSIONS=33: its vectors have 32 numbers"):
+            legit_worker.model("wide").encode("red")
+        assert len(legit_worker.model("wide").encode("red", truncate_dim=8, precision="float32")) == 8
+        assert len(legit_worker.model("m").encode("red")) == 32
+        assert legit_worker.model("wide").encode([]).size == 0
+
+
+@pytest.mark.parametrize("precision", [None, "binary"])
+def test_a_task_that_asks_for_more_dimensions_than_there_are_is_refused(
+    tiny_paths: dict[str, Path], precision: str | None
+) -> None:
+    path = str(tiny_paths["embed"])
+    with use_models({"m": {"path": path}, "short": {"path": path, "dimensions": 8}}):
+        for alias in ("m", "short"):
+            with pytest.raises(InvalidInputError, match="dimensions=33: this model's vectors have 32 numbers"):
+                tasks.embed_text("red", alias, dimensions=33, precision=precision)
+        assert len(tasks.embed_text("red", "short", dimensions=32)) == 32
+        # A handle does as the library.
+        assert len(legit_worker.model("m").encode("red", truncate_dim=33)) == 32
+
+
+def test_a_model_that_cuts_its_vectors_itself_can_give_them_whole(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    library = sentence_transformers.SentenceTransformer(str(tiny_paths["embed"]), device="cpu", truncate_dim=8)
+    library.save_pretrained(str(tmp_path))
+    with use_models({"m": {"path": str(tmp_path)}, "whole": {"path": str(tmp_path), "dimensions": 32}}):
+        assert len(tasks.embed_text("red", "m")) == 8
+        assert len(tasks.embed_text("red", "whole")) == 32
+        assert len(tasks.embed_text(["red", "cat"], "whole", precision="binary")[0]) == 4
+        with pytest.raises(InvalidInputError, match="have 32 numbers"):
+            tasks.embed_text("red", "m", dimensions=33)
 
 
 def test_what_computed_a_result_is_of_the_alias_that_was_called_last(tiny_paths: dict[str, Path]) -> None:
