@@ -132,7 +132,7 @@ def taken_for_tasks(settings: Settings, queues: Collection[str]) -> Iterator[str
 
 
 #: What a worker warns of at its start, and the doctor, too.
-OF_SETTINGS = (unused_prefixes, unused_revisions, unused_routes, kindless_urls, late_delays)
+OF_SETTINGS = (unused_prefixes, unused_revisions, unused_times, unnamed_apps, unused_routes, kindless_urls, late_delays)
 
 
 def doubtful(settings: Settings) -> Iterator[str]:

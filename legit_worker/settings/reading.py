@@ -275,7 +275,9 @@ def listed_changes(settings: Settings) -> str:
 
 def _written(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "[]"  # an empty variable would count as not set
+    if isinstance(value, dict):
+        return json.dumps(value)
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 

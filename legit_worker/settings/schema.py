@@ -103,8 +103,8 @@ class ModelSettings(_Group):
     path: str | None = Field(default=None, validate_default=True)
     #: Whether to load it before the worker is ready, and never evict it.
     pin: bool = False
-    #: Seconds without a call after which it is evicted. If it is not set, the model stays until another one needs its
-    #: memory.
+    #: Seconds without a call after which it is evicted, unless it is pinned. If it is not set, the model stays until
+    #: another one needs its memory.
     keep_alive: Seconds | None = None
     #: What computes it: torch; OpenVINO on a CPU, by the model's torch modules or by its ONNX file; `auto`: the faster.
     backend: Literal["torch", "openvino", "onnx", "auto"] = "torch"

@@ -681,6 +681,13 @@ def test_a_model_or_app_may_be_in_both_halves(toml: Any) -> None:
         ("[tasks]\nembed = 'a'", "tasks.embed in {path}: should be one of embed_text, embed_image"),
         ("window = 'lots'", "window in {path}: Input should be a valid integer"),
         ("models = 'minilm'", "models in {path}: Input should be a valid dictionary"),
+        ("models = []", "models in {path}: Input should be a valid dictionary"),
+        ("apps = []", "apps in {path}: Input should be a valid dictionary"),
+        ("workers = []", "workers in {path}: Input should be a valid dictionary"),
+        ("tasks = []", "tasks in {path}: Input should be a valid dictionary"),
+        ("queues = []", "queues in {path} is not a setting"),
+        ("image_formats = []", "image_formats in {path}: "),
+        ("[apps.a]\nimage_formats = []", "apps.a.image_formats in {path}: "),
         ("[models]\nminilm = '{url}'", "models.minilm in {path}: Input should be"),
         ("[models.q]", "models.q.path in {path}: a model of kind 'embed' needs a path"),
         ("[apps.a]\nurl = ['{url}']", "apps.a.url in {path}: Input should be a valid string"),
@@ -704,6 +711,40 @@ def test_a_mistake_in_the_file_is_told_with_its_place(toml: Any, text: str, mess
     assert said.startswith(message.replace("{path}", path))
     assert "\n" not in said
     assert PASSWORD not in said
+
+
+LISTS = """
+app_from = []
+no_app_models = []
+prep_roots = []
+prep_hosts = []
+prep_private = []
+tasks.embed_text = []
+apps.vod.models = []
+workers.small.models = []
+models.m.path = "a"
+"""
+
+
+def test_an_empty_list_of_the_file_is_no_entry_and_never_all_of_them(toml: Any) -> None:
+    chosen = loaded(CONFIG=toml(LISTS))
+    assert (chosen.no_app_models, chosen.apps["vod"].models, chosen.workers["small"].models) == ((), (), ())
+    assert (chosen.app_from, chosen.prep_roots, chosen.prep_hosts, chosen.prep_private) == ((), (), (), ())
+    assert chosen.tasks == {"embed_text": {}}
+    assert loaded(CONFIG=toml(LISTS), NODE="small").models == {}
+
+
+def test_an_empty_list_is_written_as_a_variable_that_is_not_empty(toml: Any) -> None:
+    chosen = loaded(CONFIG=toml(LISTS))
+    written = dict(line.split("=", 1) for line in changed(chosen))
+    assert written["LEGIT_WORKER_APPS__VOD__MODELS"] == "[]"
+    assert written["LEGIT_WORKER_NO_APP_MODELS"] == "[]"
+    assert load(written) == chosen
+
+
+def test_options_are_written_as_they_are_read() -> None:
+    chosen = loaded(MODELS__M__PATH="a", MODELS__M__MODEL_KWARGS='{"attn_implementation": "sdpa"}')
+    assert load(dict(line.split("=", 1) for line in changed(chosen))) == chosen
 
 
 def test_a_file_has_its_switches_as_true_and_false(toml: Any) -> None:
@@ -1010,6 +1051,24 @@ def test_a_revision_of_a_folder_is_told(tmp_path: Path) -> None:
         assert not list(doubtful(loaded(**model | other)))
     (tmp_path / "adapter_config.json").touch()  # the model below it may be on the Hub
     assert not list(doubtful(loaded(**model)))
+
+
+def test_a_time_after_which_a_pinned_model_does_not_leave_is_told() -> None:
+    pinned = {"MODELS__M__PATH": "a", "MODELS__M__PIN": "1", "MODELS__M__KEEP_ALIVE": "600"}
+    (said,) = doubtful(loaded(**pinned))
+    assert said.startswith(
+        "LEGIT_WORKER_MODELS__M__KEEP_ALIVE=600 has no effect while LEGIT_WORKER_MODELS__M__PIN is on, since a pinned "
+        "model stays"
+    )
+    for name in ("PIN", "KEEP_ALIVE"):
+        assert not list(doubtful(loaded(**pinned | {f"MODELS__M__{name}": ""})))
+
+
+def test_apps_that_no_task_can_name_are_told() -> None:
+    (said,) = doubtful(loaded(APPS__SHOP__WEIGHT="2", APPS__VOD__WEIGHT="2", APP_FROM="[]"))
+    assert said.startswith("LEGIT_WORKER_APP_FROM is empty, so no task names an app")
+    assert "shop, vod" in said
+    assert not list(doubtful(loaded(APP_FROM="[]")))
 
 
 def test_a_route_of_an_app_without_routing_is_told() -> None:
