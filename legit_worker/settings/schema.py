@@ -106,10 +106,11 @@ class ModelSettings(_Group):
     #: Seconds without a call after which it is evicted, unless it is pinned. If it is not set, the model stays until
     #: another one needs its memory.
     keep_alive: Seconds | None = None
-    #: What computes it: torch; OpenVINO on a CPU, by the model's torch modules or by its ONNX file; `auto`: the faster.
+    #: What computes it: torch; OpenVINO on a CPU, by the model's torch modules or, with `onnx`, by its ONNX file;
+    #: `auto`: the faster of torch and OpenVINO.
     backend: Literal["torch", "openvino", "onnx", "auto"] = "torch"
-    #: The type of its weights; the one of the files if it is not set. `tf32`: float32, whose products a GPU rounds to
-    #: TF32. `int8`: OpenVINO's products of 8 bits.
+    #: The type of its weights; the one of the files if it is not set, and with `auto`. `tf32`: float32, whose products
+    #: a GPU rounds to TF32. `int8`: OpenVINO's products of 8 bits.
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
     #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None
@@ -121,11 +122,11 @@ class ModelSettings(_Group):
     model_kwargs: Options = Field(default_factory=dict)
     #: More arguments for the library that reads the tokenizer or the image processor, as JSON.
     processor_kwargs: Options = Field(default_factory=dict)
-    #: What the texts of a call are that does not say it.
+    #: What texts are, if a call does not say it: the model reads queries and documents in different ways.
     task: Literal["query", "document"] | None = None
-    #: What stands before each text of a call that does not say it: one of the model's prompts, by its name.
+    #: What stands before each text, if a call does not say it: one of the model's own prompts, by its name.
     prompt_name: str | None = None
-    #: The same, as a text.
+    #: What stands before each text, if a call does not say it: this text.
     prompt: str | None = None
     #: The first numbers of each vector that are kept, no more than it has; all if it is not set.
     dimensions: Some | None = None
@@ -244,7 +245,8 @@ class AppSettings(_Group):
     image_formats: Formats | None = None
     #: The most of its tasks that one worker runs at once. Others wait in the worker, and hold up no other app's tasks.
     max_in_flight: Some | None = None
-    #: How many of its tasks may begin in one worker, as Celery writes it: `100/s`, `30/m`, `5/h`. Others wait likewise.
+    #: How many of its tasks may begin in one worker in a second, a minute or an hour: `100/s`, `30/m`, `5/h`. Others
+    #: wait in the worker, and hold up no other app's tasks.
     rate: TaskRate | None = None
 
     @field_validator("job")
@@ -261,7 +263,8 @@ class WorkerSettings(_Group):
 
     #: The device that its models run on; `LEGIT_WORKER_DEVICE` if it is not set.
     device: DeviceName | None = None
-    #: The aliases of its models; all if it is not set. Without `-Q`, it takes tasks from their queues alone.
+    #: The aliases of its models; all if it is not set. If it is set, and the command has no `-Q`, the worker takes
+    #: tasks from the queues of these models and from the default queue.
     models: ModelAliases | None = None
 
 
@@ -352,12 +355,16 @@ class Settings(BaseSettings):
     #: Other names of a built-in task, as JSON: for each name, the built-in's name for each of the caller's arguments,
     #: or `null` to drop the argument.
     tasks: Annotated[dict[BuiltInTask, TaskAliases], AfterValidator(_aliased_once)] = Field(default_factory=dict)
-    #: The bounds of each app's queue and dead letters, unless the app has its own; 0 sets no bound.
+    #: The most entries of each app's queue, after which the app's results wait; 0 sets no bound.
     queue_max_length: Count = 0
+    #: Seconds after which a result leaves its app's queue unread; 0 sets no bound.
     queue_max_seconds: Seconds = 0.0
+    #: The most dead letters of each app, after which its oldest go; 0 sets no bound.
     dead_max_length: Count = 0
+    #: Seconds after which a dead letter of an app goes; 0 sets no bound.
     dead_max_seconds: Seconds = 0.0
-    #: The most items in one task. Several tasks are better: they share batches, and a bad item fails fewer others.
+    #: The most items in one task. Several smaller tasks are better: they share batches, and a bad item fails its own
+    #: task alone.
     max_items: Some = 2048
     #: The most characters in one text: forty times what the longest models take. Tokenizing takes time for each.
     max_characters: Some = 1_000_000

@@ -45,7 +45,7 @@ NOTHING = {
     "max_held_seconds": "4",
 }
 
-#: Where more is said about a setting.
+#: Where more is said about a setting. What stands before its variable tells two settings of one name apart.
 MORE = {
     "backend": "models.md#openvino-on-a-cpu",
     **dict.fromkeys(("task", "prompt_name", "dimensions"), "models.md#two-aliases-of-one-model"),
@@ -63,7 +63,8 @@ MORE = {
     "prep_hosts": "prep.md",
     "tasks": "tasks.md#aliases-for-clients-that-nobody-will-change",
     "max_items": "tasks.md#limits",
-    "models": "tasks.md#which-app-may-use-which-model",
+    "APPS__<APP>__models": "tasks.md#which-app-may-use-which-model",
+    "WORKERS__<NODE>__models": "gpu-memory.md#several-gpus",
     "no_app_models": "tasks.md#which-app-may-use-which-model",
     "result_routing": "result-routing.md",
     "queue_max_length": "result-routing.md#bounds",
@@ -114,7 +115,9 @@ def _table(heading: str, owner: type[BaseModel], before: str) -> Iterator[str]:
         if owner is Settings and name in GROUPS:
             continue
         shown = default(name, field)
-        yield f"| `{before}{_variable(name)}` | {f'`{shown}`' if shown else ''} | {_meaning(name, field, said[name])} |"
+        more = MORE.get(before + name) or MORE.get(name)
+        meaning = f"{_meaning(field, said[name])}{f' [More]({more})' if more else ''}"
+        yield f"| `{before}{_variable(name)}` | {f'`{shown}`' if shown else ''} | {meaning} |"
     yield ""
 
 
@@ -122,11 +125,11 @@ def _variable(name: str) -> str:
     return f"{name.upper()}__<BUILTIN>" if name == "tasks" else name.upper()
 
 
-def _meaning(name: str, field: FieldInfo, said: str) -> str:
-    choices = [choice for choice in _choices(field.annotation) if f"`{choice}`" not in said]
-    listed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
-    more = f" [More]({MORE[name]})" if name in MORE else ""
-    return f"{said}{listed}{more}".replace("|", "\\|")
+def _meaning(field: FieldInfo, said: str) -> str:
+    """What is said, and all choices unless it names each."""
+    choices = [f"`{choice}`" for choice in _choices(field.annotation)]
+    listed = "" if all(choice in said for choice in choices) else f" One of {', '.join(choices)}."
+    return f"{said}{listed}".replace("|", "\\|")
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -63,4 +63,12 @@ def test_no_meaning_speaks_python() -> None:
 
 
 def test_what_more_is_said_about_is_a_setting() -> None:
-    assert set(MORE) <= {name for _, owner, _ in TABLES for name in owner.model_fields}
+    names = {name for _, owner, before in TABLES for field in owner.model_fields for name in (field, before + field)}
+    assert set(MORE) <= names
+
+
+def test_a_setting_with_few_values_has_all_of_them_on_the_page() -> None:
+    """Also those that its meaning explains: a list without them would look as if they were refused."""
+    shown = rows()
+    assert "One of `auto`, `float32`, `tf32`, `float16`, `bfloat16`, `int8`." in shown["MODELS__<ALIAS>__DTYPE"][1]
+    assert "One of `torch`, `openvino`, `onnx`, `auto`." in shown["MODELS__<ALIAS>__BACKEND"][1]
