@@ -10,7 +10,7 @@ import click
 import pytest
 import yaml
 
-from legit_worker import settings
+from legit_worker import errors, settings
 from legit_worker.cli import legit
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,16 @@ def test_each_page_is_in_the_sites_navigation_and_can_be_reached_from_the_first_
     assert pages - linked == {"index.md"}
     listed_examples = {link.removeprefix("../") for link in links((ROOT / "docs" / "examples.md").read_text())}
     assert examples == listed_examples
+
+
+def test_the_table_of_errors_has_each_and_says_whether_it_is_retryable() -> None:
+    """Two are turned into others before a task sees them. A result that can't be sent is the same at the next try."""
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \|$", (ROOT / "docs" / "tasks.md").read_text(), re.MULTILINE)
+    own = {name: found for name, found in vars(errors).items() if name.endswith("Error") and name != "LegitWorkerError"}
+    assert {name for name, _ in rows} == own.keys() - {"LimitError", "BackendError"}
+    assert {name for name, said in rows if said == "yes"} == {
+        name for name, found in own.items() if found.retryable and name != "RoutingError"
+    }
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=lambda part: part)
