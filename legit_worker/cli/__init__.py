@@ -30,7 +30,7 @@ class _Lazy(click.Group):
         return super().get_command(ctx, cmd_name)
 
 
-@click.group(name="legit", cls=_Lazy, help="Look into legit_worker's workers.")
+@click.group(name="legit", cls=_Lazy, help="Look at legit_worker's workers, and check a machine before one starts.")
 def legit() -> None:
     """Group the commands. Celery finds this by the entry point `celery.commands`."""
 

@@ -22,11 +22,11 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", 
 
 @legit.command(cls=Command)
 @click.option("--model", "alias", required=True, help="The alias of a model of a built-in kind.")
-@click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's answers with this file's.")
-@click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, by no worker.")
-@click.option("--texts", type=click.Path(path_type=Path), help="Your own texts for it, one per line.")
-@click.option("--min-cosine", type=COSINE, help="The least that agrees; by default as measured for the dtype.")
-@click.option("--max-difference", type=DIFFERENCE, help="Of any number, and of the length; by default likewise.")
+@click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's answers with those in this file.")
+@click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, without a worker.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Texts for --make-reference, one a line; by default 82.")
+@click.option("--min-cosine", type=COSINE, help="The least cosine that agrees; by default by the model's type.")
+@click.option("--max-difference", type=DIFFERENCE, help="The most that a number or a length may differ; likewise.")
 @click.option("--timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds to wait for the next answer.")
 @as_json_option
 @click.pass_context

@@ -28,7 +28,7 @@ def dead() -> None:
 
 @dead.command("list", cls=Command)
 @click.argument("what", nargs=-1)
-@click.option("--limit", type=click.IntRange(min=1), help="The most letters to show; by default 100, of JSON all.")
+@click.option("--limit", type=click.IntRange(min=1), help="The most letters to show; by default 100, with --json all.")
 @as_json_option
 @click.pass_context
 @handle_preload_options
@@ -126,7 +126,7 @@ def _report(done: str, outcome: Any) -> None:
 
 @legit.group()
 def results() -> None:
-    """Dead letters: routed results that did not reach their app's queue. `celery legit dead` has these and others."""
+    """Dead letters of apps: results that did not reach their queue. `celery legit dead` does the same for all kinds."""
 
 
 @results.command("list", cls=Command)

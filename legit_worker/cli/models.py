@@ -58,7 +58,7 @@ _destination = click.option(
 @click.pass_context
 @handle_preload_options
 def models(ctx: click.Context, timeout: float, destination: list[str] | None, as_json: bool) -> None:
-    """Show each worker's models. Exit code 1 if no worker tells."""
+    """Show each worker's models, or change what is in memory. Exit code 1 if no worker answers."""
     if ctx.invoked_subcommand is not None:
         return
     reach(ctx.obj.app)
@@ -146,9 +146,9 @@ def _action(name: str, help_line: str) -> None:
         _change(ctx, name, alias, **options)
 
 
-_action("load", "Load a model, before a task asks for it. Exit code 1 if a worker could not.")
-_action("unload", "Let a model leave memory, once the calls that use it are done; calls that come load it again.")
-_action("pin", "Load a model, and keep it until it is unpinned or the worker ends.")
+_action("load", "Load a model before a task asks for it. Exit code 1 if a worker could not.")
+_action("unload", "Take a model out of memory once the calls that use it are done. A later call loads it again.")
+_action("pin", "Load a model, and keep it in memory until it is unpinned or the worker ends.")
 _action("unpin", "Let a pinned model leave memory again.")
 
 

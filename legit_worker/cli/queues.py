@@ -19,7 +19,7 @@ from legit_worker.cli.base import Command, as_json_option, new_table, reach, saf
 @click.pass_context
 @handle_preload_options
 def queues(ctx: click.Context, timeout: float, as_json: bool) -> None:
-    """Show each model's queue and workers by the settings, and who takes tasks from it now."""
+    """Show each model's queue, which workers have the model by the settings, and who takes tasks from it now."""
     reach(ctx.obj.app)
     takes = taken_queues(ctx.obj.app, timeout)
     models, workers = _chosen(takes)

@@ -55,7 +55,7 @@ class Sample:
 
 
 @legit.command(cls=Command)
-@click.option("--once", is_flag=True, help="Print one frame, and end. So it is if the output is no terminal.")
+@click.option("--once", is_flag=True, help="Print one frame and end, as always if the output is no terminal.")
 @click.option("--timeout", type=SECONDS, default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Print one frame, and write it to this file as a picture.")
 @click.pass_context

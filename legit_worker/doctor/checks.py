@@ -95,7 +95,7 @@ def _unbroken(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:
-        yield failure(f"{type(error).__name__}: {error}", "this check could not be made")
+        yield failure(f"this check could not be made: {type(error).__name__}: {error}", "correct this, or report it")
 
 
 def ok(seen: str) -> Finding:
@@ -120,7 +120,7 @@ def _settings(app: Celery, chosen: settings.Settings) -> Iterator[Finding]:
     for sentence in settings.doubtful(chosen):
         yield warning(sentence, "or unset it")
     for sentence in settings.misnamed(chosen):
-        yield failure(sentence, "a worker does not start before")
+        yield failure(sentence, "correct this: no worker starts before")
 
 
 def _versions() -> Iterator[Finding]:
@@ -228,7 +228,7 @@ def _models(chosen: settings.Settings) -> Iterator[Finding]:
     try:
         requirements.check(chosen)
     except SettingsError as error:
-        yield failure(str(error), "a worker does not start before")
+        yield failure(str(error), "correct this: no worker starts before")
     for alias, model in chosen.models.items():
         if model.kind not in settings.KINDS_WITH_PATH or model.path is None:
             wrong = probe("own_class", model.kind).get("error") if ":" in model.kind else None
