@@ -23,7 +23,7 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", 
 @legit.command(cls=Command)
 @click.option("--model", "alias", required=True, help="The alias of a model of a built-in kind.")
 @click.option("--against", type=click.Path(path_type=Path), help="Compare a worker's answers with those in this file.")
-@click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write such a file, without a worker.")
+@click.option("--make-reference", "target", type=click.Path(path_type=Path), help="Write that file, without a worker.")
 @click.option("--texts", type=click.Path(path_type=Path), help="Texts for --make-reference, one a line; by default 82.")
 @click.option("--min-cosine", type=COSINE, help="The least cosine that agrees; by default by the model's type.")
 @click.option("--max-difference", type=DIFFERENCE, help="The most that a number or a length may differ; likewise.")
