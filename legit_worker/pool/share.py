@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from celery.utils.quorum_queues import detect_quorum_queues
@@ -34,6 +34,11 @@ WORTH_TELLING = 1.25
 
 #: Seconds between two replacements of the consumers, which take three round trips each. See `_consume_anew`.
 CONSUMER_SECONDS = 2.0
+
+#: Seconds after an ack until RabbitMQ has sent the message that takes its place; a cluster writes the ack to several
+#: disks. A message that is on its way to a consumer as that is cancelled goes back, and a quorum queue counts it as
+#: delivered, as if a worker had died of it (rabbit_fifo_client, 3.10 to 4.1).
+ACK_SECONDS = 0.02
 
 
 class Share:
@@ -205,6 +210,7 @@ class Prefetch:
         self._qos.prev = self._qos.value
         if not self._is_draining:  # set first: while RabbitMQ answers, a remote command may come, and decide
             self._is_draining, self._consumed_at = True, self._decided_at
+            sleep(ACK_SECONDS)
             self._cancel(tasks, channel)
             self._limit(tasks, channel)  # what the former consumers still get comes before RabbitMQ's answer
         if self._held(channel) <= self._told:

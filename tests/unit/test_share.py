@@ -133,8 +133,14 @@ class Consumer:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whose time only goes on when a test says so."""
     now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(share, "monotonic", lambda: now.seconds)
+    stop_clock(monkeypatch, now)
     return now
+
+
+def stop_clock(patch: pytest.MonkeyPatch, now: SimpleNamespace) -> None:
+    """Have time go on only as `now` says, and while the worker sleeps."""
+    patch.setattr(share, "monotonic", lambda: now.seconds)
+    patch.setattr(share, "sleep", lambda seconds: setattr(now, "seconds", now.seconds + seconds))
 
 
 def test_before_it_connects_the_first_count_is_there() -> None:
@@ -219,6 +225,18 @@ def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> Non
     prefetch.want(10)
     assert consumer.said[4:] == ["tag 1", (10, False), (10, False), "consume"]
     assert consumer.task_consumer.channel.callbacks == {}
+
+
+def test_consumers_are_cancelled_when_what_acks_made_room_for_has_come(clock: Any) -> None:
+    """Else it goes back, and a quorum queue counts it as delivered."""
+    consumer = Consumer("amqp", quorum=True)
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    cancelled: list[float] = []
+    consumer.task_consumer.channel.basic_cancel = lambda tag, nowait: cancelled.append(clock.seconds)
+    acked_at = clock.seconds
+    prefetch.want(500)
+    assert cancelled == [acked_at + share.ACK_SECONDS]
 
 
 def request(consumer: Consumer, *, acknowledged: bool = False) -> Any:
@@ -317,7 +335,7 @@ def test_a_worker_never_holds_more_than_twice_what_it_wants_of_a_quorum_queue(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         now = SimpleNamespace(seconds=100.0)
-        patch.setattr(share, "monotonic", lambda: now.seconds)
+        stop_clock(patch, now)
         consumer = Consumer("amqp", quorum=True)
         prefetch = Prefetch(consumer, 32)
         consumer.connect()
