@@ -86,6 +86,15 @@ def give_up_request(request: Any, error: Exception) -> None:
     refuse(request.message, error)
 
 
+def give_back_request(request: Any) -> None:
+    """Put the message of a request that ended half-way back into its queue, unless it was acked or rejected."""
+    if request is None or request.message.acknowledged:
+        return
+    state.task_ready(request)
+    request.acknowledged = True
+    request.on_reject(logger, request.connection_errors, True)
+
+
 def refuse(message: Any, error: Exception) -> None:
     """Remove a message from its queue. On Redis a list keeps it; other brokers may have a dead-letter exchange."""
     logger.error(

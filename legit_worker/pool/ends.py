@@ -16,8 +16,9 @@ from typing import Any
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
-from legit_worker.broker.refusals import DATA_ERRORS, refuse
+from legit_worker.broker.refusals import DATA_ERRORS, give_back_request, refuse
 from legit_worker.pool.fibers import FiberPid, Phase
+from legit_worker.pool.own import is_stray
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
 
     def announce_in_fiber(request: Request, *args: Any) -> None:
         request._already_revoked = True  # from now on, nobody announces it again
-        run(_surviving(announce, request.message, request, *args), f"{request.name}[{request.id}]")
+        end = _surviving(partial(announce, request, *args), request.message, request)
+        run(end, f"{request.name}[{request.id}]")
 
     def cancel_in_fiber(request: Request, *args: Any, **options: Any) -> None:
         run(partial(cancel, request, *args, **options), f"{request.name}[{request.id}]")
@@ -56,14 +58,20 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
     return undo
 
 
-def _surviving(end: Callable[..., Any], message: Any, *args: Any) -> Callable[[], None]:
-    """The same call. A message that Celery can't deal with leaves its queue."""
+def _surviving(end: Callable[[], Any], message: Any, request: Request | None = None) -> Callable[[], None]:
+    """The same call. A message that Celery can't deal with leaves its queue; if a signal interrupts, it goes back."""
 
     def run() -> None:
         try:
-            end(*args)
-        except DATA_ERRORS as error:
-            refuse(message, error)
+            end()
+        except Exception as error:
+            stray = is_stray(error, "Celery's code for a task that ends without running")
+            if stray and request is not None:
+                give_back_request(request)
+            elif stray or isinstance(error, DATA_ERRORS):
+                refuse(message, error)
+            else:
+                raise
 
     return run
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from greenlet import GreenletExit
 
-from legit_worker.broker.refusals import DATA_ERRORS, give_up_request
+from legit_worker.broker.refusals import DATA_ERRORS, give_back_request, give_up_request
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import AppLimits, Backlog
@@ -236,20 +236,33 @@ class Loop:
         """Run a fiber until it parks or ends.
 
         What a server's or a network's failure raises in Celery's own callbacks goes up to the worker, as in solo. A
-        message that they can't deal with does not end the worker.
+        message that they can't deal with does not end the worker, nor does what a signal's handler raises.
         """
         sql.watch()
         turn = self._watcher.turn = Turn(fiber=fiber, since=monotonic())
         try:
-            with own.outlive_handlers(f"Celery's code around {fiber.name}"):
-                fiber.resume(error)
-        except DATA_ERRORS as data_error:
-            give_up_request(fiber.request, data_error)
+            fiber.resume(error)
+        except Exception as raised:
+            if not self._outlives(fiber, raised):
+                raise
         finally:
             self._watcher.turn = None
             fiber.ran_seconds += monotonic() - turn.since
             if fiber.dead:
                 self.forget(fiber)
+
+    def _outlives(self, fiber: Fiber, error: Exception) -> bool:
+        """See to a message that nobody would come back to. False if the error goes up to the worker."""
+        if own.is_stray(error, f"Celery's code around {fiber.name}"):
+            if fiber.dead:
+                give_back_request(fiber.request)
+            else:  # the signal came just before the switch, or just after it
+                self.wake(fiber)
+        elif isinstance(error, DATA_ERRORS):
+            give_up_request(fiber.request, error)
+        else:
+            return False
+        return True
 
     def forget(self, fiber: Fiber) -> None:
         """A task is over, or nobody will resume it any more."""

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
+from types import CodeType
 from typing import Any
 
 from celery._state import _set_task_join_will_block, task_join_will_block
@@ -178,15 +179,24 @@ def outlive_handlers(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_raised_by_handler(error):
+        if not is_stray(error, where):
             raise
-        logger.exception(STRAY, where)
 
 
-def _is_raised_by_handler(error: Exception) -> bool:
+def is_stray(error: Exception, where: str) -> bool:
+    """Whether a signal's handler raised it, which is then logged. `where` says whose code the signal interrupted."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {code for handler in handlers if (code := getattr(handler, "__code__", None)) is not None}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+    codes = {_code_of(handler) for handler in handlers if callable(handler)}
+    if not any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return False
+    logger.error(STRAY, where, exc_info=error)
+    return True
+
+
+def _code_of(handler: Callable[..., Any]) -> CodeType | None:
+    """The code of a function, a method, a `functools.partial` or an object that is called; None if it has none."""
+    function: Any = getattr(handler, "func", handler)
+    return getattr(function, "__code__", None) or getattr(function.__call__, "__code__", None)
 
 
 def _found_modes() -> modes.Found:

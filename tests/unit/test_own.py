@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from celery._state import _set_task_join_will_block, task_join_will_block
@@ -20,6 +21,16 @@ class LateError(Exception):
 
 def ring(*_: object) -> None:
     raise LateError
+
+
+class Ringer:
+    """A handler with something of its own."""
+
+    def __call__(self, *_: object) -> None:
+        raise LateError
+
+    def method(self, *_: object) -> None:
+        raise LateError
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +132,11 @@ def test_filters_that_a_task_leaves_in_force_are_gone_with_it() -> None:
     assert warnings.filters is filters
 
 
-def test_what_a_signals_handler_raises_in_nobodys_code_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    signal.signal(signal.SIGALRM, ring)
+@pytest.mark.parametrize("handler", [ring, partial(ring, None), Ringer(), Ringer().method])
+def test_what_a_signals_handler_raises_in_nobodys_code_is_logged(
+    handler: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    signal.signal(signal.SIGALRM, handler)
     with own.outlive_handlers("the test's code"):
         signal.raise_signal(signal.SIGALRM)
     assert "A signal's handler raised in the test's code" in caplog.text

@@ -1,0 +1,65 @@
+"""The project `life`, with a signal's handler that raises inside Celery's code, once for each task that says where.
+
+In: as `life`; a task's end, and a place. Out: the same notes.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from life import ENDS, Noted, NotedRequest, app, call_model, note
+
+
+class RungError(ValueError):
+    """What the handler raises, as any code may."""
+
+
+def ring(signum: int, frame: Any) -> None:
+    """As a project's alarm would."""
+    raise RungError("the handler raised")
+
+
+signal.signal(signal.SIGUSR2, ring)
+
+_rung: set[str] = set()
+
+
+def ring_at(place: str, request: Any) -> None:
+    """Let the signal come here, if the task says so, and the first time only."""
+    if request.kwargs.get("place") == place and request.id not in _rung:
+        _rung.add(request.id)
+        note(request.id, "rings")
+        signal.raise_signal(signal.SIGUSR2)
+
+
+class RungRequest(NotedRequest):
+    """Where the worker's side of a task may be interrupted."""
+
+    def on_accepted(self, *args: Any) -> None:
+        """Before its own code, and before its message is acked early."""
+        ring_at("accepted", self)
+        super().on_accepted(*args)
+
+    def on_failure(self, *args: Any, **kwargs: Any) -> None:
+        """Its failure is stored."""
+        ring_at("failure", self)
+        super().on_failure(*args, **kwargs)
+
+    def acknowledge(self) -> None:
+        """Its result is stored."""
+        ring_at("ack", self)
+        super().acknowledge()
+
+
+class Rung(Noted):
+    """A task with such a request."""
+
+    Request = RungRequest
+
+
+@app.task(name="rung", bind=True, base=Rung)
+def rung(self: Rung, end: str, place: str) -> Any:
+    """After a model call, this end."""
+    call_model()
+    return ENDS[end](self)

@@ -1,0 +1,66 @@
+"""Handlers of signals that raise in Celery's code: no message stays unacked, and no worker ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import kombu
+import pytest
+from harness import Broker, StartWorker
+from journal import Life, begin_life, names
+
+#: Where the signal comes, a task's end, and how often its own code runs.
+PLACES = [
+    ("accepted", "returns", 1),
+    ("ack", "returns", 2),
+    ("failure", "raises", 2),
+    ("ack", "raises", 2),
+]
+
+
+def ring_everywhere(life: Life) -> None:
+    """A task at each place: its message goes back, and comes again."""
+    sent = {(place, end, runs): life.send("rung", kwargs={"end": end, "place": place}) for place, end, runs in PLACES}
+    for (place, end, runs), result in sent.items():
+        happened = names(life.end(result))
+        assert happened.count("rings") == 1, (place, end)
+        assert happened.count("before_start") == runs, (place, end)
+        assert result.state == ("SUCCESS" if end == "returns" else "FAILURE")
+    assert life.worker.log.count("A signal's handler raised in Celery's code around rung[") == len(PLACES)
+
+
+def ends_empty(life: Life) -> None:
+    """Its queue has nothing when the worker has ended, and gave back what it had."""
+    assert life.ask("ends", "returns", 1) == "after 0 retries"
+    assert life.worker.stop() == 0
+    broker = life.worker.broker
+    with kombu.Connection(broker.url) as connection:
+        assert broker.declared()(connection).queue_declare().message_count == 0
+
+
+def test_a_task_whose_end_a_handler_interrupts_comes_again(start_worker: StartWorker, tmp_path: Path) -> None:
+    life = begin_life(start_worker, tmp_path, "modelpool", project="rung")
+    ring_everywhere(life)
+    ends_empty(life)
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_it_does_so_under_rabbitmq(
+    start_worker: StartWorker, tmp_path: Path, rabbitmq: Broker, queue_type: str
+) -> None:
+    broker = replace(rabbitmq, queue_type=queue_type)
+    life = begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung")
+    ring_everywhere(life)
+    assert "runs alone" not in life.worker.log, "nobody died of it"
+    ends_empty(life)
+
+
+def test_a_task_that_is_revoked_is_told_so_again(start_worker: StartWorker, tmp_path: Path, broker: Broker) -> None:
+    life = begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung")
+    late = datetime.now(timezone.utc) - timedelta(seconds=1)
+    result = life.send("rung", kwargs={"end": "returns", "place": "ack"}, expires=late)
+    assert names(life.end(result)) == ["rings", "acks"]
+    assert result.state == "REVOKED"
+    ends_empty(life)
