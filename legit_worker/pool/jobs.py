@@ -28,6 +28,7 @@ from legit_worker.broker.redis import gave_up
 from legit_worker.pool.adoption import LaterAck
 from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
+from legit_worker.pool.hooks import is_raised_by
 from legit_worker.pool.limits import TimeLimitPassed
 from legit_worker.pool.messages import is_gone
 from legit_worker.results.writes import is_away
@@ -170,7 +171,13 @@ class Job:
             return ExceptionInfo()
         except MemoryError as error:
             return _as_lost(error)
-        except (Exception, GreenletExit, WorkerShutdown, WorkerTerminate):
+        except Exception as error:
+            # The failure is stored, told to the project's `on_failure` twice, and that raises.
+            if is_raised_by(getattr(self.request, "task", None), error):
+                logger.exception("the hooks of %s failed", self.name)
+                return (1, ExceptionInfo(), 0.0)
+            raise
+        except (GreenletExit, WorkerShutdown, WorkerTerminate):
             raise
         except BaseException as error:
             return _as_lost(error)

@@ -21,6 +21,7 @@ from legit_worker.pool.backlog import AppLimits, Backlog
 from legit_worker.pool.calls import trusted
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.hooks import is_raised_by
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running
@@ -236,7 +237,8 @@ class Loop:
         """Run a fiber until it parks or ends.
 
         What a server's or a network's failure raises in Celery's own callbacks goes up to the worker, as in solo. A
-        message that they can't deal with does not end the worker, nor does what a signal's handler raises.
+        message that they can't deal with does not end the worker, nor does what the project's own `Request` raises, or
+        a signal's handler.
         """
         sql.watch()
         turn = self._watcher.turn = Turn(fiber=fiber, since=monotonic())
@@ -258,7 +260,7 @@ class Loop:
                 give_back_request(fiber.request)
             else:  # the signal came just before the switch, or just after it
                 self.wake(fiber)
-        elif isinstance(error, DATA_ERRORS):
+        elif isinstance(error, DATA_ERRORS) or is_raised_by(fiber.request, error):
             give_up_request(fiber.request, error)
         else:
             return False

@@ -1,4 +1,4 @@
-"""Handlers of signals that raise in Celery's code: no message stays unacked, and no worker ends."""
+"""A project's handlers of signals and hooks that raise around a task: no message stays unacked, no worker ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kombu
 import pytest
-from harness import Broker, StartWorker
+from harness import Broker, StartWorker, poll
 from journal import Life, begin_life, names
 
 #: Where the signal comes, a task's end, and how often its own code runs.
@@ -63,4 +63,23 @@ def test_a_task_that_is_revoked_is_told_so_again(start_worker: StartWorker, tmp_
     result = life.send("rung", kwargs={"end": "returns", "place": "ack"}, expires=late)
     assert names(life.end(result)) == ["rings", "acks"]
     assert result.state == "REVOKED"
+    ends_empty(life)
+
+
+@pytest.mark.parametrize("countdown", [None, 0.1], ids=["at once", "later"])
+def test_hooks_that_fail_end_no_worker(
+    start_worker: StartWorker, tmp_path: Path, broker: Broker, countdown: float | None
+) -> None:
+    """Under stock solo they end it, or leave the message unacked if the task was to run later."""
+    life = begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung")
+    sent = [
+        life.send("rung", kwargs={"end": end, "fails": fails}, countdown=countdown)
+        for end, fails in (("raises", "hook"), ("raises", "failure"), ("returns", "ack"))
+    ]
+    late = datetime.now(timezone.utc) - timedelta(seconds=1)
+    sent.append(life.send("rung", kwargs={"end": "returns", "fails": "ack"}, countdown=countdown, expires=late))
+    life.worker.settle(sent)
+    assert [result.state for result in sent] == ["FAILURE", "FAILURE", "SUCCESS", "REVOKED"]
+    poll(lambda: life.worker.log.count("the message was put into the list") == 3, "those to go that nobody can ack")
+    assert "acks" in names(life.end(sent[0]))
     ends_empty(life)

@@ -26,7 +26,9 @@ _rung: set[str] = set()
 
 
 def ring_at(place: str, request: Any) -> None:
-    """Let the signal come here, if the task says so, and the first time only."""
+    """Let the signal come here, if the task says so, and the first time only; or raise here, each time."""
+    if request.kwargs.get("fails") == place:
+        raise RuntimeError(f"it fails at {place}")
     if request.kwargs.get("place") == place and request.id not in _rung:
         _rung.add(request.id)
         note(request.id, "rings")
@@ -53,13 +55,19 @@ class RungRequest(NotedRequest):
 
 
 class Rung(Noted):
-    """A task with such a request."""
+    """A task with such a request, and a hook that may fail."""
 
     Request = RungRequest
 
+    def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Raises, if the task says so."""
+        super().on_failure(exc, task_id, args, kwargs, einfo)
+        if kwargs.get("fails") == "hook":
+            raise RuntimeError("the hook failed")
+
 
 @app.task(name="rung", bind=True, base=Rung)
-def rung(self: Rung, end: str, place: str) -> Any:
+def rung(self: Rung, end: str, place: str = "", fails: str = "") -> Any:
     """After a model call, this end."""
     call_model()
     return ENDS[end](self)
