@@ -73,14 +73,11 @@ def check_pieces(pieces: list[PreparedText], name: str, limits: Limits) -> None:
         )
 
 
-def images_of(value: Any, name: str, limits: Limits) -> list[ImageBytes]:
-    """Read an image in base64, or a list of images. Decodes no pixels. Raises `InvalidInputError`."""
-    images = _Images(limits, is_list=isinstance(value, list))
-    return items_of(value, name, images.read, limits)
-
-
 def images_or_both_of(value: Any, name: str, limits: Limits) -> list[ImageBytes | TextAndImage]:
-    """The same, each an image or `{"text": text, "image": image}`. Raises `InvalidInputError`."""
+    """Read an image in base64, or `{"text": text, "image": image}`, or a list of these. Decodes no pixels.
+
+    Raises `InvalidInputError`.
+    """
     images = _Images(limits, is_list=isinstance(value, list))
 
     def read(item: Any) -> ImageBytes | TextAndImage:

@@ -119,9 +119,7 @@ def scores(name: str) -> Callable[[Any], Numbers]:
         return isinstance(one, dict) and {name, "score"} <= one.keys()
 
     def read(answer: Any) -> Numbers:
-        if not isinstance(answer, list) or not all(
-            isinstance(one, dict) and {name, "score"} <= one.keys() for one in answer
-        ):
+        if not isinstance(answer, list) or not all(map(is_scored, answer)):
             raise ValueError(f"not a list of {name} and score but {type(answer).__name__}")
         numbers = _numbers([one["score"] for one in answer]).tolist()
         if any(after > before for before, after in itertools.pairwise(numbers)):

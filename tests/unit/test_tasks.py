@@ -17,7 +17,7 @@ from legit_worker import settings, tasks
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.limits import limits_of
 from legit_worker.inputs.options import form_of
-from legit_worker.inputs.reading import images_of
+from legit_worker.inputs.reading import images_or_both_of
 from legit_worker.models.options import refuse
 from legit_worker.models.prompts import chosen_prompt, filled
 from legit_worker.settings.values import BUILT_IN_TASKS
@@ -40,11 +40,11 @@ def test_an_image_that_would_fill_memory_is_refused_by_its_head_alone() -> None:
     bomb = png((9000, 9000))
     assert len(bomb) < 100_000
     with pytest.raises(InvalidInputError, match=r"9000 x 9000 pixels and one may have 64000000"):
-        images_of(encoded(bomb), "image", DEFAULTS)
+        images_or_both_of(encoded(bomb), "image", DEFAULTS)
 
 
 def test_an_image_is_decoded_only_when_its_turn_comes() -> None:
-    (file,) = images_of(encoded(png((8, 4))), "image", DEFAULTS)
+    (file,) = images_or_both_of(encoded(png((8, 4))), "image", DEFAULTS)
     assert file.decode().size == (8, 4)
     assert file.decode().mode == "RGB"
 
@@ -54,7 +54,7 @@ def test_an_image_file_that_ends_early_is_invalid_input() -> None:
     whole = io.BytesIO()
     noise.save(whole, "PNG")
     with pytest.raises(InvalidInputError, match="can't be read"):
-        images_of(encoded(whole.getvalue()[:-500]), "image", DEFAULTS)[0].decode()
+        images_or_both_of(encoded(whole.getvalue()[:-500]), "image", DEFAULTS)[0].decode()
 
 
 @pytest.mark.parametrize("text", ["", " \n", None, 3, float("nan"), b"bytes", {}], ids=repr)
