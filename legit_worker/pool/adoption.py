@@ -12,7 +12,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -21,6 +20,7 @@ from celery.worker import state
 
 from legit_worker.pool.fibers import Phase
 from legit_worker.pool.messages import came_again, is_copy, is_gone, is_numbered, key_of
+from legit_worker.pool.requests import is_cancelled, never_ack, redeliver
 from legit_worker.pool.running import Key, Running
 from legit_worker.pool.suspects import Suspects
 
@@ -35,29 +35,6 @@ MOST_OWED = 10_000
 
 #: Celery's name for a method that acks or rejects, and the method of `kombu.Message` that it calls.
 ENDS = {"ack_log_error": "ack", "reject_log_error": "reject"}
-
-
-class LaterAck:
-    """Stands for a request's ack until its end is stored."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        #: What acks: of the message's last delivery.
-        self.call = call
-        self._args: tuple[Any, ...] | None = None
-
-    @property
-    def is_due(self) -> bool:
-        """Whether Celery has acked."""
-        return self._args is not None
-
-    def __call__(self, *args: Any) -> None:
-        """Celery acks."""
-        self._args = args
-
-    def send(self) -> None:
-        """Ack, if Celery has."""
-        if self._args is not None:
-            self.call(*self._args)
 
 
 class Adoption:
@@ -87,8 +64,8 @@ class Adoption:
     def lost(self) -> None:
         """The connection is gone. Tasks that Celery cancelled with it run again, unless they ended nevertheless."""
         for fiber in self._running:
-            if getattr(fiber.request, "_already_cancelled", False) and fiber.phase is not Phase.ENDING:
-                fiber.request._on_ack = fiber.request._on_reject = lambda *_: None
+            if is_cancelled(fiber.request) and fiber.phase is not Phase.ENDING:
+                never_ack(fiber.request)
         self._suspects.lost(self._running)
 
     # Messages
@@ -119,7 +96,7 @@ class Adoption:
     def _give_to_running(self, key: Key, message: kombu.Message) -> bool:
         for fiber in self._running.find(key):
             request = fiber.request
-            if not request._already_cancelled and is_copy(message, request.message):
+            if not is_cancelled(request) and is_copy(message, request.message):
                 logger.info("task %s goes on, and its message came again", fiber.name)
                 self._replace(request, message)
                 return True
@@ -128,15 +105,8 @@ class Adoption:
     def _replace(self, request: Any, message: kombu.Message) -> None:
         """Let a request ack by another delivery. Celery 5.5 forgets running requests with their connection."""
         self._suspects.adopted(message, former=request.message)
-        request._message = message
-        ack = partial(self._end_soon, message.ack_log_error)
-        request._on_reject = partial(self._end_soon, message.reject_log_error)
-        later = request._on_ack if isinstance(request._on_ack, LaterAck) else None
-        if later is not None:
-            later.call = ack
-        else:
-            request._on_ack = ack
-        if request.acknowledged and (later is None or not later.is_due):  # when it began, or when it was revoked
+        is_due = redeliver(request, message, self._end_soon)
+        if request.acknowledged and not is_due:  # when it began, or when it was revoked
             self._end(message, "ack")
         elif request in state.active_requests:  # others have ended for Celery, and nobody would say so again
             state.task_reserved(request)

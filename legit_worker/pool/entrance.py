@@ -21,6 +21,7 @@ from legit_worker.pool import limits
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import Job
 from legit_worker.pool.limits import Limit
+from legit_worker.pool.requests import message_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Entrance:
             limit = self._limit(job, soft, hard, on_timeout)
         except InvalidInputError as error:
             refuse = functools.partial(job.refuse, error)
-        message = getattr(job.request, "message", None)
+        message, task = message_of(job.request), self._app.tasks.get(job.task)
         deliveries = deliveries_of(message) if message is not None else 0
         if 0 < self._settings.max_deliveries <= deliveries:
             refuse = functools.partial(self._refuse_poisoned, job, deliveries)
@@ -69,7 +70,7 @@ class Entrance:
             app=app,
             name=job.name,
             request=job.request,
-            acks_late=bool(getattr(self._app.tasks.get(job.task), "acks_late", True)),
+            acks_late=task is None or bool(task.acks_late),
             exclusive=self._is_inline or bool(app and not self._settings.apps[app].batching),
             wake=self._wake,
         )

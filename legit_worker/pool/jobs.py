@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 import celery
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from celery import signals
 from celery.app.task import Task
 from celery.concurrency.base import apply_target
 from celery.exceptions import Reject, WorkerLostError, WorkerShutdown, WorkerTerminate
@@ -25,12 +23,12 @@ from kombu.exceptions import OperationalError
 from kombu.utils.encoding import safe_repr
 
 from legit_worker.broker.redis import gave_up
-from legit_worker.pool.adoption import LaterAck
 from legit_worker.pool.bodies import in_body
 from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.hooks import is_raised_by
 from legit_worker.pool.limits import TimeLimitPassed
 from legit_worker.pool.messages import is_gone
+from legit_worker.pool.requests import acked_last, may_be_revoked, message_of, store_failure
 from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
@@ -86,7 +84,7 @@ class Job:
         process had died, and prefork's parent tells `Request.on_failure` of that.
         """
         fiber = _here()
-        message = getattr(self.request, "message", None)
+        message = message_of(self.request)
         if message is not None and (is_gone(message) or gave_up(message)):
             logger.info("%s is another worker's by now, and does not begin here", self.name)
             state.task_ready(self.request)
@@ -119,7 +117,7 @@ class Job:
         Celery has looked only as it came.
         """
         fiber, request = _here(), self.request
-        if not _may_be_revoked(request):
+        if not may_be_revoked(request):
             return False
         phase, fiber.phase = fiber.phase, Phase.ENDING
         if request.revoked():
@@ -139,23 +137,8 @@ class Job:
         """Fail the task with an error that is not its own code's: its failure is stored, told, and then acked."""
         failure = _raised(error)
         if self.request is not None and celery.VERSION[:2] >= STORES_NOTHING and state.should_terminate:
-            self._store(error, failure)
+            store_failure(self.request, error, failure)
         self._tell(failure)
-
-    def _store(self, error: Exception, failure: ExceptionInfo) -> None:
-        """What `Request.on_failure` does at other times."""
-        request, task = self.request, self.request.task
-        context = request._context
-        task.backend.mark_as_failure(request.id, error, request=context, store_result=request.store_errors)
-        signals.task_failure.send(
-            sender=task,
-            task_id=request.id,
-            exception=error,
-            args=request.args,
-            kwargs=request.kwargs,
-            traceback=failure.traceback,
-            einfo=failure,
-        )
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         fiber = _here()
@@ -184,15 +167,9 @@ class Job:
 
     def _tell(self, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):
-            with _acked_last(self.request):
+            with acked_last(self.request):
                 return self.error_callback(result)
         return self.callback(_seen_to(result))
-
-
-def _may_be_revoked(request: Any) -> bool:
-    """Look quickly at what `Request.revoked` looks at (celery.worker.request, 5.5 to 5.7)."""
-    has_stamps = state.revoked_stamps and getattr(request, "stamped_headers", None)
-    return bool(has_stamps or getattr(request, "expires", None) or getattr(request, "id", None) in state.revoked)
 
 
 def _here() -> Fiber:
@@ -237,21 +214,3 @@ def _raised(error: Exception) -> ExceptionInfo:
         raise error
     except Exception:
         return ExceptionInfo()
-
-
-@contextmanager
-def _acked_last(request: Any) -> Iterator[None]:
-    """Ack what `Request.on_failure` acks once it is over. It acks, and stores the failure after that.
-
-    A worker that is killed between the two would lose the task's end; and the result backend may be away.
-    """
-    if request is None:
-        yield
-        return
-    ack = request._on_ack = LaterAck(request._on_ack)
-    try:
-        yield
-    finally:
-        if request._on_ack is ack:
-            request._on_ack = ack.call
-    ack.send()

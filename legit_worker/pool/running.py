@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from legit_worker.pool.fibers import Fiber, Phase
+from legit_worker.pool.requests import message_of
 
 #: A task's id and its retries, by which its message is known when it comes again.
 Key = tuple[str, int]
@@ -101,7 +102,7 @@ class Running:
 
 def tags_of(fibers: Iterable[Fiber]) -> set[str]:
     """The tags of their messages, as far as these are not acked yet."""
-    messages = [getattr(fiber.request, "message", None) for fiber in fibers if fiber.acks_late]
+    messages = [message_of(fiber.request) for fiber in fibers if fiber.acks_late]
     return {message.delivery_tag for message in messages if message is not None}
 
 
@@ -112,7 +113,8 @@ def key_from(identity: Any, retries: Any) -> Key | None:
 
 
 def _size(request: Any) -> int:
-    return len(getattr(getattr(request, "message", None), "body", None) or b"")
+    message = message_of(request)
+    return 0 if message is None else len(message.body or b"")
 
 
 def _key(request: Any) -> Key | None:

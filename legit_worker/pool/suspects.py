@@ -25,6 +25,7 @@ from legit_worker.broker.behind import COUNT, Behind, unpack
 from legit_worker.broker.returning import DELIVERIES, count
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.messages import came_again, is_numbered, key_of
+from legit_worker.pool.requests import message_of
 from legit_worker.pool.running import Key, key_from
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class Suspects:
 
     def add(self, fiber: Fiber) -> None:
         """A task came."""
-        message = getattr(fiber.request, "message", None)
+        message = message_of(fiber.request)
         if message is None or not is_numbered(message):
             return
         if 0 < deaths_of(message) < (self._most or inf):
