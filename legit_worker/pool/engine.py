@@ -17,8 +17,9 @@ from typing import Any
 from legit_worker.batching.demand import Demand
 from legit_worker.device.devices import Launch
 from legit_worker.pool.calls import Call, Chunk, trusted
+from legit_worker.pool.counters import Counters
 from legit_worker.pool.flights import Flights
-from legit_worker.pool.queue import BatchModel, Counters, ModelQueue
+from legit_worker.pool.queue import BatchModel, ModelQueue
 
 #: Seconds that a task counts for while its model has computed nothing. An item counts half as much in a first batch
 #: that takes as long as it may by default, 0.5 s for 8 items.
@@ -72,6 +73,11 @@ class Engine:
         self.calls += not call.chunks
         call.chunks += 1
         return chunk
+
+    @property
+    def computed(self) -> Counters:
+        """What was computed so far, of all models."""
+        return sum(self.counters.values(), Counters())
 
     @contextmanager
     def expecting(self, alias: str) -> Iterator[None]:

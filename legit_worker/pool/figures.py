@@ -21,11 +21,11 @@ from legit_worker.metrics.health import Holder
 from legit_worker.models.registry import Registry, default_registry
 from legit_worker.models.slot import Named, Slot, State
 from legit_worker.pool import fibers
+from legit_worker.pool.counters import Counters
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Phase
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.loop import Loop
-from legit_worker.pool.queue import Counters
 from legit_worker.pool.running import Running
 from legit_worker.pool.watcher import Watcher
 from legit_worker.results.backend import away_since
@@ -35,9 +35,8 @@ from legit_worker.settings import Settings
 
 def of_work(running: Running, engine: Engine) -> dict[str, Any]:
     """Tasks that have begun, and what was computed for them."""
-    counters = sum(engine.counters.values(), Counters())
     apps = Counter(fiber.app for fiber in running if fiber.request is not None)  # others end a task that does not run
-    return {"in_flight": apps.total(), "apps": dict(apps), "parked": running.parked, **counters.report()}
+    return {"in_flight": apps.total(), "apps": dict(apps), "parked": running.parked, **engine.computed.report()}
 
 
 def of_models(registry: Registry, engine: Engine) -> dict[str, Any]:

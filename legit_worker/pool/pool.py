@@ -44,7 +44,6 @@ from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
-from legit_worker.pool.queue import Counters
 from legit_worker.pool.reports import Reports
 from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
@@ -120,7 +119,7 @@ class ModelPool(SoloPool):
         )
         self._share = Share(engine.held_seconds, calls=lambda: engine.calls, max_seconds=chosen.max_held_seconds)
         self._reports = Reports(
-            counters=lambda: sum(self.engine.counters.values(), Counters()),
+            counters=lambda: engine.computed,
             loads=lambda: sum(slot.loads for slot in default_registry().slots.values()),
         )
         self._watcher = Watcher(

@@ -13,14 +13,13 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 from typing import Any, Protocol
 
 from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
-from legit_worker.batching.histogram import COST, ITEMS, SECONDS, Histogram
 from legit_worker.batching.packer import padded, pick
 from legit_worker.batching.sizing import Sizing
 from legit_worker.batching.twins import distinct, with_twins
@@ -28,6 +27,7 @@ from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory, let_go
 from legit_worker.errors import DeviceOutOfMemoryError, said
 from legit_worker.pool.calls import ENDS, Call, Chunk
+from legit_worker.pool.counters import Counters
 from legit_worker.pool.parts import Parts
 
 logger = logging.getLogger(__name__)
@@ -76,73 +76,6 @@ class BatchModel(Protocol):
 
     def postprocess(self, output: Any) -> Any:
         """Make a task's output of one of `forward`'s. Raises what the model raises."""
-
-
-class Shape:
-    """How large one model's batches were, and how long they took."""
-
-    __slots__ = ("items", "padded_cost", "seconds")
-
-    def __init__(self) -> None:
-        self.items, self.padded_cost, self.seconds = Histogram(ITEMS), Histogram(COST), Histogram(SECONDS)
-
-    def note(self, items: int, padded_cost: int, seconds: float) -> None:
-        """A batch went well."""
-        self.items.observe(items)
-        self.padded_cost.observe(padded_cost)
-        self.seconds.observe(seconds)
-
-
-#: The numbers among `Counters`.
-SUMMED = ("batches", "items", "cost", "padded_cost", "forward_seconds", "out_of_memory", "duplicates")
-
-
-@dataclass
-class Counters:
-    """What was computed so far; `inspect stats` shows it."""
-
-    batches: int = 0
-    items: int = 0
-    #: Cost units computed, without and with padding.
-    cost: int = 0
-    padded_cost: int = 0
-    #: Seconds inside `forward`.
-    forward_seconds: float = 0.0
-    #: Batches that ran out of memory.
-    out_of_memory: int = 0
-    #: Items that were not computed, since their batch had an equal one.
-    duplicates: int = 0
-    #: For metrics.
-    shape: Shape = field(default_factory=Shape, compare=False, repr=False)
-
-    def __add__(self, other: Counters) -> Counters:
-        mine, others = vars(self), vars(other)
-        return Counters(**{name: mine[name] + others[name] for name in SUMMED})
-
-    def note(self, costs: Sequence[int], seconds: float) -> None:
-        """A batch of items of these costs went well, and took this long."""
-        padded_cost = padded(costs)
-        self.batches += 1
-        self.items += len(costs)
-        self.cost += sum(costs)
-        self.padded_cost += padded_cost
-        self.forward_seconds += seconds
-        self.shape.note(len(costs), padded_cost, seconds)
-
-    @property
-    def waste(self) -> float:
-        """The part of all computed cost that was padding, 0 to 1."""
-        return 1 - self.cost / self.padded_cost if self.padded_cost else 0.0
-
-    def report(self) -> dict[str, float]:
-        """As `inspect stats` gives it: JSON-safe, `mean_batch` in items, `waste` from 0 to 1."""
-        return {
-            "batches": self.batches,
-            "items": self.items,
-            "mean_batch": round(self.items / self.batches, 2) if self.batches else 0.0,
-            "waste": round(self.waste, 4),
-            **{name: count for name in ("out_of_memory", "duplicates") if (count := getattr(self, name))},
-        }
 
 
 @dataclass

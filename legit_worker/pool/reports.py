@@ -16,7 +16,7 @@ from celery import Celery
 
 from legit_worker import settings
 from legit_worker.device import cuda, vram
-from legit_worker.pool.queue import Counters
+from legit_worker.pool.counters import Counters
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 
 from legit_worker.pool import clock
 from legit_worker.pool.clock import Clock, Work, work_of
-from legit_worker.pool.engine import Counters
+from legit_worker.pool.counters import Counters
 from legit_worker.pool.reports import RECENT, Reports
 
 #: Moves time on by this many seconds.
