@@ -17,7 +17,7 @@ from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
 from legit_worker.broker.refusals import DATA_ERRORS, give_back_request, refuse
-from legit_worker.pool.fibers import FiberPid, Phase
+from legit_worker.pool.fibers import Phase, fiber_of
 from legit_worker.pool.hooks import is_raised_by
 from legit_worker.pool.own import is_stray
 
@@ -114,7 +114,7 @@ def ignore_late_revokes() -> Callable[[], None]:
 
 
 def _is_over(request: Request) -> bool:
-    fiber = request.worker_pid.fiber if isinstance(request.worker_pid, FiberPid) else None
+    fiber = fiber_of(request.worker_pid)
     is_over = fiber is not None and fiber.phase is Phase.ENDING
     if is_over:
         logger.warning("task %s[%s] is over but for its delivery: too late to revoke it", request.name, request.id)

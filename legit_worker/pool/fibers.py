@@ -38,11 +38,6 @@ class FiberPid(int):
 
     ref: weakref.ref[Fiber]
 
-    @property
-    def fiber(self) -> Fiber | None:
-        """None once it is gone."""
-        return self.ref()
-
 
 #: The context of code that has nothing to put aside.
 _NOTHING = nullcontext()
@@ -132,13 +127,7 @@ class Fiber(greenlet):
 
         `in_own_code` says that code of its own called what waits, and may have set something for itself.
         """
-        here = weakref.ref(self)  # a done future keeps its callbacks
-
-        def wake(_: Future[Any]) -> None:
-            if (fiber := here()) is not None:
-                fiber._wake(fiber)
-
-        done.add_done_callback(wake)
+        done.add_done_callback(functools.partial(_wake, self.pid.ref))  # a done future keeps its callbacks
         while not done.done():
             self.park(what, None if in_own_code else _NOTHING)
             if not done.done():  # whoever woke it, what is due is told
@@ -307,7 +296,12 @@ def _note_child() -> None:
 os.register_at_fork(after_in_child=_note_child)
 
 
-def _wake(ref: weakref.ref[Fiber]) -> None:
+def fiber_of(pid: int | None) -> Fiber | None:
+    """The fiber that was told as this process id; None if there is none, or once it is gone."""
+    return pid.ref() if isinstance(pid, FiberPid) else None
+
+
+def _wake(ref: weakref.ref[Fiber], *_: object) -> None:
     fiber = ref()
     if fiber is not None:
         fiber._wake(fiber)

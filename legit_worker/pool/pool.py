@@ -37,7 +37,7 @@ from legit_worker.pool.ends import end_in_fibers, ignore_late_revokes
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fetching import Fetching
-from legit_worker.pool.fibers import Fiber, FiberPid, Phase
+from legit_worker.pool.fibers import Fiber, Phase, fiber_of
 from legit_worker.pool.flights import Waiter
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
@@ -314,8 +314,7 @@ class ModelPool(SoloPool):
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """`revoke(terminate=True)` on a running task: unwind its fiber."""
-        fiber = pid.fiber if isinstance(pid, FiberPid) else None
-        if fiber is not None:
+        if (fiber := fiber_of(pid)) is not None:
             fiber.terminate()
             if fiber.dead:
                 self._loop.forget(fiber)
