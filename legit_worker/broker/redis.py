@@ -64,7 +64,7 @@ def gave_up(message: Any) -> bool:
     Takes the message out of kombu's accounts if no newer delivery has its place there. A closed channel has given back
     all that had not begun: Celery 5.6 begins tasks with an ETA nevertheless.
     """
-    channel, tag = getattr(message, "channel", None), getattr(message, "delivery_tag", None)
+    channel, tag = message.channel, message.delivery_tag
     if not isinstance(channel, ReservingChannel) or message.acknowledged:
         return False
     if channel.closed:

@@ -122,7 +122,7 @@ class Ending:
 
     def _exit_code(self) -> int:
         """What Celery's worker ends with: 0 if it has no other code."""
-        return int(getattr(getattr(self.consumer, "controller", None), "exitcode", None) or os.EX_OK)
+        return os.EX_OK if self.consumer is None else int(self.consumer.controller.exitcode or os.EX_OK)
 
     def _waits_in_vain(self) -> bool:
         """Whether all that still runs waits for a server that is away, and has for long enough.

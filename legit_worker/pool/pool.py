@@ -340,11 +340,10 @@ class ModelPool(SoloPool):
         return not self._loop.is_turning if fiber is None else fiber.phase is Phase.BODY
 
     def _note_end(self, fiber: Fiber) -> None:
-        if fiber.request is None:  # no task ran
-            return
-        self._suspects.discard(fiber)
-        self._share.ended(fiber.ran_seconds)
-        self._reports.ended(fiber.clock.waited(monotonic()))
+        if fiber.request is not None:  # a task ran
+            self._suspects.discard(fiber)
+            self._share.ended(fiber.ran_seconds)
+            self._reports.ended(fiber.clock.waited(monotonic()))
 
     def flush(self) -> None:
         """The connection is gone: the broker will give tasks that were not accepted to someone again."""
@@ -382,7 +381,7 @@ class ModelPool(SoloPool):
 
     def taking(self) -> str:
         """How messages come to this worker: `broker.redis.taking`, or that nothing is known before it is ready."""
-        task_consumer = getattr(self._consumer, "task_consumer", None)
+        task_consumer = None if self._consumer is None else self._consumer.task_consumer
         return "not yet" if task_consumer is None else taking(task_consumer.channel)
 
     def _get_info(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class SoftShutdown:
         prefetch count. The handler would read both, and the worker would wait for its own until a heartbeat comes, or
         for ever. Celery cancels the consumers once more as it stops, at once.
         """
-        tasks, connection = self._consumer.task_consumer, getattr(self._consumer, "connection", None)
+        tasks, connection = self._consumer.task_consumer, self._consumer.connection
         if tasks is not None and connection is not None and connection.transport.driver_type == "amqp":
             tasks.cancel = lambda: None
 

@@ -121,8 +121,8 @@ class Suspects:
         return came, max(vouched, self._vouched.get(key, 0) if key else 0), is_news
 
     def _goes_behind(self, message: kombu.Message, deliveries: int, vouched: int) -> bool:
-        tags = getattr(self._consumer.task_consumer, "_active_tags", {})
-        self._queues |= {tag: queue for queue, tag in tags.items()}
+        tasks = self._consumer.task_consumer
+        self._queues |= {} if tasks is None else {tag: queue for queue, tag in tasks._active_tags.items()}
         queue = self._queues.get(message.delivery_info.get("consumer_tag", ""))
         return queue is not None and self._behind.put(message, queue, deliveries, vouched)
 
@@ -153,7 +153,7 @@ class Suspects:
         """Tell others that this worker lives, and what it gave back and has not again; as it ends, all that it has."""
         given_back = [key for key in self._given_back if key not in self._received]
         keys = [*given_back, *(self._received if ends else ())]
-        dispatcher = getattr(self._consumer, "event_dispatcher", None)
+        dispatcher = None if self._consumer is None else self._consumer.event_dispatcher
         if not keys or dispatcher is None:
             return
         try:

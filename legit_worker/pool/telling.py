@@ -111,7 +111,7 @@ def show_quickly(is_seen: Callable[[], bool]) -> Callable[[], None]:
 
 def are_seen(consumer: Any) -> bool:
     """Whether the worker's log or its events have what Celery tells of results. A worker's own events have not."""
-    events = getattr(consumer, "event_dispatcher", None)
+    events = None if consumer is None else consumer.event_dispatcher
     are_sent = events is None or (events.enabled and (not events.groups or "task" in events.groups))
     return bool(are_sent or trace.logger.isEnabledFor(logging.INFO))
 

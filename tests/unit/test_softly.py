@@ -42,7 +42,9 @@ def test_consumers_are_cancelled_after_the_handler(driver: str, in_handler: int)
 
 
 def test_a_worker_without_a_connection_ends_too() -> None:
-    consumer = SimpleNamespace(controller=SimpleNamespace(), task_consumer=None, cancel_active_requests=lambda: None)
+    consumer = SimpleNamespace(
+        controller=SimpleNamespace(), connection=None, task_consumer=None, cancel_active_requests=lambda: None
+    )
     soft = SoftShutdown(Celery(set_as_current=False))
     soft.meet(consumer)
     consumer.controller.wait_for_soft_shutdown()
