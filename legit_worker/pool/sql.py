@@ -75,30 +75,40 @@ class Use:
         """Tell whether other tasks would work in this task's transaction."""
         return self._is_shared and self._is_in_the_middle()
 
-    def is_out_of(self, pool: Any) -> bool:
-        """Tell whether it is a connection that this pool (None: any pool) has given out."""
-        thing = self._thing()
-        return thing is not None and not getattr(thing, "closed", True) and (pool is None or thing.engine.pool is pool)
-
-    def is_in_transaction_on(self, database: Database) -> bool:
-        """Tell whether it is a connection to this database, and in a transaction."""
-        thing = self._thing()
-        dialect = getattr(thing, "dialect", database)  # a session has none
-        return thing is not None and _databases.get(dialect) is database and bool(thing.in_transaction())
-
     def _is_free(self, fiber: Fiber) -> bool:
         return not self._is_in_the_middle() or self._holders(fiber) in ([], [fiber])
 
     def _is_in_the_middle(self) -> bool:
-        """Tell whether it is in a transaction, or is a session with objects for its next one."""
         thing = self._thing()
-        return thing is not None and (
-            thing.in_transaction() or any(getattr(thing, kind, None) for kind in ("new", "dirty", "deleted"))
-        )
+        return thing is not None and bool(thing.in_transaction())
 
     def _holders(self, _: Fiber) -> list[Fiber]:
         user = None if self._user is None else self._user()
         return [] if user is None or user.dead else [user]
+
+
+class ConnectionUse(Use):
+    """Whose a connection is."""
+
+    def is_out_of(self, pool: Any) -> bool:
+        """Tell whether this pool (None: any pool) has given it out."""
+        connection = self._thing()
+        return connection is not None and not connection.closed and (pool is None or connection.engine.pool is pool)
+
+    def is_in_transaction_on(self, database: Database) -> bool:
+        """Tell whether it is in a transaction on this database."""
+        connection = self._thing()
+        is_there = connection is not None and _databases.get(connection.dialect) is database
+        return is_there and self._is_in_the_middle()
+
+
+class SessionUse(Use):
+    """Whose a session is."""
+
+    def _is_in_the_middle(self) -> bool:
+        """Tell whether it is in a transaction, or has objects for its next one."""
+        session = self._thing()
+        return session is not None and bool(session.in_transaction() or session.new or session.dirty or session.deleted)
 
 
 class Room:
@@ -140,7 +150,7 @@ class Room:
 
 
 def _is_out(use: Any, pool: Any) -> bool:
-    return isinstance(use, Use) and use.is_out_of(pool)
+    return isinstance(use, ConnectionUse) and use.is_out_of(pool)
 
 
 def _has_any(fiber: Fiber) -> bool:
@@ -190,7 +200,7 @@ class Database:
         ]
 
     def _is_busy(self, use: Any) -> bool:
-        return isinstance(use, Use) and use.is_in_transaction_on(self)
+        return isinstance(use, ConnectionUse) and use.is_in_transaction_on(self)
 
     def note_rows(self, fiber: Fiber, connection: Any, result: Any) -> None:
         """Note that the task has not read these rows yet."""
@@ -237,8 +247,8 @@ def _room(pool: Any) -> Room | None:
 
 def _use(thing: Any, fiber: Fiber) -> None:
     use = _uses.get(thing)
-    if use is None:  # it is older than `watch`, and so older than this task
-        use = _uses[thing] = Use(thing, None)
+    if use is None:  # a connection that is older than `watch`, and so older than this task
+        use = _uses[thing] = ConnectionUse(thing, None)
     use.by(fiber)
 
 
@@ -246,7 +256,7 @@ def _on_connect(connection: Any, *_: Any) -> None:
     pools = sys.modules["sqlalchemy.pool"]
     is_only_one = isinstance(connection.engine.pool, (pools.StaticPool, pools.SingletonThreadPool, pools.AssertionPool))
     fiber = fibers.current()
-    _uses[connection] = Use(connection, fiber, is_only_one=is_only_one)
+    _uses[connection] = ConnectionUse(connection, fiber, is_only_one=is_only_one)
     if fiber is not None:
         _database(connection).visit(fiber)
 
@@ -271,14 +281,12 @@ def _on_session_begin(session: Any, transaction: Any) -> None:
         use = _uses.get(session)
         if use is None:
             is_old = session.hash_key < _first_session
-            use = _uses[session] = Use(session, None if is_old else fiber)
+            use = _uses[session] = SessionUse(session, None if is_old else fiber)
         if fiber is not None:
             use.begun_by(fiber)
 
 
 def _on_session_use(session: Any, *_: Any) -> None:
-    """Note the use of a session: `session` is one, or the state of an execution that has one."""
-    session = getattr(session, "session", session)
     fiber = fibers.current()
     if fiber is not None and session in _uses:  # otherwise its first transaction has not begun yet
         was_in_transaction = session.in_transaction()
@@ -347,8 +355,9 @@ def _watch_orm() -> None:
     # SQLAlchemy numbers sessions. A lower number than this session's is older than the first task.
     _first_session = session().hash_key
     listen(session, "after_transaction_create", _on_session_begin)
-    for event in ("before_attach", "before_flush", "do_orm_execute"):
-        listen(session, event, _on_session_use)
+    listen(session, "before_attach", _on_session_use)
+    listen(session, "before_flush", _on_session_use)
+    listen(session, "do_orm_execute", lambda execution: _on_session_use(execution.session))
     registry = sqlalchemy.util.ThreadLocalRegistry
     registry.registry = PerTask(registry)
 
