@@ -22,6 +22,7 @@ from typing import Any
 from celery import Celery, signals
 from celery._state import get_current_task
 from celery.app.backends import by_url
+from celery.app.task import Context
 from celery.backends.base import BaseKeyValueStoreBackend
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
@@ -212,7 +213,7 @@ class Routing:
 
         With deduplication the app is told first. It must not hear of a success that then becomes a failure.
         """
-        ignores = bool(getattr(request, "ignore_result", False))
+        ignores = (_as_mapping(request) or {}).get("ignore_result")
         if isinstance(self, BaseKeyValueStoreBackend) and not ignores:
             self.encode(self.encode_result(result, "SUCCESS"))
 
@@ -326,7 +327,7 @@ def _address(params: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _as_mapping(request: Any) -> dict[str, Any] | None:
     """Return Celery's request as a dictionary. None if Celery made one up that has no headers."""
-    return vars(request) if hasattr(request, "called_directly") else request if isinstance(request, dict) else None
+    return vars(request) if isinstance(request, Context) else request if isinstance(request, dict) else None
 
 
 def _connect_signals() -> None:

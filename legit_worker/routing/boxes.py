@@ -98,7 +98,7 @@ class BrokerBox(Box):
                 message = channel.basic_get(self._queue)
                 if message is None:
                     return
-                python = message if hasattr(message, "ack") else channel.message_to_python(message)
+                python = channel.message_to_python(message)
                 yield _bytes(python.body), python.ack
 
 
