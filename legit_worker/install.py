@@ -60,21 +60,9 @@ class ModelPoolStep(bootsteps.Step):
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
-        import legit_worker
-        from legit_worker import settings
-
-        chosen = settings.load_or_exit()
-        if settings.take_name(worker.hostname, chosen):
-            chosen = settings.load_or_exit()
-            _take_queues(worker.app, chosen)
-        if chosen.log == "json":
-            from legit_worker.logs import write_json
-
-            worker.quiet = True  # no banner
-            write_json(chosen)
+        chosen = _chosen(worker)
         from legit_worker import control, tasks
-        from legit_worker.models import fence, requirements
-        from legit_worker.models.quiet import quiet_libraries
+        from legit_worker.models import fence
 
         _tell_doubts(worker, chosen)
         fence.use(chosen)
@@ -87,19 +75,8 @@ class ModelPoolStep(bootsteps.Step):
             bound_kernels()
             _show_only_gpu(chosen.device)
             if self._swap_pool(worker, chosen):
-                return  # ModelPool checks its requirements itself
-        requirements.check_or_exit(chosen)
-        quiet_libraries()
-        if chosen.metrics_port is not None:
-            from legit_worker import metrics
-
-            metrics.enable(worker.app)
-        if chosen.role == "prep":
-            aliases = ", ".join(chosen.models) or "none"
-            logger.info(
-                "legit_worker %s, role prep, can't start CUDA; models: %s; settings: %s",
-                *(legit_worker.__version__, aliases, settings.listed_changes(chosen)),
-            )
+                return  # ModelPool does the rest itself
+        _prepare_other_pool(worker.app, chosen)
 
     @staticmethod
     def _swap_pool(worker: Any, chosen: settings.Settings) -> bool:
@@ -121,6 +98,41 @@ class ModelPoolStep(bootsteps.Step):
         worker.concurrency = worker.min_concurrency = window(chosen)
         worker.prefetch_multiplier = 1
         return True
+
+
+def _chosen(worker: Any) -> settings.Settings:
+    """Read a worker's settings. By these, take its name, its queues and the form of its log."""
+    from legit_worker import settings
+
+    chosen = settings.load_or_exit()
+    if settings.take_name(worker.hostname, chosen):
+        chosen = settings.load_or_exit()
+        _take_queues(worker.app, chosen)
+    if chosen.log == "json":
+        from legit_worker.logs import write_json
+
+        worker.quiet = True  # no banner
+        write_json(chosen)
+    return chosen
+
+
+def _prepare_other_pool(app: Celery, chosen: settings.Settings) -> None:
+    """Check the requirements of any other pool than ModelPool, and have the worker serve metrics."""
+    import legit_worker
+    from legit_worker import metrics, settings
+    from legit_worker.models import requirements
+    from legit_worker.models.quiet import quiet_libraries
+
+    requirements.check_or_exit(chosen)
+    quiet_libraries()
+    if chosen.metrics_port is not None:
+        metrics.enable(app)
+    if chosen.role == "prep":
+        aliases = ", ".join(chosen.models) or "none"
+        logger.info(
+            "legit_worker %s, role prep, can't start CUDA; models: %s; settings: %s",
+            *(legit_worker.__version__, aliases, settings.listed_changes(chosen)),
+        )
 
 
 def _tell_doubts(worker: Any, chosen: settings.Settings) -> None:
