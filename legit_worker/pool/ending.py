@@ -135,8 +135,8 @@ class Ending:
         if self._waits_since is None or monotonic() < self._waits_since + BACKEND_SECONDS:
             return False
         logger.critical(
-            "the result backend or the broker takes no results, and the worker ends without those of %d tasks: they "
-            "run again, except those that were acked early, whose results are lost",
+            "the result backend or the broker takes no results, so the worker ends, and the results of %d tasks are "
+            "not stored: the tasks run again, unless they were acked early; then their results are lost",
             len(self._running),
         )
         return True

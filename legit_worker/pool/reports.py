@@ -64,7 +64,7 @@ def with_others(messages: int, seconds: float, lease: float) -> None:
     if messages:
         logger.info(
             "workers hold %d messages of this broker; if one of them was killed, its messages come back within %.0f s "
-            "(LEGIT_WORKER_LEASE_SECONDS), and those of a stock worker %.0f s after it took them "
+            "(LEGIT_WORKER_LEASE_SECONDS), and a stock worker's messages %.0f s after it took them "
             "(broker_transport_options: visibility_timeout)",
             *(messages, lease, seconds),
         )

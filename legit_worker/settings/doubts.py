@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from legit_worker.settings.schema import ModelSettings, Settings
 from legit_worker.settings.values import BUILT_IN_TASKS, KINDS_WITH_PATH, spelled
 
-#: Settings of an app that say how its results are routed, and nothing else.
+#: Settings of an app that only say how its results are routed.
 OF_ROUTING = ("queue", "format", "job", "url", "prefix", "encoding")
 
 

@@ -261,7 +261,7 @@ def test_a_warm_shutdown_does_not_wait_for_ever(stored: Stored, start_worker: St
     ids = stored.send("counted", *names)
     stored.wait_for_runs(*names)
     assert stored.worker.stop() == 0
-    assert "the worker ends without those of 20 tasks" in stored.worker.log
+    assert "the results of 20 tasks are not stored" in stored.worker.log
     stored.backend.start()
     again = start(start_worker, broker, stored.backend)
     again.wait_for("SUCCESS", ids)
