@@ -78,11 +78,6 @@ class Memory:
         """By all, the driver's own part included."""
         return self.total - self.free
 
-    @property
-    def others(self) -> int:
-        """By all others, as far as is known."""
-        return max(0, self.used - (self.mine or 0))
-
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[Gpu, ...]:
     """What CUDA would show a process with this environment: the N-th is torch's `cuda:N`.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, wraps
 from types import SimpleNamespace
 from typing import Any
@@ -146,16 +146,16 @@ class Room:
         return 0 if pool is None else int(pool.checkedout())
 
     def _count(self, fiber: Fiber) -> int:
-        return sum(_is_out(use, self._pool()) for use in fiber.holdings.shared)
+        return sum(use.is_out_of(self._pool()) for use in _connections(fiber))
 
 
-def _is_out(use: Any, pool: Any) -> bool:
-    return isinstance(use, ConnectionUse) and use.is_out_of(pool)
+def _connections(fiber: Fiber) -> Iterator[ConnectionUse]:
+    return (use for use in fiber.holdings.shared if isinstance(use, ConnectionUse))
 
 
 def _has_any(fiber: Fiber) -> bool:
     """Tell whether the task has a connection or a gate, so that others may wait for it."""
-    return bool(fiber.holdings.gates) or any(_is_out(use, None) for use in fiber.holdings.shared)
+    return bool(fiber.holdings.gates) or any(use.is_out_of(None) for use in _connections(fiber))
 
 
 class Database:
@@ -193,14 +193,8 @@ class Database:
 
     def _others(self, fiber: Fiber) -> list[Fiber]:
         """Return the other tasks that are in a transaction."""
-        return [
-            other
-            for other in self._visitors
-            if other is not fiber and not other.dead and any(map(self._is_busy, other.holdings.shared))
-        ]
-
-    def _is_busy(self, use: Any) -> bool:
-        return isinstance(use, ConnectionUse) and use.is_in_transaction_on(self)
+        others = [other for other in self._visitors if other is not fiber and not other.dead]
+        return [other for other in others if any(use.is_in_transaction_on(self) for use in _connections(other))]
 
     def note_rows(self, fiber: Fiber, connection: Any, result: Any) -> None:
         """Note that the task has not read these rows yet."""

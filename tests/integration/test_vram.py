@@ -100,13 +100,13 @@ def test_whether_cuda_counts_as_nvml_does(nvml: Nvml, world: str, variables: dic
     assert ask(nvml, world, "is_order_known(visible_gpus())", **variables) is known
 
 
-MEMORY = "[(m.total, m.free, m.mine, m.others) for m in map(memory, all_gpus())]"
+MEMORY = "[(m.total, m.free, m.mine, m.used) for m in map(memory, all_gpus())]"
 
 
 def test_memory_is_each_ones_own(nvml: Nvml) -> None:
     assert ask(nvml, WORLD, MEMORY) == [
         [16 * GIB, 15 * GIB, 0, 1 * GIB],
-        [80 * GIB, 50 * GIB, 12 * GIB, 18 * GIB],
+        [80 * GIB, 50 * GIB, 12 * GIB, 30 * GIB],
         [20 * GIB, 18 * GIB, None, 2 * GIB],
         [10 * GIB, 9 * GIB, 0, 1 * GIB],
     ]
