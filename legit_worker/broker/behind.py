@@ -80,12 +80,7 @@ class Behind:
         if self._connection is None:
             # Nobody reads this connection between two copies, so it must need no heartbeats.
             connection = message.channel.connection.client.clone(heartbeat=0)
-            connection.connect_timeout = PATIENCE
-            connection.transport_options |= {"read_timeout": PATIENCE, "write_timeout": PATIENCE}
-            # kombu would try for ever otherwise, on the worker's main thread.
-            connection.ensure_connection(
-                max_retries=1, timeout=PATIENCE, interval_start=0, reraise_as_library_errors=False
-            )
+            reach(connection)
             self._connection = connection
         return self._connection.default_channel
 
@@ -94,6 +89,18 @@ class Behind:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.collect()
+
+
+def reach(connection: kombu.Connection, **options: Any) -> None:
+    """Open a connection, or raise at once: kombu would try for ever. RabbitMQ then has to answer within `PATIENCE`.
+
+    `options` are more of RabbitMQ's. A clone shares its options with the worker's own connection, which keeps them.
+    """
+    if connection.transport.driver_type == "amqp":
+        connection.connect_timeout = PATIENCE
+        own = {"read_timeout": PATIENCE, "write_timeout": PATIENCE, **options}
+        connection.transport_options = {**connection.transport_options, **own}
+    connection.ensure_connection(max_retries=1, timeout=PATIENCE, interval_start=0, reraise_as_library_errors=False)
 
 
 def _copy(message: kombu.Message, deliveries: int, vouched: int) -> amqp.Message:

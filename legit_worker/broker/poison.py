@@ -14,7 +14,7 @@ import amqp
 import kombu
 from kombu.utils.encoding import str_to_bytes
 
-from legit_worker.broker.behind import PATIENCE
+from legit_worker.broker.behind import PATIENCE, reach
 from legit_worker.broker.returning import DELIVERIES, count
 from legit_worker.broker.tally import tally
 
@@ -60,15 +60,8 @@ def bury(message: Any, reason: str) -> None:
 
 def _put(connection: kombu.Connection, record: dict[str, Any]) -> None:
     """Put a record into the queue of records. One that its owner made with other arguments stays as it is."""
-    amqp_only: dict[str, Any] = {}
-    if connection.transport.driver_type == "amqp":
-        connection.connect_timeout = PATIENCE
-        connection.transport_options = {
-            **connection.transport_options,
-            **{"confirm_publish": True, "read_timeout": PATIENCE, "write_timeout": PATIENCE},
-        }
-        amqp_only = {"confirm_timeout": PATIENCE}
-    connection.ensure_connection(max_retries=1, timeout=PATIENCE, interval_start=0, reraise_as_library_errors=False)
+    amqp_only = {"confirm_timeout": PATIENCE} if connection.transport.driver_type == "amqp" else {}
+    reach(connection, confirm_publish=True)
     try:
         kombu.Queue(DEAD, channel=connection.channel()).queue_declare(passive=True)
     except connection.channel_errors:  # the queue is missing, and RabbitMQ has closed the channel

@@ -74,6 +74,7 @@ def test_a_server_that_is_away_is_not_waited_for() -> None:
     """kombu tries for ever to connect a channel by itself."""
     connection = kombu.Connection(f"amqp://127.0.0.1:{free_port()}//")
     assert not Behind().put(message(connection), "work", 1, 0)
+    assert connection.transport_options == {}, "the worker's own"
 
 
 def test_a_message_that_comes_while_a_copy_is_on_its_way_does_not_wait_for_it() -> None:
