@@ -66,17 +66,16 @@ class Flights:
     def launch(self, queue: ModelQueue, batch: list[Item]) -> None:
         """Hand a batch to the device. Raises `DeviceLostError`, and what ends the worker."""
         start = monotonic()
-        work, span = self._follow(batch), _traced(queue, batch)
+        work = self._follow(batch)
+        span = batch_span(queue.model.alias, len(batch), (call.asker for call in calls_of(batch)))
         try:
             launch = queue.launch(batch)
         except ENDS as error:  # whoever drains the worker finds the batch where it was
-            _settle(batch, work)
-            _end(span, error=error)
+            _over(batch, work, span, error=error)
             queue.put_back(batch)
             raise
         except BaseException as error:
-            _settle(batch, work)
-            _end(span, error=error)
+            _over(batch, work, span, error=error)
             queue.seconds += monotonic() - start
             self._failed(queue, batch, error)
             return
@@ -126,8 +125,7 @@ class Flights:
         """A batch is over."""
         queue, batch, launch = flight.queue, flight.batch, flight.launch
         flight.work.end(launch.seconds if launch.error is None else None)
-        _settle(batch, flight.work)
-        _end(flight.span, launch.seconds, launch.error)
+        _over(batch, flight.work, flight.span, launch.seconds, launch.error)
         queue.seconds += launch.seconds
         queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)
         if launch.error is None:
@@ -177,15 +175,15 @@ class Waiter:
             self._wake()
 
 
-def _traced(queue: ModelQueue, batch: list[Item]) -> BatchSpan | None:
-    return batch_span(queue.model.alias, len(batch), (call.asker for call in calls_of(batch)))
-
-
-def _end(span: BatchSpan | None, seconds: float | None = None, error: BaseException | None = None) -> None:
-    if span is not None:
-        span.end(seconds, error)
-
-
-def _settle(batch: list[Item], work: Work) -> None:
+def _over(
+    batch: list[Item],
+    work: Work,
+    span: BatchSpan | None,
+    seconds: float | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """End what followed a batch: its tasks' clocks, and its span."""
     for call in calls_of(batch):
         call.clock.settle(work)
+    if span is not None:
+        span.end(seconds, error)
