@@ -187,8 +187,7 @@ def _ack_late_by_default(sender: Celery, **_: Any) -> None:
     Celery lets a project's setting win over an added default only if both have one spelling. So look for every
     spelling first.
     """
-    namespace = getattr(sender, "namespace", None)
-    spellings = {"TASK_ACKS_LATE", "CELERY_ACKS_LATE", f"{namespace}_TASK_ACKS_LATE"}
+    spellings = {"TASK_ACKS_LATE", "CELERY_ACKS_LATE", f"{sender.namespace}_TASK_ACKS_LATE"}
     chosen = (str(key).upper() for layer in sender.conf.maps[:-1] for key in layer)
     if spellings.isdisjoint(chosen):
         sender.conf.add_defaults({"task_acks_late": True})

@@ -27,14 +27,7 @@ LOOK = 0.25
 class FiberHost(parking.Host):
     """Parks fibers. In a thread that has none, waits as the base class does. Lives as long as its pool."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        engine: Engine,
-        running: Running,
-        *,
-        is_inline: bool,
-    ) -> None:
+    def __init__(self, loop: Loop, engine: Engine, running: Running, *, is_inline: bool) -> None:
         self._loop = loop
         self._engine = engine
         self._running = running
