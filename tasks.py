@@ -1,7 +1,9 @@
-import legit_worker
 from celery import Celery
 
+import legit_worker
+
 app = legit_worker.install(Celery("tasks", broker="redis://localhost", backend="redis://localhost"))
+
 
 @app.task
 def embed(text: str) -> list[float]:
