@@ -21,7 +21,7 @@ from legit_worker import apps, quickjson, settings
 from legit_worker.errors import InvalidInputError, SettingsError
 from legit_worker.inputs.images import bytes_of, decode, image_of
 from legit_worker.inputs.limits import Limits, limits_of
-from legit_worker.inputs.reading import images_of, texts_or_prepared
+from legit_worker.inputs.reading import images_or_both_of, texts_or_prepared
 from legit_worker.inputs.types import ImageBytes, PreparedText, Text
 from legit_worker.pool.limits import seconds_of
 from legit_worker.prep import sources
@@ -122,12 +122,12 @@ def _base64(text: str) -> None:
 
 def _images(value: Any) -> None:
     try:
-        found = images_of(value, "image", LIMITS)
+        found = images_or_both_of(value, "image", LIMITS)
     except InvalidInputError as error:
         _clear(error)
         return
-    if not all(isinstance(item, ImageBytes) for item in found):
-        raise GotPastError(f"{found!r} are no images")
+    if not all(isinstance(item["image"] if isinstance(item, dict) else item, ImageBytes) for item in found):
+        raise GotPastError(f"{found!r} are no images, nor texts with images")
 
 
 def _source(text: str) -> None:
