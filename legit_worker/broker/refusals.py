@@ -88,9 +88,11 @@ def give_up_request(request: Any, error: Exception) -> None:
 
 def give_back_request(request: Any) -> None:
     """Put the message of a request that ended half-way back into its queue, unless it was acked or rejected."""
-    if request is None or request.message.acknowledged:
+    if request is None:
         return
     state.task_ready(request)
+    if request.message.acknowledged:
+        return
     request.acknowledged = True
     request.on_reject(logger, request.connection_errors, True)
 
