@@ -73,7 +73,8 @@ def test_a_warm_shutdown_finishes_what_runs_and_leaves_the_rest_to_the_next_work
 def test_a_warm_shutdown_lets_parked_tasks_finish(sides: Sides, broker: Broker) -> None:
     results = slow_tasks(broker, 30)
     worker = sides.worker("modelpool", broker=broker)
-    poll(lambda: len(worker.received) == 30, "all tasks to start")
+    poll(lambda: len(worker.received) == 30, "all tasks to come")
+    worker.wait_for_log(" succeeded in ")
     assert worker.stop() == 0
     assert [result.result for result in results] == expected(30)
 

@@ -27,6 +27,7 @@ def ring_everywhere(life: Life) -> None:
         happened = names(life.end(result))
         assert happened.count("rings") == 1, (place, end)
         assert happened.count("before_start") == runs, (place, end)
+        life.worker.settle([result])
         assert result.state == ("SUCCESS" if end == "returns" else "FAILURE")
     assert life.worker.log.count("A signal's handler raised in Celery's code around rung[") == len(PLACES)
 
@@ -58,6 +59,8 @@ def test_it_does_so_under_rabbitmq(
 
 
 def test_a_task_that_is_revoked_is_told_so_again(start_worker: StartWorker, tmp_path: Path, broker: Broker) -> None:
+    if broker.url.startswith("amqp"):
+        pytest.skip("RabbitMQ drops an expired message that goes back")
     life = begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung")
     late = datetime.now(timezone.utc) - timedelta(seconds=1)
     result = life.send("rung", kwargs={"end": "returns", "place": "ack"}, expires=late)
@@ -71,6 +74,8 @@ def test_hooks_that_fail_end_no_worker(
     start_worker: StartWorker, tmp_path: Path, broker: Broker, countdown: float | None
 ) -> None:
     """Under stock solo they end it, or leave the message unacked if the task was to run later."""
+    if broker.url.startswith("amqp"):
+        pytest.skip("on RabbitMQ nothing is put into a list")
     life = begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung")
     sent = [
         life.send("rung", kwargs={"end": end, "fails": fails}, countdown=countdown)
