@@ -19,12 +19,20 @@ from typing import Any
 
 from legit_worker.broker.owners import is_hurried
 
-_waits = threading.local()
+
+class _Waits(threading.local):
+    """One thread's."""
+
+    #: How many answers are waited for, each within the one before.
+    depth = 0
+
+
+_waits = _Waits()
 
 
 def is_answer_awaited() -> bool:
     """Whether this thread reads a connection until an answer comes: messages before it are only kept."""
-    return getattr(_waits, "depth", 0) > 0
+    return _waits.depth > 0
 
 
 class PatientChannel:
@@ -32,7 +40,7 @@ class PatientChannel:
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for an answer. A message that comes first may bring a command, whose own question comes within."""
-        _waits.depth = getattr(_waits, "depth", 0) + 1
+        _waits.depth += 1
         try:
             return super().wait(*args, **kwargs)  # type: ignore[misc]
         finally:
