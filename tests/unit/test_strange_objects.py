@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain import Plain
 
 import legit_worker
 from legit_worker.batching.keys import Key, key_of
@@ -14,29 +15,6 @@ from legit_worker.errors import LegitWorkerError, said
 from legit_worker.testing import Together, run_together, use_models
 
 TEXTS = [f"text {number % 3}" for number in range(12)]
-
-
-class Plain:
-    """Gives each item in capitals."""
-
-    def load(self, device: str) -> None:
-        """Nothing to read."""
-
-    def preprocess(self, item: str) -> Any:
-        """As it came."""
-        return item
-
-    def cost(self, item: Any) -> int:
-        """Any."""
-        return 1
-
-    def forward(self, batch: Sequence[Any]) -> Any:
-        """Capitals."""
-        return [item.upper() for item in batch]
-
-    def postprocess(self, output: Any) -> Any:
-        """As it is."""
-        return output
 
 
 class Touchy:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain import Plain
 
 import legit_worker
 from legit_worker.models.views import in_own_memory
@@ -41,31 +42,16 @@ class Batch(np.ndarray):  # type: ignore[type-arg]
     """An array that a weak reference can watch."""
 
 
-class Dense:
+class Dense(Plain):
     """Gives rows of one array for each batch, as most models do."""
 
     batches: list[weakref.ref[Any]] = []  # noqa: RUF012
-
-    def load(self, device: str) -> None:
-        """Nothing to read."""
-
-    def preprocess(self, item: float) -> float:
-        """As it came."""
-        return item
-
-    def cost(self, item: float) -> int:
-        """Any."""
-        return 1
 
     def forward(self, batch: Sequence[float]) -> Any:
         """Eight times each number."""
         found = np.repeat(np.array(batch, dtype=np.float32), 8).reshape(len(batch), 8).view(Batch)
         self.batches.append(weakref.ref(found))
         return found
-
-    def postprocess(self, output: Any) -> Any:
-        """As it is."""
-        return output
 
     def plan_encode(self, inputs: Any) -> Any:
         """One number."""
