@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from time import monotonic
 from typing import Any
 
+from legit_worker.device.capture import Recorder
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.imported import started_cuda
 from legit_worker.device.vram import Gpu, Memory, NvmlMuteError, VramUnknownError, visible_gpus
@@ -30,7 +31,6 @@ ALLOCATOR_ALSO = "PYTORCH_ALLOC_CONF"
 
 #: The bytes of weights in one copy.
 PART = 16 * 2**20
-
 
 #: How the settings begin that name a GPU by its UUID.
 BY_UUID = ("GPU-", "MIG-")
@@ -161,6 +161,8 @@ class CudaDevice(Device):
         #: The allocator counts one peak for the process, so the loader's trial batches and the engine's batches take
         #: turns. The lock is re-entrant: a model's `forward` may call another model.
         self._counting = threading.RLock()
+        #: Batches as CUDA graphs.
+        self.recorder = Recorder(self._numbered)
         #: The most bytes for torch's allocator; it does not hold while weights are read.
         self._limit: int | None = None
         self._is_loading = False
@@ -245,7 +247,9 @@ class CudaDevice(Device):
             return
         share = 1.0
         if self._limit is not None and not self._is_loading:
-            share = min(1.0, self._limit / cuda.get_device_properties(self._numbered).total_memory)
+            share = min(
+                1.0, (self._limit + self.recorder.kept) / cuda.get_device_properties(self._numbered).total_memory
+            )
         with suppress(RuntimeError):  # the context is broken, and the next batch will tell
             cuda.set_per_process_memory_fraction(share, self._numbered)
 
@@ -253,6 +257,11 @@ class CudaDevice(Device):
         """Return the bytes of the GPU that torch's allocator has, in use or kept for later."""
         cuda = started_cuda()
         return 0 if cuda is None else int(cuda.memory_reserved(self._numbered))
+
+    def forget_recordings(self) -> None:
+        """Free what CUDA graphs keep, when no batch is launched."""
+        with self._counting:
+            self.recorder.forget()
 
     def memory(self) -> Memory | None:
         """Return the GPU's memory as CUDA tells it; None until CUDA runs here, which asking must not start."""

@@ -13,8 +13,11 @@ import torch
 
 from legit_worker.backends.choice import Subject, Wanted, choose
 from legit_worker.backends.graphs import Graphs
+from legit_worker.backends.recorded import RecordedBatches
 from legit_worker.device.cpu import speed_up_linear_layers
+from legit_worker.device.cuda import cuda_device
 from legit_worker.models.features import collate
+from legit_worker.models.lengths import positions, routes
 from legit_worker.models.shortway import leaves_out_prompts
 from legit_worker.prep.texts import model_folder
 
@@ -25,9 +28,12 @@ if TYPE_CHECKING:
 class Backend:
     """What computes one model. The loader thread chooses it; `graphs` is None while torch computes."""
 
-    def __init__(self, name: str, dtype: str | None, cache_dir: Path | None) -> None:
-        self._name, self._dtype, self._cache_dir = name, dtype, cache_dir
+    def __init__(self, name: str, dtype: str | None, cache_dir: Path | None, *, records: bool = False) -> None:
+        """`records`: whether torch's small batches become CUDA graphs on a GPU."""
+        self._name, self._dtype, self._cache_dir, self._records = name, dtype, cache_dir, records
         self.graphs: Graphs | None = None
+        #: Torch's small batches on a GPU; None on a CPU.
+        self.recorded: RecordedBatches | None = None
         self._reason = ""
 
     def dtype_to_read(self, dtype: str | None) -> str | None:
@@ -36,10 +42,32 @@ class Backend:
             return dtype
         return None if dtype in (None, "auto") else "float32"
 
-    def report(self) -> dict[str, str]:
+    def report(self) -> dict[str, Any]:
         """For `inspect stats`."""
         name = "torch" if self.graphs is None else f"openvino {self.graphs.dtype}"
-        return {"backend": name, **({"backend_reason": self._reason} if self._reason else {})}
+        found: dict[str, Any] = {"backend": name, **({"backend_reason": self._reason} if self._reason else {})}
+        if self.recorded is not None:
+            found["cuda_graphs"] = self.recorded.obstacle or len(self.recorded)
+        return found
+
+    def moved(self, device: str, model: SentenceModel) -> None:
+        """Its weights are at other addresses, on this device."""
+        self._forget()
+        limit = model.max_seq_length()
+        if device.startswith("cuda") and self._records and limit is not None:
+            library: Any = model.library
+            most = positions(routes(library)[0])
+            self.recorded = RecordedBatches(
+                cuda_device(device).recorder,
+                model.compute,
+                lambda texts, length: collate(texts, library.tokenizer, length),
+                limit if most is None else min(limit, most),
+            )
+
+    def _forget(self) -> None:
+        if self.recorded is not None:
+            self.recorded.forget()
+            self.recorded = None
 
     def choose(self, device: str, model: SentenceModel) -> None:
         """Find out what computes it, and free torch's weights if that is not torch. Raises `BackendError`."""
@@ -59,6 +87,7 @@ class Backend:
     def unload(self) -> None:
         """Free the graphs."""
         self.graphs = None
+        self._forget()
 
 
 def _subject(model: SentenceModel, stored: torch.dtype) -> Subject:

@@ -123,8 +123,10 @@ class DeviceBudget:
             self._device().hold(limit)
 
     def give_back(self) -> int:
-        """Torch's allocator returns its cache."""
+        """Torch's allocator returns its cache, and what CUDA graphs have."""
         before = self._taken()
+        if not self._is_unknown:
+            self._device().forget_recordings()
         give_back_cached()
         return max(0, before - self._taken())
 
@@ -162,7 +164,8 @@ class DeviceBudget:
     def _allowed(self, found: vram.Memory, ours: int) -> int:
         free = found.free + ours - self._headroom(found) - self._growth(found.used - ours)
         limit = self._chosen.vram_limit
-        return max(0, free if limit is None else min(free, limit.of(found.total)))
+        most = free if limit is None else min(free, limit.of(found.total))
+        return max(0, most - self._device().recorder.kept)
 
     def _headroom(self, found: vram.Memory) -> int:
         return self._chosen.vram_headroom.of(found.total)

@@ -6,7 +6,7 @@ share a batch, and the batch's features, padded together.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,18 +134,30 @@ def identity_of(features: dict[str, Any]) -> Hashable:
     return tuple(tuple(value.flatten().tolist()) for _, value in sorted(tensors.items()))
 
 
-def collate(items: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
-    """The features of a batch, padded as the tokenizer pads."""
-    return {name: _join(name, [item[name] for item in items], tokenizer) for name in items[0]}
+def is_tokens(features: Mapping[str, Any]) -> bool:
+    """Whether an input has tokens, and no pixels or other tensors."""
+    return "input_ids" in features and all(
+        name in TOKENS for name, value in features.items() if isinstance(value, list | torch.Tensor)
+    )
 
 
-def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
+def as_lists(features: Mapping[str, Any]) -> dict[str, Any]:
+    """One input's features, with lists of tokens in place of tensors."""
+    return {name: value[0].tolist() if isinstance(value, torch.Tensor) else value for name, value in features.items()}
+
+
+def collate(items: Sequence[Mapping[str, Any]], tokenizer: Any, length: int = 0) -> dict[str, Any]:
+    """The features of a batch, padded as the tokenizer pads. Features that are lists are padded to this length, too."""
+    return {name: _join(name, [item[name] for item in items], tokenizer, length) for name in items[0]}
+
+
+def _join(name: str, values: list[Any], tokenizer: Any, length: int) -> Any:
     """One feature of all items as one tensor, or the value that is the same in each."""
     if not isinstance(values[0], list | torch.Tensor):
         return values[0]
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
     if all(isinstance(ids, list) for ids in values):
-        return _padded(values, fill, at_end=tokenizer.padding_side == "right")
+        return _padded(values, fill, length, at_end=tokenizer.padding_side == "right")
     values = [torch.tensor([ids]) if isinstance(ids, list) else ids for ids in values]
     if all(tensor.shape[1] == values[0].shape[1] for tensor in values):
         return torch.cat(values)
@@ -153,9 +165,9 @@ def _join(name: str, values: list[Any], tokenizer: Any) -> Any:
     return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
 
 
-def _padded(rows: list[list[int]], fill: int, *, at_end: bool) -> torch.Tensor:
+def _padded(rows: list[list[int]], fill: int, length: int, *, at_end: bool) -> torch.Tensor:
     """One array for all rows: a tensor for each of them takes a hundred times as long."""
-    longest = max(map(len, rows))
+    longest = max(length, *map(len, rows))
     numbers = np.full((len(rows), longest), fill or 0, dtype=np.int64)  # without padding, all have one length
     for place, row in zip(numbers, rows, strict=True):
         place[slice(len(row)) if at_end else slice(longest - len(row), None)] = row

@@ -175,7 +175,8 @@ class Loader:
         give_back_freed()
         logger.info("model %r loaded on %s in %.1f s, %.0f MiB", slot.alias, device.name, seconds, slot.size / 2**20)
         if slot.spec.backend != "torch":
-            logger.info("model %r is computed by %s: %s", slot.alias, *model.backend.values())
+            found = model.backend
+            logger.info("model %r is computed by %s: %s", slot.alias, found["backend"], found["backend_reason"])
         return model, seconds
 
     def _read(self, slot: Slot, cls: Any, orders: Orders, device: Device) -> LoadedModel:
@@ -240,6 +241,7 @@ def _construct(cls: Any, alias: str, spec: ModelSettings, cache_dir: Path | None
     offered = {
         **{"alias": alias, "path": spec.path, "dtype": spec.dtype, "revision": spec.revision},
         **{"backend": spec.backend, "cache_dir": cache_dir, "options": library_options(spec)},
+        "cuda_graphs": spec.cuda_graphs,
     }
     wanted = inspect.signature(cls).parameters
     make = functools.partial(cls, **{name: value for name, value in offered.items() if name in wanted})

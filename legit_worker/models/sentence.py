@@ -25,11 +25,13 @@ from legit_worker.models.features import (
     Patches,
     Prepared,
     Prompted,
+    as_lists,
     can_be_padded,
     check_text,
     collate,
     cost_of,
     identity_of,
+    is_tokens,
     key_of,
     patches_of,
     to_numpy,
@@ -55,6 +57,8 @@ class SentenceModel:
         backend: str = "torch",
         cache_dir: Path | None = None,
         options: Mapping[str, Any] | None = None,
+        *,
+        cuda_graphs: bool = False,
     ) -> None:
         """`options`: more arguments of the library's constructor, as `loader.library_options` gives them."""
         #: The folder of the weights, or their name on the Hub and the revision there.
@@ -62,7 +66,7 @@ class SentenceModel:
         self._dtype = "float32" if dtype == "tf32" else dtype
         self._precision = tf32 if dtype == "tf32" else nullcontext
         self._options = dict(options or {})
-        self._backend = Backend(backend, dtype, cache_dir)
+        self._backend = Backend(backend, dtype, cache_dir, records=cuda_graphs)
         #: The library's own model; None before it is loaded.
         self.library: Any = None
         self._texts: Any = None
@@ -88,10 +92,11 @@ class SentenceModel:
             "tf32" if self._precision is tf32 else str(next(floats, torch.float32)).removeprefix("torch.")
         )
         self._backend.choose(device, self)
+        self._backend.moved(device, self)
         self._commit = revision_of(self.path, self.revision)
 
     @property
-    def backend(self) -> dict[str, str]:
+    def backend(self) -> dict[str, Any]:
         """What computes it, and why, as `inspect stats` shows it."""
         return self._backend.report()
 
@@ -118,6 +123,7 @@ class SentenceModel:
     def to(self, device: str) -> None:
         """Move the weights."""
         move(self.library, device)
+        self._backend.moved(device, self)
 
     def unload(self) -> None:
         """Free the weights' memory now: the library's objects are in cycles, and failed tasks may hold this one."""
@@ -190,11 +196,20 @@ class SentenceModel:
     @torch.inference_mode()
     def forward(self, batch: Sequence[Prepared]) -> torch.Tensor | Launch:
         """Compute one row per item, as the model's last module gives it: shape `[n, dim]`."""
-        features = self._features(batch)
         if self._backend.graphs is not None:
-            return self._backend.graphs.launch(features, len(batch))
+            return self._backend.graphs.launch(self._features(batch), len(batch))
         with self._precision():
-            return self.compute(to_device(features, self.library.device), batch[0].task)
+            rows = self._recorded(batch)
+            if rows is not None:
+                return rows
+            return self.compute(to_device(self._features(batch), self.library.device), batch[0].task)
+
+    def _recorded(self, batch: Sequence[Prepared]) -> torch.Tensor | None:
+        """The rows of a batch by a CUDA graph, or those of a batch that is to become one; None if it has none."""
+        recorded, first = self._backend.recorded, batch[0]
+        if recorded is None or first.task is not None or not is_tokens(first.features):
+            return None
+        return recorded.rows([as_lists(item.features) for item in batch], self.library.device)
 
     def compute(self, features: dict[str, Any], task: str | None = None) -> torch.Tensor:
         """The rows of a batch's features, by torch."""

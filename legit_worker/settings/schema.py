@@ -62,7 +62,7 @@ LIMITS = ("max_items", "max_characters", "max_image_bytes", "max_pixels", "max_t
 #: Settings of a model that mean something to the library alone, and those that fewer kinds have.
 OF_LIBRARY = (
     *("local_files_only", "trust_remote_code", "model_kwargs", "processor_kwargs", "prompt_name", "prompt"),
-    "max_seq_length",
+    *("max_seq_length", "cuda_graphs"),
 )
 OPTIONS_OF = {
     "task": ("embed", "image", "sparse", "multi"),
@@ -112,6 +112,9 @@ class ModelSettings(_Group):
     #: The type of its weights; the one of the files if it is not set, and with `auto`. `tf32`: float32, whose products
     #: a GPU rounds to TF32. `int8`: OpenVINO's products of 8 bits.
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
+    #: Whether small batches of texts are recorded as CUDA graphs on a GPU, so that one call launches a batch. This has
+    #: not run on a GPU yet.
+    cuda_graphs: bool = False
     #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None
     #: Whether to read the model from this machine alone, and never ask the Hub.

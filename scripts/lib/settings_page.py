@@ -48,6 +48,7 @@ NOTHING = {
 #: Where more is said about a setting. What stands before its variable tells two settings of one name apart.
 MORE = {
     "backend": "models.md#openvino-on-a-cpu",
+    "cuda_graphs": "models.md#cuda-graphs-on-a-gpu",
     **dict.fromkeys(("task", "prompt_name", "dimensions"), "models.md#two-aliases-of-one-model"),
     **dict.fromkeys(("trust_remote_code", "model_kwargs"), "models.md#options-of-a-model"),
     **dict.fromkeys(("node", "model_queues"), "gpu-memory.md#several-gpus"),

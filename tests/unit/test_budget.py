@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from legit_worker.device import cuda, vram
+from legit_worker.device.capture import Recorder
 from legit_worker.models import budget
 from legit_worker.models.budget import DeviceBudget
 from legit_worker.settings import Amount, Settings
@@ -39,6 +40,22 @@ def test_what_torch_keeps_for_later_is_not_lost(world: World) -> None:
     subject = DeviceBudget(Settings(device="cuda"))
     world.reserved = 400
     assert subject.bytes(weights=100) == 900
+
+
+def test_what_cuda_graphs_keep_is_neither_for_weights_nor_for_batches(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = DeviceBudget(Settings(device="cuda", vram_limit=Amount(500)))
+    world.reserved = 400
+    assert subject.bytes(weights=100) == 500
+    monkeypatch.setattr(Recorder, "kept", 150)
+    assert subject.bytes(weights=100) == 350
+
+
+def test_a_batch_that_lacks_memory_gets_what_cuda_graphs_keep(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.reserved = 400
+    monkeypatch.setattr(Recorder, "forget", lambda recorder: setattr(world, "reserved", 300))
+    assert DeviceBudget(Settings(device="cuda")).give_back() == 100
 
 
 def test_what_others_had_lately_is_left_to_them_for_a_while(world: World) -> None:

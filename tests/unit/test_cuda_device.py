@@ -16,6 +16,7 @@ from budgets import Limited
 from fakecuda import FakeCuda, OnGpu
 
 from legit_worker.device import cuda
+from legit_worker.device.capture import Recorder
 from legit_worker.device.cuda import CudaDevice, prepare_environment, tf32, to_device
 from legit_worker.device.memory import give_back_cached
 from legit_worker.device.vram import VramUnknownError
@@ -252,3 +253,58 @@ def test_a_torch_that_is_being_imported_is_not_asked(monkeypatch: pytest.MonkeyP
     assert CudaDevice("cuda").taken() == 0
     assert not CudaDevice("cuda").is_lost(RuntimeError("CUDA error"))
     give_back_cached()
+
+
+class Holder:
+    """Has recordings."""
+
+    def __init__(self) -> None:
+        self.recordings: list[Any] = []
+
+    def forget(self) -> None:
+        self.recordings.clear()
+
+
+class Graph:
+    """A graph that notes what torch is told. What it computes is kept by the one who recorded it."""
+
+    def __init__(self, gpu: FakeCuda) -> None:
+        self._gpu = gpu
+
+    def capture_begin(self, **options: Any) -> None:
+        assert options == {"pool": "a pool", "capture_error_mode": "thread_local"}
+        self._gpu.note("capture")
+
+    def capture_end(self) -> None:
+        self._gpu.note("captured")
+
+    def replay(self) -> None:
+        self._gpu.note("replay")
+
+
+@pytest.fixture
+def recording_gpu(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """The same, with CUDA graphs, whose streams and pool have names."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(gpu))
+    monkeypatch.setattr(Recorder, "_pool", "a pool")
+    monkeypatch.setattr(Recorder, "_stream", torch.cuda.Stream("cuda:0"))
+    gpu.total = 10_000
+    return gpu
+
+
+def test_what_graphs_keep_is_no_room_for_weights_and_not_out_of_the_allocators_bound(recording_gpu: FakeCuda) -> None:
+    def compute(own: Any) -> torch.Tensor:
+        recording_gpu.allocated += 400
+        return own["x"] * 2
+
+    device, holder = cuda.cuda_device("cuda"), Holder()
+    holder.recordings.append(device.recorder.record(holder, compute, {"x": torch.ones(2)}))
+    assert recording_gpu.calls == [
+        "wait for stream of the batches on cuda:0",
+        *("[stream of cuda:0", "capture", "captured", "stream of cuda:0]"),
+    ]
+    assert device.recorder.kept == 400
+    device.hold(1000)
+    assert recording_gpu.share == pytest.approx(0.14)
+    device.forget_recordings()
+    assert (holder.recordings, device.recorder.kept) == ([], 0)

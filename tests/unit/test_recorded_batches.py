@@ -1,0 +1,241 @@
+"""A model's small batches as CUDA graphs, over a recorder that needs no GPU: which are recorded, and when they are not.
+
+`tests/gpu/test_gpu_graphs.py` has real ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import MAX_TOKENS, WORDS, build_cross_encoder, build_dense
+
+from legit_worker.backends.recorded import LENGTHS, MOST_TOKENS, RecordedBatches, Shape, shape_of
+from legit_worker.models.backend import Backend
+from legit_worker.models.features import collate
+from legit_worker.models.kinds import TextEmbedding
+from legit_worker.models.loaded import RESERVE
+from legit_worker.models.reranker import Reranker
+
+CPU = torch.device("cpu")
+
+
+class Replayed:
+    """A recording that computes by what was recorded."""
+
+    def __init__(self, compute: Callable[[Mapping[str, Any]], Any], notes: list[str]) -> None:
+        self._compute, self._notes = compute, notes
+        self.seconds: float | None = None
+
+    def replay(self, values: Mapping[str, Any]) -> Any:
+        self._notes.append("replay")
+        return self._compute(values)
+
+
+class Recorder:
+    """A recorder whose graphs are what it was given, or as `spoil` makes of them."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.recordings: list[Replayed] = []
+        self.is_usable = True
+        self.spoil: Callable[[Any], Any] = lambda rows: rows
+
+    def record(self, holder: Any, compute: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Replayed:
+        compute({name: torch.zeros_like(value) for name, value in inputs.items()})
+        self.notes.append("record")
+        self.recordings.append(Replayed(lambda values: self.spoil(compute(values)), self.notes))
+        return self.recordings[-1]
+
+
+class Model:
+    """Each text's row is the sum of its tokens that are not padding."""
+
+    def __init__(self, longest: int = 64) -> None:
+        self.recorder = Recorder()
+        self.shapes: list[tuple[int, ...]] = []
+        self.batches = RecordedBatches(self.recorder, self._compute, self._collate, longest)  # type: ignore[arg-type]
+
+    def _compute(self, features: dict[str, Any]) -> torch.Tensor:
+        assert features["kind"] == "text"
+        self.shapes.append(tuple(features["input_ids"].shape))
+        return (features["input_ids"] * features["attention_mask"]).sum(1, keepdim=True).float()
+
+    def _collate(self, texts: Any, length: int) -> dict[str, Any]:
+        rows = [text["input_ids"] for text in texts]
+        ids = torch.tensor([row + [99] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "kind": "text"}
+
+    def rows(self, *lengths: int) -> list[float] | None:
+        """The rows of texts of these lengths, whose tokens are ones."""
+        found = self.batches.rows([{"input_ids": [1] * length} for length in lengths], CPU)
+        return None if found is None else found.flatten().tolist()
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def test_the_second_batch_of_a_shape_is_recorded_and_the_next_ones_are_replayed(model: Model) -> None:
+    for lengths in ((3, 5, 7), (1, 8, 2), (4, 4, 6)):
+        assert model.rows(*lengths) == list(lengths)
+    assert model.recorder.notes == ["record", "replay", "replay"]
+    assert set(model.shapes) == {(4, 8)}
+    assert len(model.batches) == 1
+
+
+def test_other_shapes_have_recordings_of_their_own(model: Model) -> None:
+    for _ in range(3):
+        assert model.rows(3) == [3]
+        assert model.rows(20, 9) == [20, 9]
+    assert len(model.batches) == 2
+    assert set(model.shapes) == {(1, 8), (2, 24)}
+
+
+def test_what_is_larger_than_a_recording_is_torchs(model: Model) -> None:
+    assert model.rows(*[64] * (MOST_TOKENS // 64 + 1)) is None
+    assert model.shapes == []
+
+
+def test_a_recording_whose_rows_differ_is_the_last_one(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model.recorder.spoil = lambda rows: rows * 1.01
+    assert [model.rows(3), model.rows(4), model.rows(5)] == [[3], [4], None]
+    assert "the rows of 1 texts of 8 tokens differ by 1.0e-02" in model.batches.obstacle
+    assert "not recorded as CUDA graphs" in caplog.text
+
+
+def test_rows_that_are_no_numbers_are_not_taken_for_equal(model: Model) -> None:
+    model.recorder.spoil = lambda rows: rows * float("nan")
+    model.rows(3), model.rows(4)
+    assert "differ by nan" in model.batches.obstacle
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing"), "RuntimeError: operation not permitted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory is left"),
+    ],
+)
+def test_a_model_that_cannot_be_recorded_stays_with_torch(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(model.recorder, "record", fail)
+    assert [model.rows(3), model.rows(4), model.rows(5)] == [[3], [4], None]
+    assert told in model.batches.obstacle
+
+
+def test_what_ends_the_worker_is_not_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(model.recorder, "record", stop)
+    model.rows(3)
+    with pytest.raises(SystemExit):
+        model.rows(3)
+
+
+def test_a_shape_for_which_the_gpu_takes_longer_than_the_launch_is_torchs_again(model: Model) -> None:
+    model.rows(3), model.rows(3)
+    model.recorder.recordings[0].seconds = 100.0
+    assert model.rows(3) is None
+    assert model.rows(20) == [20]
+    assert model.rows(3) is None
+
+
+def test_nothing_is_replayed_beside_the_stream_of_batches(model: Model) -> None:
+    model.rows(3), model.rows(3)
+    model.recorder.is_usable = False
+    assert model.rows(3) is None
+
+
+def test_forgotten_recordings_are_made_anew(model: Model) -> None:
+    for _ in range(2):
+        assert [model.rows(3), model.rows(4), model.rows(5)] == [[3], [4], [5]]
+        model.batches.forget()
+        assert len(model.batches) == 0
+    assert model.recorder.notes.count("record") == 2
+
+
+@given(st.integers(1, 5000), st.integers(1, 600), st.sampled_from([20, 64, 256, 512, 8192]))
+def test_a_shape_holds_its_batch_and_wastes_little(count: int, length: int, longest: int) -> None:
+    shape = shape_of(count, length, longest)
+    if shape is None:
+        assert length > min(longest, LENGTHS[-1]) or 2 * count * max(8, 1.5 * length) > MOST_TOKENS
+        return
+    assert count <= shape.rows < 2 * count
+    assert length <= shape.length <= min(longest, max(8, 2 * length))
+    assert shape.rows * shape.length <= MOST_TOKENS
+
+
+def test_there_are_few_shapes() -> None:
+    shapes = {shape_of(count, length, 512) for count in range(1, 600) for length in range(1, 513)}
+    assert len(shapes - {None}) < 100
+    assert Shape(1, 8) in shapes
+
+
+def test_their_memory_is_that_which_is_set_aside_for_batches() -> None:
+    assert RESERVE[0] * RESERVE[1] >= MOST_TOKENS
+
+
+def test_weights_on_a_gpu_have_recordings_and_those_that_leave_it_have_none() -> None:
+    library = [torch.nn.Linear(1, 1)]
+    model: Any = SimpleNamespace(library=library, compute=None, max_seq_length=lambda: 256)
+    backend = Backend("torch", None, None, records=True)
+    backend.moved("cpu", model)
+    assert backend.recorded is None
+    backend.moved("cuda:0", model)
+    first = backend.recorded
+    assert backend.report() == {"backend": "torch", "cuda_graphs": 0}
+    backend.moved("cuda:0", model)
+    assert backend.recorded not in (first, None)
+    backend.moved("cpu", model)
+    assert backend.report() == {"backend": "torch"}
+
+
+@pytest.mark.parametrize(("records", "limit"), [(False, 256), (True, None)])
+def test_nothing_is_recorded_if_nobody_asked_or_texts_have_no_limit(records: bool, limit: int | None) -> None:
+    model: Any = SimpleNamespace(library=[torch.nn.Linear(1, 1)], compute=None, max_seq_length=lambda: limit)
+    backend = Backend("torch", None, None, records=records)
+    backend.moved("cuda:0", model)
+    assert backend.recorded is None
+
+
+@pytest.mark.parametrize("is_pairs", [False, True])
+def test_padded_batches_of_a_network_have_the_rows_of_those_without(tmp_path: Path, is_pairs: bool) -> None:
+    """Whatever is beside a text in its batch: other texts, copies, padding up to the most tokens that it reads."""
+    path = build_cross_encoder(tmp_path) if is_pairs else build_dense(tmp_path)
+    model: Any = (Reranker if is_pairs else TextEmbedding)(str(path))
+    model.load("cpu")
+    recorder, chosen = Recorder(), random.Random(1)
+    batches = RecordedBatches(
+        recorder,  # type: ignore[arg-type]
+        model.compute,
+        lambda texts, length: collate(texts, model.library.tokenizer, length),
+        MAX_TOKENS,
+    )
+
+    def text() -> str:
+        return " ".join(chosen.choices(WORDS, k=chosen.choice([1, 4, 20, 100])))
+
+    for _ in range(40):
+        items = [model.preprocess((text(), text()) if is_pairs else text()) for _ in range(chosen.randint(1, 6))]
+        model._backend.recorded = None
+        expected = model.forward(items)
+        model._backend.recorded = batches
+        assert torch.allclose(model.forward(items), expected, atol=1e-5)
+    assert recorder.notes.count("replay") > 20
+    assert not batches.obstacle
