@@ -1,4 +1,4 @@
-"""The only module that asks torch about CUDA and computes with it.
+"""With `capture`, the only module that asks torch about CUDA and computes with it.
 
 In: `LEGIT_WORKER_DEVICE`; batches. Out: the device's name; launches that return before the GPU is done, so that the
 main thread can run the next task meanwhile.
