@@ -88,7 +88,7 @@ class RecordedBatches:
 
     def rows(self, texts: Sequence[Features], device: torch.device) -> torch.Tensor | None:
         """The rows of a batch; None if torch is to compute it as it is. Raises what `compute` raises."""
-        if self.obstacle or not self._recorder.is_usable:
+        if self.obstacle or not self._recorder.may_replay:
             return None
         shape = shape_of(len(texts), max(len(text["input_ids"]) for text in texts), self._longest)
         if shape is None or self._is_slow(shape):
@@ -125,6 +125,8 @@ class RecordedBatches:
         inputs = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
         try:
             recording = self._recorder.record(self, lambda own: self._compute({**features, **own}), inputs)
+            if recording is None:
+                return
             difference = _difference(rows, recording.replay(inputs))
         except Exception as error:
             self._give_up("no memory is left" if is_out_of_memory(error) else f"{type(error).__name__}: {said(error)}")

@@ -11,7 +11,10 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
+
+from legit_worker.device.memory import recording
 
 
 class HoldsRecordings(Protocol):
@@ -60,8 +63,8 @@ class Recorder:
     `CudaDevice` has one, and lets one thread at a time call it.
     """
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, device: str, is_loading: Callable[[], bool]) -> None:
+        self._device, self._is_loading = device, is_loading
         self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
         self._kept = 0
@@ -75,40 +78,62 @@ class Recorder:
         return self._kept if self._recordings else 0
 
     @property
-    def is_usable(self) -> bool:
+    def may_replay(self) -> bool:
         """Whether the calling thread is on the stream of batches."""
         cuda = _cuda()
         return bool(cuda.current_stream(self._device) == cuda.default_stream(self._device))
 
     def record(
         self, holder: HoldsRecordings, compute: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]
-    ) -> Recording:
-        """Record what `compute` does with tensors like these. Nothing is computed yet.
+    ) -> Recording | None:
+        """Record what `compute` does with tensors like these. Nothing is computed yet. None while weights are read.
 
         What it does must not depend on their values, so it gets zeros. Raises what `compute` raises, and torch's error
         if it waits for the GPU. `holder` is told when the memory is needed.
         """
         import torch
 
-        cuda = torch.cuda
-        before = cuda.memory_reserved(self._device)
-        own = {name: torch.zeros_like(value) for name, value in inputs.items()}
+        with recording:
+            if self._is_loading():  # whose thread may lack memory, and torch's allocator can't look for it now
+                return None
+            before = torch.cuda.memory_reserved(self._device)
+            own = {name: torch.zeros_like(value) for name, value in inputs.items()}
+            graph, output = self._captured(lambda: compute(own))
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(f"it gives a {type(output).__name__} and no tensor")
+            self._kept = self.kept + max(0, torch.cuda.memory_reserved(self._device) - before)
+        found = Recording(graph, own, output)
+        self._holders.add(holder)
+        self._recordings.add(found)
+        return found
+
+    def _captured(self, compute: Callable[[], Any]) -> tuple[Any, Any]:
+        cuda = _cuda()
         graph, stream = cuda.CUDAGraph(), self._stream
         stream.wait_stream(cuda.current_stream(self._device))
         with cuda.stream(stream):
-            # `thread_local`: the loader's thread goes on meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                output = compute(own)
-            finally:
+                # `thread_local`: other threads go on meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = compute()
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"it gives a {type(output).__name__} and no tensor")
-        self._kept = self.kept + max(0, cuda.memory_reserved(self._device) - before)
-        recording = Recording(graph, own, output)
-        self._holders.add(holder)
-        self._recordings.add(recording)
-        return recording
+            except BaseException:
+                self._clean_up()
+                raise
+        return graph, output
+
+    def _clean_up(self) -> None:
+        """After a failure, torch before 2.13 would record on for ever, and never give memory back again."""
+        import torch
+
+        with suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(torch.device(self._device).index, self._pool)
+        del self._pool  # the next recordings have another one: this one stays as it is
 
     def forget(self) -> None:
         """Let go of all recordings: a batch lacks their memory. What they have is then the allocator's, for later."""

@@ -3,7 +3,7 @@
 In: `LEGIT_WORKER_DEVICE`; batches. Out: the device's name; launches that return before the GPU is done, so that the
 main thread can run the next task meanwhile.
 
-`tests/gpu` runs this module on a GPU, and `tests/unit/test_cuda_device.py` runs it over a fake of torch's functions.
+`tests/gpu` runs it on a GPU, and `tests/unit/test_cuda_device.py` over a fake of torch's functions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from legit_worker.device.capture import Recorder
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.imported import started_cuda
+from legit_worker.device.memory import recording
 from legit_worker.device.vram import Gpu, Memory, NvmlMuteError, VramUnknownError, visible_gpus
 
 #: The variable by which torch's allocator lets its blocks grow, and leaves no holes between them. Read at import.
@@ -162,7 +163,7 @@ class CudaDevice(Device):
         #: turns. The lock is re-entrant: a model's `forward` may call another model.
         self._counting = threading.RLock()
         #: Batches as CUDA graphs.
-        self.recorder = Recorder(self._numbered)
+        self.recorder = Recorder(self._numbered, lambda: self._is_loading)
         #: The most bytes for torch's allocator; it does not hold while weights are read.
         self._limit: int | None = None
         self._is_loading = False
@@ -237,7 +238,7 @@ class CudaDevice(Device):
             self._hold()
 
     def _set_loading(self, is_loading: bool) -> None:
-        with self._holding:
+        with recording, self._holding:
             self._is_loading = is_loading
             self._hold()
 

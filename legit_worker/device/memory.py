@@ -5,6 +5,7 @@ In: an exception from a model. Out: whether it says that memory is short; what i
 
 from __future__ import annotations
 
+import threading
 import traceback
 
 from legit_worker.device.imported import started_cuda
@@ -21,11 +22,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in said(error) for word in WORDS)
 
 
+#: Held while a CUDA graph is recorded: torch's allocator must give no memory back then.
+recording = threading.RLock()
+
+
 def give_back_cached() -> None:
     """Let torch return the device memory that it keeps for later, since kept blocks may have the wrong sizes."""
     cuda = started_cuda()
     if cuda is not None:
-        cuda.empty_cache()
+        with recording:
+            cuda.empty_cache()
 
 
 def let_go(error: BaseException) -> None:

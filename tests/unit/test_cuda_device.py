@@ -18,7 +18,7 @@ from fakecuda import FakeCuda, OnGpu
 from legit_worker.device import cuda
 from legit_worker.device.capture import Recorder
 from legit_worker.device.cuda import CudaDevice, prepare_environment, tf32, to_device
-from legit_worker.device.memory import give_back_cached
+from legit_worker.device.memory import give_back_cached, recording
 from legit_worker.device.vram import VramUnknownError
 from legit_worker.models.handle import outcome
 from legit_worker.models.registry import Registry
@@ -286,7 +286,7 @@ class Graph:
 def recording_gpu(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """The same, with CUDA graphs, whose streams and pool have names."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(gpu))
-    monkeypatch.setattr(Recorder, "_pool", "a pool")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(Recorder, "_stream", torch.cuda.Stream("cuda:0"))
     gpu.total = 10_000
     return gpu
@@ -308,3 +308,39 @@ def test_what_graphs_keep_is_no_room_for_weights_and_not_out_of_the_allocators_b
     assert recording_gpu.share == pytest.approx(0.14)
     device.forget_recordings()
     assert (holder.recordings, device.recorder.kept) == ([], 0)
+
+
+def test_nothing_is_recorded_while_weights_are_read_or_memory_is_given_back(recording_gpu: FakeCuda) -> None:
+    device = cuda.cuda_device("cuda")
+
+    def record() -> Any:
+        return device.recorder.record(Holder(), lambda own: own["x"] * 2, {"x": torch.ones(2)})
+
+    with device.loading():
+        assert record() is None
+    assert record() is not None
+    with recording:
+        giver = threading.Thread(target=give_back_cached)
+        giver.start()
+        giver.join(0.05)
+        assert "empty cache" not in recording_gpu.calls
+    giver.join()
+    assert "empty cache" in recording_gpu.calls
+
+
+def test_after_a_recording_that_failed_torchs_allocator_goes_on(
+    recording_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(own: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def end(index: int, pool: str) -> None:
+        recording_gpu.note(f"end of {pool} on {index}")
+        raise RuntimeError("it has ended before")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    recorder = cuda.cuda_device("cuda").recorder
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder.record(Holder(), fail, {"x": torch.ones(2)})
+    assert recording_gpu.calls[-3:] == ["capture", "captured", "end of a pool on 0"]
+    assert recorder.kept == 0

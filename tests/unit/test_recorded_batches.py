@@ -45,7 +45,7 @@ class Recorder:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.recordings: list[Replayed] = []
-        self.is_usable = True
+        self.may_replay = True
         self.spoil: Callable[[Any], Any] = lambda rows: rows
 
     def record(self, holder: Any, compute: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Replayed:
@@ -158,8 +158,15 @@ def test_a_shape_for_which_the_gpu_takes_longer_than_the_launch_is_torchs_again(
 
 def test_nothing_is_replayed_beside_the_stream_of_batches(model: Model) -> None:
     model.rows(3), model.rows(3)
-    model.recorder.is_usable = False
+    model.recorder.may_replay = False
     assert model.rows(3) is None
+
+
+def test_what_can_not_be_recorded_now_is_recorded_later(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as loading:
+        loading.setattr(model.recorder, "record", lambda *_: None)
+        assert [model.rows(3), model.rows(4)] == [[3], [4]]
+    assert [model.rows(5), len(model.batches)] == [[5], 1]
 
 
 def test_forgotten_recordings_are_made_anew(model: Model) -> None:
