@@ -248,9 +248,8 @@ class CudaDevice(Device):
             return
         share = 1.0
         if self._limit is not None and not self._is_loading:
-            share = min(
-                1.0, (self._limit + self.recorder.kept) / cuda.get_device_properties(self._numbered).total_memory
-            )
+            total = cuda.get_device_properties(self._numbered).total_memory
+            share = min(1.0, (self._limit + self.recorder.kept) / total)
         with suppress(RuntimeError):  # the context is broken, and the next batch will tell
             cuda.set_per_process_memory_fraction(share, self._numbered)
 
