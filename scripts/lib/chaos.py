@@ -24,7 +24,7 @@ import kombu.pools
 import redis
 from celery import Celery, chord
 from celery.result import AsyncResult
-from chaos_account import FINAL, Evidence, Letter, Verdict, judge, runs_of
+from chaos_account import FINAL, Evidence, Letter, Verdict, judge, read_notes, runs_of
 from chaos_plan import BODY, PART, Errand, plan
 from chaos_scene import Act, Scene, begin
 from processes import Processes
@@ -204,8 +204,7 @@ class ChaosRun:
         if self._file is None and path.exists():
             self._file = path.open()
         *lines, self._begun = (self._begun + (self._file.read() if self._file else "")).split("\n")
-        for line in lines:
-            note = json.loads(line)
+        for note in read_notes(lines):
             self.notes.append(note)
             name, *_, what, value = note
             if what != "begins" and value != "Retry":

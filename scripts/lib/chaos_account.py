@@ -8,9 +8,11 @@ its worker died, or was stopped for longer than its lease, or a connection broke
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -114,6 +116,13 @@ class Verdict:
     again: tuple[str, ...] = ()
     #: What nothing explains.
     problems: tuple[str, ...] = ()
+
+
+def read_notes(lines: Iterable[str]) -> Iterator[list[Any]]:
+    """What tasks have noted in these lines. A worker that is killed while it writes may leave half a line: no end."""
+    for line in filter(None, lines):
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def runs_of(notes: Iterable[Sequence[Any]]) -> dict[str, list[Run]]:

@@ -256,3 +256,8 @@ def test_faults_come_in_order_and_before_the_last_tasks() -> None:
     at = [fault.at for fault in plan.faults]
     assert at == sorted(at)
     assert 0 < at[0] < at[-1] < len(plan.errands)
+
+
+def test_half_a_note_of_a_killed_worker_is_no_end_and_spoils_no_other_note() -> None:
+    lines = ['["one", 0, 1, 0, 1.5, "begins", null]', '["one", 0, 1, 0, 1.6, "returns", [0.5, 0.', "", '["two", 0]', ""]
+    assert list(account.read_notes(lines)) == [["one", 0, 1, 0, 1.5, "begins", None], ["two", 0]]

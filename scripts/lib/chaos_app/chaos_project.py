@@ -77,9 +77,9 @@ def noted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def note(request: Any, number: int, what: str, value: Any) -> None:
-    """One line, in one write."""
+    """One line, in one write. It begins a line of its own: a killed worker may have written half of one."""
     line = [request.id, request.retries, os.getpid(), number, time.monotonic(), what, value]
-    os.write(NOTES, json.dumps(line).encode() + b"\n")
+    os.write(NOTES, b"\n" + json.dumps(line).encode() + b"\n")
 
 
 def task(name: str, **options: Any) -> Callable[..., Any]:
