@@ -15,14 +15,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Container, Mapping
 from math import inf
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import kombu
 from cachetools import LRUCache
 
 from legit_worker.broker.behind import COUNT, Behind, unpack
-from legit_worker.broker.returning import DELIVERIES, count
+from legit_worker.broker.returning import DELIVERIES, count, eta_seconds
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.messages import came_again, is_numbered, key_of
 from legit_worker.pool.requests import message_of
@@ -108,12 +108,15 @@ class Suspects:
 
         News is in no copy yet. A worker that gave the message back and lives did not die of it. A quorum queue also
         counts deliveries that no worker has read, and each lost connection. So whatever it counts since the last copy
-        is one. Of the suspects that a dead worker had, the first one ran, and the others had not begun.
+        is one. Of the suspects that a dead worker had, the first one ran, and the others had not begun. A task whose
+        time has not come never ran.
         """
         was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))
         is_news = (came_again(message) or counted > 0) and not was_ours and self._most > 0
         copied, vouched = unpack(message)  # after that, a copy seems to have come again, too
+        if eta_seconds(message.headers.get("eta")) > time():
+            return 0, 0, False
         if copied and is_news:
             now = monotonic()
             is_news, self._row_until = now > self._row_until, now + ROW_SECONDS

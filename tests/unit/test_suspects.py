@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
 from math import inf
 from time import monotonic
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import kombu
 import pytest
 
 from legit_worker.broker.behind import ADDRESS, COUNT, VOUCHED
+from legit_worker.broker.poison import deliveries_of
 from legit_worker.broker.returning import DELIVERIES
 from legit_worker.pool import suspects
 from legit_worker.pool.adoption import Adoption
@@ -179,6 +181,20 @@ def test_whatever_a_quorum_queue_has_counted_since_the_last_copy_is_one(worker: 
     worker.receive(message("a", Channel(), again=True, **{COUNT: counted}))
     worker.receive(message("b", Channel(), again=True, **{COUNT: counted, DELIVERIES: 1}))
     assert (worker.behind.copies, worker.to_run) == ([("a", "work", 1), ("b", "work", 2)], [])
+
+
+@pytest.mark.parametrize("headers", [{}, {COUNT: 4}, {DELIVERIES: 2}])
+def test_a_task_whose_time_has_not_come_killed_no_worker(worker: Worker, headers: dict[str, Any]) -> None:
+    """Workers that wait for it may die one after the other; on a classic queue it would wait behind the others."""
+    later, earlier = ((datetime.now(timezone.utc) + timedelta(minutes=minutes)).isoformat() for minutes in (1, -1))
+    waits = message("a", Channel(), again=True, eta=later, **headers)
+    worker.receive(waits)
+    assert (worker.to_run, worker.behind.copies) == ([waits], [])
+    worker.begin(waits)
+    assert worker.suspects.bound == inf
+    assert deliveries_of(waits) == 0
+    worker.receive(message("b", Channel(), again=True, eta=earlier))
+    assert worker.behind.copies == [("b", "work", 1)]
 
 
 def test_of_the_suspects_that_a_dead_worker_had_only_the_first_has_killed_it(
