@@ -46,7 +46,9 @@ class Bell:
 class Hearer(Protocol):
     """A channel that hangs bells."""
 
+    active_queues: set[str]
     health_check_interval: float | None
+    qos: Any
 
     def on_bell(self, bell: Bell) -> None:
         """Look at the lists again: a bell has rung."""
@@ -96,10 +98,13 @@ class BellPoller(stock.MultiChannelPoller):
                     self.poller.unregister(fileno)
 
     def on_readable(self, fileno: int) -> Any:
-        """Hear a bell, or read what kombu awaits."""
+        """Hear a bell and ask for its messages, or read what kombu awaits."""
         if fileno in self._bells:
             channel, bell = self._bells[fileno]
-            return channel.on_bell(bell)
+            channel.on_bell(bell)
+            if channel.active_queues and channel.qos.can_consume():  # else a batch might come before the question
+                self._register_BRPOP(channel)
+            return None
         return super().on_readable(fileno)
 
     def handle_event(self, fileno: int, event: int) -> Any:

@@ -567,6 +567,24 @@ def test_a_full_worker_sleeps_while_messages_wait(url: str, taker: Any) -> None:
     assert len(one.got) == 1
 
 
+def test_a_list_whose_bell_rings_is_asked_before_the_hub_comes_round(url: str, taker: Any) -> None:
+    """A batch might come first, and its tasks would not be in it."""
+    one = taker()
+    loop = Turning(one)
+    cycle = one.connection.transport.cycle
+    deadline = time.monotonic() + SOON
+    while not cycle._bells and time.monotonic() < deadline:
+        next(loop.loop)
+    ((_, bell),) = cycle._bells.values()
+    assert not one.channel.awaits_answer
+    put(url, 1)
+    while bell.asked_at is not None and time.monotonic() < deadline:
+        next(loop.loop)
+    assert one.channel.awaits_answer
+    loop.take(1)
+    assert [message.payload for message in one.got] == [1]
+
+
 def test_a_bell_that_does_not_answer_is_replaced(url: str, taker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one = taker()
     assert one.takes_no_more()
