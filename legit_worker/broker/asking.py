@@ -64,6 +64,11 @@ class AskingChannel(HearingChannel):
         """Whether the script may have reserved messages that have not arrived yet."""
         return bool(self._in_poll and self._asked)
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether messages come by the script to a worker's event loop, which has room for more."""
+        return bool(self._asked and self.connection.cycle.hub is not None and self.qos.can_consume())
+
     def _has_room_for_suspect(self) -> bool:
         """Tell whether the worker holds few enough messages by now, and look again then."""
         bounds = [bound for bound in (self._suspect, self.ledger.bound) if bound]

@@ -51,6 +51,15 @@ def is_hurried() -> bool:
     return any(worker.is_hurried() for worker in _worker)
 
 
+def is_more_coming() -> bool | None:
+    """Whether the answer to a question for messages is on its way, which comes at once; False: the lists were empty.
+
+    None if nobody asks: the broker sends messages by itself, or the worker has no room for more.
+    """
+    asking = [channel for ledger in list(_of_worker.values()) for channel in ledger.channels if channel.is_asking]
+    return any(channel.awaits_answer for channel in asking) if asking else None
+
+
 def held_here() -> int:
     """Count the messages that this process's worker holds. Any thread may ask."""
     return sum(len(ledger.held) for ledger in list(_of_worker.values()))

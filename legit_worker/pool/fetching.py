@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from legit_worker.broker.owners import is_more_coming
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
@@ -40,5 +41,6 @@ class Fetching:
             surplus_seconds=self._engine.surplus_seconds(),
             launch_seconds=self._engine.launch_seconds(),
             full=self._engine.has_full_batch,
+            coming=is_more_coming(),
             look=functools.partial(listen, self.hub.poller.poll),
         )

@@ -19,8 +19,8 @@ GLANCE = 0.0004
 #: A task that arrives within this many seconds of a batch's end had been waiting for it.
 AT_ONCE = 0.002
 
-#: The same, when a task stood waiting as soon as the last batch was done: the queue is not empty, and a broker
-#: across a network may need this long to give the next one.
+#: The same, when a task stood waiting as soon as the last batch was done, or a broker's answer is on its way and the
+#: last tasks did not come singly. A broker across a network may need this long to give the next one.
 LOOK = 0.010
 
 #: The most batches before it is tried again whether such a look pays. One client that waits for each answer before it
@@ -58,6 +58,8 @@ class Pace:
         #: When this round of fetching began; None until the first look after a batch.
         self._began: float | None = None
         self._arrived = False
+        #: Tasks that came since the last batch, and before it since the one before.
+        self._came = self._came_before = 0
         #: A task stood waiting when the last batch was done, and looking longer since has paid.
         self._backlog = False
         #: Looks in a row that found nobody, as batches to skip after the next such one; and batches still to skip.
@@ -66,10 +68,13 @@ class Pace:
     def task_arrived(self) -> None:
         """The hub handed over a task."""
         self._arrived = True
+        self._came += 1
 
     def batch_done(self) -> None:
         """The engine ran a batch."""
         self._batch_done_at, self._began = monotonic(), None
+        if self._came:
+            self._came, self._came_before = 0, self._came
 
     def should_compute(
         self,
@@ -78,13 +83,15 @@ class Pace:
         surplus_seconds: float,
         launch_seconds: float,
         full: Callable[[], bool],
+        coming: bool | None = None,
         look: Callable[[float], bool],
     ) -> bool:
         """Whether to run a batch now; else let the hub go round once more.
 
         `waiting_seconds` is how long all that waits would take to compute, `surplus_seconds` the same beside the next
         batches, and `launch_seconds` how long the next batch takes at least. `full` says whether more tasks would not
-        make the next batch larger. `look(seconds)` listens that long and says whether the hub has something to do.
+        make the next batch larger. `coming` is what `owners.is_more_coming` says. `look(seconds)` listens that long and
+        says whether the hub has something to do.
         """
         # Long, for its arguments and what they mean.
         now = monotonic()
@@ -98,13 +105,13 @@ class Pace:
             return self._is_over(self._max_delay - elapsed, arrived, full, look)
         if surplus_seconds > ENOUGH_SECONDS:
             return True
-        patience = self._patience(elapsed, waiting_seconds, launch_seconds, full)
+        patience = self._patience(elapsed, waiting_seconds, launch_seconds, full, coming)
         if patience is None:
             return True
         if arrived:  # go round first: the hub asks the broker for the next task only then
             return False
         found = look(patience)
-        if self._backlog and patience > _glance(launch_seconds):
+        if coming is None and self._backlog and patience > _glance(launch_seconds):
             self._learn(has_paid=found)
         return not found
 
@@ -115,14 +122,22 @@ class Pace:
         self._skips = self._in_vain
 
     def _patience(
-        self, elapsed: float, waiting_seconds: float, launch_seconds: float, full: Callable[[], bool]
+        self,
+        elapsed: float,
+        waiting_seconds: float,
+        launch_seconds: float,
+        full: Callable[[], bool],
+        coming: bool | None,
     ) -> float | None:
         """Seconds to listen for one more task; None if enough time went into fetching."""
-        glance = _glance(launch_seconds)
+        more = self._backlog if coming is None else coming and max(self._came, self._came_before) > 1
+        patience = 0.0 if coming is False and launch_seconds < DEAR_LAUNCH else _glance(launch_seconds)
+        if more:
+            patience = max(patience, min(LOOK, waiting_seconds))
         if elapsed <= min(self._max_fetch, waiting_seconds):
-            return max(glance, min(LOOK, waiting_seconds)) if self._backlog else glance
-        if self._backlog and elapsed < min(self._max_fetch, launch_seconds / LAUNCH_SHARE) and not full():
-            return glance
+            return patience
+        if more and elapsed < min(self._max_fetch, launch_seconds / LAUNCH_SHARE) and not full():
+            return patience
         return None
 
     @staticmethod

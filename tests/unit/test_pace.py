@@ -34,12 +34,14 @@ def ask(
     surplus_seconds: float = 0.0,
     launch_seconds: float = 0.0,
     full: bool = False,
+    coming: bool | None = None,
 ) -> bool:
     return pace.should_compute(
         waiting_seconds=waiting_seconds,
         surplus_seconds=surplus_seconds,
         launch_seconds=launch_seconds,
         full=lambda: full,
+        coming=coming,
         look=listener,
     )
 
@@ -50,6 +52,51 @@ def test_a_lone_task_is_computed_after_one_glance() -> None:
     assert not ask(pace, listener)
     assert ask(pace, listener)
     assert listener.asked == [pace_module.GLANCE]
+
+
+def test_a_lone_task_is_computed_at_once_if_the_broker_has_no_more() -> None:
+    pace, listener = Pace(None), Listener()
+    pace.task_arrived()
+    assert not ask(pace, listener, coming=False)
+    assert ask(pace, listener, coming=False)
+    assert listener.asked == [0.0]
+
+
+def test_a_lone_task_waits_no_longer_than_a_glance_for_the_brokers_answer() -> None:
+    pace, listener = Pace(None), Listener()
+    for _ in range(3):
+        pace.task_arrived()
+        assert not ask(pace, listener, coming=True)
+        assert ask(pace, listener, coming=True)
+        pace.batch_done()
+    assert listener.asked == [pace_module.GLANCE] * 3
+
+
+def test_tasks_that_did_not_come_singly_wait_for_the_brokers_answer() -> None:
+    pace, listener = Pace(None), Listener()
+    pace.task_arrived()
+    pace.task_arrived()
+    assert not ask(pace, listener, coming=True)
+    assert ask(pace, listener, coming=True)
+    pace.batch_done()
+    pace.batch_done()  # it was handed over, and then collected
+    pace.task_arrived()
+    assert not ask(pace, listener, coming=True)
+    assert ask(pace, listener, coming=True), "the first one after such a batch"
+    pace.batch_done()
+    pace.task_arrived()
+    assert not ask(pace, listener, coming=True)
+    assert ask(pace, listener, coming=True)
+    assert listener.asked == [pace_module.LOOK, pace_module.LOOK, pace_module.GLANCE]
+
+
+def test_an_answer_is_waited_for_no_longer_than_the_work_takes_that_is_here() -> None:
+    pace, listener = Pace(None), Listener()
+    pace.task_arrived()
+    pace.task_arrived()
+    assert not ask(pace, listener, waiting_seconds=0.005, coming=True)
+    assert ask(pace, listener, waiting_seconds=0.005, coming=True)
+    assert listener.asked == [0.005]
 
 
 @pytest.mark.parametrize("delay", [None, 10.0], ids=["by itself", "as long as the user allows"])

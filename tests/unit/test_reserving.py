@@ -6,6 +6,9 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from legit_worker.broker import owners
 from legit_worker.broker.redis import ReservingChannel
 from legit_worker.broker.reserve import Reserved, Source
 
@@ -52,3 +55,22 @@ def test_a_channel_that_closes_delivers_nothing_more() -> None:
     channel._closing = True
     channel.deliver_rest()
     assert (channel.delivered, len(channel._reserved)) == (["0"], 1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "coming"),
+    [
+        ([], None),
+        ([(False, True)], None),
+        ([(True, False)], False),
+        ([(True, False), (True, True)], True),
+        ([(True, False), (False, True)], False),
+    ],
+    ids=["no Redis", "no room for more", "the lists were empty", "one of two is asked", "the other has no room"],
+)
+def test_more_messages_may_come_while_a_channel_that_has_room_awaits_an_answer(
+    channels: list[tuple[bool, bool]], coming: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_ones = [SimpleNamespace(is_asking=is_asking, awaits_answer=awaits) for is_asking, awaits in channels]
+    monkeypatch.setattr(owners, "_of_worker", {"a broker": SimpleNamespace(channels=open_ones)})
+    assert owners.is_more_coming() is coming
