@@ -11,17 +11,14 @@ from time import monotonic
 from typing import Any
 
 from kombu.transport import redis as stock
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import ResponseError
 
 from legit_worker.broker.bells import Bell
 from legit_worker.broker.failover import FailedOverError
 from legit_worker.broker.reserve import Source
+from legit_worker.redis_errors import is_forbidden
 
 logger = logging.getLogger(__name__)
-
-#: Parts of a server's answer, in lower case, to a command that it does not have or that this user may not run. Redis
-#: raises no `NoPermissionError` inside a script.
-REFUSALS = ("unknown command", "unknown subcommand", "can't run this command", "acl failure in script")
 
 #: The refusals that this process has logged.
 refusals: set[str] = set()
@@ -117,9 +114,9 @@ class HearingChannel(stock.Channel):
 
     def _take_kombus_way(self, error: ResponseError) -> None:
         """Let kombu fetch the messages if this server refuses the script. Raises any other error again."""
-        text = str(error)
-        if not isinstance(error, NoPermissionError) and not any(refusal in text.lower() for refusal in REFUSALS):
+        if not is_forbidden(error):
             raise error
+        text = str(error)
         self.refusal = text
         if text not in refusals:
             refusals.add(text)

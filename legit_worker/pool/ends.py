@@ -16,9 +16,9 @@ from typing import Any
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
-from legit_worker.broker.refusals import DATA_ERRORS, give_back_request, refuse
+from legit_worker.broker.refusals import give_back_request, refuse
 from legit_worker.pool.fibers import Phase, fiber_of
-from legit_worker.pool.hooks import is_raised_by
+from legit_worker.pool.hooks import is_of_one_message
 from legit_worker.pool.own import is_stray
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _surviving(end: Callable[[], Any], message: Any, request: Request | None = N
             stray = is_stray(error, "Celery's code for a task that ends without running")
             if stray and request is not None:
                 give_back_request(request)
-            elif stray or isinstance(error, DATA_ERRORS) or is_raised_by(request, error):
+            elif stray or is_of_one_message(request, error):
                 refuse(message, error)
             else:
                 raise

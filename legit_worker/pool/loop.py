@@ -14,14 +14,14 @@ from typing import NoReturn
 
 from greenlet import GreenletExit
 
-from legit_worker.broker.refusals import DATA_ERRORS, give_back_request, give_up_request
+from legit_worker.broker.refusals import give_back_request, give_up_request
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import AppLimits, Backlog
 from legit_worker.pool.calls import trusted
 from legit_worker.pool.engine import Engine
 from legit_worker.pool.fibers import Fiber, Phase
-from legit_worker.pool.hooks import is_raised_by
+from legit_worker.pool.hooks import is_of_one_message
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running
@@ -260,7 +260,7 @@ class Loop:
                 give_back_request(fiber.request)
             else:  # the signal came just before the switch, or just after it
                 self.wake(fiber)
-        elif isinstance(error, DATA_ERRORS) or is_raised_by(fiber.request, error):
+        elif is_of_one_message(fiber.request, error):
             give_up_request(fiber.request, error)
         else:
             return False

@@ -12,19 +12,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextvars import ContextVar
+from traceback import walk_tb
 from typing import Any
 
 from celery import Celery, states
 from celery.backends.base import BaseKeyValueStoreBackend
 from celery.backends.redis import RedisBackend
+from celery.exceptions import BackendStoreError
 from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
 from redis.retry import Retry
 
 from legit_worker import parking
 from legit_worker.results import blocks
 from legit_worker.results.chords import Claims, waiting_since
 from legit_worker.results.writer import Writer
-from legit_worker.results.writes import Rider, Write, send
+from legit_worker.results.writes import Rider, Write, is_away, send
 
 #: Seconds that the server has to answer, if the project sets more: Celery sets 120.
 PATIENCE = 10.0
@@ -49,6 +52,23 @@ def away_since() -> float | None:
     """Return since when a server takes no results, by the monotonic clock; None if all take them."""
     since = [writer.away_since for writer in writers if writer.away_since is not None]
     return min([*since, *list(waiting_since.values())], default=None)
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Whether a server of results refuses for good what Celery stores or counts there for one task.
+
+    Celery raises some of these errors anew.
+    """
+    while error is not None:
+        if isinstance(error, ResponseError | BackendStoreError) and not is_away(error) and _came_through_here(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _came_through_here(error: BaseException) -> bool:
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return any(module.startswith("legit_worker.results.") for module in modules)
 
 
 def ask_early(app: Celery) -> None:

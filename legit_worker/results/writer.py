@@ -18,7 +18,8 @@ from celery.exceptions import BackendStoreError
 from redis.exceptions import BusyLoadingError, ResponseError
 
 from legit_worker import parking
-from legit_worker.results.writes import IsSuccess, Write, check, is_away, send
+from legit_worker.redis_errors import is_forbidden
+from legit_worker.results.writes import IsSuccess, Write, check, is_away, send, withdraw_refusals
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Writer:
         #: The group that writes join now.
         self._open: Group | None = None
         self._groups: queue.SimpleQueue[Group] = queue.SimpleQueue()
+        # Those that the thread stores now.
+        self._begun: list[Group] = []
         #: When the server stopped taking writes, by the monotonic clock; None while it takes them.
         self.away_since: float | None = None
         # When the log last said so.
@@ -100,33 +103,45 @@ class Writer:
 
     def _run(self) -> None:
         while True:
-            group = self._groups.get()
-            with self._lock:
-                self._open = None
+            self._begun = []
             try:
-                for part in _parts(group.writes):
+                for part in _parts(self._begin(self._groups.get())):
                     self._store(part)
             except BaseException as error:  # the fibers must not wait for ever
                 logger.exception("results can't be stored on %s", self.name)
                 self._server_is_there()
-                for write in group.writes:
-                    if write.is_open:
-                        write.error = BackendStoreError(f"results can't be stored on {self.name}: {error!r}")
-            for write in group.writes:
-                if write.error is not None and not write.is_waited_for:
-                    what = "to read" if write.is_read else "the state of"
-                    logger.error("%s refuses %s %s: %r", self.name, what, write.key, write.error)
-            group.done.set_result(None)
+                for write in (write for group in self._begun for write in group.writes if write.is_open):
+                    write.error = BackendStoreError(f"results can't be stored on {self.name}: {error!r}")
+            for group in self._begun:
+                self._end(group)
+
+    def _begin(self, group: Group) -> list[Write]:
+        """Take a group that waits. No more writes join it."""
+        with self._lock:
+            self._open = None
+        self._begun.append(group)
+        return group.writes
+
+    def _begin_next(self) -> list[Write]:
+        try:
+            return self._begin(self._groups.get_nowait())
+        except queue.Empty:
+            return []
+
+    def _end(self, group: Group) -> None:
+        for write in group.writes:
+            if write.error is not None and not write.is_waited_for:
+                what = "to read" if write.is_read else "the state of"
+                logger.error("%s refuses %s %s: %r", self.name, what, write.key, write.error)
+        group.done.set_result(None)
 
     def _store(self, writes: list[Write]) -> None:
-        """Store some writes, however long the server is away."""
+        """Store some writes, however long the server is away, or its user may store nothing."""
         tries = breaks = 0
         while writes:
             error = self._attempt(writes)
             writes = [write for write in writes if write.is_open]
-            if error is None:
-                self._server_is_there()
-            elif writes:
+            if error is not None and writes:
                 tries += 1
                 breaks = breaks + 1 if self._client is None and self._answers() else 0
                 if breaks > MOST_BREAKS:
@@ -134,21 +149,26 @@ class Writer:
                     return
                 if tries > 1 or not breaks:  # the idle connection may have been stale: try the new one at once
                     self._wait(error, min(FIRST_RETRY * 2 ** (tries - 1), LAST_RETRY))
+                if is_forbidden(error):  # if it takes another write, it refuses these for their own sake
+                    writes += self._begin_next()
+        self._server_is_there()
 
     def _attempt(self, writes: list[Write]) -> Exception | None:
-        """Try once. Returns an error if the server is away."""
+        """Try once. Returns an error if the server is away, or lets its user store nothing."""
         try:
             if self._client is None:
                 self._client = self._connect()
             unstored = [write for write in writes if not write.is_stored]
             check(self._client, unstored, self._is_success, runs_scripts=self._runs_scripts)
+            tried = [write for write in unstored if write.is_open and not write.is_stored]
             error = send(self._client, writes)
             self._learn_of_scripts(unstored)
-            return error
+            return error or withdraw_refusals(tried)
         except Exception as error:
-            if not (is_away(error) and isinstance(error, ANSWERS)):
+            waits = is_away(error) or is_forbidden(error)
+            if not (waits and isinstance(error, ANSWERS)):
                 self._disconnect()
-            if not is_away(error):
+            if not waits:
                 raise
             return error
 

@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from legit_worker.redis_errors import NOT_THIS_KEY, TAKES_NOTHING, code_of
+from legit_worker.redis_errors import NOT_THIS_KEY, TAKES_NOTHING, code_of, is_forbidden
 from legit_worker.results.conditional import MOST_LOOKS, SHA1, STORE, digest
 
 #: One command, as redis-py's `execute_command` takes it.
@@ -159,6 +159,20 @@ def send(client: Any, writes: Sequence[Write]) -> Exception | None:
     return next((reply for reply in replies if is_away(reply)), None)
 
 
+def withdraw_refusals(writes: Sequence[Write]) -> Exception | None:
+    """Return why this user may store none of these writes, and have them tried again. None if it may store one.
+
+    An operator gives rights to all results, as a rule. If another write was stored, a refusal is for its own key.
+    """
+    refused = [write for write in writes if is_forbidden(write.error)]
+    if not refused or any(write.is_stored for write in writes):
+        return None
+    error = refused[0].error
+    for write in refused:
+        write.error = write.refusal = None
+    return error
+
+
 def check(client: Any, writes: Sequence[Write], is_success: IsSuccess, *, runs_scripts: bool) -> None:
     """Keep each SUCCESS that is stored already, also by a write of the same group, or stored meanwhile."""
     stored = _read(client, [write.key for write in writes])
@@ -186,7 +200,7 @@ def check(client: Any, writes: Sequence[Write], is_success: IsSuccess, *, runs_s
 
 
 def _read(client: Any, keys: list[bytes]) -> list[Any]:
-    """Return the value of each key, or the error that the server gives for it."""
+    """Return the value of each key, or the error that the server gives for it. Raises it if this user may read none."""
     if not keys:
         return []
     try:
@@ -197,4 +211,7 @@ def _read(client: Any, keys: list[bytes]) -> list[Any]:
     with client.pipeline(transaction=False) as pipeline:  # this user may run GET, and not MGET
         for key in keys:
             pipeline.get(key)
-        return list(pipeline.execute(raise_on_error=False))
+        values = list(pipeline.execute(raise_on_error=False))
+    if all(map(is_forbidden, values)):
+        raise values[0]
+    return values

@@ -107,6 +107,9 @@ def command(*words: str) -> Callable[[Server], None]:
     return run
 
 
+#: The command that changes the rights of the user that everybody is.
+USER = ("ACL", "SETUSER", "default")
+
 #: How a result backend stops taking results, and how it goes on.
 OUTAGES: dict[str, tuple[Callable[[Server], None], Callable[[Server], None]]] = {
     "stopped": (Server.stop, Server.start),
@@ -118,6 +121,9 @@ OUTAGES: dict[str, tuple[Callable[[Server], None], Callable[[Server], None]]] = 
         command("CONFIG", "SET", "min-replicas-to-write", "0"),
     ),
     "paused": (command("CLIENT", "PAUSE", "600000", "WRITE"), command("CLIENT", "UNPAUSE")),
+    "no right to store": (command(*USER, "-setex", "-set"), command(*USER, "+setex", "+set")),
+    "no right to tell": (command(*USER, "resetchannels"), command(*USER, "allchannels")),
+    "no right to look": (command(*USER, "-get", "-mget"), command(*USER, "+get", "+mget")),
 }
 
 
@@ -185,6 +191,51 @@ def held_up(server: Server) -> int:
     """How many clients wait because the server pauses them."""
     with redis.Redis.from_url(server.url) as client:
         return sum("b" in one["flags"] for one in client.client_list())
+
+
+def test_a_user_who_may_store_nothing_is_in_the_log(stored: Stored) -> None:
+    command(*USER, "-setex")(stored.backend)
+    ids = stored.send("failing", "one") + stored.send("counted", "other")
+    stored.worker.wait_for_log("takes no results")
+    assert "the 'setex' command" in stored.worker.log
+    poll(lambda: stored.worker.pool()["parked"] == 2, "both to wait")
+    assert stored.unacked() == 2
+    command(*USER, "+setex")(stored.backend)
+    poll(lambda: stored.statuses(ids) == {"FAILURE": 1, "SUCCESS": 1}, "both to be stored")
+    stored.worker.wait_for_log("takes results again")
+    assert "runs no script" not in stored.worker.log
+
+
+@pytest.mark.parametrize("task", ["counted", "failing"])
+def test_a_result_that_its_user_may_not_store_keeps_no_other_from_its_end(stored: Stored, task: str) -> None:
+    """It waits until the server takes another one, which tells that this user may store results."""
+    command(*USER, "resetkeys", "~celery-task-meta-good*")(stored.backend)
+    stored.send(task, "bad", task_id="bad")
+    stored.worker.wait_for_log("takes no results")
+    good: list[str] = []
+
+    def is_aside() -> bool:
+        good.extend(stored.send("counted", f"task{len(good)}", task_id=f"good{len(good)}"))
+        poll(lambda: stored.unacked() <= 1, "the good one to be acked")
+        return "the message was put into the list" in stored.worker.log
+
+    poll(is_aside, "the message to go whose result can't be stored")
+    stored.wait_for("SUCCESS", good)
+    assert stored.unacked() == 0
+    assert stored.worker.log.count(f"{stored.worker.name} ready.") == 1
+    assert stored.worker.stop() == 0
+
+
+def test_a_part_of_a_chord_that_can_not_be_counted_ends_no_worker(stored: Stored) -> None:
+    """Under stock solo it does, and each worker after that."""
+    command("SET", "celery-taskset-meta-group.j", "no set")(stored.backend)
+    command("SET", "celery-taskset-meta-group.d", "no set")(stored.backend)
+    part = {"group_id": "group", "group_index": 0, "chord": stored.client.signature("total")}
+    stored.send("counted", "part", **part)
+    stored.worker.wait_for_log("the message was put into the list")
+    stored.wait_for("SUCCESS", stored.send("counted", "other"))
+    assert stored.unacked() == 0
+    assert stored.worker.stop() == 0
 
 
 # Chords, and tasks without results.

@@ -269,6 +269,65 @@ def test_a_refused_write_does_not_harm_the_others(command: str) -> None:
     assert [one.error is None for one in writes] == [True, False, True]
 
 
+#: What a server says to a user who may not, or if it does not have the command.
+FORBIDDEN = [NoPermissionError("this user has no permissions"), ResponseError("unknown command 'SET', with args: ")]
+
+
+@pytest.mark.parametrize("error", FORBIDDEN, ids=["may not", "has not"])
+@pytest.mark.parametrize("status", ["SUCCESS", "FAILURE"])
+@pytest.mark.parametrize("command", ["SET", "PUBLISH"])
+def test_results_wait_while_their_user_may_store_none(
+    command: str, status: str, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    server.errors |= {(command, key): error for key in (b"a", b"b", b"c")}
+    to = start(server)
+    writes = [write(key, status) for key in "abc"]
+    groups = join(to, *writes[:2])
+    while to.away_since is None:
+        threading.Event().wait(0.001)
+    groups += join(to, writes[2])
+    trips = server.round_trips
+    while server.round_trips < trips + 20:
+        threading.Event().wait(0.001)
+    assert not any(group.done.done() for group in groups)
+    server.errors.clear()
+    for group in groups:
+        group.done.result(SOON)
+    assert server.values == {one.key: one.value for one in writes}
+    assert {b"a", b"b", b"c"} <= set(server.published)
+    assert to.away_since is None
+    assert caplog.text.count("takes no results, for") == 1
+    assert "runs no script" not in caplog.text
+
+
+def test_results_wait_while_their_user_may_not_look() -> None:
+    server = Server()
+    server.errors |= {("MGET", None): FORBIDDEN[0], ("GET", b"a"): FORBIDDEN[0]}
+    to = start(server)
+    (group,) = join(to, one := write("a"))
+    while to.away_since is None:
+        threading.Event().wait(0.001)
+    server.errors.clear()
+    group.done.result(SOON)
+    assert server.values == {b"a": one.value}
+
+
+def test_a_lone_result_is_refused_for_its_own_sake_once_another_one_is_stored() -> None:
+    server = Server()
+    server.errors["SET", b"a"] = FORBIDDEN[0]
+    to = start(server)
+    (first,) = join(to, one := write("a"))
+    while to.away_since is None:
+        threading.Event().wait(0.001)
+    assert one.error is None
+    store(to, other := write("b"))
+    first.done.result(SOON)
+    assert one.error is FORBIDDEN[0]
+    assert other.error is None
+    assert to.away_since is None
+
+
 def test_a_refused_rider_leaves_the_result_and_the_other_riders_alone() -> None:
     server = Server()
     server.errors["RPUSH", "bad"] = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
