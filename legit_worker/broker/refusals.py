@@ -88,8 +88,6 @@ def give_up_request(request: Any, error: Exception) -> None:
 
 def give_back_request(request: Any) -> None:
     """Put the message of a request that ended half-way back into its queue, unless it was acked or rejected."""
-    if request is None:
-        return
     state.task_ready(request)
     if request.message.acknowledged:
         return

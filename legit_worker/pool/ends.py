@@ -16,10 +16,11 @@ from typing import Any
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
-from legit_worker.broker.refusals import give_back_request, refuse
+from legit_worker.broker.refusals import refuse
 from legit_worker.pool.fibers import Phase, fiber_of
 from legit_worker.pool.hooks import is_of_one_message
 from legit_worker.pool.own import is_stray
+from legit_worker.pool.strays import Strays
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Callable[[], Any], str], None]
 
 
-def end_in_fibers(run: Run) -> Callable[[], None]:
+def end_in_fibers(run: Run, strays: Strays) -> Callable[[], None]:
     """Have Celery's calls made by `run`. Returns what undoes this.
 
     `Request._announce_revoked`, `_announce_cancelled` and `Consumer.on_unknown_task` (celery.worker, 5.5 to 5.7)
@@ -37,7 +38,7 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
 
     def announce_in_fiber(request: Request, *args: Any) -> None:
         request._already_revoked = True  # from now on, nobody announces it again
-        end = _surviving(partial(announce, request, *args), request.message, request)
+        end = _surviving(partial(announce, request, *args), request.message, strays, request)
         run(end, f"{request.name}[{request.id}]")
 
     def cancel_in_fiber(request: Request, *args: Any, **options: Any) -> None:
@@ -48,7 +49,7 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
             with _rejected_later(message):
                 on_unknown(consumer, body, message, exc)
 
-        run(_surviving(end, message), f"a task that nobody has: {exc}")
+        run(_surviving(end, message, strays), f"a task that nobody has: {exc}")
 
     def undo() -> None:
         Request._announce_revoked, Request._announce_cancelled = announce, cancel
@@ -59,7 +60,9 @@ def end_in_fibers(run: Run) -> Callable[[], None]:
     return undo
 
 
-def _surviving(end: Callable[[], Any], message: Any, request: Request | None = None) -> Callable[[], None]:
+def _surviving(
+    end: Callable[[], Any], message: Any, strays: Strays, request: Request | None = None
+) -> Callable[[], None]:
     """The same call. A message that Celery can't deal with leaves its queue; if a signal interrupts, it goes back."""
 
     def run() -> None:
@@ -68,7 +71,7 @@ def _surviving(end: Callable[[], Any], message: Any, request: Request | None = N
         except Exception as error:
             stray = is_stray(error, "Celery's code for a task that ends without running")
             if stray and request is not None:
-                give_back_request(request)
+                strays.give_back(request, error)
             elif stray or is_of_one_message(request, error):
                 refuse(message, error)
             else:

@@ -12,6 +12,7 @@ from math import inf
 from typing import Any
 
 from celery import Celery
+from kombu import Message
 
 from legit_worker import settings
 from legit_worker.apps import identify
@@ -22,6 +23,7 @@ from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import Job
 from legit_worker.pool.limits import Limit
 from legit_worker.pool.requests import message_of
+from legit_worker.pool.strays import Strays
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,14 @@ class Entrance:
         *,
         wake: Callable[[Fiber], None],
         is_inline: bool,
+        strays: Strays,
     ) -> None:
         """`options` are those that the worker's command line gave to its pool. Bad limits there end the process."""
         self._app = app
         self._settings = chosen
         self._wake = wake
         self._is_inline = is_inline
+        self._strays = strays
         try:
             #: The worker's own limits in seconds.
             self.soft = limits.seconds_of(options.get("soft_timeout"), "the worker's soft time limit")
@@ -59,9 +63,8 @@ class Entrance:
         except InvalidInputError as error:
             refuse = functools.partial(job.refuse, error)
         message, task = message_of(job.request), self._app.tasks.get(job.task)
-        deliveries = deliveries_of(message) if message is not None else 0
-        if 0 < self._settings.max_deliveries <= deliveries:
-            refuse = functools.partial(self._refuse_poisoned, job, deliveries)
+        if message is not None and (why := self._poisons(job, message)):
+            refuse = functools.partial(self._refuse_poisoned, job, why)
         app = identify(self._settings, job.headers) or ""
         if app not in self._settings.apps:
             app = ""
@@ -78,16 +81,25 @@ class Entrance:
         fiber.max_wait = self._settings.max_wait_seconds or inf
         return fiber
 
-    def _refuse_poisoned(self, job: Job, deliveries: int) -> None:
+    def _poisons(self, job: Job, message: Message) -> str:
+        """Say what happened too often with a message; nothing if it may run."""
+        most, deliveries, strays = self._settings.max_deliveries, deliveries_of(message), self._strays.times(job.request)
+        if 0 < most <= deliveries:
+            return f"was delivered {deliveries} times, and each time its worker died or lost it"
+        if 0 < most <= strays:
+            return f"was run {strays} times, and each time a signal's handler raised in Celery's code around it"
+        return ""
+
+    def _refuse_poisoned(self, job: Job, why: str) -> None:
         """Fail a task whose message was delivered too often, and keep the message."""
         error = PoisonedMessageError(
-            f"{job.name} was delivered {deliveries} times, and each time its worker died or lost it: it is not run "
-            f"again (LEGIT_WORKER_MAX_DELIVERIES={self._settings.max_deliveries}). Its message is in {DEAD}: see "
-            "`celery legit dead list`"
+            f"{job.name} {why}: it is not run again (LEGIT_WORKER_MAX_DELIVERIES={self._settings.max_deliveries}). "
+            f"Its message is in {DEAD}: see `celery legit dead list`"
         )
         logger.error("%s", error)
         bury(job.request.message, str(error))
         job.refuse(error)
+        self._strays.forget(job.request)
 
     def _limit(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Limit | None:
         """This task's limits: its message's, its own, or the worker's. Raises `InvalidInputError`."""

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from greenlet import GreenletExit
 
-from legit_worker.broker.refusals import give_back_request, give_up_request
+from legit_worker.broker.refusals import give_up_request
 from legit_worker.errors import DeviceLostError
 from legit_worker.pool import own, sql, turns
 from legit_worker.pool.backlog import AppLimits, Backlog
@@ -25,6 +25,7 @@ from legit_worker.pool.hooks import is_of_one_message
 from legit_worker.pool.intake import Intake
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running
+from legit_worker.pool.strays import Strays
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Turn, Watcher
 
@@ -49,6 +50,7 @@ class Loop:
         pace: Pace,
         intake: Intake,
         app_limits: AppLimits | None = None,
+        strays: Strays,
         review_models: Callable[[], None],
         ended: Callable[[Fiber], None],
         ends_at: Callable[[], float] = lambda: inf,
@@ -64,6 +66,7 @@ class Loop:
         self._intake = intake
         self._review_models = review_models
         self._ended = ended
+        self._strays = strays
         self._ends_at = ends_at
         self._cancel = cancel
         #: Whether this package's code between the tasks runs: a batch, or a decision.
@@ -256,10 +259,10 @@ class Loop:
     def _outlives(self, fiber: Fiber, error: Exception) -> bool:
         """See to a message that nobody would come back to. False if the error goes up to the worker."""
         if own.is_stray(error, f"Celery's code around {fiber.name}"):
-            if fiber.dead:
-                give_back_request(fiber.request)
-            else:  # the signal came just before the switch, or just after it
+            if not fiber.dead:  # the signal came just before the switch, or just after it
                 self.wake(fiber)
+            elif fiber.request is not None:
+                self._strays.give_back(fiber.request, error)
         elif is_of_one_message(fiber.request, error):
             give_up_request(fiber.request, error)
         else:

@@ -49,6 +49,7 @@ from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.starting import load_pinned, prepare_process
+from legit_worker.pool.strays import Strays
 from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
 from legit_worker.pool.telling import are_seen, show_quickly, tell_own_time
 from legit_worker.pool.wakeup import Wakeup
@@ -96,6 +97,7 @@ class ModelPool(SoloPool):
         self._running = Running()
         self._suspects = Suspects(self._settings.max_deliveries)
         self._adoption = Adoption(self._running, self._suspects)
+        self._strays = Strays(self._settings.max_deliveries)
         self._wakeup = Wakeup()
         self._pace = Pace(self._settings.max_queue_delay, self._settings.target_latency)
         self._soft = SoftShutdown(self.app)
@@ -151,6 +153,7 @@ class ModelPool(SoloPool):
             pace=self._pace,
             intake=self._intake,
             app_limits=AppLimits(chosen.apps, self._running),
+            strays=self._strays,
             review_models=lambda: default_registry().residency.review(),
             ended=self._note_end,
             ends_at=lambda: self._soft.until_if_begun,
@@ -168,7 +171,9 @@ class ModelPool(SoloPool):
         )
         self._soft.may_cancel = self._may_cancel
         self._fetching = Fetching(self.engine, self._intake, self._pace)
-        self._entrance = Entrance(self.app, chosen, self.options, wake=self._loop.wake, is_inline=self._inline)
+        self._entrance = Entrance(
+            *(self.app, chosen, self.options), wake=self._loop.wake, is_inline=self._inline, strays=self._strays
+        )
         self._computing = Computing(self.engine, self._loop)
         self._host = FiberHost(self._loop, self.engine, self._running, is_inline=self._inline)
         #: What metrics ask; None if nobody wants them.
@@ -203,7 +208,7 @@ class ModelPool(SoloPool):
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
         told = tell_own_time(), show_quickly(lambda: are_seen(self._consumer))
-        self._undo = (*told, end_in_fibers(self._run_end), ignore_late_revokes(), quickjson.use())
+        self._undo = (*told, end_in_fibers(self._run_end, self._strays), ignore_late_revokes(), quickjson.use())
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:

@@ -47,7 +47,7 @@ class Running:
         self.begun += 1
         self.bytes += _size(fiber.request)
         self.by_app[fiber.app] += 1
-        key = self._all[fiber] = _key(fiber.request)
+        key = self._all[fiber] = key_of_request(fiber.request)
         if key is not None:
             self._by_key.setdefault(key, []).append(fiber)
         if not fiber.acks_late:
@@ -112,10 +112,11 @@ def key_from(identity: Any, retries: Any) -> Key | None:
     return (identity, retries) if isinstance(identity, str) and isinstance(retries, int) else None
 
 
+def key_of_request(request: Any) -> Key | None:
+    """The key of a request's task; None if what runs is no task, or its message has no such key."""
+    return None if request is None else key_from(request.id, request.request_dict.get("retries"))
+
+
 def _size(request: Any) -> int:
     message = message_of(request)
     return 0 if message is None else len(message.body or b"")
-
-
-def _key(request: Any) -> Key | None:
-    return None if request is None else key_from(request.id, request.request_dict.get("retries"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import kombu
 import pytest
+import redis
 from harness import Broker, StartWorker, poll
 from journal import Life, begin_life, names
 
@@ -18,6 +20,9 @@ PLACES = [
     ("failure", "raises", 2),
     ("ack", "raises", 2),
 ]
+
+#: How often a message may come again: the default of `MAX_DELIVERIES`.
+MOST = 5
 
 
 def ring_everywhere(life: Life) -> None:
@@ -56,6 +61,39 @@ def test_it_does_so_under_rabbitmq(
     ring_everywhere(life)
     assert "runs alone" not in life.worker.log, "nobody died of it"
     ends_empty(life)
+
+
+def rings_again_and_again(life: Life) -> list[str]:
+    """Each task is given back five times. Then it fails; if its failure is interrupted, too, its message goes."""
+    rung = {"end": "returns", "place": "accepted"}
+    sent = [life.send("rung", kwargs=rung | {"times": times}) for times in (MOST, MOST + 10)]
+    life.worker.settle(sent[:1])
+    assert sent[0].state == "FAILURE"
+    assert "was run 5 times, and each time a signal's handler raised" in str(sent[0].result)
+    poll(lambda: names(life.journal.of(sent[1].id)).count("rings") == MOST + 1, "the last try")
+    ends_empty(life)
+    assert [names(life.journal.of(one.id)).count("rings") for one in sent] == [MOST, MOST + 1]
+    assert not {one.id for one in sent}.intersection(life.journal.happened("before_start"))
+    return [one.id for one in sent]
+
+
+def test_it_does_not_come_again_for_ever(start_worker: StartWorker, tmp_path: Path, broker: Broker) -> None:
+    if not broker.url.startswith("redis"):
+        pytest.skip("what becomes of the messages is looked up in Redis")
+    life = begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung")
+    dead, aside = rings_again_and_again(life)
+    with redis.Redis.from_url(broker.url) as server:
+        records = [json.loads(one) for one in server.lrange("legit.dead", 0, -1)]
+        assert ["signal's handler" in one["reason"] for one in records if one["id"] == dead] == [True]
+        assert sum(aside.encode() in raw for raw in server.lrange("legit.unreadable", 0, -1)) == 1
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_it_does_not_do_so_under_rabbitmq(
+    start_worker: StartWorker, tmp_path: Path, rabbitmq: Broker, queue_type: str
+) -> None:
+    broker = replace(rabbitmq, queue_type=queue_type)
+    rings_again_and_again(begin_life(start_worker, tmp_path, "modelpool", broker=broker, project="rung"))
 
 
 def test_a_task_that_is_revoked_is_told_so_again(start_worker: StartWorker, tmp_path: Path, broker: Broker) -> None:

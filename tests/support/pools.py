@@ -17,6 +17,7 @@ from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.running import Running
 from legit_worker.pool.share import Share
+from legit_worker.pool.strays import Strays
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
 
@@ -91,6 +92,7 @@ class PlayedPool:
             watcher=self.watcher,
             pace=Pace(None),
             intake=self.intake,
+            strays=Strays(5),
             review_models=lambda: None,
             ended=lambda fiber: self.ended.append(fiber.name),
         )

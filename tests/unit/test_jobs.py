@@ -18,6 +18,7 @@ from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import CLOSED, _seen_to
 from legit_worker.pool.running import Running
+from legit_worker.pool.strays import Strays
 from legit_worker.settings import Settings
 
 
@@ -87,7 +88,7 @@ def test_a_task_that_was_revoked_while_it_waited_does_not_begin(monkeypatch: pyt
 
 def test_a_task_that_must_be_refused_is_not_if_its_connection_is_gone() -> None:
     """Its message comes again, and is refused then."""
-    entrance = Entrance(Celery(set_as_current=False), Settings(), {}, wake=lambda fiber: None, is_inline=False)
+    entrance = Entrance(Celery(set_as_current=False), Settings(), {}, wake=lambda fiber: None, is_inline=False, strays=Strays(0))
     request = Failing()
     one = job(print, error_callback=request.on_failure, callback=request.on_success)
     request.message = SimpleNamespace(

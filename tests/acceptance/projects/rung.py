@@ -1,11 +1,12 @@
-"""The project `life`, with a signal's handler that raises inside Celery's code, once for each task that says where.
+"""The project `life`, with a signal's handler that raises inside Celery's code, for each task that says where.
 
-In: as `life`; a task's end, and a place. Out: the same notes.
+In: as `life`; a task's end, a place, and how often it rings there. Out: the same notes.
 """
 
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from typing import Any
 
 from life import ENDS, Noted, NotedRequest, app, call_model, note
@@ -22,15 +23,15 @@ def ring(signum: int, frame: Any) -> None:
 
 signal.signal(signal.SIGUSR2, ring)
 
-_rung: set[str] = set()
+_rung: Counter[str] = Counter()
 
 
 def ring_at(place: str, request: Any) -> None:
-    """Let the signal come here, if the task says so, and the first time only; or raise here, each time."""
+    """Let the signal come here, if the task says so, and as often as it says; or raise here, each time."""
     if request.kwargs.get("fails") == place:
         raise RuntimeError(f"it fails at {place}")
-    if request.kwargs.get("place") == place and request.id not in _rung:
-        _rung.add(request.id)
+    if request.kwargs.get("place") == place and _rung[request.id] < request.kwargs.get("times", 1):
+        _rung[request.id] += 1
         note(request.id, "rings")
         signal.raise_signal(signal.SIGUSR2)
 
@@ -67,7 +68,7 @@ class Rung(Noted):
 
 
 @app.task(name="rung", bind=True, base=Rung)
-def rung(self: Rung, end: str, place: str = "", fails: str = "") -> Any:
+def rung(self: Rung, end: str, place: str = "", times: int = 1, fails: str = "") -> Any:
     """After a model call, this end."""
     call_model()
     return ENDS[end](self)
