@@ -188,6 +188,8 @@ class Writer:
             self._client = self._connect()
             return bool(self._client.ping())
         except Exception as error:
+            if is_forbidden(error):  # which is an answer, too
+                return True
             self._disconnect()
             if not is_away(error):
                 raise

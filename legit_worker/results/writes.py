@@ -169,7 +169,9 @@ def withdraw_refusals(writes: Sequence[Write]) -> Exception | None:
         return None
     error = refused[0].error
     for write in refused:
-        write.error = write.refusal = None
+        write.error = None
+    for write in writes:  # a script was refused for the same reason
+        write.refusal = None
     return error
 
 

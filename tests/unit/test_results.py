@@ -407,6 +407,20 @@ def test_a_lone_write_waits_for_a_server_that_comes_back_at_any_moment(error: Ex
     assert server.values == {b"a": one.value}
 
 
+def test_results_wait_for_a_server_that_breaks_its_connections_and_whose_user_may_not_ping() -> None:
+    server = Server()
+    server.errors["MGET", None] = RedisConnectionError("Connection closed by server.")
+
+    def ping() -> bool:
+        server.errors.clear()
+        raise FORBIDDEN[0]
+
+    server.ping = ping  # type: ignore[method-assign]
+    store(start(server), one := write("a"))
+    assert one.error is None
+    assert server.values == {b"a": one.value}
+
+
 def test_results_wait_for_a_server_that_answers_and_takes_nothing_yet() -> None:
     """However often it says so: it breaks no connection."""
     server = Server()
