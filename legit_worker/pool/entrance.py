@@ -83,10 +83,10 @@ class Entrance:
 
     def _poisons(self, job: Job, message: Message) -> str:
         """Say what happened too often with a message; nothing if it may run."""
-        most, deliveries, strays = self._settings.max_deliveries, deliveries_of(message), self._strays.times(job.request)
-        if 0 < most <= deliveries:
+        most = self._settings.max_deliveries
+        if 0 < most <= (deliveries := deliveries_of(message)):
             return f"was delivered {deliveries} times, and each time its worker died or lost it"
-        if 0 < most <= strays:
+        if 0 < most <= (strays := self._strays.times(job.request)):
             return f"was run {strays} times, and each time a signal's handler raised in Celery's code around it"
         return ""
 
