@@ -28,7 +28,7 @@ from legit_worker.pool.fibers import Fiber, Phase, current
 from legit_worker.pool.hooks import is_raised_by
 from legit_worker.pool.limits import TimeLimitPassed
 from legit_worker.pool.messages import is_gone
-from legit_worker.pool.requests import acked_last, may_be_revoked, message_of, store_failure
+from legit_worker.pool.requests import ended_last, may_be_revoked, message_of, store_failure
 from legit_worker.results.writes import is_away
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Job:
 
     def _tell(self, result: Any) -> Any:
         if isinstance(result, ExceptionInfo):
-            with acked_last(self.request):
+            with ended_last(self.request):
                 return self.error_callback(result)
         return self.callback(_seen_to(result))
 

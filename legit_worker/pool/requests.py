@@ -16,26 +16,29 @@ from billiard.einfo import ExceptionInfo
 from celery import signals
 from celery.worker import state
 
+#: The functions by which a request acks and rejects, and the methods of its message that they stand for.
+ENDS = {"_on_ack": "ack_log_error", "_on_reject": "reject_log_error"}
 
-class LaterAck:
-    """Stands for a request's ack until its end is stored."""
+
+class LaterEnd:
+    """Stands for a request's ack or rejection until its end is stored."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        #: What acks: of the message's last delivery.
+        #: What acks or rejects: of the message's last delivery.
         self.call = call
         self._args: tuple[Any, ...] | None = None
 
     @property
     def is_due(self) -> bool:
-        """Whether Celery has acked."""
+        """Whether Celery has acked or rejected."""
         return self._args is not None
 
     def __call__(self, *args: Any) -> None:
-        """Celery acks."""
+        """Celery acks, or rejects."""
         self._args = args
 
     def send(self) -> None:
-        """Ack, if Celery has."""
+        """Do what Celery has asked for, if anything."""
         if self._args is not None:
             self.call(*self._args)
 
@@ -64,35 +67,46 @@ def never_ack(request: Any) -> None:
 
 
 @contextmanager
-def acked_last(request: Any) -> Iterator[None]:
-    """Ack what `Request.on_failure` acks once it is over. It acks, and stores the failure after that.
+def ended_last(request: Any) -> Iterator[None]:
+    """Ack or reject, once `Request.on_failure` is over, what it acks or rejects. It stores the failure after that.
 
     A worker that is killed between the two would lose the task's end; and the result backend may be away.
     """
     if request is None:
         yield
         return
-    ack = request._on_ack = LaterAck(request._on_ack)
+    ends = {name: LaterEnd(getattr(request, name)) for name in ENDS}
+    for name, end in ends.items():
+        setattr(request, name, end)
     try:
         yield
     finally:
-        if request._on_ack is ack:
-            request._on_ack = ack.call
-    ack.send()
+        for name, end in ends.items():
+            if getattr(request, name) is end:
+                setattr(request, name, end.call)
+    for end in ends.values():
+        end.send()
 
 
 def redeliver(request: Any, message: kombu.Message, end: Callable[..., Any]) -> bool:
-    """Let a request end by another delivery. Returns whether its ack is due, and only waits for the end's storing.
+    """Let a request end by another delivery. Returns whether its end is due, and only waits until it is stored.
 
     `end` gets the delivery's own method that acks or rejects, and its arguments.
     """
-    request._message, request._on_reject = message, partial(end, message.reject_log_error)
-    ack, before = partial(end, message.ack_log_error), request._on_ack
-    if isinstance(before, LaterAck):
-        before.call = ack
-        return before.is_due
-    request._on_ack = ack
-    return False
+    request._message, is_due = message, False
+    for name, method in ENDS.items():
+        call, before = partial(end, getattr(message, method)), getattr(request, name)
+        if isinstance(before, LaterEnd):
+            before.call = call
+            is_due = is_due or before.is_due
+        else:
+            setattr(request, name, call)
+    return is_due
+
+
+def tell_no_more(request: Any) -> None:
+    """Send no more events about a request."""
+    request._eventer = None
 
 
 def store_failure(request: Any, error: Exception, failure: ExceptionInfo) -> None:

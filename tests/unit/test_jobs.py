@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ class Request:
     """Celery's, of a message by RabbitMQ."""
 
     id, expires = "a", None
+    request_dict: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, *, is_connected: bool = True, stamps: tuple[str, ...] = ()) -> None:
         self.message = SimpleNamespace(delivery_tag=1, channel=SimpleNamespace(connection=is_connected or None))
@@ -40,16 +42,17 @@ class Request:
 
 
 class Failing(Request):
-    """Celery's in a shutdown: acks, and then stores unless the shutdown has begun."""
+    """Celery's in a shutdown: acks or rejects, and then stores unless the shutdown has begun."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012
     store_errors, _context = True, None
 
-    def __init__(self) -> None:
+    def __init__(self, ends_by: str = "ack") -> None:
         super().__init__()
         self.order: list[str] = []
-        self._on_ack = lambda: self.order.append("ack")
+        self._ends_by = f"_on_{ends_by}"
+        self._on_ack, self._on_reject = lambda: self.order.append("ack"), lambda: self.order.append("reject")
         self.task = SimpleNamespace(backend=self)
 
     def mark_as_failure(self, *_: Any, **__: Any) -> None:
@@ -58,7 +61,7 @@ class Failing(Request):
 
     def on_failure(self, failure: ExceptionInfo) -> None:
         """As Celery's."""
-        self._on_ack()
+        getattr(self, self._ends_by)()
         if not state.should_terminate:
             self.mark_as_failure()
 
@@ -88,7 +91,9 @@ def test_a_task_that_was_revoked_while_it_waited_does_not_begin(monkeypatch: pyt
 
 def test_a_task_that_must_be_refused_is_not_if_its_connection_is_gone() -> None:
     """Its message comes again, and is refused then."""
-    entrance = Entrance(Celery(set_as_current=False), Settings(), {}, wake=lambda fiber: None, is_inline=False, strays=Strays(0))
+    entrance = Entrance(
+        *(Celery(set_as_current=False), Settings(), {}), wake=lambda fiber: None, is_inline=False, strays=Strays(0)
+    )
     request = Failing()
     one = job(print, error_callback=request.on_failure, callback=request.on_success)
     request.message = SimpleNamespace(
@@ -101,47 +106,54 @@ def test_a_task_that_must_be_refused_is_not_if_its_connection_is_gone() -> None:
     assert request.order == ["store", "ack"]
 
 
+@pytest.mark.parametrize("ends_by", ["ack", "reject"])
 @pytest.mark.parametrize("should_terminate", [None, True, 0])
-def test_a_failure_is_stored_once_and_then_acked(monkeypatch: pytest.MonkeyPatch, should_terminate: int | None) -> None:
+def test_a_failure_is_stored_once_and_then_acked_or_rejected(
+    monkeypatch: pytest.MonkeyPatch, should_terminate: int | None, ends_by: str
+) -> None:
     """Celery's own worker for tests ends by 0, which Celery takes for no shutdown here."""
     monkeypatch.setattr(state, "should_terminate", should_terminate)
-    request = Failing()
+    request = Failing(ends_by)
     job(print, error_callback=request.on_failure, callback=request.on_success).fail(ValueError("no"))
-    assert request.order == ["store", "ack"]
+    assert request.order == ["store", ends_by]
 
 
 class Looking(Failing):
-    """Celery's for a lost worker: looks whether a success is stored, and then acks and stores the failure."""
+    """Celery's for a lost worker: looks whether a success is stored, ends its message, and stores the failure."""
 
     acknowledged = False
 
-    def __init__(self, waits_in: str, adoption: Adoption) -> None:
+    def __init__(self, waits_in: str, ends_by: str, adoption: Adoption) -> None:
         """`waits_in` is the step in which its message comes again."""
-        super().__init__()
+        super().__init__(ends_by)
         self._waits_in, self._adoption = waits_in, adoption
-        self._on_ack = lambda: self.order.append("ack of the old one")
+        self._on_ack = self._on_reject = lambda: self.order.append("the old one ends")
 
     def on_failure(self, failure: ExceptionInfo) -> None:
         state.task_ready(self)
         self._step("look")
-        self._on_ack()
+        getattr(self, self._ends_by)()
         self.acknowledged = True
         self._step("store")
 
     def _step(self, name: str) -> None:
         if name == self._waits_in:
-            message = SimpleNamespace(ack_log_error=lambda: self.order.append("ack"), reject_log_error=None)
+            ends = {f"{end}_log_error": partial(self.order.append, end) for end in ("ack", "reject")}
+            message = SimpleNamespace(**ends)
             self._adoption._replace(self, message)  # type: ignore[arg-type]
         self.order.append(name)
 
 
+@pytest.mark.parametrize("ends_by", ["ack", "reject"])
 @pytest.mark.parametrize("waits_in", ["look", "store"])
-def test_a_failure_whose_message_comes_again_is_acked_once_it_is_stored_by_the_new_delivery(waits_in: str) -> None:
+def test_a_failure_whose_message_comes_again_is_ended_once_it_is_stored_by_the_new_delivery(
+    waits_in: str, ends_by: str
+) -> None:
     adoption = Adoption(Running(), SimpleNamespace(adopted=lambda *_, **__: None))  # type: ignore[arg-type]
-    adoption._call_soon = lambda ack, *_: ack()
-    request = Looking(waits_in, adoption)
+    adoption._call_soon = lambda end, *_: end()
+    request = Looking(waits_in, ends_by, adoption)
     job(print, error_callback=request.on_failure, callback=request.on_success).fail(ValueError("no"))
-    assert request.order == ["look", "store", "ack"]
+    assert request.order == ["look", "store", ends_by]
     assert request not in state.reserved_requests, "it has ended for Celery"
     assert request.id not in state.requests
 
