@@ -185,12 +185,17 @@ def outlive_handlers(where: str) -> Iterator[None]:
 
 def is_stray(error: Exception, where: str) -> bool:
     """Whether a signal's handler raised it, which is then logged. `where` says whose code the signal interrupted."""
+    is_one = is_of_handler(error)
+    if is_one:
+        logger.error(STRAY, where, exc_info=error)
+    return is_one
+
+
+def is_of_handler(error: Exception) -> bool:
+    """Whether a signal's handler raised it."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {_code_of(handler) for handler in handlers if callable(handler)}
-    if not any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
-        return False
-    logger.error(STRAY, where, exc_info=error)
-    return True
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _code_of(handler: Callable[..., Any]) -> CodeType | None:

@@ -25,7 +25,8 @@ from redis.retry import Retry
 
 from legit_worker import parking
 from legit_worker.results import blocks
-from legit_worker.results.chords import Claims, waiting_since
+from legit_worker.results.chords import Claims
+from legit_worker.results.patience import waiting_since
 from legit_worker.results.writer import Writer
 from legit_worker.results.writes import Rider, Write, is_away, send
 

@@ -15,27 +15,18 @@ Sources: celery.backends.redis.RedisBackend.on_chord_part_return (5.7). Before 5
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
-from time import monotonic
 from typing import Any
 
 from legit_worker import parking
+from legit_worker.results import patience
 from legit_worker.results.writes import is_away
-
-logger = logging.getLogger(__name__)
-
-#: Seconds between two looks at a claim.
-LOOK_SECONDS = 0.5
 
 #: What Celery puts in a claim's place once the body is sent.
 SENT = b"done"
 
-#: Since when tasks wait until their part is counted, by the monotonic clock.
-waiting_since: dict[object, float] = {}
+#: Calls what counts a part.
+_patiently = partial(patience.patiently, what="its part of a chord to be counted", waits=is_away)
 
 
 class Claims:
@@ -64,7 +55,7 @@ class Claims:
     def _outlasts_claim(self, group: str) -> bool:
         """Wait until nobody has a claim. Return False if that can't be waited for."""
         while self._is_claimed(group):
-            if not parking.park(_later(), "a chord's body to be sent by another worker"):
+            if not parking.park(patience.later(), "a chord's body to be sent by another worker"):
                 return False
         return True
 
@@ -73,49 +64,3 @@ class Claims:
         claim_key, size_key = (self.get_key_for_group(group, suffix) for suffix in (".c", ".s"))
         claim, is_open = _patiently(lambda: (self.client.get(claim_key), self.client.exists(size_key)))[0]
         return claim not in (None, SENT) and bool(is_open)
-
-
-def _patiently(call: Callable[[], Any]) -> tuple[Any, bool]:
-    """Return what a call gives, and whether the server was away. As long as it is, the task waits, if it can park."""
-    this = object()
-    try:
-        while True:
-            try:
-                return call(), this in waiting_since
-            except Exception as error:  # noqa: PERF203
-                if not is_away(error):
-                    raise
-                if this not in waiting_since:
-                    waiting_since[this] = monotonic()
-                    logger.warning("the result backend counts no part of a chord, and its task waits: %r", error)
-                if not parking.park(_later(), "its part of a chord to be counted"):
-                    raise
-    finally:
-        waiting_since.pop(this, None)
-
-
-class _Look:
-    """The next look. All tasks that wait share it: a thread for each would be a thousand after a worker's death."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._done: Future[None] | None = None
-
-    def later(self) -> Future[None]:
-        """Return what is done once it is time to look again. Any thread may call it."""
-        with self._lock:
-            if self._done is None:
-                timer = threading.Timer(LOOK_SECONDS, self._come)
-                timer.daemon = True
-                timer.start()
-                self._done = Future()
-            return self._done
-
-    def _come(self) -> None:
-        with self._lock:
-            done, self._done = self._done, None
-        assert done is not None
-        done.set_result(None)
-
-
-_later = _Look().later

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from legit_worker import parking
-from legit_worker.results import chords
+from legit_worker.results import patience
 from legit_worker.results.chords import SENT, Claims
 
 
@@ -54,7 +54,7 @@ def part(**delivery: Any) -> Any:
 
 
 #: How the worker itself waits.
-later = chords._later
+later = patience.later
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> None:
         return True
 
     monkeypatch.setattr(parking, "park", at_once)
-    monkeypatch.setattr(chords, "_later", Future)
+    monkeypatch.setattr(patience, "later", Future)
 
 
 @pytest.mark.parametrize("looks", range(6))
