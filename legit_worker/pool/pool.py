@@ -28,7 +28,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, figures, limits, own, reports, sql, turns
+from legit_worker.pool import fibers, figures, limits, own, reports, sql, timed, turns
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.backlog import AppLimits
 from legit_worker.pool.computing import Computing
@@ -300,7 +300,8 @@ class ModelPool(SoloPool):
         """Let a task begin as soon as it may; if nobody would come back to it, run it to its end now."""
         if not self._inline:
             self._suspects.add(fiber)
-            self._loop.admit(fiber)
+            with timed.outlived(fiber.request, self._fetching.hub):
+                self._loop.admit(fiber)
             if self._suspects.bound < inf or is_answer_awaited():
                 self._loop.look_again()
             return

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +240,23 @@ def test_a_part_of_a_chord_that_can_not_be_counted_ends_no_worker(stored: Stored
     assert stored.worker.stop() == 0
 
 
+@pytest.mark.parametrize("acks", [True, False])
+def test_a_task_that_took_its_worker_along_leaves_its_queue_once_its_failure_is_stored(
+    start_worker: StartWorker, broker: Broker, server: Server, acks: bool
+) -> None:
+    """Celery acks or rejects its message before that, whose worker may die in between."""
+    conf = {"task_acks_on_failure_or_timeout": acks, "task_reject_on_worker_lost": False}
+    stored = start(start_worker, broker, server, conf)
+    server.stop()
+    ids = stored.send("ends_badly", "exit")
+    poll(lambda: stored.worker.pool()["parked"] == 1, "its failure to wait")
+    assert stored.unacked() == 1
+    server.start()
+    stored.wait_for("FAILURE", ids)
+    assert stored.metas(ids)[0]["result"]["exc_type"] == "WorkerLostError"
+    poll(lambda: stored.unacked() == 0, "its message to go")
+
+
 # Chords, and tasks without results.
 
 
@@ -413,3 +432,63 @@ def test_tasks_that_never_run_wait_for_the_result_backend(stored: Stored) -> Non
     stored.wait_for("FAILURE", unknown)
     poll(lambda: stored.unacked() == 0, "all to be acked")
     assert stored.runs == {}
+
+
+@pytest.mark.parametrize("is_due_later", [False, True], ids=["at once", "due later"])
+def test_a_revoked_task_waits_for_a_result_backend_that_is_not_redis(
+    start_worker: StartWorker, broker: Broker, tmp_path: Path, is_due_later: bool
+) -> None:
+    """Under stock solo it ends the worker, or leaves its message unacked if it was due later."""
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    results.mkdir()
+    worker = start_worker(
+        "counted", broker=replace(broker, backend=f"file://{results}"), environment=SIMULATED | ENABLED
+    )
+    stored = Stored(worker, Server(results))
+    results.rename(elsewhere)
+    if is_due_later:
+        stored.send("counted", "revoked", task_id="revoked", countdown=2)
+        poll(lambda: "revoked" in worker.received, "the task to come")
+    poll(lambda: stored.client.control.revoke(["revoked"], reply=True), "the worker to hear of it")
+    if not is_due_later:
+        stored.send("counted", "revoked", task_id="revoked")
+    worker.wait_for_log("a task waits for the end of counted[revoked] to be stored")
+    assert stored.answers()
+    assert stored.unacked() == 1
+    elsewhere.rename(results)
+    poll((results / "celery-task-meta-revoked").exists, "its end to be stored")
+    assert json.loads((results / "celery-task-meta-revoked").read_text())["status"] == "REVOKED"
+    poll(lambda: stored.unacked() == 0, "its message to be acked")
+    assert stored.runs == {}
+    assert worker.log.count(f"{worker.name} ready.") == 1
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("why", ["due later", "a rate limit"])
+def test_a_task_that_a_timer_starts_comes_again_if_its_end_can_not_be_stored(
+    start_worker: StartWorker, broker: Broker, tmp_path: Path, why: str
+) -> None:
+    """Under stock solo its message stays unacked."""
+    database = tmp_path / "results"
+    worker = start_worker(
+        "counted", broker=replace(broker, backend=f"db+sqlite:///{database}"), environment=SIMULATED | ENABLED
+    )
+    stored = Stored(worker, Server(database))
+    if why == "a rate limit":
+        poll(lambda: stored.client.control.rate_limit("counted", "20/m", reply=True), "the worker to hear of it")
+    stored.send("counted", "first")
+    stored.send("counted", "one", "other", **({"countdown": 3} if why == "due later" else {}))
+    poll(lambda: len(worker.received) == 3 and stored.unacked() == 2, "the tables to be made by the first one")
+    with sqlite3.connect(database) as tables:
+        tables.execute("ALTER TABLE celery_taskmeta RENAME TO elsewhere")
+    poll(lambda: worker.log.count("it comes again in") == 2, "both to fail")
+    assert stored.unacked() == 2
+    with sqlite3.connect(database) as tables:
+        tables.execute("ALTER TABLE elsewhere RENAME TO celery_taskmeta")
+    poll(lambda: stored.unacked() == 0, "both to be acked")
+    assert stored.runs == {"first": 1, "one": 1, "other": 1}, "of the others, no start was stored before"
+    with sqlite3.connect(database) as tables:
+        assert tables.execute("SELECT status, count(*) FROM celery_taskmeta GROUP BY status").fetchall() == [
+            ("SUCCESS", 3)
+        ]
+    assert worker.log.count(f"{worker.name} ready.") == 1
