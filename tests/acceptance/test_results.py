@@ -247,11 +247,14 @@ def test_a_task_that_took_its_worker_along_leaves_its_queue_once_its_failure_is_
     """Celery acks or rejects its message before that, whose worker may die in between."""
     conf = {"task_acks_on_failure_or_timeout": acks, "task_reject_on_worker_lost": False}
     stored = start(start_worker, broker, server, conf)
-    server.stop()
+    fill, make_room = OUTAGES["full"]  # Celery can look whether a success was stored
+    fill(server)
     ids = stored.send("ends_badly", "exit")
-    poll(lambda: stored.worker.pool()["parked"] == 1, "its failure to wait")
-    assert stored.unacked() == 1
-    server.start()
+    stored.worker.wait_for_log("takes no results")
+    stored.send("counted", "other")  # what was acked before would be gone by the time when this one comes
+    poll(lambda: stored.worker.pool()["parked"] == 2, "the other one to wait, too")
+    assert stored.unacked() == 2
+    make_room(server)
     stored.wait_for("FAILURE", ids)
     assert stored.metas(ids)[0]["result"]["exc_type"] == "WorkerLostError"
     poll(lambda: stored.unacked() == 0, "its message to go")

@@ -43,6 +43,7 @@ class Request(SimpleNamespace):
 
     __hash__ = object.__hash__
     _on_ack: Any = None
+    _on_reject: Any = None
 
     @property
     def message(self) -> Any:
