@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from legit_worker.device.simulated import Ledger, simulated_device
 from legit_worker.errors import InvalidInputError
+from legit_worker.models.options import refuse
 from legit_worker.models.protocol import Plan
 
 #: Length of the vectors.
@@ -82,12 +83,27 @@ class SimulatedModel:
         """JSON-safe: a list of floats."""
         return [float(value) for value in output]
 
-    def plan_encode(self, inputs: str | Sequence[str]) -> Plan:
-        """The result has shape `[8]` for one string, `[n, 8]` for several."""
+    def plan_encode(
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        **others: Any,
+    ) -> Plan:
+        """The result has shape `[8]` for one string, `[n, 8]` for several. A prompt changes nothing.
+
+        Other options are taken or refused as the kinds of sentence-transformers do.
+        """
+        refuse(others, "encode", truncate_dim=truncate_dim)
         is_single = isinstance(inputs, str)
 
         def finish(rows: list[Any]) -> NDArray[np.float32]:
-            vectors = np.asarray(rows, dtype=np.float32).reshape(-1, DIMENSION)
+            vectors = np.asarray(rows, dtype=np.float32).reshape(-1, DIMENSION)[:, :truncate_dim]
+            if normalize_embeddings:
+                vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
             return vectors[0] if is_single else vectors
 
         return [inputs] if is_single else list(inputs), finish

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +60,19 @@ def test_handles_find_the_models_of_a_test_and_compute_in_it() -> None:
         with pytest.raises(InvalidInputError):
             handle.map([None])
         assert models.slots["minilm"].state == "resident"
+
+
+def test_a_simulated_model_takes_the_options_that_a_projects_tasks_have() -> None:
+    with use_models({"minilm": {"kind": "simulated"}}):
+        handle, text = legit_worker.model("minilm"), "red apple"
+        unit = handle.encode(text, "query", normalize_embeddings=True, batch_size=32, show_progress_bar=True)
+        np.testing.assert_allclose(unit, vector(text) / np.linalg.norm(vector(text)), rtol=1e-6)
+        assert handle.encode([text], truncate_dim=3, convert_to_numpy=True).tolist() == [vector(text)[:3].tolist()]
+        assert handle.encode_query(text, prompt="find: ", device="cpu").tolist() == vector(text).tolist()
+        with pytest.raises(TypeError, match="takes no beams"):
+            handle.encode(text, beams=3)
+        with pytest.raises(ValueError, match="tensors are refused"):
+            handle.encode(text, convert_to_tensor=True)
 
 
 def test_there_is_one_registry_for_all_and_the_one_before_comes_back() -> None:
