@@ -22,21 +22,26 @@ def queues(ctx: click.Context, timeout: float, as_json: bool) -> None:
     """Show each model's queue, which workers have the model by the settings, and who takes tasks from it now."""
     reach(ctx.obj.app)
     takes = taken_queues(ctx.obj.app, timeout)
-    models, workers = _chosen(takes)
+    models, workers = _chosen(takes, ctx.obj.app.conf.task_default_queue)
     if as_json:
         click.echo(json.dumps({"models": models, "workers": workers, "running": takes}))
         return
-    _print("model", ("queue", "workers", "running"), models)
+    _print("model", ("queue", "workers", "running") if workers else ("queue", "running"), models)
     if workers:
         click.echo()
         _print("worker", ("device", "models"), workers)
     if takes:
         click.echo()
         _print("running", ("queues",), {worker: {"queues": names} for worker, names in takes.items()})
+    else:
+        click.echo(f"no worker answered within {timeout} s: `running` is unknown", err=True)
 
 
-def _chosen(takes: dict[str, list[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the settings say of each model and of each worker."""
+def _chosen(takes: dict[str, list[str]], default: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the settings say of each model and of each worker.
+
+    If they name no workers, `routes.by_model` leaves tasks in the default queue, and so does this.
+    """
     from legit_worker import settings
 
     chosen = settings.load(enabled_by_default=True, is_whole=True)
@@ -46,7 +51,7 @@ def _chosen(takes: dict[str, list[str]]) -> tuple[dict[str, Any], dict[str, Any]
     }
     models = {}
     for alias in chosen.models:
-        queue = settings.queue_of(chosen, alias)
+        queue = settings.queue_of(chosen, alias) if workers else default
         having = [node for node, own in workers.items() if alias in own["models"]]
         running = [worker for worker, names in takes.items() if queue in names]
         models[alias] = {"queue": queue, "workers": having, "running": running}

@@ -105,6 +105,16 @@ def test_without_any_app_the_list_says_how_to_have_one(broker: Broker) -> None:
     assert "LEGIT_WORKER_APPS__<APP>__RESULT_ROUTING=on" in finished.stderr
 
 
+def test_a_model_of_settings_without_workers_has_the_default_queue(broker: Broker) -> None:
+    """Nobody takes tasks from a queue of its own, and none are sent there."""
+    models = json.loads(legit(broker, "queues --json", **SIMULATED).stdout)["models"]
+    assert models["sim"] == {"queue": broker.queue, "workers": [], "running": []}
+    told = legit(broker, "queues", **SIMULATED)
+    assert told.returncode == 0
+    assert "workers" not in told.stdout
+    assert told.stderr == "no worker answered within 1.0 s: `running` is unknown\n"
+
+
 def assert_fits(text: str) -> None:
     assert text.strip()
     assert all(len(line) <= COLUMNS for line in text.splitlines()), text
