@@ -157,7 +157,7 @@ METRICS = (
         name="model_load_seconds",
         kind="gauge",
         labels=MODEL,
-        help="What its last load took.",
+        help="What its last load took, without the import of libraries and the wait for other workers.",
         triton="nv_model_load_duration_secs",
     ),
     Metric(

@@ -154,6 +154,7 @@ class Loader:
             ) from error
 
     def _bring(self, slot: Slot, orders: Orders, device: Device) -> tuple[LoadedModel, float]:
+        begun = monotonic()
         # Before the turn: a first import of torch and of a library on it takes many seconds.
         with forks.importing():
             cls = class_of(slot.spec.kind)
@@ -173,7 +174,10 @@ class Loader:
                 model.unload()
                 raise
         give_back_freed()
-        logger.info("model %r loaded on %s in %.1f s, %.0f MiB", slot.alias, device.name, seconds, slot.size / 2**20)
+        logger.info(
+            "model %r loaded on %s in %.1f s (%.1f s for its weights), %.0f MiB",
+            *(slot.alias, device.name, monotonic() - begun, seconds, slot.size / 2**20),
+        )
         if slot.spec.backend != "torch":
             found = model.backend
             logger.info("model %r is computed by %s: %s", slot.alias, found["backend"], found["backend_reason"])

@@ -112,8 +112,14 @@ def test_a_path_that_no_folder_can_have_is_no_folder(kind: str) -> None:
     assert is_missing_folder(long)
 
 
-def test_a_load_takes_as_long_as_reading_and_moving_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for it is patient by that: not by the import of a library, nor by the wait for other workers."""
+def test_a_load_takes_as_long_as_reading_and_moving_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits for it is patient by that: not by the import of a library, nor by the wait for other workers.
+
+    The log has both, since its line of the beginning comes before the import.
+    """
+    caplog.set_level("INFO", loader.__name__)
 
     def find(name: str, imp: Any) -> type[Clocked]:
         Clocked.now += 30
@@ -125,3 +131,4 @@ def test_a_load_takes_as_long_as_reading_and_moving_alone(monkeypatch: pytest.Mo
     request = models.residency.request(models.get("m"))
     request.future.result(timeout=20)
     assert models.get("m").load_seconds == 2
+    assert "model 'm' loaded on cpu in 152.0 s (2.0 s for its weights), 0 MiB" in caplog.messages
