@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 #: What each of NVML's errors means for an operator, by the name of pynvml's class for it.
 REASONS = {
-    "NVMLError_LibraryNotFound": "libnvidia-ml.so.1 is not there: is this a machine with an NVIDIA driver, and does "
-    "the container get the `utility` capability?",
+    "NVMLError_LibraryNotFound": "libnvidia-ml.so.1 is not there: the machine lacks an NVIDIA driver, or the "
+    "container lacks the `utility` capability",
     "NVMLError_DriverNotLoaded": "the NVIDIA driver is not loaded",
     "NVMLError_LibRmVersionMismatch": "the driver and its library are of different versions, as after an update: "
     "reboot, or start the container anew",

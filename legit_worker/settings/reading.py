@@ -26,6 +26,10 @@ from legit_worker.settings.values import BUILT_IN_TASKS, DELIMITER, PREFIX, Name
 #: Variables that Kubernetes sets for a service whose name begins with `legit-worker`. They are no settings.
 _OF_A_SERVICE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
 
+#: What is said in place of pydantic's words, which leave out what a switch may be.
+_SWITCH = "should be 1, on, yes or true, or 0, off, no or false"
+_IN_OTHER_WORDS = {"bool_parsing": _SWITCH, "bool_type": _SWITCH}
+
 #: The value tells one more such variable: `legit-worker-metrics` has a `LEGIT_WORKER_METRICS_PORT`, too.
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*")
 
@@ -236,7 +240,8 @@ def _problem(detail: Mapping[str, Any], given: Mapping[Name, Variable], file: Ma
         place = _shown(variable) if variable else spelled(name)
     if detail["type"] == "extra_forbidden":
         return f"{place} is not a setting{_suggestion(name, '.'.join)}"
-    return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
+    said = _IN_OTHER_WORDS.get(detail["type"], detail["msg"])
+    return f"{place}: {said.removeprefix('Value error, ')}"
 
 
 def _holds(tree: Any, name: Name) -> bool:

@@ -38,6 +38,9 @@ from legit_worker.settings import (
 )
 from legit_worker.settings.values import BUILT_IN_TASKS
 
+#: What a switch may be.
+SWITCH = "should be 1, on, yes or true, or 0, off, no or false"
+
 PASSWORD = "hunter2"
 URL = f"redis://:{PASSWORD}@results:6379/3"
 
@@ -480,7 +483,7 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "reason"),
     [
-        ("ENABLED", "perhaps", "valid boolean"),
+        ("ENABLED", "perhaps", SWITCH),
         ("ROLE", "cook", "'device' or 'prep'"),
         ("DEVICE", "gpu", "auto, cpu, cuda, cuda:N, simulated, or a GPU"),
         ("DEVICE", "cuda:", "auto, cpu, cuda, cuda:N, simulated, or a GPU"),
@@ -528,18 +531,18 @@ def test_an_unknown_variable_is_named_as_it_was_spelt() -> None:
         ("MODELS__M__KIND", "embedding", "module:Class"),
         ("MODELS__M__KIND", "module:", "module:Class"),
         ("MODELS__M__KIND", "1module:Class", "module:Class"),
-        ("MODELS__M__PIN", "tight", "valid boolean"),
+        ("MODELS__M__PIN", "tight", SWITCH),
         ("MODELS__M__KEEP_ALIVE", "5m", "valid number"),
         ("MODELS__M__KEEP_ALIVE", "-1", "greater than or equal to 0"),
         ("MODELS__M__DTYPE", "int9", "bfloat16"),
         ("MODELS__M__DTYPE", "int8", "backend 'torch' computes auto, float32"),
         ("MODELS__M__BACKEND", "tensorrt", "openvino"),
-        ("APPS__A__RESULT_ROUTING", "maybe", "valid boolean"),
+        ("APPS__A__RESULT_ROUTING", "maybe", SWITCH),
         ("APPS__A__QUEUE", "a b", "1 to 128 of the characters"),
         ("APPS__A__QUEUE", "q" * 129, "1 to 128 of the characters"),
         ("APPS__A__FORMAT", "pickle", "'json', 'celery' or 'laravel'"),
         ("APPS__A__ENCODING", "hex", "'json' or 'base64'"),
-        ("APPS__A__BATCHING", "some", "valid boolean"),
+        ("APPS__A__BATCHING", "some", SWITCH),
         ("APPS__A__WEIGHT", "0", "greater than 0"),
         ("APPS__A__WEIGHT", "nan", "finite"),
         ("APPS__A__MODELS", "[1]", "valid string"),
@@ -680,6 +683,7 @@ def test_a_model_or_app_may_be_in_both_halves(toml: Any) -> None:
         ("[apps.a]\nulr = '{url}'", "apps.a.ulr in {path} is not a setting; did you mean apps.a.url?"),
         ("[tasks]\nembed = 'a'", "tasks.embed in {path}: should be one of embed_text, embed_image"),
         ("window = 'lots'", "window in {path}: Input should be a valid integer"),
+        ("[apps.a]\nbatching = []", "apps.a.batching in {path}: " + SWITCH),
         ("models = 'minilm'", "models in {path}: Input should be a valid dictionary"),
         ("models = []", "models in {path}: Input should be a valid dictionary"),
         ("apps = []", "apps in {path}: Input should be a valid dictionary"),
