@@ -48,6 +48,8 @@ def endings(
     """
     if request.get("is_eager") or request.get("called_directly") or request.get("task") in INTERNAL:
         return
+    if task_id in (None, ""):  # the app could not tell which task that was
+        return
     route = header("route", request)
     chain = request.get("chain")
     is_inner = bool(chain or request.get(GOES_ON) or request.get("chord"))
@@ -110,7 +112,7 @@ def _ending(app: str, task_id: str, request: Request, status: Status, value: Any
         status=status,
         result=value if status == "SUCCESS" else None,
         error=None if status == "SUCCESS" else value,
-        attempt=(retries if isinstance(retries, int) else 0) + 1,
+        attempt=max(retries if isinstance(retries, int) else 0, 0) + 1,
         model=model,
         traceparent=checked(header("traceparent", request)),
         meta=header("meta", request),

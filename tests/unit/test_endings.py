@@ -50,6 +50,17 @@ def test_only_what_is_nobodys_inner_step_is_told(request_: dict[str, Any], is_to
     assert ids(told(request_)) == (["own"] if is_told else [])
 
 
+@pytest.mark.parametrize(("retries", "attempt"), [(None, 1), (0, 1), (2, 3), (-1, 1), ("2", 1)])
+def test_an_attempt_is_at_least_the_first(retries: Any, attempt: int) -> None:
+    (ending,) = told({"retries": retries})
+    assert ending.attempt == attempt
+
+
+@pytest.mark.parametrize("task_id", [None, ""])
+def test_a_task_without_an_id_is_not_told(task_id: Any) -> None:
+    assert list(endings("vod", task_id, {"task": "t"}, "FAILURE", ERROR)) == []
+
+
 @pytest.mark.parametrize("status", ["FAILURE", "REVOKED"])
 def test_a_chain_that_breaks_ends_under_its_last_tasks_id(status: Status) -> None:
     (ending,) = told({"chain": [last("c"), last("b")], "meta": 7, "hostname": "gpu-1"}, status)
