@@ -9,6 +9,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from kombu.utils.encoding import bytes_to_str
+
 from legit_worker.quickjson import loads
 
 #: The most messages, and bytes, of one reservation. The first reservation after a wait asks for one message, and each
@@ -176,6 +178,14 @@ def company(deliveries: int, most: int) -> int:
     return LITTLE_COMPANY if most - deliveries == 2 else 1
 
 
+def _loads(raw: bytes) -> Any:
+    """Read JSON, in which bytes that are no UTF-8 become U+FFFD, as kombu reads a message."""
+    try:
+        return loads(raw)
+    except UnicodeDecodeError:
+        return loads(bytes_to_str(raw))
+
+
 @dataclass(frozen=True)
 class Source:
     """One list of messages."""
@@ -203,7 +213,7 @@ class Reserved:
     def payload(self) -> dict[str, Any] | None:
         """Parse the bytes; None if they are no message."""
         try:
-            payload = loads(self.raw)
+            payload = _loads(self.raw)
         except Exception:  # kombu's JSON calls constructors, which may raise anything
             return None
         return payload if isinstance(payload, dict) else None

@@ -31,6 +31,13 @@ class Channel(ReservingChannel):
         self.delivered.append(reserved.tag)
 
 
+@pytest.mark.parametrize(
+    ("raw", "body"), [(b'{"body": "caf\xe9"}', "caf\ufffd"), ('{"body": "café"}'.encode(), "café")]
+)
+def test_bytes_that_are_no_utf_8_are_read_as_kombu_reads_them(raw: bytes, body: str) -> None:
+    assert Reserved(Source(queue="work", key="work", acks=True), "tag", raw).payload() == {"body": body}
+
+
 def test_all_messages_are_delivered_at_once_if_no_task_is_in_a_hurry() -> None:
     channel = Channel(4, [])
     channel._deliver_reserved()
