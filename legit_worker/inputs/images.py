@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 import re
+import string
 import struct
 import warnings
 import zlib
@@ -35,6 +36,9 @@ HEAD = 256
 #: What stands before the bytes in a `data:` URI.
 _DATA = re.compile(r"\s*data:[^,]*,", re.IGNORECASE)
 
+#: The usual alphabet, and its padding.
+ALPHABET = (string.ascii_letters + string.digits + "+/=").encode()
+
 #: White space, which stands between lines of base64.
 SPACES = b" \t\r\n\v\f"
 
@@ -57,11 +61,19 @@ def bytes_of(text: str, most: int) -> bytes:
             f"the file has over {most} bytes, the most that one may have: it has {size}; resize the image"
         )
     if len(raw) % 4:
-        raise InvalidInputError(f"this is not base64 with padding: its {len(raw)} characters are no multiple of 4")
+        raise _no_base64(raw, f" with padding: its {len(raw)} characters are no multiple of 4")
     try:
         return base64.b64decode(raw, validate=True)
     except binascii.Error as error:
-        raise InvalidInputError(f"this is not base64: {error}") from None
+        raise _no_base64(raw, f": {error}") from None
+
+
+def _no_base64(raw: bytes, otherwise: str) -> InvalidInputError:
+    """Name the first character that base64 has not: a path or an address has one."""
+    strangers = raw.translate(None, delete=ALPHABET).decode()
+    return InvalidInputError(
+        f"this is not base64{f': it has the character {strangers[0]!a}' if strangers else otherwise}"
+    )
 
 
 def image_of(file: bytes, limits: Limits) -> tuple[ImageBytes, int]:

@@ -102,8 +102,10 @@ class _Images:
 
     def read(self, item: Any) -> ImageBytes:
         """Raises `InvalidInputError`."""
-        if not isinstance(item, str) or not item:
+        if not isinstance(item, str):
             raise InvalidInputError(f"expected an image as base64, got {type(item).__name__}")
+        if not item:
+            raise InvalidInputError("the image is empty: send a file as base64")
         image, size = image_of(bytes_of(item, self._limits.max_image_bytes), self._limits)
         self._pixels, self._count = self._pixels + size, self._count + 1
         self._limits.check_pixels(self._pixels, self._count)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from legit_worker.errors import InvalidInputError
 from legit_worker.inputs.texts import check_unicode
-from legit_worker.inputs.types import Text
+from legit_worker.inputs.types import ImageBytes, Text
 from legit_worker.models.finite import check_finite
 
 #: Numbers of an image or a sound that count as one unit of cost, if the model does not say how large its patches are.
@@ -62,6 +62,8 @@ def check_text(value: Any) -> None:
 
 def what(value: Any) -> str:
     """A value's type and its beginning, for an error."""
+    if isinstance(value, ImageBytes):
+        return "an image"
     return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 

@@ -49,6 +49,22 @@ def test_an_image_is_decoded_only_when_its_turn_comes() -> None:
     assert file.decode().mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("https://example.org/a.png", "this is not base64: it has the character ':'"),
+        ("/var/www/photo.jpg", "this is not base64: it has the character '.'"),
+        ("iVBOR%2Bw", "this is not base64: it has the character '%'"),
+        ("abc", "this is not base64 with padding: its 3 characters are no multiple of 4"),
+        ("", "the image is empty: send a file as base64"),
+        (None, "expected an image as base64, got NoneType"),
+    ],
+)
+def test_what_is_no_base64_is_named(image: Any, said: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{re.escape(said)}$"):
+        images_or_both_of(image, "image", DEFAULTS)
+
+
 def test_an_image_file_that_ends_early_is_invalid_input() -> None:
     noise = Image.effect_noise((64, 64), 100)
     whole = io.BytesIO()
