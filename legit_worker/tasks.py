@@ -14,7 +14,7 @@ from contextlib import suppress
 from inspect import signature
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 
 from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.limits import Limits
@@ -293,12 +293,21 @@ def _register(app: Celery, name: str, function: Callable[..., Any], renames: Map
         return
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(self: Task, /, *args: Any, **kwargs: Any) -> Any:
+        _check_is_list(self.request.args)
         return function(*args, **_renamed(kwargs, renames))
 
     # typing: Celery would refuse arguments at the client, before they are renamed.
     # shared: by default Celery gives a task to every app of the process.
-    app.task(name=name, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
+    app.task(name=name, bind=True, typing=False, lazy=False, shared=False, acks_late=True, is_legit_worker=True)(run)
+
+
+def _check_is_list(args: Any) -> None:
+    """Raise `InvalidInputError` if a message's `args` are no list. Python would take the keys of an object."""
+    if isinstance(args, Mapping | str):
+        raise InvalidInputError(
+            f"the message's args must be a list, got {type(args).__name__}: send arguments that have names as kwargs"
+        )
 
 
 def _renamed(given: Mapping[str, Any], renames: Mapping[str, str | None]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from kombu import Message
 from legit_worker import settings
 from legit_worker.apps import identify
 from legit_worker.broker.poison import DEAD, bury, deliveries_of
-from legit_worker.errors import InvalidInputError, PoisonedMessageError
+from legit_worker.errors import InvalidInputError, PoisonedMessageError, shown
 from legit_worker.pool import limits
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.jobs import Job
@@ -55,10 +55,12 @@ class Entrance:
             raise SystemExit(f"legit_worker: {error}") from None
 
     def fiber(self, job: Job, soft: Any, hard: Any, on_timeout: Callable[[bool, float], None]) -> Fiber:
-        """The fiber of a task, which fails at once if its limits are no numbers."""
+        """The fiber of a task, which fails at once if its message can't be run, or its limits are no numbers."""
         refuse: Callable[[], None] | None = None
         limit = None
         try:
+            if job.is_task:
+                _check_message(job)
             limit = self._limit(job, soft, hard, on_timeout)
         except InvalidInputError as error:
             refuse = functools.partial(job.refuse, error)
@@ -118,3 +120,22 @@ class Entrance:
         soft = limits.seconds_of(soft, f"the soft time limit of {job.name}, {source},") or self.soft
         hard = limits.seconds_of(hard, f"the time limit of {job.name}, {source},") or self.hard
         return soft, hard
+
+
+def _check_message(job: Job) -> None:
+    """Raise `InvalidInputError` if no task can be called by this message.
+
+    Celery stores no failure over `kwargs`, takes the keys of `args` that are an object, and stores no result of an id
+    that is no text (celery.app.trace, celery.backends, 5.5 to 5.7).
+    """
+    task_id, args, kwargs = job.args[1], job.headers.get("args", ()), job.headers.get("kwargs", {})
+    if not isinstance(task_id, str) or not task_id:
+        raise InvalidInputError(f"the message's id is {shown(task_id)}: send a text that is not empty, such as a UUID")
+    if not isinstance(args, list | tuple):
+        raise InvalidInputError(
+            f"the message's args must be a list, got {type(args).__name__}: send arguments that have names as kwargs"
+        )
+    if not isinstance(kwargs, Mapping):
+        raise InvalidInputError(
+            f"the message's kwargs must be an object, got {type(kwargs).__name__}: send {{}} if there are none"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,38 @@ def test_a_task_that_must_be_refused_is_not_if_its_connection_is_gone() -> None:
     request.message.channel.connection = object()
     entrance.fiber(one, "soon", None, lambda *_: None).resume()
     assert request.order == ["store", "ack"]
+
+
+@pytest.mark.parametrize(
+    ("task_id", "args", "kwargs", "said"),
+    [
+        ("an-id", [], [], r"kwargs must be an object, got list: send \{\} if there are none"),
+        ("an-id", [], None, "kwargs must be an object, got NoneType"),
+        ("an-id", {"text": "red"}, {}, "args must be a list, got dict: send arguments that have names as kwargs"),
+        ("an-id", "red", {}, "args must be a list, got str"),
+        ("an-id", None, {}, "args must be a list, got NoneType"),
+        (4711, [], {}, "id is 4711: send a text that is not empty"),
+        (None, [], {}, "id is None: send a text"),
+        ("", [], {}, "id is '': send a text"),
+    ],
+)
+def test_a_message_that_calls_no_task_fails_with_what_is_wrong_with_it(
+    task_id: Any, args: Any, kwargs: Any, said: str
+) -> None:
+    """PHP writes `[]` for an array without entries, whatever it stands for."""
+    entrance = Entrance(Celery(set_as_current=False), Settings(), {}, wake=lambda fiber: None, is_inline=False)
+    failures: list[ExceptionInfo] = []
+    request: Any = Failing()
+    request.message.delivery_info = request.message.headers = {}
+    one = job(
+        print,
+        *("a_task", task_id, {"args": args, "kwargs": kwargs}),
+        error_callback=failures.append,
+        callback=request.on_success,
+    )
+    entrance.fiber(one, None, None, lambda *_: None).resume()
+    (failure,) = failures
+    assert re.match(f"the message's {said}", str(failure.exception.exc))
 
 
 @pytest.mark.parametrize("ends_by", ["ack", "reject"])

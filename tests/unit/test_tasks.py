@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.app.trace import build_tracer
 from PIL import Image
 
 from legit_worker import settings, tasks
@@ -104,6 +105,26 @@ def test_an_alias_renames_arguments_drops_those_that_map_to_nothing_and_the_apps
         assert task(content="a text", model_name="sim", job_id=7, app="vodmanager") == [
             float(v) for v in vector("a text")
         ]
+
+
+@pytest.mark.parametrize("args", [{"text": "a river"}, {"t": "a river"}, "a"], ids=repr)
+def test_arguments_that_are_no_list_are_refused(args: Any) -> None:
+    """A PHP array with names is an object in JSON. Python would embed the name of its first argument."""
+    app = app_with_aliases()
+    task = app.tasks["legit_worker.embed_text"]
+    traced = build_tracer(task.name, task, eager=True, propagate=True, app=app)
+    with (
+        use_models({"sim": {"kind": "simulated"}}),
+        pytest.raises(InvalidInputError, match=r"args must be a list, got (dict|str): send arguments that have names"),
+    ):
+        traced("an-id", args, {}, {})
+
+
+@pytest.mark.parametrize("name", ["task", "self"])
+def test_an_argument_of_any_name_is_the_callers(name: str) -> None:
+    task = app_with_aliases().tasks["legit_worker.embed_text"]
+    with pytest.raises((InvalidInputError, TypeError), match=r"task must be query or document|argument 'self'"):
+        task("a text", **{name: "passage"})
 
 
 def test_registering_twice_is_as_good_as_once_and_a_projects_own_task_keeps_its_name(
