@@ -224,6 +224,12 @@ class ReservingChannel(AskingChannel):
         self._move_aside(dumps(message._raw), message.delivery_tag)
         message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
+    def keep_copy(self, message: kombu.Message) -> None:
+        """Put a message that Celery is about to discard into the list `UNREADABLE_KEY`."""
+        tally["unreadable"] += 1
+        self.plain_client.rpush(self.ledger.keys.unreadable, dumps(message._raw))
+        logger.error("the message was put into the list %s", UNREADABLE_KEY)
+
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
         keys, client = self.ledger.keys, self.plain_client
         tally["unreadable"] += 1

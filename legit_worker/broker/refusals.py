@@ -6,10 +6,12 @@ message before its task began, the error is logged and the message leaves the qu
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import kombu
 from celery import Celery
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed, SerializationError
@@ -72,6 +74,26 @@ class RefusingConsumer:
                 refuse(message, error)
 
         return handle
+
+
+def keep_discarded(consumer: Any) -> None:
+    """Let a worker's consumer put what Celery discards into the list of unreadable messages, if the broker is Redis.
+
+    Celery logs these messages, and rejects or acks them (celery.worker.consumer, 5.5 to 5.7). Nobody is told of them.
+    """
+    for name in ("on_decode_error", "on_invalid_task", "on_unknown_message"):
+        setattr(consumer, name, _keeping(getattr(consumer, name)))
+
+
+def _keeping(discard: Handler) -> Handler:
+    @functools.wraps(discard)
+    def keep(*args: Any) -> Any:
+        message = next(one for one in args if isinstance(one, kombu.Message))
+        if isinstance(message.channel, ReservingChannel) and not message.acknowledged:
+            message.channel.keep_copy(message)
+        return discard(*args)
+
+    return keep
 
 
 def give_up_request(request: Any, error: Exception) -> None:

@@ -23,7 +23,7 @@ from legit_worker.broker.ledger import Worker
 from legit_worker.broker.owners import in_doubt, join
 from legit_worker.broker.patience import is_answer_awaited
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
-from legit_worker.broker.refusals import refuse_unreadable
+from legit_worker.broker.refusals import keep_discarded, refuse_unreadable
 from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
@@ -243,6 +243,7 @@ class ModelPool(SoloPool):
         """Before it connects: the broker must hand over no more than a worker holds that knows nothing yet."""
         if instance.pool is self:
             self._consumer = self._ending.consumer = instance.consumer
+            keep_discarded(instance.consumer)
             self._adoption.meet(instance.consumer)
             self._intake.meet(instance.consumer)
             self._leave = join(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from typing import Any
 
 import pytest
 import redis
 from harness import SIDES, Broker, Sides, StartWorker, Worker, poll
-from strangers import message, publish, push, strangers
+from strangers import body, headers, message, protocol_1, publish, push, strangers
 
 from legit_worker.broker.redis import UNREADABLE_KEY
+from legit_worker.errors import InvalidInputError
 
 #: Tasks before and after the strangers.
 GOOD = 20
@@ -46,6 +50,48 @@ def test_no_message_in_rabbitmq_ends_a_worker(start_worker: StartWorker, rabbitm
     check(worker, before)
     with client.connection_for_read() as connection:
         assert connection.default_channel.queue_declare(rabbitmq.queue, passive=True).message_count == 0
+
+
+def test_what_celery_discards_is_kept(sides: Sides, broker: Broker) -> None:
+    """Each is what a short program in PHP may send. Nobody is told of them, so the list must have them."""
+    if not broker.url.startswith("redis"):
+        pytest.skip("raw messages are pushed to Redis")
+    discarded = [
+        message(headers=headers(eta="Sat, 28 Nov 2026 02:00:00 +0000")),
+        message(headers=headers(expires=60)),
+        message(**{"content-type": "application/json; charset=utf-8"}),
+        message(body="cmVkIGFwcGxl"),
+        message(headers=[]),
+        protocol_1(kwargs=[]),
+    ]
+    worker = sides.worker("modelpool", broker=broker)
+    push(broker.url, broker.queue, (("", one) for one in discarded))
+    with redis.Redis.from_url(broker.url) as server:
+        poll(lambda: server.llen(UNREADABLE_KEY) == len(discarded), "all of them")
+        poll(lambda: not server.hlen("unacked"), "acks, which go out at the end of a turn")
+        kept = [json.loads(raw) for raw in server.lrange(UNREADABLE_KEY, 0, -1)]
+    assert [one["body"] for one in kept] == [one["body"] for one in discarded]
+    check(worker, [worker.send("no_model", number) for number in range(GOOD)])
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (([1], [], {}), "the message's kwargs must be an object, got list: send {} if there are none"),
+        (({"number": 1}, {}, {}), "the message's args must be a list, got dict"),
+    ],
+)
+def test_arguments_that_php_writes_in_another_form_fail_their_task(
+    sides: Sides, broker: Broker, parts: tuple[Any, ...], said: str
+) -> None:
+    """Celery stores nothing of the first, and calls the second with the names of its arguments."""
+    if not broker.url.startswith("redis"):
+        pytest.skip("raw messages are pushed to Redis")
+    worker = sides.worker("modelpool", broker=broker)
+    push(broker.url, broker.queue, iter([("", message(body=body(*parts)))]))
+    result = worker.client.AsyncResult("an-id")
+    with pytest.raises(InvalidInputError, match=re.escape(said)):
+        worker.answer(result)
 
 
 @pytest.mark.parametrize("side", SIDES)
