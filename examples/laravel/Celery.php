@@ -4,6 +4,7 @@ namespace App\Services;
 
 use Illuminate\Redis\Connections\Connection;
 use Illuminate\Support\Str;
+use InvalidArgumentException;
 use stdClass;
 
 /**
@@ -25,20 +26,29 @@ class Celery
     /** Returns the task's id, which its result has, too. What is in $meta comes back with the result. */
     public function send(string $task, array $args = [], array $kwargs = [], mixed $meta = null): string
     {
+        if ($args !== array_values($args)) {
+            throw new InvalidArgumentException('$args is a list: arguments that have names go to $kwargs');
+        }
         $id = (string) Str::uuid();
+        // An empty array of PHP's would be a list in JSON.
+        $body = json_encode([$args, (object) $kwargs, new stdClass()], JSON_THROW_ON_ERROR);
+        $this->push($body, ['task' => $task, 'id' => $id] + $this->routing($meta));
+
+        return $id;
+    }
+
+    protected function push(string $body, array $headers): void
+    {
         $this->redis->lpush($this->queue, json_encode([
-            // An empty array of PHP's would be a list in JSON.
-            'body' => json_encode([$args, (object) $kwargs, new stdClass()], JSON_THROW_ON_ERROR),
+            'body' => $body,
             'content-type' => 'application/json',
             'content-encoding' => 'utf-8',
-            'headers' => ['task' => $task, 'id' => $id] + $this->routing($meta),
+            'headers' => $headers,
             'properties' => [
-                'delivery_tag' => $id,
+                'delivery_tag' => $headers['id'],
                 'delivery_info' => ['exchange' => '', 'routing_key' => $this->queue],
             ],
         ], JSON_THROW_ON_ERROR));
-
-        return $id;
     }
 
     /** The headers that tell legit_worker where the result goes, and with what. */

@@ -212,6 +212,12 @@ def test_what_the_example_sends_is_answered_to_the_example_job(
         np.testing.assert_allclose(json.loads(rows[task_id]["result"]), vector, atol=1e-5)
 
 
+def test_the_example_refuses_arguments_that_have_names_in_its_list(broker: Broker, laravel: Laravel) -> None:
+    call = {"task": "legit_worker.embed_text", "args": {"text": "red apple"}, "kwargs": {}, "meta": None}
+    with pytest.raises(AssertionError, match=r"args is a list: arguments that have names go to .kwargs"):
+        laravel.send(broker.queue, [call])
+
+
 def test_a_client_that_sends_a_name_and_a_text_gets_queries_and_documents(
     start_worker: StartWorker, broker: Broker, laravel: Laravel, tiny_paths: dict[str, Path]
 ) -> None:
@@ -418,6 +424,28 @@ def test_php_reads_laravels_jobs_from_rabbitmq(
     assert uuid.UUID(job["uuid"]).version == 5
     assert (read["properties"]["delivery_mode"], read["properties"]["content_type"]) == (2, "application/json")
     assert same_floats(read["result"]["values"], result.result["values"])
+
+
+def test_what_the_example_sends_by_rabbitmq_is_answered(
+    sides: Sides, rabbitmq: Broker, amqp_queue: str, consume: Consume
+) -> None:
+    worker = sides.worker("modelpool", broker=rabbitmq, **app_settings(QUEUE=amqp_queue))
+    sent = run_php(
+        "rabbitmq_sender.php",
+        **amqp_server(rabbitmq.url),
+        queue=rabbitmq.queue,
+        app="vodmanager",
+        calls=[
+            {"task": "one", "args": ["red apple"], "kwargs": {}, "meta": {"video": 7}},
+            {"task": "one", "args": [UNICODE], "kwargs": {"alias": "upper"}, "meta": None},
+        ],
+    )
+    first, second = (worker.client.AsyncResult(one["id"]) for one in sent)
+    worker.settle([first, second])
+    by_id = {one["id"]: one for one in (envelopes.check(one["body"]) for one in consume(len(sent)))}
+    assert by_id[first.id]["meta"] == {"video": 7}
+    assert same_floats(by_id[first.id]["result"], first.result)
+    assert by_id[second.id]["result"] == UNICODE.upper()
 
 
 @dataclass
