@@ -22,6 +22,7 @@ import kombu
 from celery import Celery
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps
+from redis.exceptions import ResponseError
 
 from legit_worker.broker import owners, poison
 from legit_worker.broker.acks import ReservingQoS, send
@@ -38,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 #: The list that keeps bytes which are no message, and messages that can't become a task.
 UNREADABLE_KEY = "legit.unreadable"
+
+#: With this many entries, that list takes no copies of messages that Celery discards: a client that goes on sending them
+#: would fill the server.
+MOST_COPIES = 10_000
 
 
 def taking(channel: Any) -> str:
@@ -225,10 +230,18 @@ class ReservingChannel(AskingChannel):
         message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
     def keep_copy(self, message: kombu.Message) -> None:
-        """Put a message that Celery is about to discard into the list `UNREADABLE_KEY`."""
+        """Put a message that Celery is about to discard into the list `UNREADABLE_KEY`, if there is room."""
+        key, client = self.ledger.keys.unreadable, self.plain_client
         tally["unreadable"] += 1
-        self.plain_client.rpush(self.ledger.keys.unreadable, dumps(message._raw))
-        logger.error("the message was put into the list %s", UNREADABLE_KEY)
+        try:
+            if client.llen(key) >= MOST_COPIES:
+                logger.error("the list %s has %d entries: the message is not kept there", UNREADABLE_KEY, MOST_COPIES)
+                return
+            client.rpush(key, dumps(message._raw))
+        except ResponseError as error:  # the server is full, or takes no more for another reason
+            logger.error("the message can't be put into the list %s: %s", UNREADABLE_KEY, error)
+        else:
+            logger.error("the message was put into the list %s", UNREADABLE_KEY)
 
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
         keys, client = self.ledger.keys, self.plain_client

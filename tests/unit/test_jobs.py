@@ -124,7 +124,9 @@ def test_a_message_that_calls_no_task_fails_with_what_is_wrong_with_it(
     task_id: Any, args: Any, kwargs: Any, said: str
 ) -> None:
     """PHP writes `[]` for an array without entries, whatever it stands for."""
-    entrance = Entrance(Celery(set_as_current=False), Settings(), {}, wake=lambda fiber: None, is_inline=False)
+    entrance = Entrance(
+        *(Celery(set_as_current=False), Settings(), {}), wake=lambda fiber: None, is_inline=False, strays=Strays(0)
+    )
     failures: list[ExceptionInfo] = []
     request: Any = Failing()
     request.message.delivery_info = request.message.headers = {}

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 
 from legit_worker.broker import owners
-from legit_worker.broker.redis import ReservingChannel
+from legit_worker.broker.redis import MOST_COPIES, ReservingChannel
 from legit_worker.broker.reserve import Reserved, Source
 
 
@@ -81,3 +82,36 @@ def test_more_messages_may_come_while_a_channel_that_has_room_awaits_an_answer(
     open_ones = [SimpleNamespace(is_asking=is_asking, awaits_answer=awaits) for is_asking, awaits in channels]
     monkeypatch.setattr(owners, "_of_worker", {"a broker": SimpleNamespace(channels=open_ones)})
     assert owners.is_more_coming() is coming
+
+
+class Server:
+    """A list of this many messages, which may be full."""
+
+    def __init__(self, entries: int, error: Exception | None = None) -> None:
+        self.entries, self._error = entries, error
+
+    def llen(self, key: str) -> int:
+        return self.entries
+
+    def rpush(self, key: str, raw: str) -> None:
+        if self._error is not None:
+            raise self._error
+        self.entries += 1
+
+
+@pytest.mark.parametrize(
+    ("server", "entries", "told"),
+    [
+        (Server(5), 6, "was put into"),
+        (Server(MOST_COPIES), MOST_COPIES, "is not kept"),
+        (Server(5, ResponseError("OOM command not allowed")), 5, "OOM command not allowed"),
+    ],
+)
+def test_what_celery_discards_is_kept_as_far_as_there_is_room(
+    caplog: pytest.LogCaptureFixture, server: Server, entries: int, told: str
+) -> None:
+    """Whatever the server says, Celery then discards the message, as it would."""
+    channel = SimpleNamespace(plain_client=server, ledger=SimpleNamespace(keys=SimpleNamespace(unreadable="the list")))
+    ReservingChannel.keep_copy(channel, SimpleNamespace(_raw={}))  # type: ignore[arg-type]
+    assert server.entries == entries
+    assert told in caplog.text
