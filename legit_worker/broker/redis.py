@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 #: The list that keeps bytes which are no message, and messages that can't become a task.
 UNREADABLE_KEY = "legit.unreadable"
 
-#: With this many entries, that list takes no copies of messages that Celery discards: a client that goes on sending them
-#: would fill the server.
+#: With this many entries, that list takes no copies of messages that Celery discards: a client that goes on sending
+#: them would fill the server.
 MOST_COPIES = 10_000
 
 
