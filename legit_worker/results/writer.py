@@ -138,6 +138,7 @@ class Writer:
     def _store(self, writes: list[Write]) -> None:
         """Store some writes, however long the server is away, or its user may store nothing."""
         tries = breaks = 0
+        pause = FIRST_RETRY
         while writes:
             error = self._attempt(writes)
             writes = [write for write in writes if write.is_open]
@@ -148,7 +149,8 @@ class Writer:
                     self._split(writes, error)
                     return
                 if tries > 1 or not breaks:  # the idle connection may have been stale: try the new one at once
-                    self._wait(error, min(FIRST_RETRY * 2 ** (tries - 1), LAST_RETRY))
+                    self._wait(error, pause)
+                pause = min(2 * pause, LAST_RETRY)
                 if is_forbidden(error):  # if it takes another write, it refuses these for their own sake
                     writes += self._begin_next()
         self._server_is_there()

@@ -367,6 +367,25 @@ def test_all_wait_for_a_server_that_comes_back() -> None:
     assert set(server.values) == {b"a", b"b"}
 
 
+def test_a_result_waits_for_a_server_that_is_away_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    server = Server()
+    server.is_there = False
+
+    def wait(self: Writer, error: Exception, seconds: float) -> None:
+        pauses.append(seconds)
+        server.is_there = len(pauses) > 2000
+
+    monkeypatch.setattr(Writer, "_wait", wait)
+    late = write("late")
+    groups = join(start(server), late)
+    groups[0].done.result(SOON)
+    assert late.is_stored
+    assert late.error is None
+    assert pauses[0] == writer.FIRST_RETRY
+    assert set(pauses[10:]) == {writer.LAST_RETRY}
+
+
 def test_the_log_says_again_that_a_server_takes_no_results(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
