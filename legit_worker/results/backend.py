@@ -24,9 +24,8 @@ from redis.exceptions import ResponseError
 from redis.retry import Retry
 
 from legit_worker import parking
-from legit_worker.results import blocks
+from legit_worker.results import blocks, patience
 from legit_worker.results.chords import Claims
-from legit_worker.results.patience import waiting_since
 from legit_worker.results.writer import Writer
 from legit_worker.results.writes import Rider, Write, is_away, send
 
@@ -52,7 +51,7 @@ writers: list[Writer] = []
 def away_since() -> float | None:
     """Return since when a server takes no results, by the monotonic clock; None if all take them."""
     since = [writer.away_since for writer in writers if writer.away_since is not None]
-    return min([*since, *list(waiting_since.values())], default=None)
+    return min([*since, *list(patience.waiting_since.values())], default=None)
 
 
 def is_refused(error: BaseException | None) -> bool:
@@ -69,7 +68,8 @@ def is_refused(error: BaseException | None) -> bool:
 
 def _came_through_here(error: BaseException) -> bool:
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
-    return any(module.startswith("legit_worker.results.") for module in modules)
+    mine = (module for module in modules if module != patience.__name__)  # which calls any backend
+    return any(module.startswith("legit_worker.results.") for module in mine)
 
 
 def ask_early(app: Celery) -> None:
