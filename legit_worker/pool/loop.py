@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 from time import monotonic
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from greenlet import GreenletExit
 
@@ -53,11 +53,13 @@ class Loop:
         strays: Strays,
         review_models: Callable[[], None],
         ended: Callable[[Fiber], None],
+        comes_again: Callable[[Any, Exception], bool] = lambda request, error: False,
         ends_at: Callable[[], float] = lambda: inf,
         cancel: Callable[[], None] = lambda: None,
     ) -> None:
         """`review_models` loads and evicts what can be by now; `ended` hears of each task that is over;
-        `ends_at` tells when a shutdown lets no task go on, and `cancel` then cancels all."""
+        `comes_again` is `timed.comes_again`; `ends_at` tells when a shutdown lets no task go on, and `cancel` then
+        cancels all."""
         self._engine = engine
         self._running = running
         self._wakeup = wakeup
@@ -67,6 +69,7 @@ class Loop:
         self._review_models = review_models
         self._ended = ended
         self._strays = strays
+        self._comes_again = comes_again
         self._ends_at = ends_at
         self._cancel = cancel
         #: Whether this package's code between the tasks runs: a batch, or a decision.
@@ -266,7 +269,7 @@ class Loop:
         elif is_of_one_message(fiber.request, error):
             give_up_request(fiber.request, error)
         else:
-            return False
+            return self._comes_again(fiber.request, error)
         return True
 
     def forget(self, fiber: Fiber) -> None:

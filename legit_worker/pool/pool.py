@@ -156,6 +156,7 @@ class ModelPool(SoloPool):
             strays=self._strays,
             review_models=lambda: default_registry().residency.review(),
             ended=self._note_end,
+            comes_again=lambda request, error: timed.comes_again(request, error, self._fetching.hub),
             ends_at=lambda: self._soft.until_if_begun,
             cancel=self._soft.cancel_rest,
         )
@@ -301,8 +302,7 @@ class ModelPool(SoloPool):
         """Let a task begin as soon as it may; if nobody would come back to it, run it to its end now."""
         if not self._inline:
             self._suspects.add(fiber)
-            with timed.outlived(fiber.request, self._fetching.hub):
-                self._loop.admit(fiber)
+            self._loop.admit(fiber)
             if self._suspects.bound < inf or is_answer_awaited():
                 self._loop.look_again()
             return

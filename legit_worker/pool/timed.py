@@ -3,15 +3,13 @@
 The hub only logs what such a task raises if its end can't be stored. Its message would stay unacked for as long as the
 worker lives. And a rate limit would start no more tasks until another one comes.
 
-In: requests as they start, and the hub. Out: messages that go back to their queues, a while later.
+In: requests whose ends can't be stored, and the hub. Out: messages that go back to their queues, a while later.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -27,16 +25,14 @@ logger = logging.getLogger(__name__)
 PAUSE = 5.0
 
 
-@contextmanager
-def outlived(request: Any, hub: Any) -> Iterator[None]:
-    """Start a request. What one of the hub's timers would only log puts its message back into its queue."""
-    try:
-        yield
-    except Exception as error:
-        if request is None or isinstance(error, tuple(hub.propagate_errors)) or not _is_in_timer():
-            raise
-        logger.exception("the end of %s[%s] was not stored; it comes again in %.0f s", request.name, request.id, PAUSE)
-        hub.call_later(PAUSE, _give_back, request)
+def comes_again(request: Any, error: Exception, hub: Any) -> bool:
+    """Whether a request's message goes back to its queue, since one of the hub's timers would only log this error."""
+    if request is None or not _is_in_timer() or isinstance(error, tuple(hub.propagate_errors)):
+        return False
+    said = "the end of %s[%s] was not stored; it comes again in %.0f s"
+    logger.error(said, request.name, request.id, PAUSE, exc_info=error)
+    hub.call_later(PAUSE, _give_back, request)
+    return True
 
 
 def _give_back(request: Any) -> None:

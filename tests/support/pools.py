@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,6 +10,7 @@ from jobs import job
 
 from legit_worker import parking
 from legit_worker.errors import DeviceLostError
+from legit_worker.pool.backlog import AppLimits
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import Intake
@@ -20,6 +21,7 @@ from legit_worker.pool.share import Share
 from legit_worker.pool.strays import Strays
 from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
+from legit_worker.settings import AppSettings
 
 
 class PlayedEngine:
@@ -67,9 +69,9 @@ class PlayedEngine:
 
 
 class PlayedPool:
-    """A loop and what it needs. `window` bounds the tasks that run."""
+    """A loop and what it needs. `window` bounds the tasks that run, and `apps` have limits."""
 
-    def __init__(self, window: int = 100) -> None:
+    def __init__(self, window: int = 100, apps: Mapping[str, AppSettings] | None = None) -> None:
         self.engine: Any = PlayedEngine()
         self.running = Running()
         self.wakeup = Wakeup()
@@ -85,6 +87,8 @@ class PlayedPool:
             is_ending=lambda: self.is_ending,
         )
         self.ended: list[str] = []
+        #: Requests that a timer started, and whose ends could not be stored.
+        self.timed: list[Any] = []
         self.loop = Loop(
             engine=self.engine,
             running=self.running,
@@ -92,7 +96,9 @@ class PlayedPool:
             watcher=self.watcher,
             pace=Pace(None),
             intake=self.intake,
+            app_limits=AppLimits(apps or {}, self.running),
             strays=Strays(5),
+            comes_again=lambda request, error: not self.timed.append(request),
             review_models=lambda: None,
             ended=lambda fiber: self.ended.append(fiber.name),
         )

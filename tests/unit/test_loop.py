@@ -7,6 +7,7 @@ import select
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
@@ -16,8 +17,9 @@ from pools import LOST, PlayedPool
 from legit_worker import parking
 from legit_worker.errors import DeviceLostError, WaitedTooLongError
 from legit_worker.pool import fibers, loop
-from legit_worker.pool.fibers import Phase
+from legit_worker.pool.fibers import Fiber, Phase
 from legit_worker.pool.host import FiberHost
+from legit_worker.settings import AppSettings
 
 
 @pytest.fixture(autouse=True)
@@ -306,3 +308,25 @@ def test_a_turn_that_ends_overdue_has_another_turn_behind_it(pool: PlayedPool, m
     assert fiber.dead
     assert pool.loop.is_overdue
     assert select.select([pool.wakeup], [], [], 0)[0]
+
+
+def test_a_task_that_a_timer_starts_answers_for_no_other_of_its_app() -> None:
+    """The one that came first begins first. If its end can't be stored, the other's message is not touched."""
+    pool = PlayedPool(apps={"shop": AppSettings(max_in_flight=1)})
+    ended: list[str] = []
+
+    def fails() -> None:
+        raise OSError("the result backend is away")
+
+    def fiber(name: str, run: Callable[[], object]) -> Fiber:
+        return Fiber(run, app="shop", name=name, request=MagicMock(name=name), wake=pool.loop.wake)
+
+    pool.running.by_app["shop"] += 1
+    first, second = fiber("first", fails), fiber("second", lambda: ended.append("second"))
+    pool.loop.admit(first)
+    pool.running.by_app["shop"] -= 1
+    pool.loop.admit(second)
+    pool.run()
+    assert pool.timed == [first.request]
+    assert ended == ["second"]
+    parking.stop()
