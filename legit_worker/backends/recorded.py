@@ -39,11 +39,16 @@ TOLERANCES = {8: 1e-3, 4: 1e-3, 2: 3e-2}
 Features = Mapping[str, Any]
 
 
+#: The names of a text's features, and the values that are no tensors: a graph has them for good.
+Kind = tuple[tuple[str, str], ...]
+
+
 class Shape(NamedTuple):
     """The size of a batch's tensors."""
 
     rows: int
     length: int
+    kind: Kind = ()
 
 
 @dataclass
@@ -91,7 +96,10 @@ class RecordedBatches:
         if self.obstacle or not self._recorder.may_replay:
             return None
         shape = shape_of(len(texts), max(len(text["input_ids"]) for text in texts), self._longest)
-        if shape is None or self._is_slow(shape):
+        if shape is None:
+            return None
+        shape = shape._replace(kind=_kind_of(texts[0]))
+        if self._is_slow(shape):
             return None
         features = self._collate([*texts, *[texts[0]] * (shape.rows - len(texts))], shape.length)
         return self._of_shape(shape, features, device)[: len(texts)]
@@ -149,6 +157,10 @@ def shape_of(count: int, length: int, longest: int) -> Shape | None:
     fitting = (most for bucket in LENGTHS if (most := min(bucket, longest)) >= length)
     shape = Shape(rows, next(fitting, MOST_TOKENS + 1))
     return shape if shape.rows * shape.length <= MOST_TOKENS else None
+
+
+def _kind_of(text: Features) -> Kind:
+    return tuple((name, "" if isinstance(value, list) else str(value)) for name, value in sorted(text.items()))
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:

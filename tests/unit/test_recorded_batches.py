@@ -19,7 +19,7 @@ from tiny_models import MAX_TOKENS, WORDS, build_cross_encoder, build_dense
 
 from legit_worker.backends.recorded import LENGTHS, MOST_TOKENS, RecordedBatches, Shape, shape_of
 from legit_worker.models.backend import Backend
-from legit_worker.models.features import collate
+from legit_worker.models.features import Prompted, collate
 from legit_worker.models.kinds import TextEmbedding
 from legit_worker.models.loaded import RESERVE
 from legit_worker.models.reranker import Reranker
@@ -246,3 +246,23 @@ def test_padded_batches_of_a_network_have_the_rows_of_those_without(tmp_path: Pa
         assert torch.allclose(model.forward(items), expected, atol=1e-5)
     assert recorder.notes.count("replay") > 20
     assert not batches.obstacle
+
+
+def test_a_prompt_that_the_pooling_leaves_out_has_graphs_of_its_own(tmp_path: Path) -> None:
+    """Its number of tokens is no tensor, so a graph keeps the one with which it was recorded."""
+    model: Any = TextEmbedding(str(build_dense(tmp_path, include_prompt=False)))
+    model.load("cpu")
+    batches = RecordedBatches(
+        Recorder(),  # type: ignore[arg-type]
+        model.compute,
+        lambda texts, length: collate(texts, model.library.tokenizer, length),
+        MAX_TOKENS,
+    )
+    text = " ".join(WORDS[:2])
+    for prompt in [f"{WORDS[0]} "] * 3 + [f"{WORDS[0]} {WORDS[1]} {WORDS[2]} "] * 3:
+        items = [model.preprocess(Prompted(text, prompt))]
+        model._backend.recorded = None
+        expected = model.forward(items)
+        model._backend.recorded = batches
+        assert torch.allclose(model.forward(items), expected, atol=1e-5)
+    assert len(batches) == 2
