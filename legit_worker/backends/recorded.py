@@ -78,6 +78,8 @@ class RecordedBatches:
         """
         self._recorder, self._compute, self._collate, self._longest = recorder, compute, collate, longest
         self._shapes: dict[Shape, _Known] = {}
+        #: Whether a text has the same row with padding and without.
+        self._pads = False
         #: Why nothing is recorded any more.
         self.obstacle = ""
 
@@ -99,10 +101,29 @@ class RecordedBatches:
         if shape is None:
             return None
         shape = shape._replace(kind=_kind_of(texts[0]))
-        if self._is_slow(shape):
+        if self._is_slow(shape) or not self._can_pad(texts[0], device):
             return None
         features = self._collate([*texts, *[texts[0]] * (shape.rows - len(texts))], shape.length)
         return self._of_shape(shape, features, device)[: len(texts)]
+
+    def _can_pad(self, text: Features, device: torch.device) -> bool:
+        """Compare a text's first half, alone and padded beside the text. Once for a model; it waits for the GPU."""
+        if self._pads or self.obstacle:
+            return self._pads
+        length = len(text["input_ids"])
+        half = {name: value[: (length + 1) // 2] if isinstance(value, list) else value for name, value in text.items()}
+        try:
+            alone = self._compute(to_device(self._collate([half], 0), device))
+            padded = self._compute(to_device(self._collate([half, text], min(length + 8, self._longest)), device))[:1]
+            difference = _difference(alone, padded[:, : alone.shape[1]])
+            self._pads = difference <= _tolerance(alone)
+            reason = f"the rows of a text with padding and without differ by {difference:.1e}"
+        except Exception as error:
+            reason = _reason(error)
+            let_go(error)
+        if not self._pads:
+            self._give_up(reason)
+        return self._pads
 
     def _is_slow(self, shape: Shape) -> bool:
         known = self._shapes.get(shape)
@@ -137,10 +158,10 @@ class RecordedBatches:
                 return
             difference = _difference(rows, recording.replay(inputs))
         except Exception as error:
-            self._give_up("no memory is left" if is_out_of_memory(error) else f"{type(error).__name__}: {said(error)}")
+            self._give_up(_reason(error))
             let_go(error)
             return
-        if difference <= TOLERANCES[rows.element_size()]:
+        if difference <= _tolerance(rows):
             known.recording = recording
         else:
             self._give_up(f"the rows of {shape.rows} texts of {shape.length} tokens differ by {difference:.1e}")
@@ -161,6 +182,14 @@ def shape_of(count: int, length: int, longest: int) -> Shape | None:
 
 def _kind_of(text: Features) -> Kind:
     return tuple((name, "" if isinstance(value, list) else str(value)) for name, value in sorted(text.items()))
+
+
+def _reason(error: Exception) -> str:
+    return "no memory is left" if is_out_of_memory(error) else f"{type(error).__name__}: {said(error)}"
+
+
+def _tolerance(rows: torch.Tensor) -> float:
+    return TOLERANCES.get(rows.element_size(), TOLERANCES[2])
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
