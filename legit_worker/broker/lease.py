@@ -115,7 +115,12 @@ class Lease(threading.Thread):
         self._stopped = threading.Event()
         # Set when the next beat must not wait for its time.
         self._is_due = threading.Event()
+        self._finalize: Finalize | None = None
+
+    def start(self) -> None:
+        """Beat from now on, and leave as the process ends. A lease that never starts leaves nothing to do then."""
         self._finalize = Finalize(self, self.leave, exitpriority=0)  # after kombu's channels, which have 1
+        super().start()
 
     def run(self) -> None:
         """Beat until the worker ends. A server that is away ends nothing."""
@@ -228,7 +233,8 @@ class Lease(threading.Thread):
             return
         self._stopped.set()
         self.hurry()
-        self._finalize.cancel()
+        if self._finalize is not None:
+            self._finalize.cancel()
         if self.is_alive():
             self.join(PATIENCE)
         held = list(self._ledger.held)

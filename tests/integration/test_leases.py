@@ -51,7 +51,6 @@ class Member:
     def __post_init__(self) -> None:
         self.ledger = Ledger(KEYS, Worker(node=self.node, lease_seconds=LEASE, max_deliveries=MOST))
         self.lease = Lease(self.ledger, self.server, 3600.0)
-        self.lease._finalize.cancel()
         self.beat()
 
     def beat(self) -> dict[str, Any]:
