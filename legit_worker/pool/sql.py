@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property, wraps
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 from legit_worker.device.imported import imported
 from legit_worker.pool import fibers
@@ -204,8 +204,9 @@ class Database:
                 claim.cursors.add(cursor)
 
 
-#: Databases by `_key` and by dialect (each engine has its own); rooms by pool; uses by connection or session.
-_by_key: dict[Any, Database] = {}
+#: Databases by `_key` and by dialect (each engine has its own), whose last dialect takes its database along; rooms by
+#: pool; uses by connection or session.
+_by_key: WeakValueDictionary[Any, Database] = WeakValueDictionary()
 _databases: WeakKeyDictionary[Any, Database] = WeakKeyDictionary()
 _rooms: WeakKeyDictionary[Any, Room | None] = WeakKeyDictionary()
 _uses: WeakKeyDictionary[Any, Use] = WeakKeyDictionary()
@@ -216,9 +217,8 @@ def _database(connection: Any) -> Database:
     if found is None:
         url = connection.engine.url
         key = _key(url, connection.dialect)
-        if key not in _by_key:
-            _by_key[key] = Database(url.database or "in memory", url.get_backend_name())
-        found = _databases[connection.dialect] = _by_key[key]
+        found = _by_key.get(key) or Database(url.database or "in memory", url.get_backend_name())
+        _by_key[key] = _databases[connection.dialect] = found
     return found
 
 

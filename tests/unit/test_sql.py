@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -234,6 +235,25 @@ def test_two_databases_do_not_wait_for_each_other(loop: Loop, engine: Engine, tm
     assert (rows(engine), rows(other)) == ({1: "after"}, {2: "after"})
     other.dispose()
     (tmp_path / ".." / "rows.db").unlink()
+
+
+def test_databases_that_tasks_made_for_themselves_are_forgotten(loop: Loop, tmp_path: Path) -> None:
+    """In memory, or in a file of its own: a worker that lives for months would keep each, and ask each whose it is."""
+
+    def counts(url: str) -> None:
+        engine = create_engine(url)
+        with engine.connect() as connection:
+            connection.scalar(text("select 1"))
+        engine.dispose()
+
+    gc.collect()
+    before = len(sql._by_key), len(turns._gates)
+    for number in range(5):
+        loop.run(partial(counts, "sqlite://"), partial(counts, f"sqlite:///{tmp_path / str(number)}"))
+    assert loop.errors == []
+    for _ in range(3):  # a dialect is in cycles with what is freed before it
+        gc.collect()
+    assert (len(sql._by_key), len(turns._gates)) == before
 
 
 def test_a_task_that_is_over_its_time_while_it_waits_gets_the_error_in_its_statement(
