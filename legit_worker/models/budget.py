@@ -91,6 +91,8 @@ class DeviceBudget:
         self._is_unknown = not cuda.may_be_gpu(chosen.device)
         # NVML never told anything, and why.
         self._is_nvml_mute, self._why = False, ""
+        # NVML told something before, and does not now.
+        self._is_nvml_away = False
         #: As NVML told last, or CUDA.
         self._seen: vram.Memory | None = None
         #: When others had how many bytes, each more than all that came later: the first is the most.
@@ -202,11 +204,16 @@ class DeviceBudget:
             self._seen = vram.memory(self._gpu)
         except vram.VramUnknownError as error:
             return self._without_nvml(error)
+        if self._is_nvml_away:
+            self._is_nvml_away = False
+            logger.warning("NVML tells of the GPU's memory again")
         return self._seen
 
     def _without_nvml(self, error: vram.VramUnknownError) -> vram.Memory | None:
         if self._seen is not None:  # it told before, and may again
-            logger.warning("%s; going by what it told last", error)
+            if not self._is_nvml_away:  # it is asked every few seconds, and a new driver stays unknown until a reboot
+                self._is_nvml_away = True
+                logger.warning("%s; going by what it told last", error)
             return self._seen
         self._is_nvml_mute, self._why = True, str(error)
         if self._chosen.device != "auto":  # which may mean the CPU

@@ -104,12 +104,18 @@ def test_threads_that_read_at_once_do_not_disturb_each_other(world: World) -> No
     assert subject.bytes(0) is not None
 
 
-def test_an_nvml_that_fails_for_once_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nvml_that_fails_for_a_while_is_asked_again_and_the_log_says_so_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     subject = DeviceBudget(Settings(device="cuda"))
     assert subject.bytes(0) == 900
-    with monkeypatch.context() as broken:
-        broken.setattr(vram, "memory", lambda gpu: (_ for _ in ()).throw(vram.VramUnknownError("GPU is lost")))
+    for outage in (1, 2):
+        with monkeypatch.context() as broken:
+            broken.setattr(vram, "memory", lambda gpu: (_ for _ in ()).throw(vram.VramUnknownError("GPU is lost")))
+            assert {subject.bytes(0) for _ in range(720)} == {900}
+        assert caplog.text.count("GPU is lost") == outage
         assert subject.bytes(0) == 900
+        assert caplog.text.count("tells of the GPU's memory again") == outage
     world.others = 200
     assert subject.bytes(0) == 700
 
