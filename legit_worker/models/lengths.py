@@ -23,11 +23,12 @@ class Lengths:
 
     def __init__(self, model: Any) -> None:
         self._routes = routes(model)
-        self._fine: set[int] = set()
+        # The largest limit that was checked: each smaller one is as good.
+        self._fine = 0
 
     def check(self, limit: int) -> None:
         """Raise `LimitError` if a route has no limit to set, or has fewer positions than this."""
-        if limit in self._fine:
+        if limit <= self._fine:
             return
         for route in self._routes:
             if not _can_be_limited(route):
@@ -36,7 +37,7 @@ class Lengths:
                 )
             if (most := positions(route)) is not None and limit > most:
                 raise LimitError(f"it has {most} positions: ask for at most {most} tokens")
-        self._fine.add(limit)
+        self._fine = limit
 
     @contextmanager
     def limited(self, limit: int | None) -> Iterator[None]:

@@ -10,6 +10,8 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+from cachetools import LRUCache
+
 from legit_worker.errors import InvalidInputError, shown
 from legit_worker.inputs.types import PreparedText
 from legit_worker.models.features import Prompted, characters, check_text
@@ -25,6 +27,10 @@ from legit_worker.models.shortway import (
     without_prompt_length,
 )
 
+#: The most limits whose tokenizer is kept: more than a model has aliases. Each call may name another limit, and some
+#: tokenizers take megabytes.
+KNOWN_LIMITS = 32
+
 
 class Tokenizing:
     """One model's. Used by one thread at a time: tokenizers keep state."""
@@ -34,7 +40,7 @@ class Tokenizing:
         self._model = model
         self._as_text = AsText(model)
         self._tokenize = short_way(model)
-        self._ways: dict[int, ShortWay] = {}
+        self._ways: LRUCache[int, ShortWay] = LRUCache(KNOWN_LIMITS)
         self._aside = Aside()
         self._lengths = Lengths(model)
         #: The most tokens that the model reads; None if there is no limit.
@@ -63,9 +69,10 @@ class Tokenizing:
         """The short way of a text that is read up to this limit."""
         if self._tokenize is None or limit is None or limit == self.limit:
             return self._tokenize
-        if limit not in self._ways:
-            self._ways[limit] = replace(self._tokenize, limit=limit)
-        return self._ways[limit]
+        way = self._ways.get(limit)
+        if way is None:
+            way = self._ways[limit] = replace(self._tokenize, limit=limit)
+        return way
 
     def by_the_library(self, one: Prompted) -> dict[str, Any]:
         """The input's features, as the library gives them. Reads a long text only as far as it changes them."""

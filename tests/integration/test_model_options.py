@@ -16,6 +16,7 @@ import legit_worker
 from legit_worker import tasks
 from legit_worker.errors import InvalidInputError, ModelLoadError, SettingsError
 from legit_worker.models import sentence, tokenizing
+from legit_worker.models.features import Prompted
 from legit_worker.models.handle import forget_calls, last_called, last_computed, use
 from legit_worker.models.preparing import LONG
 from legit_worker.models.registry import default_registry
@@ -163,6 +164,16 @@ def test_a_limit_that_a_model_cannot_have_is_refused(tmp_path: Path, tiny_paths:
             legit_worker.model("most").encode("red", max_seq_length=1000)
         assert len(legit_worker.model("most").encode(LONG_TEXT)) == 32
         assert len(legit_worker.model("routed").encode_document(LONG_TEXT)) == 32
+
+
+def test_limits_without_end_leave_few_tokenizers(tiny_paths: dict[str, Path]) -> None:
+    library = sentence_transformers.SentenceTransformer(str(tiny_paths["embed"]), device="cpu")
+    texts = tokenizing.Tokenizing(library)
+    for limit in range(2, 200):
+        features = texts.by_short_way(Prompted("red " * 300, None, None, limit))
+        assert features is not None
+        assert len(features["input_ids"]) == limit
+    assert len(texts._ways) <= tokenizing.KNOWN_LIMITS
 
 
 def test_a_model_of_one_alias_does_not_load_with_a_limit_beyond_its_positions(
