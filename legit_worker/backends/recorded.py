@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from legit_worker.device.capture import Recorder, Recording
 from legit_worker.device.cuda import to_device
@@ -30,6 +31,10 @@ LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 #: The most padded tokens of a recorded batch: for a larger one the GPU takes longer than the launch. The memory for one
 #: of this many is set aside for batches anyway, see `loaded.RESERVE`.
 MOST_TOKENS = 4096
+
+#: The most shapes of a model that are known. Batches of one kind have 79. The length of a prompt may make a kind, and
+#: each call may name another prompt.
+MOST_SHAPES = 256
 
 #: How far a graph's rows may be from torch's, relative to the largest number, by the bytes of a number. Torch may take
 #: another kernel for a batch without padding.
@@ -77,7 +82,7 @@ class RecordedBatches:
         `longest`: the most tokens of one text.
         """
         self._recorder, self._compute, self._collate, self._longest = recorder, compute, collate, longest
-        self._shapes: dict[Shape, _Known] = {}
+        self._shapes: LRUCache[Shape, _Known] = LRUCache(MOST_SHAPES)
         #: Whether a text has the same row with padding and without.
         self._pads = False
         #: Why nothing is recorded any more.

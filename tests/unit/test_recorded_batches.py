@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import MAX_TOKENS, WORDS, build_cross_encoder, build_dense
 
-from legit_worker.backends.recorded import LENGTHS, MOST_TOKENS, RecordedBatches, Shape, shape_of
+from legit_worker.backends.recorded import LENGTHS, MOST_SHAPES, MOST_TOKENS, RecordedBatches, Shape, shape_of
 from legit_worker.models.backend import Backend
 from legit_worker.models.features import Prompted, collate
 from legit_worker.models.kinds import TextEmbedding
@@ -99,6 +99,20 @@ def test_other_shapes_have_recordings_of_their_own(model: Model) -> None:
         assert model.rows(20, 9) == [20, 9]
     assert len(model.batches) == 2
     assert set(model.shapes[2:]) == {(1, 8), (2, 24)}
+
+
+def test_prompts_without_end_leave_some_recordings_and_the_one_in_use_stays(model: Model) -> None:
+    """A pooling that leaves the prompt out needs one for each length of a prompt, and any call may bring a prompt."""
+
+    def of_prompt(length: int) -> None:
+        for _ in range(3):
+            assert model.batches.rows([{"input_ids": [1] * 3, "prompt_length": length}], CPU) is not None
+
+    for length in range(1, 2 * MOST_SHAPES):
+        of_prompt(length)
+        of_prompt(0)
+    assert len(model.batches) == MOST_SHAPES
+    assert len(model.recorder.recordings) == 2 * MOST_SHAPES
 
 
 def test_what_is_larger_than_a_recording_is_torchs(model: Model) -> None:
