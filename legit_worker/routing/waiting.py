@@ -56,6 +56,8 @@ class Waiting:
                 del place[delivery]
                 self.count -= 1
                 self.bytes -= len(delivery.envelope)
+                if place is self._ready:  # whose queue pauses no more, and may never be named again
+                    self._holds.pop(delivery.queue, None)
                 return True
         return False
 
