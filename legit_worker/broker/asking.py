@@ -17,7 +17,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from legit_worker.broker import owners
 from legit_worker.broker.hearing import HearingChannel
-from legit_worker.broker.ledger import Ledger
+from legit_worker.broker.ledger import Ledger, uptime
 from legit_worker.broker.reserve import (
     MORE,
     MOST_BYTES,
@@ -43,6 +43,8 @@ class AskingChannel(HearingChannel):
         #: The lists that the script was asked about; empty if kombu sent a `BRPOP`.
         self._asked: list[Source] = []
         self._has_script = False
+        #: When the script was asked last, by `uptime`.
+        self._asked_at = 0.0
         self._group = 1
         #: Acks that the outstanding question has brought along.
         self._riding: list[str] = []
@@ -95,7 +97,7 @@ class AskingChannel(HearingChannel):
         keys = [ours.unacked, ours.index, ours.unreadable, ours.held(self.ledger.owner)]
         keys += [source.key for source in sources]
         self._in_poll = self.client.connection
-        self._brpop_sent_at = monotonic()
+        self._brpop_sent_at, self._asked_at = monotonic(), uptime()
         self.client.connection.send_command("EVALSHA", SHA1, len(keys), *keys, *self._arguments(sources))
 
     def _arguments(self, sources: list[Source]) -> list[Any]:
@@ -167,7 +169,7 @@ class AskingChannel(HearingChannel):
 
     def _still_held(self, reserved: list[Reserved]) -> list[Reserved]:
         """Leave out what others took over, if this process did not come to read the answer for most of its lease."""
-        worker, waited = self.ledger.worker, monotonic() - (self._brpop_sent_at or 0.0)
+        worker, waited = self.ledger.worker, uptime() - self._asked_at
         if worker is None or waited < worker.lease_seconds / 2:
             return reserved
         held = held_by(self.plain_client, self.ledger.keys, self.ledger.owner)

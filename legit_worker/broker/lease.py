@@ -15,14 +15,14 @@ from collections.abc import Iterable
 from functools import cache
 from multiprocessing.util import Finalize
 from pathlib import Path
-from time import monotonic, time
+from time import time
 from typing import Any
 
 from kombu.utils.encoding import bytes_to_str
 from redis import Redis
 from redis.exceptions import RedisError
 
-from legit_worker.broker.ledger import Ledger
+from legit_worker.broker.ledger import Ledger, uptime
 from legit_worker.broker.returning import Keys, recover
 from legit_worker.broker.scripts import Script
 from legit_worker.broker.tally import tally
@@ -103,7 +103,7 @@ class Lease(threading.Thread):
         self._visibility_timeout = visibility_timeout
         # Another app's workers may have a shorter visibility timeout. Stock workers don't tell: renew with each lease.
         self._renew_seconds = min(visibility_timeout / 3, self._lease)
-        self._renewed_at = monotonic()
+        self._renewed_at = uptime()
         # The times that held messages may have got: the last one, and those since then that may not have arrived.
         self._renewals: list[float] = []
         # What the server had noted for this worker, and the worker did not know, at the last look.
@@ -143,7 +143,7 @@ class Lease(threading.Thread):
 
     def work(self) -> None:
         """Give a sign of life, renew what is held, and give back what dead workers held."""
-        began = monotonic()
+        began = uptime()
         is_due = began - self._renewed_at >= self._renew_seconds
         if is_due:
             # The others know the times first: if this process dies in between, they still know its messages by them.
@@ -159,7 +159,7 @@ class Lease(threading.Thread):
         """Give a sign of life. Returns the dead owners with what is known of their processes."""
         keys, name = [self._keys.owners, self._keys.processes, self._keys.beat], self._ledger.owner
         seconds, process = self._lease - self._beat_seconds, json.dumps(self._process())
-        silence, began = MISSED * self._beat_seconds, monotonic()
+        silence, began = MISSED * self._beat_seconds, uptime()
         was_alive, late, known = BEAT.run(self._client, keys, name, seconds, process, silence)
         self._ledger.alive_until = began + seconds
         if self._has_beaten and not was_alive:

@@ -15,7 +15,7 @@ from harness import poll
 from kombu.asynchronous import Hub
 
 from legit_worker.broker import owners
-from legit_worker.broker.ledger import Worker
+from legit_worker.broker.ledger import Worker, uptime
 from legit_worker.broker.poison import bury, deliveries_of
 from legit_worker.broker.redis import ReservingConnection
 from legit_worker.broker.returning import DELIVERIES
@@ -257,7 +257,7 @@ def test_an_answer_that_is_read_too_late_holds_only_what_nobody_took_over(
         time.sleep(0.01)
     taken = next(tag for tag, noted in server.hgetall("unacked").items() if json.loads(noted)[0]["body"] == "MQ==")
     server.hdel(held, taken)
-    monkeypatch.setattr(one.channel, "_brpop_sent_at", time.monotonic() - 60)
+    monkeypatch.setattr(one.channel, "_asked_at", uptime() - 60)
     assert one.take(2) == [0, 2]
     assert taken not in one.channel.ledger.held
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -56,3 +57,15 @@ def test_nothing_is_left_of_a_lease_that_could_not_begin(leases: Leases) -> None
         with pytest.raises(RedisConnectionError):
             owners.keep_alive(channel_to_a_server_that_is_away(ledger))
     assert len(leases) == 0
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux tells how long the machine slept")
+def test_a_worker_is_in_doubt_as_its_machine_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monotonic clock has stood still, and the broker's has not: others have its messages by now."""
+    client = SimpleNamespace(evalsha=lambda *_: [1, [], []])
+    ledger = Ledger(KEYS, Worker(node="one", lease_seconds=60, max_deliveries=5))
+    Lease(ledger, client, 3600.0).beat()  # type: ignore[arg-type]
+    assert not ledger.is_in_doubt
+    awake = time.clock_gettime(time.CLOCK_BOOTTIME)
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: awake + 3600.0)
+    assert ledger.is_in_doubt
