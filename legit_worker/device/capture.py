@@ -67,6 +67,8 @@ class Recorder:
         self._device, self._is_loading = device, is_loading
         self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
+        #: Where the recordings have their memory. torch takes no recording in one that has none left.
+        self._pool: Any = None
         self._kept = 0
 
     def __repr__(self) -> str:
@@ -110,6 +112,8 @@ class Recorder:
     def _captured(self, compute: Callable[[], Any]) -> tuple[Any, Any]:
         cuda = _cuda()
         graph, stream = cuda.CUDAGraph(), self._stream
+        if self._pool is None or not self._recordings:
+            self._pool = cuda.graph_pool_handle()
         stream.wait_stream(cuda.current_stream(self._device))
         with cuda.stream(stream):
             try:
@@ -133,17 +137,13 @@ class Recorder:
 
         with suppress(RuntimeError):  # it has ended
             torch._C._cuda_endAllocateToPool(torch.device(self._device).index, self._pool)
-        del self._pool  # the next recordings have another one: this one stays as it is
+        self._pool = None  # the next recordings have another one: this one stays as it is
 
     def forget(self) -> None:
         """Let go of all recordings: a batch lacks their memory. What they have is then the allocator's, for later."""
         for holder in list(self._holders):
             holder.forget()
         self._holders.clear()
-
-    @functools.cached_property
-    def _pool(self) -> Any:
-        return _cuda().graph_pool_handle()
 
     @functools.cached_property
     def _stream(self) -> Any:

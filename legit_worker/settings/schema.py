@@ -112,9 +112,8 @@ class ModelSettings(_Group):
     #: The type of its weights; the one of the files if it is not set, and with `auto`. `tf32`: float32, whose products
     #: a GPU rounds to TF32. `int8`: OpenVINO's products of 8 bits.
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
-    #: Whether small batches of texts are recorded as CUDA graphs on a GPU, so that one call launches a batch. This has
-    #: not run on a GPU yet.
-    cuda_graphs: bool = False
+    #: Whether small batches of texts are recorded as CUDA graphs on a GPU, so that one call launches a batch.
+    cuda_graphs: bool = True
     #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None
     #: Whether to read the model from this machine alone, and never ask the Hub.

@@ -138,7 +138,7 @@ def test_memory_comes_back_when_recordings_are_forgotten(device: CudaDevice, min
     give_back_cached()
     kept, beside = device.taken() - before, free - torch.cuda.mem_get_info(0)[0]
     print(f"{recorded}: {kept / 2**20:.0f} MiB of the allocator, {beside / 2**20:.0f} of the GPU; {device.recorder}")
-    assert len(recorded) > 5
+    assert len(recorded) > 2
     assert device.recorder.kept > 0
     device.forget_recordings()
     assert (len(recorded), device.recorder.kept) == (0, 0)
@@ -152,7 +152,7 @@ class Waits(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.tokenizer = module, module.tokenizer
 
     def forward(self, features: dict[str, Any], **options: Any) -> Any:
         assert int(features["attention_mask"].sum()) > 0

@@ -107,14 +107,16 @@ def test_what_a_batch_takes_stays_within_the_limit(start_worker: StartWorker) ->
 
 
 def test_running_out_of_memory_loses_no_task(start_worker: StartWorker) -> None:
-    """A model whose small batches show less than what large ones take: up to 1.6 GiB for one item, with room for 2."""
-    growing = weighty("a", weights=1024, activations=1) | {
-        "LEGIT_WORKER_MODELS__A__KIND": "ongpu:Growing",
+    """A model whose first batches don't show what some items take: 600 MiB each, with room for 2 GiB."""
+    surprising = weighty("a", weights=1024, activations=0.1) | {
+        "LEGIT_WORKER_MODELS__A__KIND": "ongpu:Surprising",
         "LEGIT_WORKER_VRAM_LIMIT": str(3 * GIB),
     }
-    worker = start(start_worker, growing)
+    worker = start(start_worker, surprising)
+    items = ["x" * 10] * 200
+    worker.answers([worker.send("one", item, alias="a") for item in items])
     shuffled = random.Random(2)
-    items = ["x" * shuffled.choice([1, 2, 5, 20, 40]) for _ in range(600)]
+    items = [shuffled.choice("xy") + "x" * 9 for _ in range(200)]
     answers = worker.answers([worker.send("one", item, alias="a") for item in items])
     assert [answer[0] for answer in answers] == list(map(len, items))
     model = worker.pool()["models"]["a"]

@@ -59,15 +59,12 @@ class Unmeasured:
         """Shape `[n, 2]`."""
         lengths = to_device({"lengths": torch.tensor([len(item) for item in batch])}, self._device)["lengths"]
         longest = max(map(len, batch))
-        space = torch.ones(len(batch), self._rows(longest), max(1, self._unit // 4), device=self._device)
+        space = torch.ones(len(batch), longest, max(1, self._unit // 4), device=self._device)
         space *= self._weights[0][0]
         present = torch.arange(longest, device=self._device) < lengths[:, None]
         if os.environ.get("PROJECT_POISON") and any(item.startswith("poison") for item in batch):
             self._weights[0][lengths + self._weights[0].numel()]
-        return torch.stack([(space[:, :longest, -1] * present).sum(1), torch.full_like(lengths, len(batch))], 1)
-
-    def _rows(self, longest: int) -> int:
-        return longest
+        return torch.stack([(space[:, :, -1] * present).sum(1), torch.full_like(lengths, len(batch))], 1)
 
     def postprocess(self, output: torch.Tensor) -> list[int]:
         """Two numbers."""
@@ -75,11 +72,13 @@ class Unmeasured:
         return [int(number) for number in output]
 
 
-class Growing(Unmeasured):
-    """What a batch takes grows by the square of its longest item, which small batches don't show."""
+class Surprising(Unmeasured):
+    """An item that begins with `y` takes 600 MiB, which its cost does not tell."""
 
-    def _rows(self, longest: int) -> int:
-        return longest**2
+    def forward(self, batch: Sequence[str]) -> torch.Tensor:
+        """Shape `[n, 2]`."""
+        beside = torch.ones(sum(item.startswith("y") for item in batch), 150 * MIB, device=self._device)
+        return super().forward(batch) + 0 * beside.sum()
 
 
 class Weighty(Unmeasured):
