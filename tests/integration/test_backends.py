@@ -5,6 +5,7 @@ Nothing of Celery is here. Each test's conversions are kept in a folder of its o
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -284,8 +285,13 @@ FORK = multiprocessing.get_context("fork")
 
 
 def run_forked(function: Callable[[], None]) -> None:
-    """In a forked child, which must end well within a minute."""
-    child = FORK.Process(target=function, daemon=True)
+    """In a forked child, which must end well within a minute, or shows where it stands."""
+
+    def run() -> None:
+        faulthandler.dump_traceback_later(50)
+        function()
+
+    child = FORK.Process(target=run, daemon=True)
     child.start()
     try:
         child.join(60)
