@@ -9,7 +9,8 @@ import difflib
 import os
 from collections.abc import Collection, Iterator
 
-from legit_worker.settings.schema import ModelSettings, Settings
+from legit_worker.settings.model import ModelSettings
+from legit_worker.settings.schema import Settings
 from legit_worker.settings.values import BUILT_IN_TASKS, KINDS_WITH_PATH, spelled
 
 #: Settings of an app that only say how its results are routed.

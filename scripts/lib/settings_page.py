@@ -20,7 +20,8 @@ from pydantic import BaseModel  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from legit_worker.settings import Amount  # noqa: E402
-from legit_worker.settings.schema import GROUPS, AppSettings, ModelSettings, Settings, WorkerSettings  # noqa: E402
+from legit_worker.settings.model import ModelSettings  # noqa: E402
+from legit_worker.settings.schema import GROUPS, AppSettings, Settings, WorkerSettings  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 
