@@ -46,6 +46,44 @@ def test_memory_that_a_batch_freed_is_used_again_by_the_next() -> None:
     assert faults("kept") < faults("default") / 5
 
 
+#: Eight threads that have memory at once; glibc then tells of its heaps.
+THREADS = """
+import ctypes, sys, threading
+from legit_worker.device.cpu import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.fopen.restype = libc.malloc.restype = ctypes.c_void_p
+meet = threading.Barrier(9)
+def take():
+    libc.malloc(100_000)
+    meet.wait()
+    meet.wait()
+for _ in range(8):
+    threading.Thread(target=take).start()
+meet.wait()
+stdout = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, stdout)
+libc.fclose(stdout)
+meet.wait()
+"""
+
+
+@only_glibc
+@pytest.mark.parametrize(
+    ("mode", "variables", "least", "most"),
+    [("default", {}, 4, 9), ("kept", {}, 2, 2), ("kept", {"MALLOC_ARENA_MAX": "4"}, 4, 4)],
+)
+def test_threads_share_a_heap_unless_the_operator_says_how_many(
+    mode: str, variables: dict[str, str], least: int, most: int
+) -> None:
+    """What a load freed in its thread's own heap would serve no later load: each may be another thread."""
+    plain = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    command = [sys.executable, "-c", THREADS, mode]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | variables)
+    assert least <= told.stdout.count("<heap nr=") <= most, told.stdout
+
+
 #: Bytes of the process that no file backs: `Anonymous` of /proc/self/smaps_rollup. What processes share is not in it.
 OWN = """
 def own():
