@@ -20,6 +20,7 @@ from harness import (
     StartWorker,
     Worker,
     celery_command,
+    hear_ctrl_c,
     poll,
     project_environment,
 )
@@ -76,6 +77,7 @@ def test_in_a_terminal_it_draws_on_through_a_resize_until_ctrl_c(one: Worker) ->
         stdout=its,
         stderr=its,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     os.close(its)
     os.set_blocking(ours, False)

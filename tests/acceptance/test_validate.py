@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 import tiny_models
-from harness import ANSWER_SECONDS, Broker, celery_command, poll, project_environment
+from harness import ANSWER_SECONDS, Broker, celery_command, hear_ctrl_c, poll, project_environment
 from terminal import write_to_terminal
 
 from legit_worker.settings import ModelSettings
@@ -122,8 +122,7 @@ def test_when_it_is_stopped_nothing_is_left(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # A shell's background job ignores Ctrl-C, and so would all that it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_ctrl_c,
     )
     with redis.Redis.from_url(broker.url) as server:
         poll(lambda: children(running.pid), "its worker")

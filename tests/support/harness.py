@@ -441,6 +441,11 @@ def celery_command(project: str, *arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("celery")), "-A", project, *arguments]
 
 
+def hear_ctrl_c() -> None:
+    """Have Ctrl-C end the command of a new process: a shell's background job ignores it, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def project_environment(broker: Broker, settings: Mapping[str, str] | None = None) -> dict[str, str]:
     """The developer's environment without what would change the test, and with what the project reads."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
