@@ -5,24 +5,17 @@
 // In: one JSON argument: host, port, user, password, vhost, queue, how (see celery_message.php), calls. Out: one line of
 // JSON for each call, in order: the last reply that has its correlation id.
 
-use PhpAmqpLib\Connection\AMQPStreamConnection;
 use PhpAmqpLib\Message\AMQPMessage;
 use PhpAmqpLib\Wire\AMQPTable;
 
-require_once 'PhpAmqpLib/autoload.php';
+require __DIR__ . '/amqp.php';
 require __DIR__ . '/celery_message.php';
 
 const OVER = ['SUCCESS', 'FAILURE', 'REVOKED'];
 const ANSWER_SECONDS = 30;
 
 $given = json_decode($argv[1], true);
-$connection = new AMQPStreamConnection(
-    $given['host'],
-    $given['port'],
-    $given['user'],
-    $given['password'],
-    $given['vhost'],
-);
+$connection = amqp_connection($given);
 $channel = $connection->channel();
 [$replies] = $channel->queue_declare('', false, false, true, true);
 foreach ($given['calls'] as $call) {

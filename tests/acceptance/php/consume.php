@@ -6,20 +6,13 @@
 // properties, its headers, its body as it came, and the body's result (or its data's) with base64 decoded.
 
 use App\Jobs\EmbeddingReady;
-use PhpAmqpLib\Connection\AMQPStreamConnection;
 use PhpAmqpLib\Wire\AMQPTable;
 
-require_once 'PhpAmqpLib/autoload.php';
+require __DIR__ . '/amqp.php';
 require dirname(__DIR__, 3) . '/examples/laravel/EmbeddingReady.php';
 
 $given = json_decode($argv[1], true);
-$connection = new AMQPStreamConnection(
-    $given['host'],
-    $given['port'],
-    $given['user'],
-    $given['password'],
-    $given['vhost'],
-);
+$connection = amqp_connection($given);
 $channel = $connection->channel();
 $channel->queue_declare($given['queue'], false, true, false, false);
 $left = $given['count'];

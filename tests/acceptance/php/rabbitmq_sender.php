@@ -6,23 +6,15 @@
 // one line of JSON for each call, in order: the task's id.
 
 use App\Services\CeleryByRabbitMQ;
-use PhpAmqpLib\Connection\AMQPStreamConnection;
 
-foreach (['Illuminate/Support', 'PhpAmqpLib'] as $part) {
-    require_once "$part/autoload.php";
-}
+require_once 'Illuminate/Support/autoload.php';
+require __DIR__ . '/amqp.php';
 $examples = dirname(__DIR__, 3) . '/examples/laravel';
 require "$examples/Celery.php";
 require "$examples/CeleryByRabbitMQ.php";
 
 $given = json_decode($argv[1], true);
-$connection = new AMQPStreamConnection(
-    $given['host'],
-    $given['port'],
-    $given['user'],
-    $given['password'],
-    $given['vhost'],
-);
+$connection = amqp_connection($given);
 $celery = new CeleryByRabbitMQ($connection->channel(), app: $given['app'], queue: $given['queue']);
 foreach ($given['calls'] as $call) {
     $id = $celery->send($call['task'], $call['args'], kwargs: $call['kwargs'], meta: $call['meta']);
