@@ -141,19 +141,36 @@ class Laravel:
 EMPTY = {"waiting": 0, "notify": 0, "reserved": 0, "delayed": 0}
 
 
-@pytest.fixture
-def laravel(broker: Broker, tmp_path: Path) -> Laravel:
-    """The app as in the example, on the worker's own broker."""
+def needs_laravel(broker: Broker) -> None:
     php()
     if not broker.url.startswith("redis"):
         pytest.skip("Laravel has no queue on this broker")
+
+
+@pytest.fixture
+def laravel(broker: Broker, tmp_path: Path) -> Laravel:
+    """The app as in the example, on the test's own broker."""
+    needs_laravel(broker)
     return Laravel(example_settings(), broker.url, tmp_path / "laravel.sqlite")
 
 
-def test_laravels_own_worker_runs_the_example_job_for_each_end_of_a_task(
-    sides: Sides, broker: Broker, laravel: Laravel
-) -> None:
-    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+@pytest.fixture(scope="module")
+def worker(start_module_worker: StartWorker, servers: Any) -> Worker:
+    """A worker with the example's settings."""
+    broker: Broker = servers.fresh()
+    needs_laravel(broker)
+    return Sides(start_module_worker).worker("modelpool", broker=broker, **example_settings())
+
+
+@pytest.fixture
+def answered(worker: Worker, tmp_path: Path) -> Laravel:
+    """The app as in the example, on the broker of `worker`. Each test takes what that one has sent."""
+    app = Laravel(example_settings(), worker.broker.url, tmp_path / "laravel.sqlite")
+    assert app.left() == EMPTY
+    return app
+
+
+def test_laravels_own_worker_runs_the_example_job_for_each_end_of_a_task(worker: Worker, answered: Laravel) -> None:
     one = send(worker, "one", "red apple")
     several = send(worker, "encode", ["red", "apple"])
     text = send(worker, "one", UNICODE, alias="upper")
@@ -162,17 +179,17 @@ def test_laravels_own_worker_runs_the_example_job_for_each_end_of_a_task(
     others = worker.client.send_task("no_model", [1])
     worker.settle([one, several, text, failed, expired, others])
     sent = [one, several, text, failed, expired]
-    poll(lambda: laravel.left()["waiting"] == len(sent), f"{len(sent)} jobs")
-    assert laravel.left() == EMPTY | {"waiting": len(sent), "notify": len(sent)}
+    poll(lambda: answered.left()["waiting"] == len(sent), f"{len(sent)} jobs")
+    assert answered.left() == EMPTY | {"waiting": len(sent), "notify": len(sent)}
 
-    events = laravel.work()
+    events = answered.work()
     assert [event["event"] for event in events] == ["JobProcessing", "JobProcessed"] * len(sent)
     assert {event["name"] for event in events} == {r"App\Jobs\EmbeddingReady@handle"}
     assert {event["attempts"] for event in events} == {1}
     assert all(event["display_name"] for event in events)
-    assert laravel.left() == EMPTY
+    assert answered.left() == EMPTY
 
-    rows = laravel.rows()
+    rows = answered.rows()
     assert rows.keys() == {result.id for result in sent}
     assert same_floats(json.loads(rows[one.id]["result"]), one.result)
     assert same_floats(json.loads(rows[several.id]["result"])["values"], several.result["values"])
@@ -251,35 +268,31 @@ def test_a_client_that_sends_a_name_and_a_text_gets_queries_and_documents(
 
 
 def test_the_example_job_fails_an_envelope_of_a_version_that_it_does_not_know(
-    sides: Sides, broker: Broker, laravel: Laravel
+    worker: Worker, answered: Laravel
 ) -> None:
-    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
     worker.settle([send(worker, "one", "red apple")])
-    with laravel.redis as server:
-        job = json.loads(poll(lambda: server.lpop(laravel.key), "a job"))
+    with answered.redis as server:
+        job = json.loads(poll(lambda: server.lpop(answered.key), "a job"))
         job["data"]["v"] = 2
-        server.rpush(laravel.key, json.dumps(job))
-    events = finish(laravel.start(tries=3))
+        server.rpush(answered.key, json.dumps(job))
+    events = finish(answered.start(tries=3))
     assert [(event["event"], event["attempts"]) for event in events] == [
         ("JobProcessing", 1),
         ("JobFailed", 1),
         ("JobProcessed", 1),
     ]
     assert events[1]["error"] == "envelope version 2, known is 1"
-    assert laravel.left() == EMPTY
-    assert laravel.rows() == {}
+    assert answered.left() == EMPTY
+    assert answered.rows() == {}
 
 
-def test_a_vector_comes_in_base64_and_is_the_tasks_to_the_last_bit(
-    sides: Sides, broker: Broker, laravel: Laravel
-) -> None:
-    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+def test_a_vector_comes_in_base64_and_is_the_tasks_to_the_last_bit(worker: Worker, answered: Laravel) -> None:
     result = send(worker, "one", "red apple")
     worker.settle([result])
-    (event, _) = laravel.work()
+    (event, _) = answered.work()
     vector = event["payload"]["data"]["result"]
     assert (vector["dtype"], vector["shape"]) == ("<f4", [len(result.result)])
-    assert json.loads(laravel.rows()[result.id]["result"]) == result.result
+    assert json.loads(answered.rows()[result.id]["result"]) == result.result
 
 
 def test_laravel_tries_a_job_that_throws_again_and_stores_it_once(
@@ -318,46 +331,42 @@ def test_laravel_fails_a_job_that_never_works(sides: Sides, broker: Broker, lara
     assert laravel.rows() == {}
 
 
-def test_a_duplicate_envelope_has_the_same_uuid_and_is_stored_once(
-    sides: Sides, broker: Broker, laravel: Laravel
-) -> None:
-    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
+def test_a_duplicate_envelope_has_the_same_uuid_and_is_stored_once(worker: Worker, answered: Laravel) -> None:
     results = [
         worker.client.send_task("one", ["red apple"], headers={"app": "vodmanager"}, task_id=task_id)
         for task_id in ["the same"] * 2 + ["another"]
     ]
     worker.settle(results)
-    poll(lambda: laravel.left()["waiting"] == 3, "three jobs")
-    processed = [event for event in laravel.work() if event["event"] == "JobProcessed"]
+    poll(lambda: answered.left()["waiting"] == 3, "three jobs")
+    processed = [event for event in answered.work() if event["event"] == "JobProcessed"]
     by_task = {event["payload"]["data"]["id"]: event["uuid"] for event in processed}
     assert len(processed) == 3
     assert sorted(event["uuid"] for event in processed) == sorted([by_task["the same"]] * 2 + [by_task["another"]])
     assert by_task["the same"] != by_task["another"]
     assert all(uuid.UUID(event["uuid"]).version == 5 for event in processed)
     assert len({event["job_id"] for event in processed}) == 3
-    assert laravel.rows().keys() == {"the same", "another"}
+    assert answered.rows().keys() == {"the same", "another"}
 
 
-def test_a_laravel_worker_that_blocks_is_woken_by_a_result(sides: Sides, broker: Broker, laravel: Laravel) -> None:
-    worker = sides.worker("modelpool", broker=broker, **laravel.settings)
-    process = laravel.start(block_for=int(ANSWER_SECONDS), jobs=1)
+def test_a_laravel_worker_that_blocks_is_woken_by_a_result(worker: Worker, answered: Laravel) -> None:
+    process = answered.start(block_for=int(ANSWER_SECONDS), jobs=1)
 
     def blocks() -> bool:
         assert process.poll() is None, process.communicate()
-        with laravel.redis as server:
-            database = redis_server(laravel.url)["database"]
+        with answered.redis as server:
+            database = redis_server(answered.url)["database"]
             return any(one["cmd"] == "blpop" and int(one["db"]) == database for one in server.client_list())
 
     try:
         poll(blocks, "Laravel to block")
         result = send(worker, "one", "red apple")
         worker.settle([result])
-        events = laravel.told(process)
+        events = answered.told(process)
     finally:
         process.kill()
     assert [event["event"] for event in events] == ["JobProcessing", "JobProcessed"]
-    assert laravel.left() == EMPTY
-    assert laravel.rows().keys() == {result.id}
+    assert answered.left() == EMPTY
+    assert answered.rows().keys() == {result.id}
 
 
 @pytest.mark.parametrize("encoding", ["json", "base64"])
