@@ -79,9 +79,7 @@ def test_an_app_may_use_its_own_models_only(sides: Sides) -> None:
     worker.ask("one", "text")
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_torchs_grad_mode_stays_with_the_task_that_set_it(sides: Sides, side: str) -> None:
-    worker = sides.worker(side)
+def test_torchs_grad_mode_stays_with_the_task_that_set_it(worker: Worker) -> None:
     modes = [number % 2 == 0 for number in range(60)]
     results = [worker.send("grad_modes", f"text {number}", mode) for number, mode in enumerate(modes)]
     assert worker.answers(results) == [[True, mode, mode] for mode in modes]
