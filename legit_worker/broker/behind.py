@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 #: The count of a quorum queue, if the message came before. Classic queues count nothing.
 COUNT = "x-delivery-count"
 
+#: How often a message of a quorum queue was given to a consumer, from RabbitMQ 4.3 on. Its `COUNT` is then of failures.
+ACQUIRED = "x-acquired-count"
+
 #: The header of a copy with the exchange and the routing key by which its message came.
 ADDRESS = "legit_address"
 
@@ -106,7 +109,7 @@ def reach(connection: kombu.Connection, **options: Any) -> None:
 def _copy(message: kombu.Message, deliveries: int, vouched: int) -> amqp.Message:
     to = message.delivery_info
     own = {DELIVERIES: deliveries, VOUCHED: vouched, ADDRESS: [to.get("exchange") or "", to.get("routing_key") or ""]}
-    headers = {name: value for name, value in message.headers.items() if name != COUNT}  # the copy's begins anew
+    headers = {name: value for name, value in message.headers.items() if name not in (COUNT, ACQUIRED)}  # both begin anew
     properties = {**message.properties, "application_headers": headers | own}
     return amqp.Message(message.body, **properties)
 

@@ -21,7 +21,7 @@ from typing import Any
 import kombu
 from cachetools import LRUCache
 
-from legit_worker.broker.behind import COUNT, Behind, unpack
+from legit_worker.broker.behind import ACQUIRED, COUNT, Behind, unpack
 from legit_worker.broker.returning import DELIVERIES, count, eta_seconds
 from legit_worker.pool.fibers import Fiber
 from legit_worker.pool.messages import came_again, is_numbered, key_of
@@ -108,12 +108,13 @@ class Suspects:
 
         News is in no copy yet. A worker that gave the message back and lives did not die of it. A quorum queue also
         counts deliveries that no worker has read, and each lost connection. So whatever it counts since the last copy
-        is one. Of the suspects that a dead worker had, the first one ran, and the others had not begun. A task whose
+        is one. From RabbitMQ 4.3 on, it does not count what was only given back. Of the suspects that a dead worker had, the first one ran, and the others had not begun. A task whose
         time has not come never ran.
         """
         was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))
-        is_news = (came_again(message) or counted > 0) and not was_ours and self._most > 0
+        may_be_death = counted > 0 or (came_again(message) and ACQUIRED not in message.headers)
+        is_news = may_be_death and not was_ours and self._most > 0
         copied, vouched = unpack(message)  # after that, a copy seems to have come again, too
         if eta_seconds(message.headers.get("eta")) > time():
             return 0, 0, False

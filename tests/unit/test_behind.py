@@ -14,8 +14,9 @@ from kombu.transport import pyamqp
 from ownserver import free_port
 
 from legit_worker.broker import behind
-from legit_worker.broker.behind import FIRST_PAUSE, LAST_PAUSE, Behind
+from legit_worker.broker.behind import ACQUIRED, ADDRESS, COUNT, FIRST_PAUSE, LAST_PAUSE, VOUCHED, Behind
 from legit_worker.broker.failover import InterruptedWriteError, enduring
+from legit_worker.broker.returning import DELIVERIES
 
 
 class Clock:
@@ -75,6 +76,17 @@ def test_a_server_that_is_away_is_not_waited_for() -> None:
     connection = kombu.Connection(f"amqp://127.0.0.1:{free_port()}//")
     assert not Behind().put(message(connection), "work", 1, 0)
     assert connection.transport_options == {}, "the worker's own"
+
+
+def test_a_copy_has_none_of_the_counts_of_its_message() -> None:
+    first = message(None)
+    first.headers |= {COUNT: 1, ACQUIRED: 2}
+    assert behind._copy(first, 3, 1).properties["application_headers"] == {
+        "id": "a",
+        DELIVERIES: 3,
+        VOUCHED: 1,
+        ADDRESS: ["", ""],
+    }
 
 
 def test_a_message_that_comes_while_a_copy_is_on_its_way_does_not_wait_for_it() -> None:

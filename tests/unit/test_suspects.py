@@ -11,7 +11,7 @@ from typing import Any
 import kombu
 import pytest
 
-from legit_worker.broker.behind import ADDRESS, COUNT, VOUCHED
+from legit_worker.broker.behind import ACQUIRED, ADDRESS, COUNT, VOUCHED
 from legit_worker.broker.poison import deliveries_of
 from legit_worker.broker.returning import DELIVERIES
 from legit_worker.pool import suspects
@@ -181,6 +181,21 @@ def test_whatever_a_quorum_queue_has_counted_since_the_last_copy_is_one(worker: 
     """RabbitMQ delivers messages that no worker has read when its connection breaks, and counts them."""
     worker.receive(message("a", Channel(), again=True, **{COUNT: counted}))
     worker.receive(message("b", Channel(), again=True, **{COUNT: counted, DELIVERIES: 1}))
+    assert (worker.behind.copies, worker.to_run) == ([("a", "work", 1), ("b", "work", 2)], [])
+
+
+def test_what_a_quorum_queue_got_back_without_a_failure_is_no_death(worker: Worker) -> None:
+    """From RabbitMQ 4.3 on: after a `basic.nack`, a consumer that timed out, a part of a cluster that was cut off."""
+    again = message("a", Channel(), again=True, **{ACQUIRED: 3})
+    worker.receive(again)
+    assert (worker.to_run, worker.behind.copies, worker.suspects.bound) == ([again], [], inf)
+    assert deliveries_of(again) == 0
+
+
+@pytest.mark.parametrize("acquired", [1, 5])
+def test_what_a_quorum_queue_calls_a_failure_may_be_a_death(worker: Worker, acquired: int) -> None:
+    worker.receive(message("a", Channel(), again=True, **{COUNT: 1, ACQUIRED: acquired}))
+    worker.receive(message("b", Channel(), again=True, **{COUNT: 2, ACQUIRED: acquired + 1, DELIVERIES: 1}))
     assert (worker.behind.copies, worker.to_run) == ([("a", "work", 1), ("b", "work", 2)], [])
 
 
