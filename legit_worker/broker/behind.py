@@ -109,7 +109,9 @@ def reach(connection: kombu.Connection, **options: Any) -> None:
 def _copy(message: kombu.Message, deliveries: int, vouched: int) -> amqp.Message:
     to = message.delivery_info
     own = {DELIVERIES: deliveries, VOUCHED: vouched, ADDRESS: [to.get("exchange") or "", to.get("routing_key") or ""]}
-    headers = {name: value for name, value in message.headers.items() if name not in (COUNT, ACQUIRED)}  # both begin anew
+    headers = {
+        name: value for name, value in message.headers.items() if name not in (COUNT, ACQUIRED)
+    }  # both begin anew
     properties = {**message.properties, "application_headers": headers | own}
     return amqp.Message(message.body, **properties)
 

@@ -251,7 +251,7 @@ METRICS = (
     Metric(
         name="result_backend_away_seconds",
         kind="gauge",
-        help="Seconds for which the Redis result backend has taken no results; 0 while it takes them.",
+        help="Seconds for which the result backend has taken no results; 0 while it takes them.",
     ),
     Metric(
         name="routed_results_total",

@@ -7,27 +7,20 @@ task's own code is over and only the delivery of its result is left, does nothin
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from traceback import walk_tb
 from typing import Any
 
-from celery.worker import state
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
-from legit_worker.broker.redis import gave_up
 from legit_worker.broker.refusals import refuse
 from legit_worker.pool.fibers import Phase, fiber_of
 from legit_worker.pool.hooks import is_of_one_message
-from legit_worker.pool.messages import is_gone
-from legit_worker.pool.own import is_of_handler, is_stray
-from legit_worker.pool.requests import tell_no_more
+from legit_worker.pool.own import is_stray
 from legit_worker.pool.strays import Strays
-from legit_worker.results.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +38,7 @@ def end_in_fibers(run: Run, strays: Strays) -> Callable[[], None]:
 
     def announce_in_fiber(request: Request, *args: Any) -> None:
         request._already_revoked = True  # from now on, nobody announces it again
-        end = _waiting(partial(announce, request, *args), request)
+        end = partial(announce, request, *args)
         run(_surviving(end, request.message, strays, request), f"{request.name}[{request.id}]")
 
     def cancel_in_fiber(request: Request, *args: Any, **options: Any) -> None:
@@ -65,30 +58,6 @@ def end_in_fibers(run: Run, strays: Strays) -> Callable[[], None]:
     Request._announce_revoked, Request._announce_cancelled = announce_in_fiber, cancel_in_fiber
     Consumer.on_unknown_task = on_unknown_in_fiber
     return undo
-
-
-def _waiting(announce: Callable[[], Any], request: Request) -> Callable[[], None]:
-    """The same call, made again until the result backend takes the end.
-
-    If it is not Redis, Celery raises what the backend raises. That would end the worker. Of a task with an ETA, the hub
-    logs it, and the message stays unacked.
-    """
-    tries = itertools.count()
-
-    def try_again() -> None:
-        if next(tries) and (is_gone(request.message) or gave_up(request.message)):
-            state.task_ready(request)  # its message comes again
-            return
-        try:
-            announce()
-        finally:
-            tell_no_more(request)
-
-    def waits(error: Exception) -> bool:
-        codes = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
-        return "mark_as_revoked" in codes and not (is_of_one_message(request, error) or is_of_handler(error))
-
-    return lambda: patiently(try_again, f"the end of {request.name}[{request.id}] to be stored", waits)[0]
 
 
 def _surviving(

@@ -49,6 +49,7 @@ from legit_worker.pool.running import Running, tags_of
 from legit_worker.pool.share import Share
 from legit_worker.pool.softly import SoftShutdown
 from legit_worker.pool.starting import load_pinned, prepare_process
+from legit_worker.pool.storing import store_patiently
 from legit_worker.pool.strays import Strays
 from legit_worker.pool.suspects import VOUCH_SECONDS, Suspects
 from legit_worker.pool.telling import are_seen, show_quickly, tell_own_time
@@ -209,7 +210,8 @@ class ModelPool(SoloPool):
         handle.use_compute(self._computing.compute)
         parking.use(self._host)
         told = tell_own_time(), show_quickly(lambda: are_seen(self._consumer))
-        self._undo = (*told, end_in_fibers(self._run_end, self._strays), ignore_late_revokes(), quickjson.use())
+        ends = end_in_fibers(self._run_end, self._strays), ignore_late_revokes(), store_patiently()
+        self._undo = (*told, *ends, quickjson.use())
         turns.use(sql.is_blind)
         own.use()
         if not self._inline:

@@ -104,11 +104,6 @@ def redeliver(request: Any, message: kombu.Message, end: Callable[..., Any]) -> 
     return is_due
 
 
-def tell_no_more(request: Any) -> None:
-    """Send no more events about a request."""
-    request._eventer = None
-
-
 def store_failure(request: Any, error: Exception, failure: ExceptionInfo) -> None:
     """Store and tell a failure as `Request.on_failure` does, unless the worker ends."""
     task, context = request.task, request._context

@@ -108,8 +108,8 @@ class Suspects:
 
         News is in no copy yet. A worker that gave the message back and lives did not die of it. A quorum queue also
         counts deliveries that no worker has read, and each lost connection. So whatever it counts since the last copy
-        is one. From RabbitMQ 4.3 on, it does not count what was only given back. Of the suspects that a dead worker had, the first one ran, and the others had not begun. A task whose
-        time has not come never ran.
+        is one. From RabbitMQ 4.3 on, it does not count what was only given back. Of the suspects that a dead worker
+        had, the first one ran, and the others had not begun. A task whose time has not come never ran.
         """
         was_ours = key is not None and self._given_back.pop(key, False)
         counted = count(message.headers.get(COUNT))

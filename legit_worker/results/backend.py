@@ -60,6 +60,8 @@ def is_refused(error: BaseException | None) -> bool:
     Celery raises some of these errors anew.
     """
     while error is not None:
+        if isinstance(error, patience.RefusedStateError):
+            return True
         if isinstance(error, ResponseError | BackendStoreError) and not is_away(error) and _came_through_here(error):
             return True
         error = error.__cause__

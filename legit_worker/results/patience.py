@@ -9,15 +9,29 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from typing import Any
+
+from celery.exceptions import BackendStoreError
 
 from legit_worker import parking
 
 logger = logging.getLogger(__name__)
 
+#: What a task waits for, in the log and in `inspect stats`.
+WAIT = "its result to be stored"
+
 #: Seconds between two looks.
 LOOK_SECONDS = 0.5
+
+#: Seconds before the log says again that a backend takes nothing.
+SAID_SECONDS = 60.0
+
+#: If a backend has stored other tasks' states between two tries, and this often, it refuses this one. Once may be by
+#: chance: a server that starts goes away again.
+MOST_REFUSALS = 3
 
 #: Since when tasks wait, by the monotonic clock.
 waiting_since: dict[object, float] = {}
@@ -43,6 +57,136 @@ def patiently(call: Callable[[], Any], what: str, waits: Callable[[Exception], b
                     raise
     finally:
         waiting_since.pop(this, None)
+
+
+class RefusedStateError(BackendStoreError):
+    """A result backend refuses the state of one task."""
+
+
+@dataclass(eq=False)
+class _Caller:
+    """A task that calls a backend."""
+
+    task_id: Any
+    #: Whether its call runs. It may call the backend again, for a chord's body, and that must not wait for it.
+    is_trying: bool = False
+    tries: int = 0
+    #: How often the backend refused it, and took others since its last try.
+    refusals: int = 0
+    #: How many calls of others had succeeded at its last try.
+    seen: int = 0
+
+
+class Patient:
+    """One result backend. Lives on the tasks' thread. Owns who waits for it.
+
+    While it raises errors, one of those who wait tries at each look: a try may take seconds, in which no other task
+    runs. Two states of one task keep their order.
+    """
+
+    def __init__(self, name: str, is_own: Callable[[Exception], bool]) -> None:
+        """`is_own` tells whether an error is one task's, who does not wait."""
+        self._name = name
+        self._is_own = is_own
+        self._waiting: dict[_Caller, None] = {}
+        # Whose try is next, if any of them waits.
+        self._next: _Caller | None = None
+        # The look before which nobody tries.
+        self._look: Future[None] | None = None
+        self._successes = 0
+        self._away_since: float | None = None
+        self._said_at = -inf
+
+    def __repr__(self) -> str:
+        return f"<Patient {self._name}: {len(self._waiting)} waiting>"
+
+    def call(self, call: Callable[[], Any], task_id: Any) -> Any:
+        """Return what a call gives that stores something of a task, as soon as the backend takes it.
+
+        Raises the errors that are the task's own, and `RefusedStateError`.
+        """
+        this = _Caller(task_id)
+        try:
+            while True:
+                if self._may_try(this):
+                    try:
+                        answer = self._try(this, call)
+                    except Exception as error:
+                        if self._is_own(error):
+                            raise
+                        self._failed(this, error)
+                    else:
+                        self._succeeded()
+                        return answer
+                elif this not in self._waiting:
+                    self._line_up(this)
+                if not parking.park(later(), WAIT, counts=True):
+                    return call()
+        finally:
+            self._leave(this)
+
+    def _may_try(self, this: _Caller) -> bool:
+        is_early = self._look is not None and not self._look.done()
+        return not is_early and self._next in (None, this)
+
+    @staticmethod
+    def _try(this: _Caller, call: Callable[[], Any]) -> Any:
+        this.tries += 1
+        this.is_trying = True
+        try:
+            return call()
+        finally:
+            this.is_trying = False
+
+    def _failed(self, this: _Caller, error: Exception) -> None:
+        this.refusals += this.tries > 1 and this.seen != self._successes
+        this.seen = self._successes
+        if this.refusals >= MOST_REFUSALS or _is_of_code(error):
+            raise RefusedStateError(f"{self._name} refuses a task's state: {error!r}") from error
+        self._look = later()
+        self._line_up(this)
+        self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        now = monotonic()
+        if self._away_since is None:
+            self._away_since, self._said_at = now, -inf
+        if now - self._said_at >= SAID_SECONDS:
+            self._said_at = now
+            logger.warning(
+                "%s takes no results, for %.0f s by now, and the tasks wait until it does: %r",
+                *(self._name, now - self._away_since, error),
+            )
+
+    def _succeeded(self) -> None:
+        self._successes += 1
+        self._look = None
+        if self._away_since is not None:
+            logger.warning("%s takes results again, after %.1f s", self._name, monotonic() - self._away_since)
+            self._away_since = None
+
+    def _line_up(self, this: _Caller) -> None:
+        self._waiting.setdefault(this)
+        waiting_since.setdefault(this, monotonic())
+        self._choose()
+
+    def _leave(self, this: _Caller) -> None:
+        if this in self._waiting:
+            del self._waiting[this], waiting_since[this]
+            self._choose()
+
+    def _choose(self) -> None:
+        """Choose whose try is next: of those with the fewest tries, who came first. Of one task, its first state."""
+        firsts: dict[Any, _Caller] = {}
+        for caller in self._waiting:
+            firsts.setdefault(caller.task_id, caller)
+        idle = (caller for caller in firsts.values() if not caller.is_trying)
+        self._next = min(idle, key=lambda caller: caller.tries, default=None)
+
+
+def _is_of_code(error: Exception) -> bool:
+    """Whether an error is of a backend's code over one state: no server's or network's error is one of Python's own."""
+    return type(error).__module__ == "builtins" and not isinstance(error, OSError)
 
 
 class _Look:

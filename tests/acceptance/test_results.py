@@ -455,7 +455,7 @@ def test_a_revoked_task_waits_for_a_result_backend_that_is_not_redis(
     poll(lambda: stored.client.control.revoke(["revoked"], reply=True), "the worker to hear of it")
     if not is_due_later:
         stored.send("counted", "revoked", task_id="revoked")
-    worker.wait_for_log("a task waits for the end of counted[revoked] to be stored")
+    worker.wait_for_log("FilesystemBackend takes no results")
     assert stored.answers()
     assert stored.unacked() == 1
     elsewhere.rename(results)
@@ -468,7 +468,7 @@ def test_a_revoked_task_waits_for_a_result_backend_that_is_not_redis(
 
 
 @pytest.mark.parametrize("why", ["due later", "a rate limit"])
-def test_a_task_that_a_timer_starts_comes_again_if_its_end_can_not_be_stored(
+def test_a_task_that_a_timer_starts_waits_for_a_result_backend_that_is_not_redis(
     start_worker: StartWorker, broker: Broker, tmp_path: Path, why: str
 ) -> None:
     """Under stock solo its message stays unacked."""
@@ -484,14 +484,87 @@ def test_a_task_that_a_timer_starts_comes_again_if_its_end_can_not_be_stored(
     poll(lambda: len(worker.received) == 3 and stored.unacked() == 2, "the tables to be made by the first one")
     with sqlite3.connect(database) as tables:
         tables.execute("ALTER TABLE celery_taskmeta RENAME TO elsewhere")
-    poll(lambda: worker.log.count("it comes again in") == 2, "both to fail")
+    worker.wait_for_log("DatabaseBackend takes no results")
+    poll(lambda: worker.pool()["parked"] == 2, "both to wait")
     assert stored.unacked() == 2
     with sqlite3.connect(database) as tables:
         tables.execute("ALTER TABLE elsewhere RENAME TO celery_taskmeta")
     poll(lambda: stored.unacked() == 0, "both to be acked")
-    assert stored.runs == {"first": 1, "one": 1, "other": 1}, "of the others, no start was stored before"
+    assert stored.runs == {"first": 1, "one": 1, "other": 1}
     with sqlite3.connect(database) as tables:
         assert tables.execute("SELECT status, count(*) FROM celery_taskmeta GROUP BY status").fetchall() == [
             ("SUCCESS", 3)
         ]
     assert worker.log.count(f"{worker.name} ready.") == 1
+
+
+# Result backends that are not Redis.
+
+
+def start_with(start_worker: StartWorker, broker: Broker, backend: str, folder: Path) -> Stored:
+    """A worker whose backend has no server; a task stores nothing before it ends."""
+    variables = SIMULATED | ENABLED | {"PROJECT_CONF": json.dumps({"task_track_started": False})}
+    worker = start_worker("counted", broker=replace(broker, backend=backend), environment=variables)
+    return Stored(worker, Server(folder))
+
+
+def test_tasks_wait_for_a_result_backend_that_is_not_redis_and_run_once(
+    start_worker: StartWorker, broker: Broker, tmp_path: Path
+) -> None:
+    """Under stock solo, its error is taken for a lost connection to the broker: a task that is acked late runs again."""
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    results.mkdir()
+    stored = start_with(start_worker, broker, f"file://{results}", results)
+    results.rename(elsewhere)
+    names = [f"task{number}" for number in range(TASKS)]
+    ids = stored.send("counted", *names) + stored.send("failing", "fails") + stored.send("nobody_has_this", "unknown")
+    stored.wait_for_runs(*names, "fails")
+    poll(lambda: stored.worker.pool()["parked"] == len(ids), "all to wait")
+    assert stored.answers()
+    assert stored.unacked() == len(ids)
+    elsewhere.rename(results)
+    files = [results / f"celery-task-meta-{one}" for one in ids]
+    poll(lambda: all(file.exists() for file in files) and not stored.unacked(), "all to be stored, and acked")
+    assert Counter(json.loads(file.read_text())["status"] for file in files) == {"SUCCESS": TASKS, "FAILURE": 2}
+    assert stored.runs == Counter([*names, "fails"])
+    assert "onnection to broker lost" not in stored.worker.log
+    assert stored.worker.log.count(f"{stored.worker.name} ready.") == 1
+
+
+def test_a_warm_shutdown_does_not_wait_for_ever_for_a_backend_that_is_not_redis(
+    start_worker: StartWorker, broker: Broker, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    stored = start_with(start_worker, broker, f"file://{results}", results)
+    results.rename(tmp_path / "elsewhere")
+    stored.send("counted", "task")
+    stored.worker.wait_for_log("FilesystemBackend takes no results")
+    assert stored.worker.stop() == 0
+    assert "the results of 1 tasks are not stored" in stored.worker.log
+
+
+@pytest.mark.parametrize(
+    ("task_id", "status"),
+    [
+        ("value-SUCCESS", "FAILURE"),
+        ("runtime-SUCCESS", "FAILURE"),
+        ("value-SUCCESS-FAILURE", None),
+        ("runtime-SUCCESS-FAILURE", None),
+    ],
+)
+def test_what_a_backend_refuses_is_one_tasks_end(
+    start_worker: StartWorker, broker: Broker, tmp_path: Path, task_id: str, status: str | None
+) -> None:
+    """Stock solo stores a failure, too. If that is refused as well, it ends the worker."""
+    stored = start_with(start_worker, broker, f"refusing:Refusing+file://{tmp_path}", tmp_path)
+    others = stored.send("counted", "one")
+    stored.send("counted", "refused", task_id=task_id)
+    others += stored.send("counted", "other")
+    files = [tmp_path / f"celery-task-meta-{one}" for one in others]
+    poll(lambda: all(file.exists() for file in files) and not stored.unacked(), "all to be over")
+    refused = tmp_path / f"celery-task-meta-{task_id}"
+    assert (json.loads(refused.read_text())["status"] if refused.exists() else None) == status
+    assert stored.runs == Counter(["one", "refused", "other"])
+    assert stored.worker.log.count(f"{stored.worker.name} ready.") == 1
+    assert stored.worker.stop() == 0
