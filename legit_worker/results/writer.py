@@ -105,8 +105,7 @@ class Writer:
         while True:
             self._begun = []
             try:
-                for part in _parts(self._begin(self._groups.get())):
-                    self._store(part)
+                self._store(self._begin(self._groups.get()))
             except BaseException as error:  # the fibers must not wait for ever
                 logger.exception("results can't be stored on %s", self.name)
                 self._server_is_there()
@@ -157,22 +156,32 @@ class Writer:
 
     def _attempt(self, writes: list[Write]) -> Exception | None:
         """Try once. Returns an error if the server is away, or lets its user store nothing."""
+        tried: list[Write] = []
         try:
             if self._client is None:
                 self._client = self._connect()
-            unstored = [write for write in writes if not write.is_stored]
-            check(self._client, unstored, self._is_success, runs_scripts=self._runs_scripts)
-            tried = [write for write in unstored if write.is_open and not write.is_stored]
-            error = send(self._client, writes)
-            self._learn_of_scripts(unstored)
-            return error or withdraw_refusals(tried)
+            error = None
+            for part in _parts(writes):
+                error = error or self._attempt_part(self._client, part, tried)
+            refusal = withdraw_refusals(tried)
+            return error or refusal
         except Exception as error:
+            withdraw_refusals(tried)
             waits = is_away(error) or is_forbidden(error)
             if not (waits and isinstance(error, ANSWERS)):
                 self._disconnect()
             if not waits:
                 raise
             return error
+
+    def _attempt_part(self, client: Any, part: list[Write], tried: list[Write]) -> Exception | None:
+        """Try what the server takes in one step, and add to `tried` what it could store."""
+        unstored = [write for write in part if not write.is_stored]
+        check(client, unstored, self._is_success, runs_scripts=self._runs_scripts)
+        tried += [write for write in unstored if write.is_open and not write.is_stored]
+        error = send(client, part)
+        self._learn_of_scripts(unstored)
+        return error
 
     def _learn_of_scripts(self, writes: list[Write]) -> None:
         """If the server takes without a script what it refuses by one, send it no more scripts."""

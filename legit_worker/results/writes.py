@@ -156,7 +156,18 @@ def send(client: Any, writes: Sequence[Write]) -> Exception | None:
     for write, own in zip(writes, commands, strict=True):
         write.learn(replies[start : start + len(own)])
         start += len(own)
+    _leave_out_earlier(writes)
     return next((reply for reply in replies if is_away(reply)), None)
+
+
+def _leave_out_earlier(writes: Sequence[Write]) -> None:
+    """Have no state tried again if a later one of its task is stored: without the script, it would replace that."""
+    stored = set()
+    for write in reversed(writes):
+        if write.is_stored and not write.is_read:
+            stored.add(write.key)
+        elif write.error is None and not write.is_read:
+            write.is_stored = write.key in stored
 
 
 def withdraw_refusals(writes: Sequence[Write]) -> Exception | None:

@@ -511,7 +511,7 @@ def start_with(start_worker: StartWorker, broker: Broker, backend: str, folder: 
 def test_tasks_wait_for_a_result_backend_that_is_not_redis_and_run_once(
     start_worker: StartWorker, broker: Broker, tmp_path: Path
 ) -> None:
-    """Under stock solo, its error is taken for a lost connection to the broker: a task that is acked late runs again."""
+    """Under stock solo, its error is a lost connection to the broker: a task that is acked late runs again."""
     results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
     results.mkdir()
     stored = start_with(start_worker, broker, f"file://{results}", results)

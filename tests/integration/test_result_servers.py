@@ -28,7 +28,8 @@ from replicas import MASTER, RedisServer, Sentinel
 from legit_worker import parking
 from legit_worker.results import writer
 from legit_worker.results.backend import store_in_groups
-from legit_worker.results.writer import Writer
+from legit_worker.results.writer import Group, Writer
+from legit_worker.results.writes import Write
 
 
 class Around(parking.Host):
@@ -203,6 +204,35 @@ def test_a_user_who_may_run_no_script_stores_all_states(tmp_path: Path, caplog: 
         assert all(isinstance(stock.AsyncResult(f"bad{number}").result, ValueError) for number in range(3))
         assert caplog.text.count("runs no script") == 1
         assert len(server.client.execute_command("ACL LOG")) <= 2, "the server is not asked again and again"
+    finally:
+        server.end()
+
+
+def test_a_user_who_may_not_store_all_results_has_the_others_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MOST_WRITES", 2)
+    server = RedisServer(tmp_path / "server")
+    server.start()
+    try:
+        server.client.execute_command("ACL SETUSER", "some", "on", ">secret", "%R~*", "~*good*", "&*", "+@all")
+        ours, stock = app_of(server.url.replace("redis://", "redis://some:secret@"), {}), app_of(server.url, {})
+        store_in_groups(ours)
+        backend, to = ours.backend, ours.backend._writer
+
+        def write(task_id: str, state: str) -> Write:
+            meta = backend._get_result_meta(result=None, state=state, traceback=None, request=None)
+            value = backend.encode(meta | {"task_id": task_id})
+            return Write(key=backend.get_key_for_task(task_id), value=value, is_success=state == states.SUCCESS)
+
+        group = Group()
+        bad = [write(f"bad{number}", states.SUCCESS) for number in range(2)]
+        group.writes += [*bad, write("good", states.RETRY), write("good too", states.SUCCESS)]
+        to._groups.put(group)
+        to.store(write("good", states.FAILURE))
+        found = {name: stock.AsyncResult(name).state for name in ("bad0", "bad1", "good", "good too")}
+        assert found == {"bad0": "PENDING", "bad1": "PENDING", "good": "FAILURE", "good too": "SUCCESS"}
+        assert all("permissions" in str(one.error) for one in bad)
     finally:
         server.end()
 

@@ -210,6 +210,50 @@ def test_states_of_one_task_in_one_group_keep_their_order() -> None:
     assert server.round_trips == trips + 2
 
 
+def test_states_of_one_task_keep_their_order_if_their_group_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who may not store the first part's results makes it wait, and the next group's are tried beside it."""
+    monkeypatch.setattr(writer, "MOST_WRITES", 2)
+    server = Server()
+    server.errors |= {("SET", key): FORBIDDEN[0] for key in (b"a", b"b")}
+    to = start(server)
+    first = write("a"), write("b"), write("c", "RETRY"), write("d")
+    groups = join(to, *first) + join(to, last := write("c", "FAILURE"))
+    for group in groups:
+        group.done.result(SOON)
+    assert server.values == {b"c": last.value, b"d": first[3].value}
+    assert [one.error for one in first] == [FORBIDDEN[0], FORBIDDEN[0], None, None]
+
+
+def test_all_parts_of_a_group_wait_if_one_is_refused_and_the_server_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MOST_WRITES", 2)
+    server = Server()
+    server.errors |= {("SET", key): FORBIDDEN[0] for key in (b"a", b"b")}
+    server.errors["SET", b"c"] = OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+    to = start(server)
+    writes = [write(key) for key in "abc"]
+    (group,) = join(to, *writes)
+    while to.away_since is None:
+        threading.Event().wait(0.001)
+    server.errors.clear()
+    group.done.result(SOON)
+    assert server.values == {one.key: one.value for one in writes}
+
+
+def test_a_state_that_is_tried_again_does_not_replace_a_later_one_if_there_are_no_scripts() -> None:
+    class Full(Server):
+        def _run(self, name: str, key: Any, *rest: Any) -> Any:
+            if name == "SET" and not self.values:
+                self.values[b"other"] = b""
+                return OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+            return super()._run(name, key, *rest)
+
+    server = Full()
+    to = start(server)
+    to._runs_scripts = False
+    store(to, write("a", "RETRY"), last := write("a", "FAILURE"))
+    assert server.values[b"a"] == last.value
+
+
 def test_a_server_that_was_started_anew_is_told_the_script_again() -> None:
     server = Server()
     to = start(server)
