@@ -27,8 +27,9 @@ class HoldsRecordings(Protocol):
 class Recording:
     """A recorded computation."""
 
-    def __init__(self, graph: Any, inputs: Mapping[str, Any], output: Any) -> None:
-        self._graph, self._inputs = graph, inputs
+    def __init__(self, graph: Any, inputs: Mapping[str, Any], output: Any, stream: Any) -> None:
+        """`stream`: for which torch's allocator took its memory."""
+        self._graph, self._inputs, self._stream = graph, inputs, stream
         #: At an address of its own, to which the next replay of any recording may write.
         self._output = output
         self._replays = 0
@@ -47,6 +48,8 @@ class Recording:
         output = self._output.clone()
         if self._replays == 2:
             self._ended.record()
+        # Before the allocator unmaps the memory of graphs that are gone, it waits for this stream alone.
+        self._stream.wait_stream(_cuda().current_stream(self._output.device))
         return output
 
     @property
@@ -104,7 +107,7 @@ class Recorder:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"it gives a {type(output).__name__} and no tensor")
             self._kept = self.kept + max(0, torch.cuda.memory_reserved(self._device) - before)
-        found = Recording(graph, own, output)
+        found = Recording(graph, own, output, self._stream)
         self._holders.add(holder)
         self._recordings.add(found)
         return found
@@ -116,6 +119,7 @@ class Recorder:
             self._pool = cuda.graph_pool_handle()
         stream.wait_stream(cuda.current_stream(self._device))
         with cuda.stream(stream):
+            self._warm_up()
             try:
                 # `thread_local`: other threads go on meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -135,7 +139,7 @@ class Recorder:
         """After a failure, torch before 2.13 would record on for ever, and never give memory back again."""
         import torch
 
-        with suppress(RuntimeError):  # it has ended
+        with suppress(RuntimeError, AttributeError):  # it has ended; torch 2.2 has another name for it
             torch._C._cuda_endAllocateToPool(torch.device(self._device).index, self._pool)
         self._pool = None  # the next recordings have another one: this one stays as it is
 
@@ -147,14 +151,17 @@ class Recorder:
 
     @functools.cached_property
     def _stream(self) -> Any:
-        """A stream for recording, on which cuBLAS has its workspace: else that would be in the recordings' memory."""
+        """A stream for recording."""
         import torch
 
-        stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            few = torch.ones(8, 8, device=self._device)
-            torch.nn.functional.linear(few, few, few[0])
-        return stream
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def _warm_up(self) -> None:
+        """Have cuBLAS make this thread's workspace for this stream: else that would be in the recordings' memory."""
+        import torch
+
+        few = torch.ones(8, 8, device=self._device)
+        torch.nn.functional.linear(few, few, few[0])
 
 
 def _cuda() -> Any:

@@ -287,7 +287,7 @@ def recording_gpu(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """The same, with CUDA graphs, whose streams and pool have names."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(gpu))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
-    monkeypatch.setattr(Recorder, "_stream", torch.cuda.Stream("cuda:0"))
+    monkeypatch.setattr(Recorder, "_warm_up", lambda recorder: gpu.note("warm up"))
     gpu.total = 10_000
     return gpu
 
@@ -301,13 +301,23 @@ def test_what_graphs_keep_is_no_room_for_weights_and_not_out_of_the_allocators_b
     holder.recordings.append(device.recorder.record(holder, compute, {"x": torch.ones(2)}))
     assert recording_gpu.calls == [
         "wait for stream of the batches on cuda:0",
-        *("[stream of cuda:0", "capture", "captured", "stream of cuda:0]"),
+        *("[stream of cuda:0", "warm up", "capture", "captured", "stream of cuda:0]"),
     ]
     assert device.recorder.kept == 400
     device.hold(1000)
     assert recording_gpu.share == pytest.approx(0.14)
     device.forget_recordings()
     assert (holder.recordings, device.recorder.kept) == ([], 0)
+
+
+def test_the_stream_of_recordings_waits_for_each_replay(recording_gpu: FakeCuda) -> None:
+    """Torch's allocator waits for it before it unmaps the memory of graphs that are gone, and for no other stream."""
+    recorder = cuda.cuda_device("cuda").recorder
+    recording_ = recorder.record(Holder(), lambda own: own["x"] * 2, {"x": torch.ones(2)})
+    assert recording_ is not None
+    recording_gpu.calls.clear()
+    recording_.replay({"x": torch.ones(2)})
+    assert recording_gpu.calls == ["pinned", "replay", "wait for stream of the batches on cpu"]
 
 
 def test_nothing_is_recorded_while_weights_are_read_or_memory_is_given_back(recording_gpu: FakeCuda) -> None:
