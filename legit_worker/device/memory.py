@@ -26,11 +26,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 recording = threading.RLock()
 
 
-def give_back_cached() -> None:
-    """Let torch return the device memory that it keeps for later, since kept blocks may have the wrong sizes."""
+def give_back_cached(device: str = "cuda") -> None:
+    """Let torch return the device memory that it keeps for later, since kept blocks may have the wrong sizes.
+
+    `device`: the name of the GPU that computes. Before torch unmaps memory, it waits for the current GPU alone.
+    """
     cuda = started_cuda()
-    if cuda is not None:
-        with recording:
+    if cuda is not None and device.startswith("cuda"):
+        with recording, cuda.device(device if ":" in device else f"{device}:0"):
             cuda.empty_cache()
 
 

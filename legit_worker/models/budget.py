@@ -107,7 +107,7 @@ class DeviceBudget:
             return self.most()
         ours = max(weights, before, self._taken())
         if found.free < self._headroom(found) and ours > weights:
-            give_back_cached()  # what torch keeps for later may be in the wrong places
+            give_back_cached(self._device().name)  # what torch keeps for later may be in the wrong places
         self._note(found.used - ours)
         return self._allowed(found, ours)
 
@@ -129,7 +129,7 @@ class DeviceBudget:
         before = self._taken()
         if not self._is_unknown:
             self._device().forget_recordings()
-        give_back_cached()
+            give_back_cached(self._device().name)
         return max(0, before - self._taken())
 
     def report(self, weights: int) -> dict[str, int | None]:

@@ -143,7 +143,7 @@ class Loader:
             let_go(error)  # which is kept, and would keep the weights on the device
             if device.tells_memory and not is_lost:
                 gc.collect()  # modules are in cycles
-                give_back_cached()
+                give_back_cached(device.name)
             if is_lost:
                 raise DeviceLostError(
                     f"model {slot.alias!r} was to be loaded on a lost device: {said(error)}"
@@ -233,7 +233,7 @@ def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:
                 "memory that batches need is learned from those that run",
                 slot.alias,
             )
-        give_back_cached()  # the next batch may be a small one, and other processes may want the rest
+        give_back_cached(device.name)  # the next batch may be a small one, and other processes may want the rest
 
 
 def class_of(kind: str) -> Any:

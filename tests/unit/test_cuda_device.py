@@ -310,6 +310,13 @@ def test_what_graphs_keep_is_no_room_for_weights_and_not_out_of_the_allocators_b
     assert (holder.recordings, device.recorder.kept) == ([], 0)
 
 
+@pytest.mark.parametrize(("name", "numbered"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_memory_is_given_back_while_its_gpu_is_the_current_one(gpu: FakeCuda, name: str, numbered: str) -> None:
+    """Torch waits for the work of the current one before it unmaps memory."""
+    give_back_cached(name)
+    assert gpu.calls == [f"[{numbered}", "empty cache", f"{numbered}]"]
+
+
 def test_the_stream_of_recordings_waits_for_each_replay(recording_gpu: FakeCuda) -> None:
     """Torch's allocator waits for it before it unmaps the memory of graphs that are gone, and for no other stream."""
     recorder = cuda.cuda_device("cuda").recorder
