@@ -3,15 +3,16 @@
 In: batches of texts, and what computes them by torch. Out: the same rows, with a launch that is one call.
 
 A graph fits one shape. So a batch is padded to the next of few shapes: with padding beside its tokens, and with copies
-of its first row. Torch computes the first batch of a shape, and loads the kernels. The second is recorded, and compared
-with torch's.
+of its first row. Torch computes the first batches of a shape, until their launches have taken as long as a recording
+takes. The next one is recorded, and compared with torch's, and so are some of its replays.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -40,6 +41,12 @@ MOST_SHAPES = 256
 #: another kernel for a batch without padding.
 TOLERANCES = {8: 1e-3, 4: 1e-3, 2: 3e-2}
 
+#: Which replays of a graph are compared with torch, and each how many after them. What a graph reads may change later.
+COMPARED, COMPARED_EACH = (8, 64), 512
+
+#: The most items of a module's list or dict that is searched for tensors: a vocabulary has none.
+MOST_ITEMS = 1000
+
 #: A text's features: lists with a number for each token, and values that are the same for every text.
 Features = Mapping[str, Any]
 
@@ -60,9 +67,14 @@ class Shape(NamedTuple):
 class _Known:
     """What is known of a shape."""
 
-    #: Seconds of the main thread for torch's launch.
-    launch_seconds: float
+    #: Seconds of the main thread for torch's launch, the shortest one.
+    launch_seconds: float = inf
+    #: Seconds of torch's launches since the last try to record.
+    spent: float = 0.0
     recording: Recording | None = None
+    replays: int = 0
+    #: What the recording reads beside weights. A module may drop it, and the memory would be another's.
+    read: Sequence[torch.Tensor] = ()
     #: The GPU takes longer than such a launch, so that less padding is worth more than a short launch.
     is_slow: bool = False
 
@@ -76,15 +88,21 @@ class RecordedBatches:
         compute: Callable[[dict[str, Any]], torch.Tensor],
         collate: Callable[[Sequence[Features], int], dict[str, Any]],
         longest: int,
+        *,
+        module: torch.nn.Module | None = None,
+        name: str = "a model",
     ) -> None:
         """`compute`: from features on the GPU to rows. `collate`: joins texts' features, padded to a length.
 
-        `longest`: the most tokens of one text.
+        `longest`: the most tokens of one text. `module`: what `compute` calls. `name`: for the log.
         """
         self._recorder, self._compute, self._collate, self._longest = recorder, compute, collate, longest
+        self._module, self._name = module, name
         self._shapes: LRUCache[Shape, _Known] = LRUCache(MOST_SHAPES)
         #: Whether a text has the same row with padding and without.
         self._pads = False
+        #: Seconds of the main thread for a recording: the shortest one.
+        self._price = 0.0
         #: Why nothing is recorded any more.
         self.obstacle = ""
 
@@ -106,10 +124,14 @@ class RecordedBatches:
         if shape is None:
             return None
         shape = shape._replace(kind=_kind_of(texts[0]))
-        if self._is_slow(shape) or not self._can_pad(texts[0], device):
+        known = self._shapes.setdefault(shape, _Known())
+        if self._is_slow(known) or not self._can_pad(texts[0], device):
             return None
+        if known.recording is None and known.spent <= self._price:
+            return self._by_torch(known, self._collate(texts, 0), device)
         features = self._collate([*texts, *[texts[0]] * (shape.rows - len(texts))], shape.length)
-        return self._of_shape(shape, features, device)[: len(texts)]
+        rows = self._recorded if known.recording is None else self._replayed
+        return rows(shape, known, features, device)[: len(texts)]
 
     def _can_pad(self, text: Features, device: torch.device) -> bool:
         """Compare a text's first half, alone and padded beside the text. Once for a model; it waits for the GPU."""
@@ -119,6 +141,8 @@ class RecordedBatches:
         half = {name: value[: (length + 1) // 2] if isinstance(value, list) else value for name, value in text.items()}
         try:
             alone = self._compute(to_device(self._collate([half], 0), device))
+            if not _tells(alone):
+                return False  # the next text may
             padded = self._compute(to_device(self._collate([half, text], min(length + 8, self._longest)), device))[:1]
             difference = _difference(alone, padded[:, : alone.shape[1]])
             self._pads = difference <= _tolerance(alone)
@@ -130,51 +154,83 @@ class RecordedBatches:
             self._give_up(reason)
         return self._pads
 
-    def _is_slow(self, shape: Shape) -> bool:
-        known = self._shapes.get(shape)
-        if known is None:
-            return False
+    def _is_slow(self, known: _Known) -> bool:
         if known.recording is not None and (known.recording.seconds or 0.0) > known.launch_seconds:
-            known.recording, known.is_slow = None, True
+            known.recording, known.read, known.is_slow = None, (), True
         return known.is_slow
 
-    def _of_shape(self, shape: Shape, features: dict[str, Any], device: torch.device) -> torch.Tensor:
-        known = self._shapes.get(shape)
-        if known is not None and known.recording is not None:
-            replayed: torch.Tensor = known.recording.replay(features)
-            return replayed
+    def _by_torch(self, known: _Known, features: dict[str, Any], device: torch.device) -> torch.Tensor:
         features = to_device(features, device)
         start = perf_counter()
-        rows = self._compute(dict(features))
+        rows = self._compute(features)
         seconds = perf_counter() - start
-        if known is None:
-            self._shapes[shape] = _Known(seconds)
-        else:
-            known.launch_seconds = min(seconds, known.launch_seconds)
-            self._record(shape, known, features, rows)
+        known.launch_seconds, known.spent = min(seconds, known.launch_seconds), known.spent + seconds
         return rows
 
-    def _record(self, shape: Shape, known: _Known, features: dict[str, Any], rows: torch.Tensor) -> None:
-        """Record this shape, if a graph gives these rows, too, for these features. It waits for the GPU."""
+    def _recorded(self, shape: Shape, known: _Known, features: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """Torch's rows. A graph is recorded if it gives them, too, for these features. It waits for the GPU."""
+        features = to_device(features, device)
+        rows = self._compute(dict(features))
         inputs = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+        start = perf_counter()
         try:
+            read = list(_read_by(self._module))
             recording = self._recorder.record(self, lambda own: self._compute({**features, **own}), inputs)
             if recording is None:
-                return
+                return rows
+            if not _tells(rows):
+                known.spent = 0.0  # other texts may
+                return rows
             difference = _difference(rows, recording.replay(inputs))
         except Exception as error:
+            self._failed(known, error, perf_counter() - start)
+            return rows
+        if difference <= _tolerance(rows):
+            known.recording, known.read, known.replays = recording, read, 1
+            seconds = perf_counter() - start
+            self._price = min(seconds, self._price or seconds)
+        else:
+            self._give_up(_differs(shape, difference))
+        return rows
+
+    def _failed(self, known: _Known, error: Exception, seconds: float) -> None:
+        """A recording failed. If it lacked memory, the next try comes later, and the one after it still later."""
+        if is_out_of_memory(error):
+            known.spent, self._price = 0.0, 2 * max(seconds, self._price)
+            logger.info("model %s: no memory is left for a CUDA graph; a later batch tries again", self._name)
+        else:
+            self._give_up(_reason(error))
+        let_go(error)
+
+    def _replayed(self, shape: Shape, known: _Known, features: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """A graph's rows. Torch's if these are to be compared, or if the graph fails."""
+        assert known.recording is not None
+        rows: torch.Tensor | None = None
+        try:
+            rows = known.recording.replay(features)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise  # the batch is tried again without graphs
             self._give_up(_reason(error))
             let_go(error)
-            return
-        if difference <= _tolerance(rows):
-            known.recording = recording
-        else:
-            self._give_up(f"the rows of {shape.rows} texts of {shape.length} tokens differ by {difference:.1e}")
+        known.replays += 1
+        if rows is not None and known.replays not in COMPARED and known.replays % COMPARED_EACH:
+            return rows
+        expected = self._compute(to_device(features, device))
+        if rows is not None and _tells(expected):
+            difference = _difference(expected, rows)
+            if not difference <= _tolerance(expected):
+                logger.warning(
+                    "model %s: up to %d batches since the last comparison may have wrong results: %s",
+                    *(self._name, COMPARED_EACH, _differs(shape, difference)),
+                )
+                self._give_up(_differs(shape, difference))
+        return expected
 
     def _give_up(self, reason: str) -> None:
         self.obstacle = reason
         self.forget()
-        logger.info("batches are not recorded as CUDA graphs: %s", reason)
+        logger.info("model %s: batches are not recorded as CUDA graphs: %s", self._name, reason)
 
 
 def shape_of(count: int, length: int, longest: int) -> Shape | None:
@@ -191,6 +247,32 @@ def _kind_of(text: Features) -> Kind:
 
 def _reason(error: Exception) -> str:
     return "no memory is left" if is_out_of_memory(error) else f"{type(error).__name__}: {said(error)}"
+
+
+def _differs(shape: Shape, difference: float) -> str:
+    return f"the rows of {shape.rows} texts of {shape.length} tokens differ by {difference:.1e}"
+
+
+def _read_by(module: torch.nn.Module | None) -> Iterator[torch.Tensor]:
+    """The tensors that a module keeps beside its weights, such as tables of positions, which may grow with a length.
+
+    Each is another tensor on the same memory, which stays while the caller has it.
+    """
+    for part in () if module is None else module.modules():
+        yield from _tensors([value for name, value in vars(part).items() if name not in ("_parameters", "_modules")])
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value.detach()
+    elif isinstance(value, dict | list | tuple) and len(value) <= MOST_ITEMS:
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _tells(rows: torch.Tensor) -> bool:
+    """Whether a comparison with these rows says something: they are finite, and not all zero. Waits for the GPU."""
+    return bool(rows.isfinite().all() and rows.any())
 
 
 def _tolerance(rows: torch.Tensor) -> float:

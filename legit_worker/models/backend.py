@@ -62,6 +62,8 @@ class Backend:
                 model.compute,
                 lambda texts, length: collate(texts, library.tokenizer, length),
                 limit if most is None else min(limit, most),
+                module=library,
+                name=model.path,
             )
 
     def _forget(self) -> None:
