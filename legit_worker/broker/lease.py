@@ -20,7 +20,7 @@ from typing import Any
 
 from kombu.utils.encoding import bytes_to_str
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from legit_worker.broker.ledger import Ledger, uptime
 from legit_worker.broker.returning import Keys, recover
@@ -108,6 +108,8 @@ class Lease(threading.Thread):
         self._renewals: list[float] = []
         # What the server had noted for this worker, and the worker did not know, at the last look.
         self._unknown: set[str] = set()
+        # Dead workers whose messages can't all go back, each with the reason that the log has.
+        self._refused: set[tuple[str, str]] = set()
         self._has_beaten = False
         # Whether others may look for this process.
         self._is_known = True
@@ -153,7 +155,7 @@ class Lease(threading.Thread):
             self._renew()
             self._renewals, self._renewed_at = self._renewals[:1], began
         for owner, process in dead.items():
-            self._recover(owner, process)
+            self._try_to_recover(owner, process)
 
     def beat(self) -> dict[str, dict[str, Any]]:
         """Give a sign of life. Returns the dead owners with what is known of their processes."""
@@ -209,6 +211,17 @@ class Lease(threading.Thread):
         self._ledger.is_unsure |= bool(unknown & self._unknown)
         self._unknown = unknown
 
+    def _try_to_recover(self, owner: str, process: dict[str, Any]) -> None:
+        """Give back what a dead owner held. If that fails, the log says so once, and others' messages can still go."""
+        try:
+            self._recover(owner, process)
+        except (ResponseError, TypeError, ValueError) as error:
+            if (owner, str(error)) not in self._refused:
+                self._refused.add((owner, str(error)))
+                logger.error(
+                    "not all messages of worker %s, which has died, can be given back: %r", _node(owner), error
+                )
+
     def _recover(self, owner: str, process: dict[str, Any]) -> None:
         """Give back what a dead owner held."""
         if is_gone(process):  # before its lease is over
@@ -221,7 +234,7 @@ class Lease(threading.Thread):
         moved = recover(self._client, keys, owner, renewals=process.get("renewals", ()))
         tally["recovered"] += moved
         if self._forget(owner) and moved:
-            logger.warning("worker %s has died: its %d messages are given back", owner.rpartition(":")[0], moved)
+            logger.warning("worker %s has died: its %d messages are given back", _node(owner), moved)
 
     def _forget(self, owner: str) -> bool:
         keys = [self._keys.owners, self._keys.processes, self._keys.held(owner)]
@@ -296,6 +309,10 @@ def _is_there(pid: int) -> bool:
     except OSError:  # it is another user's
         return True
     return True
+
+
+def _node(owner: str) -> str:
+    return owner.rpartition(":")[0]
 
 
 def _read(raw: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from legit_worker.broker.scripts import Script
 from legit_worker.broker.tally import tally
@@ -169,8 +170,8 @@ class _Move:
 
 
 def _move(client: Redis, move: _Move, lists: Mapping[str, str]) -> int:
-    """Move messages in this order, in groups. Returns how many moved."""
-    moved, tags = 0, list(lists)
+    """Move messages in this order, in groups. Returns how many moved. What the server refuses is raised at the end."""
+    moved, tags, refusal = 0, list(lists), None
     for start in range(0, len(tags), GROUP):
         group = tags[start : start + GROUP]
         calls, gone = [], []
@@ -181,7 +182,12 @@ def _move(client: Redis, move: _Move, lists: Mapping[str, str]) -> int:
                 gone.append(tag)
         if gone:
             client.hdel(move.keys.held(move.owner), *gone)
-        moved += sum(MOVE.run_each(client, calls)) if calls else 0
+        try:
+            moved += sum(MOVE.run_each(client, calls)) if calls else 0
+        except ResponseError as error:  # its list is no list any more, or this user may not push to it
+            refusal = error
+    if refusal is not None:
+        raise refusal
     return moved
 
 

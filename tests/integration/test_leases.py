@@ -20,7 +20,7 @@ from legit_worker.broker import lease
 from legit_worker.broker.lease import BEATS, Lease, is_gone, this_process
 from legit_worker.broker.ledger import Ledger, Worker
 from legit_worker.broker.reserve import COMPANY, LITTLE_COMPANY, MORE, NO_ROOM, RESERVE, Source, company
-from legit_worker.broker.returning import DELIVERIES, Keys, redelivered
+from legit_worker.broker.returning import DELIVERIES, GROUP, Keys, redelivered
 from legit_worker.broker.scripts import Script
 
 KEYS = Keys(unacked="unacked", index="unacked_index")
@@ -301,6 +301,33 @@ def test_a_message_that_can_not_go_back_stays_noted(server: redis.Redis) -> None
     server.delete("work")
     member.ledger.flush(server)
     assert waiting(server) == {"a": 0}
+
+
+@pytest.mark.parametrize("trouble", ["its list is no list", "its notes are unreadable"])
+def test_a_dead_worker_whose_messages_can_not_go_back_keeps_no_other_from_that(
+    server: redis.Redis, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    first, second = Member(server, "1", process={}), Member(server, "2", process={})
+    put(server, "a", *map(str, range(GROUP)), "b")
+    first.reserve(GROUP + 1)
+    second.reserve()
+    held = KEYS.held(first.ledger.owner)
+    server.set("another", "no list")
+    noted = server.hget(held, "tag of a").decode()
+    server.hset(held, "tag of a", noted.replace("work", "another") if "list" in trouble else "garbage")
+    for member in (first, second):
+        member.die()
+    server.zadd(KEYS.owners, {first.ledger.owner: 1})
+    heir = Member(server, "heir", process={})
+    for _ in range(2):
+        server.set(KEYS.beat, f"{time.time()} {time.time() - 1}")
+        heir.lease.work()
+    assert "b" in waiting(server)
+    assert caplog.text.count("not all messages of worker 1, which has died, can be given back") == 1
+    assert server.hexists("unacked", "tag of a")
+    if "list" in trouble:
+        assert waiting(server).keys() == {*map(str, range(GROUP)), "b"}
+        assert server.hkeys(held) == [b"tag of a"]
 
 
 def test_what_comes_from_its_list_again_is_not_given_back_again(server: redis.Redis) -> None:
