@@ -48,7 +48,6 @@ def settle() -> None:
 
 
 def _settle(ledger: Ledger, channel: Any) -> None:
-    """Send everything. What the server refuses ends no worker: it is tried again, and the log says why."""
     try:
         ledger.flush(channel.plain_client)
     except channel.connection_errors:
@@ -56,7 +55,7 @@ def _settle(ledger: Ledger, channel: Any) -> None:
     except ResponseError as error:
         if str(error) not in _refused:
             _refused.add(str(error))
-            logger.error("the broker refuses messages or records of them, which stay with this worker: %s", error)
+            logger.error("the broker takes no messages back, which stay with this worker: %s", error)
 
 
 def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:
@@ -74,7 +73,7 @@ def send(ledger: Ledger, channel: Any) -> None:
     if ledger.is_settled and not ledger.outbox.unsent:
         return
     try:
-        _settle(ledger, channel)
+        ledger.flush(channel.plain_client)
     except channel.connection_errors as error:
         logger.warning("%d acks wait for a connection to the broker: %r", ledger.outbox.unsent, error)
 
@@ -106,13 +105,7 @@ class ReservingQoS(stock.QoS):
         if self.channel.closed:
             return
         if self.channel.connection.cycle.hub is None or self.ledger.outbox.unsent >= MOST_ACKS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self.ledger.worker is None:  # the caller hears of what the server refuses
             self.ledger.flush(self.channel.plain_client)
-        else:
-            _settle(self.ledger, self.channel)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Ack a message that is not wanted, or give it back."""
@@ -140,7 +133,7 @@ class ReservingQoS(stock.QoS):
         if self.ledger.held.get(tag) is not None and leftmost:
             self.ledger.give_back(tag, to_back=True)
             if not self.channel.closed:
-                self._flush()
+                self.ledger.flush(self.channel.plain_client)
             return
         if not leftmost and self.ledger.worker is not None and tag in self.ledger.held:
             with self.channel.conn_or_acquire(client) as known:

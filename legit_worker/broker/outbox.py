@@ -6,10 +6,9 @@ In: what a ledger's messages came to. Out: the same to the server, by whatever c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Container
 
 from redis import Redis
-from redis.exceptions import ResponseError
 
 from legit_worker.broker.returning import Keys, give_back
 from legit_worker.broker.scripts import Script
@@ -18,24 +17,14 @@ from legit_worker.broker.scripts import Script
 MOST_ACKS = 500
 
 #: Acks a message, and keeps a record of it, unless it was given back. KEYS: the unacked messages, their index, what the
-#: owner holds, the list of records. ARGV: tag, record. It pushes first: if the server does not take the record, the
-#: message stays noted. A full server lets it go on once it has begun to write.
+#: owner holds, the list of records. ARGV: tag, record.
 BURY = Script("""
-redis.call('ZREM', KEYS[2], '')
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then redis.call('RPUSH', KEYS[4], ARGV[2]) end
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('RPUSH', KEYS[4], ARGV[2])
 return redis.call('HDEL', KEYS[1], ARGV[1])
 """)
-
-
-def refusal(step: Callable[[Redis], object], client: Redis) -> ResponseError | None:
-    """Take a step. Returns the error if the server refuses it, and raises that of a connection that fails."""
-    try:
-        step(client)
-    except ResponseError as error:
-        return error
-    return None
 
 
 class Outbox:
@@ -101,16 +90,11 @@ class Outbox:
             self._acked = tags + self._acked
 
     def send(self, client: Redis) -> None:
-        """Send everything. If a connection fails, raise its error, and keep what may not have arrived.
-
-        What the server refuses, it hears again next time. That error is raised once the rest is sent.
-        """
+        """Send everything. If a connection fails, raise its error, and keep what may not have arrived."""
         while tags := self.take_acks():
             self._send_acks(client, tags)
-        steps = (self._send_buried, self._send_to_front, self._send_to_back)
-        refusals = [error for step in steps if (error := refusal(step, client)) is not None]
-        if refusals:
-            raise refusals[0]
+        self._send_buried(client)
+        self._send_returned(client)
 
     def _send_acks(self, client: Redis, tags: list[str]) -> None:
         pipe = client.pipeline(transaction=False)  # a full server takes acks, and no transactions
@@ -132,15 +116,10 @@ class Outbox:
         for tag in buried:
             self._buried.pop(tag, None)
 
-    def _send_to_front(self, client: Redis) -> None:
-        self._send_returned(client, to_back=False)
-
-    def _send_to_back(self, client: Redis) -> None:
-        self._send_returned(client, to_back=True)
-
-    def _send_returned(self, client: Redis, *, to_back: bool) -> None:
-        lists = {tag: key for tag, (key, is_last) in list(self._returned.items()) if is_last is to_back}
-        if lists:
-            give_back(client, self._keys, self._owner, lists, to_back=to_back)
-        for tag in lists:
-            self._returned.pop(tag, None)
+    def _send_returned(self, client: Redis) -> None:
+        for to_back in (False, True):
+            lists = {tag: key for tag, (key, is_last) in list(self._returned.items()) if is_last is to_back}
+            if lists:
+                give_back(client, self._keys, self._owner, lists, to_back=to_back)
+            for tag in lists:
+                self._returned.pop(tag, None)
