@@ -68,7 +68,7 @@ def dumps(value: Any) -> str:
     try:
         text = str(json.dumps(rest))
     except Exception as error:
-        _leave_out_caller(error)
+        leave_out_caller(error)
         raise
     return MARKED.sub(lambda found: numbers[int(found[1])], text) if numbers else text
 
@@ -130,11 +130,11 @@ def loads(text: Any) -> Any:
     try:
         return json.loads(text)
     except Exception as error:
-        _leave_out_caller(error)
+        leave_out_caller(error)
         raise
 
 
-def _leave_out_caller(error: Exception) -> None:
+def leave_out_caller(error: Exception) -> None:
     """A task's failure shows kombu's frames alone. From Python 3.11 on, `raise` minds this."""
     if error.__traceback__ is not None:
         error.__traceback__ = error.__traceback__.tb_next

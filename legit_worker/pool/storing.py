@@ -19,6 +19,7 @@ from celery.backends.base import Backend, BaseKeyValueStoreBackend
 from legit_worker import parking
 from legit_worker.broker.refusals import DATA_ERRORS
 from legit_worker.pool.own import is_of_handler
+from legit_worker.quickjson import leave_out_caller
 from legit_worker.results.backend import Groups, is_refused
 from legit_worker.results.patience import Patient
 
@@ -50,7 +51,11 @@ def _patient(method: Callable[..., Any], backends: WeakKeyDictionary[Any, Patien
         """`first` is a task's id, or its request."""
         stock = partial(method, backend, first, *args, **options)
         if isinstance(backend, Groups) or not parking.is_around_task():
-            return stock()
+            try:
+                return stock()
+            except Exception as error:
+                leave_out_caller(error)
+                raise
         if backend not in backends:
             backends[backend] = Patient(type(backend).__name__, _is_own)
         return backends[backend].call(stock, getattr(first, "id", first))
