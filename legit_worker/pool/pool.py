@@ -28,7 +28,7 @@ from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
 from legit_worker.models.registry import default_registry
-from legit_worker.pool import fibers, figures, limits, own, reports, sql, timed, turns
+from legit_worker.pool import fibers, figures, limits, looks, own, reports, sql, timed, turns
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.backlog import AppLimits
 from legit_worker.pool.computing import Computing
@@ -42,6 +42,7 @@ from legit_worker.pool.flights import Waiter
 from legit_worker.pool.host import FiberHost
 from legit_worker.pool.intake import EARLY_WINDOW, Intake, window
 from legit_worker.pool.jobs import Job
+from legit_worker.pool.looks import Looks
 from legit_worker.pool.loop import Loop
 from legit_worker.pool.pace import Pace
 from legit_worker.pool.reports import Reports
@@ -57,18 +58,6 @@ from legit_worker.pool.wakeup import Wakeup
 from legit_worker.pool.watcher import Watcher
 from legit_worker.results.backend import ask_early, store_in_groups
 from legit_worker.routing.backend import Routing
-
-#: Seconds between two looks at the tasks that wait for the delivery of their result, and between two decisions about
-#: how many tasks to hold, while nothing else happens.
-DELIVERY_LOOK = SHARE_LOOK = 1.0
-
-#: Seconds between two looks for models that nobody has used for their `keep_alive`, and whether a model that waits for
-#: room has waited for long enough.
-IDLE_LOOK = 1.0
-WAITING_LOOK = 0.25
-
-#: Seconds between two looks at what other processes have of the device's memory.
-MEMORY_LOOK = 5.0
 
 
 class ModelPool(SoloPool):
@@ -94,7 +83,7 @@ class ModelPool(SoloPool):
         self._thread = 0
         self._consumer: Any = None
         self._leave: Callable[[], None] = lambda: None
-        self._timers: list[Any] = []
+        self._looks = Looks()
         self._running = Running()
         self._suspects = Suspects(self._settings.max_deliveries)
         self._adoption = Adoption(self._running, self._suspects)
@@ -227,20 +216,18 @@ class ModelPool(SoloPool):
         residency = default_registry().residency
         residency.is_looked_after = True
         every = [
-            (IDLE_LOOK, residency.evict_idle),
-            (WAITING_LOOK, residency.review),
-            (WAITING_LOOK, turns.look),
-            (WAITING_LOOK, self._loop.look_again),
-            (MEMORY_LOOK, residency.watch),
+            (looks.IDLE, residency.evict_idle),
+            (looks.WAITING, residency.review),
+            (looks.WAITING, turns.look),
+            (looks.WAITING, self._loop.look_again),
+            (looks.MEMORY, residency.watch),
             (reports.BUSY_SECONDS, lambda: self._reports.busy(len(self._running), len(self._loop.backlog))),
-            (SHARE_LOOK, self._intake.decide),
+            (looks.SHARE, self._intake.decide),
         ]
         if isinstance(self.app.backend, Routing):
-            every.append((DELIVERY_LOOK, self._intake.replace_delivering))
-        for timer in self._timers:  # Celery 5.6 keeps them through a lost connection
-            timer.cancel()
-        self._timers = [hub.call_repeatedly(seconds, look) for seconds, look in every]
-        self._timers.append(hub.call_later(VOUCH_SECONDS, self._suspects.vouch))
+            every.append((looks.DELIVERY, self._intake.replace_delivering))
+        self._looks.begin(hub, every)
+        self._looks.later(hub, VOUCH_SECONDS, self._suspects.vouch)
 
     def _meet_worker(self, instance: Any = None, **_: Any) -> None:
         """Before it connects: the broker must hand over no more than a worker holds that knows nothing yet."""
