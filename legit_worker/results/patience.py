@@ -59,6 +59,35 @@ def patiently(call: Callable[[], Any], what: str, waits: Callable[[Exception], b
         waiting_since.pop(this, None)
 
 
+class Outage:
+    """For how long a result backend has taken nothing, and what the log says of it. Lives on one thread."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        #: When it stopped taking results, by the monotonic clock; None while it takes them.
+        self.since: float | None = None
+        # When the log last said so.
+        self._said_at = -inf
+
+    def goes_on(self, why: str) -> None:
+        """It took nothing just now."""
+        now = monotonic()
+        if self.since is None:
+            self.since, self._said_at = now, -inf
+        if now - self._said_at >= SAID_SECONDS:
+            self._said_at = now
+            logger.warning(
+                "%s takes no results, for %.0f s by now, and the tasks wait until it does: %s",
+                *(self._name, now - self.since, why),
+            )
+
+    def ends(self) -> None:
+        """It took something, whether it was away or not."""
+        if self.since is not None:
+            logger.warning("%s takes results again, after %.1f s", self._name, monotonic() - self.since)
+            self.since = None
+
+
 class RefusedStateError(BackendStoreError):
     """A result backend refuses the state of one task."""
 
@@ -94,8 +123,7 @@ class Patient:
         # The look before which nobody tries.
         self._look: Future[None] | None = None
         self._successes = 0
-        self._away_since: float | None = None
-        self._said_at = -inf
+        self._outage = Outage(name)
 
     def __repr__(self) -> str:
         return f"<Patient {self._name}: {len(self._waiting)} waiting>"
@@ -145,25 +173,12 @@ class Patient:
             raise RefusedStateError(f"{self._name} refuses a task's state: {error!r}") from error
         self._look = later()
         self._line_up(this)
-        self._say(error)
-
-    def _say(self, error: Exception) -> None:
-        now = monotonic()
-        if self._away_since is None:
-            self._away_since, self._said_at = now, -inf
-        if now - self._said_at >= SAID_SECONDS:
-            self._said_at = now
-            logger.warning(
-                "%s takes no results, for %.0f s by now, and the tasks wait until it does: %r",
-                *(self._name, now - self._away_since, error),
-            )
+        self._outage.goes_on(repr(error))
 
     def _succeeded(self) -> None:
         self._successes += 1
         self._look = None
-        if self._away_since is not None:
-            logger.warning("%s takes results again, after %.1f s", self._name, monotonic() - self._away_since)
-            self._away_since = None
+        self._outage.ends()
 
     def _line_up(self, this: _Caller) -> None:
         self._waiting.setdefault(this)

@@ -10,8 +10,6 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from math import inf
-from time import monotonic
 from typing import Any
 
 from celery.exceptions import BackendStoreError
@@ -19,12 +17,10 @@ from redis.exceptions import BusyLoadingError, ResponseError
 
 from legit_worker import parking
 from legit_worker.redis_errors import is_forbidden
+from legit_worker.results.patience import WAIT, Outage
 from legit_worker.results.writes import IsSuccess, Write, check, is_away, send, withdraw_refusals
 
 logger = logging.getLogger(__name__)
-
-#: What a task waits for, in the log and in `inspect stats`.
-WAIT = "its result to be stored"
 
 #: The most writes, and bytes of values, that go to the server in one step.
 MOST_WRITES, MOST_BYTES = 256, 4 * 2**20
@@ -34,9 +30,6 @@ ANSWERS = (ResponseError, BusyLoadingError)
 
 #: Seconds before a server that is away is tried again: the first pause, and the longest.
 FIRST_RETRY, LAST_RETRY = 0.05, 1.0
-
-#: Seconds before the log says again that a server takes nothing.
-SAID_SECONDS = 60.0
 
 #: If a server breaks more connections than this over the same writes, one after the other, and answers at once after
 #: each, it refuses one of them.
@@ -68,15 +61,17 @@ class Writer:
         self._groups: queue.SimpleQueue[Group] = queue.SimpleQueue()
         # Those that the thread stores now.
         self._begun: list[Group] = []
-        #: When the server stopped taking writes, by the monotonic clock; None while it takes them.
-        self.away_since: float | None = None
-        # When the log last said so.
-        self._said_at = -inf
+        self._outage = Outage(self.name)
         # A daemon: what waits at the process's end is not acked, and runs again.
         threading.Thread(target=self._run, name="legit-results", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"<Writer {self.name}: {'server away' if self.away_since else 'server there'}>"
+
+    @property
+    def away_since(self) -> float | None:
+        """When the server stopped taking writes, by the monotonic clock; None while it takes them."""
+        return self._outage.since
 
     def store(self, write: Write, *, waits: bool = True) -> None:
         """Park until the write is stored. Raises the server's error if it refuses the write.
@@ -108,7 +103,7 @@ class Writer:
                 self._store(self._begin(self._groups.get()))
             except BaseException as error:  # the fibers must not wait for ever
                 logger.exception("results can't be stored on %s", self.name)
-                self._server_is_there()
+                self._outage.ends()
                 for write in (write for group in self._begun for write in group.writes if write.is_open):
                     write.error = BackendStoreError(f"results can't be stored on {self.name}: {error!r}")
             for group in self._begun:
@@ -152,7 +147,7 @@ class Writer:
                 pause = min(2 * pause, LAST_RETRY)
                 if is_forbidden(error):  # if it takes another write, it refuses these for their own sake
                     writes += self._begin_next()
-        self._server_is_there()
+        self._outage.ends()
 
     def _attempt(self, writes: list[Write]) -> Exception | None:
         """Try once. Returns an error if the server is away, or lets its user store nothing."""
@@ -211,7 +206,7 @@ class Writer:
         if len(writes) == 1:
             size = len(writes[0].value or b"")
             writes[0].error = BackendStoreError(f"{self.name} breaks the connection over {size} bytes: {error}")
-            self._server_is_there()
+            self._outage.ends()
         else:
             for write in writes:
                 self._store([write])
@@ -222,21 +217,8 @@ class Writer:
             client.connection_pool.disconnect()
 
     def _wait(self, error: Exception, seconds: float) -> None:
-        now = monotonic()
-        if self.away_since is None:
-            self.away_since, self._said_at = now, -inf
-        if now - self._said_at >= SAID_SECONDS:
-            self._said_at = now
-            logger.warning(
-                "%s takes no results, for %.0f s by now, and the tasks wait until it does: %s: %s",
-                *(self.name, now - self.away_since, type(error).__name__, error),
-            )
+        self._outage.goes_on(f"{type(error).__name__}: {error}")
         threading.Event().wait(seconds)
-
-    def _server_is_there(self) -> None:
-        if self.away_since is not None:
-            logger.warning("%s takes results again, after %.1f s", self.name, monotonic() - self.away_since)
-            self.away_since = None
 
 
 def _parts(writes: list[Write]) -> list[list[Write]]:

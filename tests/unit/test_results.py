@@ -13,7 +13,7 @@ import pytest
 from redis.exceptions import BusyLoadingError, NoPermissionError, NoScriptError, OutOfMemoryError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from legit_worker.results import writer
+from legit_worker.results import patience, writer
 from legit_worker.results.conditional import MOST_LOOKS, SHA1, STORE, digest
 from legit_worker.results.writer import Group, Writer
 from legit_worker.results.writes import Rider, Write, is_away
@@ -433,7 +433,7 @@ def test_a_result_waits_for_a_server_that_is_away_for_hours(monkeypatch: pytest.
 def test_the_log_says_again_that_a_server_takes_no_results(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(writer, "SAID_SECONDS", 0.02)
+    monkeypatch.setattr(patience, "SAID_SECONDS", 0.02)
     server = Server()
     server.is_there = False
     (group,) = join(start(server), write("a"))
