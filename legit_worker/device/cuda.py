@@ -21,7 +21,7 @@ from typing import Any
 from legit_worker.device.capture import Recorder
 from legit_worker.device.devices import Device, Launch
 from legit_worker.device.imported import started_cuda
-from legit_worker.device.memory import recording
+from legit_worker.device.memory import numbered, recording
 from legit_worker.device.vram import Gpu, Memory, NvmlMuteError, VramUnknownError, visible_gpus
 
 #: The variable by which torch's allocator lets its blocks grow, and leaves no holes between them. Read at import.
@@ -157,8 +157,7 @@ class CudaDevice(Device):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        #: The name with a number: without one, torch uses the current device, which a task may have changed.
-        self._numbered = name if ":" in name else f"{name}:0"
+        self._numbered = numbered(name)
         #: The allocator counts one peak for the process, so the loader's trial batches and the engine's batches take
         #: turns. The lock is re-entrant: a model's `forward` may call another model.
         self._counting = threading.RLock()

@@ -26,6 +26,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 recording = threading.RLock()
 
 
+def numbered(device: str) -> str:
+    """Return a GPU's name with a number: without one, torch uses the current GPU, which a task may have changed."""
+    return device if ":" in device else f"{device}:0"
+
+
 def give_back_cached(device: str = "cuda") -> None:
     """Let torch return the device memory that it keeps for later, since kept blocks may have the wrong sizes.
 
@@ -33,7 +38,7 @@ def give_back_cached(device: str = "cuda") -> None:
     """
     cuda = started_cuda()
     if cuda is not None and device.startswith("cuda"):
-        with recording, cuda.device(device if ":" in device else f"{device}:0"):
+        with recording, cuda.device(numbered(device)):
             cuda.empty_cache()
 
 
