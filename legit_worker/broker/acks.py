@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 #: The ledgers of open channels.
 ledgers: Weakly[Ledger] = Weakly()
 
-#: What servers have answered to messages that came back.
+#: What servers have answered to messages that came back, or to records of them.
 _refused: set[str] = set()
 
 
@@ -44,18 +44,7 @@ def settle() -> None:
     for ledger, channel in _open(ledger for ledger in ledgers if ledger.has_lapsed):
         ledger.forget_lapsed(channel.plain_client)
     for ledger, channel in _open(ledger for ledger in ledgers if not ledger.is_settled):
-        _settle(ledger, channel)
-
-
-def _settle(ledger: Ledger, channel: Any) -> None:
-    try:
-        ledger.flush(channel.plain_client)
-    except channel.connection_errors:
-        raise
-    except ResponseError as error:
-        if str(error) not in _refused:
-            _refused.add(str(error))
-            logger.error("the broker takes no messages back, which stay with this worker: %s", error)
+        _flush(ledger, channel)
 
 
 def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:
@@ -73,9 +62,26 @@ def send(ledger: Ledger, channel: Any) -> None:
     if ledger.is_settled and not ledger.outbox.unsent:
         return
     try:
-        ledger.flush(channel.plain_client)
+        _flush(ledger, channel)
     except channel.connection_errors as error:
         logger.warning("%d acks wait for a connection to the broker: %r", ledger.outbox.unsent, error)
+
+
+def _flush(ledger: Ledger, channel: Any) -> None:
+    """Send everything. Raises the error of a connection that fails.
+
+    What the server refuses ends no worker: it is tried again, and the log says once why.
+    """
+    try:
+        ledger.flush(channel.plain_client)
+    except channel.connection_errors:
+        raise
+    except ResponseError as error:
+        if ledger.worker is None:
+            raise
+        if str(error) not in _refused:
+            _refused.add(str(error))
+            logger.error("the broker refuses messages or records of them, which stay with this worker: %s", error)
 
 
 class ReservingQoS(stock.QoS):
@@ -105,7 +111,7 @@ class ReservingQoS(stock.QoS):
         if self.channel.closed:
             return
         if self.channel.connection.cycle.hub is None or self.ledger.outbox.unsent >= MOST_ACKS:
-            self.ledger.flush(self.channel.plain_client)
+            _flush(self.ledger, self.channel)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Ack a message that is not wanted, or give it back."""
@@ -133,7 +139,7 @@ class ReservingQoS(stock.QoS):
         if self.ledger.held.get(tag) is not None and leftmost:
             self.ledger.give_back(tag, to_back=True)
             if not self.channel.closed:
-                self.ledger.flush(self.channel.plain_client)
+                _flush(self.ledger, self.channel)
             return
         if not leftmost and self.ledger.worker is not None and tag in self.ledger.held:
             with self.channel.conn_or_acquire(client) as known:

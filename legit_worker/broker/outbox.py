@@ -17,12 +17,13 @@ from legit_worker.broker.scripts import Script
 MOST_ACKS = 500
 
 #: Acks a message, and keeps a record of it, unless it was given back. KEYS: the unacked messages, their index, what the
-#: owner holds, the list of records. ARGV: tag, record.
+#: owner holds, the list of records. ARGV: tag, record. It pushes first: if the server does not take the record, the
+#: message stays noted. A full server lets it go on once it has begun to write.
 BURY = Script("""
+redis.call('ZREM', KEYS[2], '')
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then redis.call('RPUSH', KEYS[4], ARGV[2]) end
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('RPUSH', KEYS[4], ARGV[2])
 return redis.call('HDEL', KEYS[1], ARGV[1])
 """)
 
@@ -90,11 +91,13 @@ class Outbox:
             self._acked = tags + self._acked
 
     def send(self, client: Redis) -> None:
-        """Send everything. If a connection fails, raise its error, and keep what may not have arrived."""
+        """Send everything, and keep what may not have arrived. Raises the first error, after the last attempt."""
         while tags := self.take_acks():
             self._send_acks(client, tags)
-        self._send_buried(client)
-        self._send_returned(client)
+        try:
+            self._send_buried(client)
+        finally:
+            self._send_returned(client)
 
     def _send_acks(self, client: Redis, tags: list[str]) -> None:
         pipe = client.pipeline(transaction=False)  # a full server takes acks, and no transactions

@@ -160,6 +160,24 @@ def test_a_task_that_kills_its_workers_is_buried_and_takes_nobody_with_it(
     nothing_left(on_broker)
 
 
+def test_a_record_that_the_server_refuses_ends_no_worker_and_is_not_lost(
+    held: Sides, broker: Broker, on_broker: redis.Redis
+) -> None:
+    on_broker.set("legit.dead", "no list")
+    worker = held.worker("modelpool", broker=broker, **SETTINGS)
+    poisoned = worker.client.send_task("parks", ["poisoned"], headers={"legit_deliveries": 5})
+    with pytest.raises(PoisonedMessageError):
+        worker.answer(poisoned)
+    worker.wait_for_log("the broker refuses messages or records of them")
+    for item in names(20):
+        assert worker.ask("parks", item) == item
+    poll(lambda: on_broker.hlen("unacked") == on_broker.zcard("unacked_index") == 1, "the other acks")
+    on_broker.delete("legit.dead")
+    (record,) = map(json.loads, poll(lambda: on_broker.lrange("legit.dead", 0, -1), "the record"))
+    assert record["id"] == poisoned.id
+    nothing_left(on_broker)
+
+
 # Messages that are held for longer than the visibility timeout.
 
 
