@@ -121,24 +121,40 @@ class AskingChannel(HearingChannel):
 
     def _read_answer(self, options: dict[str, Any]) -> list[Reserved]:
         try:
-            answer = self.client.parse_response(self.client.connection, "EVALSHA", **options)
+            answer = self._parse("EVALSHA", options)
         except NoScriptError:  # the server was restarted
             self._has_script = False
             self._ack_again()
             return []
         except self.connection_errors:
-            self.client.connection.disconnect()
             raise
         except ResponseError as error:
             self._ack_again()
             self._take_kombus_way(error)
             return []
         finally:
-            self._in_poll = None
             self._riding = []
+        return self._understand(*answer)
+
+    def _read_popped(self, options: dict[str, Any]) -> list[Reserved]:
+        """Read the answer to kombu's own `BRPOP`. The server has noted nothing of the message."""
+        popped = self._parse("BRPOP", options)
+        if not popped:
+            return []
+        key, raw = bytes_to_str(popped[0]), popped[1]
+        queue = key.rsplit(self.sep, 1)[0]
+        return [Reserved(Source(queue, key, acks=False), str(uuid4()), raw)]
+
+    def _parse(self, command: str, options: dict[str, Any]) -> Any:
+        try:
+            return self.client.parse_response(self.client.connection, command, **options)
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
             if hasattr(self, "_flush_brpop_reauth"):  # kombu 5.7 does this once the connection is idle
                 self._flush_brpop_reauth()
-        return self._understand(*answer)
 
     def _on_connection_disconnect(self, connection: Any) -> None:
         """Somebody disconnects, this channel or kombu's look at an answer that is overdue: nothing may have arrived."""

@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 from legit_worker.broker.bells import Bell
 from legit_worker.broker.failover import FailedOverError
 from legit_worker.broker.reserve import Source
-from legit_worker.redis_errors import is_forbidden
+from legit_worker.redis_errors import code_of, is_forbidden
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,11 @@ class HearingChannel(stock.Channel):
         return float(getattr(self.connection, "brpop_timeout", 1)) or 1.0  # kombu 5.5 has none
 
     def _take_kombus_way(self, error: ResponseError) -> None:
-        """Let kombu fetch the messages if this server refuses the script. Raises any other error again."""
-        if not is_forbidden(error):
+        """Let kombu fetch the messages if this server refuses the script. Raises any other error again.
+
+        A queue that is no list ends kombu's way as it ends a stock worker.
+        """
+        if not is_forbidden(error) and code_of(error) != "WRONGTYPE":
             raise error
         text = str(error)
         self.refusal = text
@@ -124,7 +127,7 @@ class HearingChannel(stock.Channel):
                 "the Redis server does not let this worker reserve messages (%s): the worker fetches them one at a "
                 "time, and if it is killed, a message on its way to it is lost, as with any Celery worker. To reserve "
                 "messages, take Redis 6.2 or later, and a user who may run SCRIPT LOAD, EVALSHA and BLMOVE, "
-                "and may use keys that begin with legit.",
+                "and may use keys that begin with legit., which nobody else writes.",
                 text,
             )
         self._drop_all()

@@ -153,9 +153,7 @@ class ReservingChannel(AskingChannel):
 
     def _brpop_read(self, **options: Any) -> bool:
         """Read the server's answer and deliver its messages. Raises `Empty` if there were none."""
-        if not self._asked:
-            return bool(super()._brpop_read(**options))
-        self._reserved.extend(self._read_answer(options))
+        self._reserved.extend(self._read_answer(options) if self._asked else self._read_popped(options))
         if not self._reserved:
             raise Empty
         if not self._closing:
@@ -173,7 +171,7 @@ class ReservingChannel(AskingChannel):
                 self._deliver_payload(payload, reserved)
             except NoMessageError:
                 logger.error(
-                    "%d bytes in queue %s are no message, and were put into the list %s: %.100r",
+                    "%d bytes in queue %s are no message, and go into the list %s: %.100r",
                     *(len(reserved.raw), reserved.source.queue, UNREADABLE_KEY, reserved.raw),
                 )
                 self._move_aside(reserved.raw, reserved.tag)
@@ -225,7 +223,7 @@ class ReservingChannel(AskingChannel):
             raise NoMessageError(f"the body can't be decoded: {error}") from error
 
     def put_aside(self, message: kombu.Message) -> None:
-        """Move a message that can't become a task from its queue to the list `UNREADABLE_KEY`."""
+        """Move a message that can't become a task to the list `UNREADABLE_KEY`, if the server lets it."""
         self._move_aside(dumps(message._raw), message.delivery_tag)
         message.reject()  # for kombu's own accounts: the server has forgotten the message by now
 
@@ -246,10 +244,15 @@ class ReservingChannel(AskingChannel):
     def _move_aside(self, raw: bytes | str, tag: str) -> None:
         keys, client = self.ledger.keys, self.plain_client
         tally["unreadable"] += 1
-        if self.ledger.forget(tag) is missing:  # its consumer does not ack
-            client.rpush(keys.unreadable, raw)
-        else:
-            BURY.run(client, [keys.unacked, keys.index, keys.held(self.ledger.owner), keys.unreadable], tag, raw)
+        try:
+            if self.ledger.forget(tag) is missing:  # its consumer does not ack
+                client.rpush(keys.unreadable, raw)
+            else:
+                BURY.run(client, [keys.unacked, keys.index, keys.held(self.ledger.owner), keys.unreadable], tag, raw)
+        except self.connection_errors:
+            raise
+        except ResponseError as error:  # it stays noted, and comes again
+            logger.error("the bytes can't be put into the list %s: %s", UNREADABLE_KEY, error)
 
     def close(self) -> None:
         """Give back what was not delivered, and what no task goes on with. What can't be sent now, the ledger keeps."""

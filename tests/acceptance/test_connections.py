@@ -107,6 +107,7 @@ def test_by_a_user_who_may_not_run_all_commands(
 ) -> None:
     """Without `EVAL`, all is as ever. Without `BLMOVE`, the worker fetches messages as kombu does, and says so once.
 
+    Bytes that are no message end no worker in either way, as they end a stock one.
     kombu itself needs `EVALSHA` and `SCRIPT LOAD`.
     """
     redis_server = start_redis()
@@ -114,8 +115,11 @@ def test_by_a_user_who_may_not_run_all_commands(
     url = f"redis://limited:secret@127.0.0.1:{redis_server.port}/0"
     worker = Sides(start_worker).worker("modelpool", broker=broker_at(url, server))
     poll(lambda: ("fetched" in worker.pool()["messages"]) == (rights == "-blmove"), "the worker's way")
+    garbage = ["garbage", "3", "[]"]
+    redis_server.client.lpush("work", *garbage)
     work(worker, redis_server)
     assert worker.log.count("does not let this worker reserve messages") == (rights == "-blmove")
+    assert redis_server.client.lrange("legit.unreadable", 0, -1) == garbage
 
 
 def runs(worker: Worker) -> Counter[str]:

@@ -178,6 +178,20 @@ def test_a_record_that_the_server_refuses_ends_no_worker_and_is_not_lost(
     nothing_left(on_broker)
 
 
+@pytest.mark.parametrize("key", ["legit.owners", "legit.processes", "legit.beat", "legit.unreadable"])
+def test_a_key_that_somebody_else_has_written_ends_no_worker(
+    held: Sides, broker: Broker, on_broker: redis.Redis, key: str
+) -> None:
+    """Without it, the worker fetches messages as kombu does."""
+    on_broker.hset(key, "somebody", "else")
+    on_broker.lpush(broker.queue, "garbage")
+    worker = held.worker("modelpool", broker=broker, **SETTINGS)
+    for item in names(5):
+        assert worker.ask("parks", item) == item
+    assert worker.log.count("does not let this worker reserve messages (WRONGTYPE") == (key != "legit.processes")
+    nothing_left(on_broker)
+
+
 # Messages that are held for longer than the visibility timeout.
 
 
