@@ -26,6 +26,7 @@ from redis.retry import Retry
 from legit_worker import parking
 from legit_worker.results import blocks, patience
 from legit_worker.results.chords import Claims
+from legit_worker.results.described import StandIn, stand_in_for
 from legit_worker.results.writer import Writer
 from legit_worker.results.writes import Rider, Write, is_away, send
 
@@ -160,6 +161,16 @@ class Groups(Claims):
             raise
         finally:
             _storing.reset(token)
+
+    def _get_result_meta(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what is stored of a task in this state."""
+        if self._stand_in is None:
+            return super()._get_result_meta(*args, **kwargs)  # type: ignore[misc]
+        return self._stand_in.describe(*args, **kwargs)
+
+    @functools.cached_property
+    def _stand_in(self) -> StandIn | None:
+        return stand_in_for(self, self.wrapped)
 
     def _get_task_meta_for(self, task_id: str) -> Any:
         """Return what is stored of a task. The writer looks itself."""
