@@ -154,6 +154,7 @@ class Lease(threading.Thread):
         if is_due:
             self._renew()
             self._renewals, self._renewed_at = self._renewals[:1], began
+        self._refused = {(owner, reason) for owner, reason in self._refused if owner in dead}
         for owner, process in dead.items():
             self._try_to_recover(owner, process)
 
