@@ -63,8 +63,8 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 
-#: Variables of the developer's own shell that would change what is tested.
-FOREIGN = ("CELERY_", "LEGIT_WORKER_", "PROJECT_")
+#: Variables of the developer's shell that would change what is tested, or have each worker compile the package anew.
+FOREIGN = ("CELERY_", "LEGIT_WORKER_", "PROJECT_", "PYTHONDONTWRITEBYTECODE")
 
 T = TypeVar("T")
 
