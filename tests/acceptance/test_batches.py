@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import Sides, Worker, celery_command, poll, project_environment
+from commands import celery
+from harness import Sides, Worker, poll
 
 Simulated = Callable[[Any], list[float]]
 
@@ -117,13 +117,7 @@ def test_trial_batches_do_not_hold_up_a_slow_models_first_task(sides: Sides) -> 
 
 def test_celery_legit_status_shows_the_same_as_inspect(model_pool: Worker) -> None:
     model_pool.ask("one", "text")
-    finished = subprocess.run(
-        celery_command("project", "legit", "status", "--json", "--timeout=2"),
-        env=project_environment(model_pool.broker),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    finished = celery("project", "legit", "status", "--json", "--timeout=2", broker=model_pool.broker)
+    assert finished.returncode == 0, finished.stderr
     shown = json.loads(finished.stdout)[model_pool.name]
     assert shown["models"] == model_pool.pool()["models"]

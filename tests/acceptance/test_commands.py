@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import ANSWER_SECONDS, SIMULATED, Broker, StartWorker, celery_command, project_environment
+from commands import COMMAND_SECONDS, celery
+from harness import SIMULATED, Broker, StartWorker, celery_command, project_environment
 
 #: Columns of the narrowest terminal.
 COLUMNS = 80
@@ -25,78 +26,51 @@ COMMANDS = [
 ]
 
 
-def run(
-    command: list[str], broker: Broker, text: str | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """A command that is over. `text` is what it reads."""
+def legit(broker: Broker, words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return celery("project", "legit", *words.split(), broker=broker, settings=variables, columns=COLUMNS)
+
+
+def alone(broker: Broker, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """As a shell runs it."""
     return subprocess.run(
         command,
-        input=text,
         env=project_environment(broker, variables) | {"COLUMNS": str(COLUMNS)},
         capture_output=True,
         text=True,
-        timeout=3 * ANSWER_SECONDS,
+        timeout=COMMAND_SECONDS,
         check=False,
     )
 
 
-def legit(broker: Broker, words: str, project: str = "project", **variables: str) -> subprocess.CompletedProcess[str]:
-    return run(celery_command(project, "legit", *words.split()), broker, **variables)
-
-
-#: Runs commands in one process, one after the other, as the `celery` command would run each. Prints how they ended.
-EACH = """
-import io, json, sys
-from contextlib import redirect_stderr, redirect_stdout
-from celery.bin.celery import celery
-
-for words in sys.stdin.read().splitlines():
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
-        try:
-            code = celery(words.split(), prog_name="celery", auto_envvar_prefix="CELERY")
-        except SystemExit as end:
-            code = end.code
-    print(json.dumps([code, out.getvalue(), errors.getvalue()]))
-"""
-
-
-def each(commands: list[str], broker: Broker, **variables: str) -> list[tuple[str, int, str, str]]:
-    """How commands end: the words after `celery`, the exit code, what is printed, and the errors."""
-    told = run([sys.executable, "-c", EACH], broker, "\n".join(commands), **variables)
-    assert told.returncode == 0, told.stderr
-    ends = [json.loads(line) for line in told.stdout.splitlines()]
-    return [(words, *end) for words, end in zip(commands, ends, strict=True)]
-
-
 def test_a_broker_that_does_not_answer_is_one_sentence(broker: Broker) -> None:
-    commands = [f"-A project legit {words}" for words in COMMANDS]
-    for words, code, out, errors in each(commands, broker, **NOWHERE, **APPS):
-        assert (code, out) == (1, ""), (words, errors)
-        assert "localhost:1/0 does not answer" in errors, words
-        assert len(errors.splitlines()) == 1, words
-    alone = legit(broker, COMMANDS[0], **NOWHERE)
-    assert (alone.returncode, alone.stdout) == (1, "")
-    assert len(alone.stderr.splitlines()) == 1
+    for words in COMMANDS:
+        told = legit(broker, words, **NOWHERE, **APPS)
+        assert (told.returncode, told.stdout) == (1, ""), (words, told.stderr)
+        assert "localhost:1/0 does not answer" in told.stderr, words
+        assert len(told.stderr.splitlines()) == 1, words
+    told = alone(broker, *celery_command("project", "legit", COMMANDS[0]), **NOWHERE)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert len(told.stderr.splitlines()) == 1
 
 
 def test_a_command_without_a_project_says_how_to_name_one(broker: Broker) -> None:
-    commands = [f"legit {words}" for words in (*COMMANDS, "doctor", "validate --model tiny --against file")]
-    for words, code, _, errors in each(commands, broker):
-        assert code, words
-        assert "celery -A yourproject legit" in errors, words
-    alone = run([str(Path(sys.executable).with_name("celery")), "legit", "status"], broker)
-    assert alone.returncode != 0
-    assert "celery -A yourproject legit" in alone.stderr
-    assert "Traceback" not in alone.stderr
+    for words in (*COMMANDS, "doctor", "validate --model tiny --against file"):
+        told = celery(None, "legit", *words.split(), broker=broker)
+        assert told.returncode, words
+        assert "celery -A yourproject legit" in told.stderr, words
+    told = alone(broker, str(Path(sys.executable).with_name("celery")), "legit", "status")
+    assert told.returncode != 0
+    assert "celery -A yourproject legit" in told.stderr
+    assert "Traceback" not in told.stderr
 
 
 def test_an_unknown_app_is_refused_with_those_that_there_are(broker: Broker) -> None:
-    commands = [f"-A project legit results {what} nosuch" for what in ("list", "replay", "drop")]
-    for words, code, _, errors in each(commands, broker, **APPS):
-        assert code, words
-        assert "'nosuch'" in errors, words
-        assert "alpha, beta" in errors, words
-        assert len(errors.splitlines()) == 1, words
+    for what in ("list", "replay", "drop"):
+        told = legit(broker, f"results {what} nosuch", **APPS)
+        assert told.returncode, what
+        assert "'nosuch'" in told.stderr, what
+        assert "alpha, beta" in told.stderr, what
+        assert len(told.stderr.splitlines()) == 1, what
 
 
 def test_without_any_app_the_list_says_how_to_have_one(broker: Broker) -> None:
@@ -136,8 +110,12 @@ def test_the_tables_of_a_worker_and_of_dead_letters_fit_a_terminal(start_worker:
     assert_fits(letters.stdout)
 
 
+def doctor(broker: Broker, project: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return alone(broker, *celery_command(project, "legit", "doctor", *words), **variables)
+
+
 def test_the_doctor_says_what_it_is_doing(broker: Broker) -> None:
-    finished = legit(broker, "doctor", "legit_worker")
+    finished = doctor(broker, "legit_worker")
     assert finished.returncode == 0, finished.stdout
     steps = [line for line in finished.stdout.splitlines() if line.startswith("[")]
     assert steps[:3] == ["[1/8] settings", "[2/8] versions", "[3/8] broker"]
@@ -151,7 +129,7 @@ def test_the_doctor_imports_no_torch_where_neither_a_gpu_nor_a_model_asks_for_it
     folder.mkdir()
     (folder / "__init__.py").write_text(f"open({str(imported)!r}, 'w')")
     variables = project_environment(broker)
-    finished = legit(broker, "doctor --json", "legit_worker", PYTHONPATH=f"{tmp_path}:{variables['PYTHONPATH']}")
+    finished = doctor(broker, "legit_worker", "--json", PYTHONPATH=f"{tmp_path}:{variables['PYTHONPATH']}")
     assert not imported.exists()
     (gpu,) = (one for one in json.loads(finished.stdout) if one["about"] == "gpu")
     assert gpu["level"] == "ok"
@@ -160,8 +138,8 @@ def test_the_doctor_imports_no_torch_where_neither_a_gpu_nor_a_model_asks_for_it
 
 def test_the_doctor_names_what_has_to_be_installed(broker: Broker) -> None:
     """In a Python without torch, whatever the probes say after that."""
-    finished = legit(
-        broker, "doctor --json", "without_torch", LEGIT_WORKER_ENABLED="1", LEGIT_WORKER_MODELS__M__PATH="/nowhere"
+    finished = doctor(
+        broker, "without_torch", "--json", LEGIT_WORKER_ENABLED="1", LEGIT_WORKER_MODELS__M__PATH="/nowhere"
     )
     assert finished.returncode == 1
     assert any("pip install 'legit-worker[" in one["seen"] for one in json.loads(finished.stdout))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from commands import celery
 from harness import (
     GREEDY,
     INSPECT_SECONDS,
@@ -24,9 +24,7 @@ from harness import (
     Sides,
     StartWorker,
     Worker,
-    celery_command,
     poll,
-    project_environment,
 )
 
 Simulated = Callable[[Any], list[float]]
@@ -268,14 +266,8 @@ def test_a_remote_shutdown_is_a_warm_one(controlled: Sides, broker: Broker, side
 
 def run_celery(worker: Worker, *arguments: str) -> Any:
     """What a `celery` command printed for this worker, with `--json`."""
-    finished = subprocess.run(
-        celery_command("controlled", *arguments, "--json", f"--destination={worker.name}", "--timeout=10"),
-        env=project_environment(worker.broker),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    words = (*arguments, "--json", f"--destination={worker.name}", "--timeout=10")
+    finished = celery("controlled", *words, broker=worker.broker)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads(finished.stdout.splitlines()[0])
 

@@ -12,17 +12,8 @@ import kombu
 import pytest
 import redis
 from appqueues import AppQueue, queue_name, routed
-from harness import (
-    ANSWER_SECONDS,
-    SIMULATED,
-    Broker,
-    StartWorker,
-    Worker,
-    WorkerDiedError,
-    celery_command,
-    poll,
-    project_environment,
-)
+from commands import celery
+from harness import ANSWER_SECONDS, SIMULATED, Broker, StartWorker, Worker, WorkerDiedError, poll
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
 
@@ -35,14 +26,7 @@ ENVELOPE = {
 
 def dead(broker: Broker, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command, as an operator types it in a narrow terminal."""
-    return subprocess.run(
-        celery_command("routed", "legit", "dead", *words),
-        env=project_environment(broker, SIMULATED | ENABLED | variables) | {"COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        timeout=ANSWER_SECONDS,
-        check=False,
-    )
+    return celery("routed", "legit", "dead", *words, broker=broker, settings=SIMULATED | ENABLED | variables)
 
 
 def good(broker: Broker, *words: str, **variables: str) -> str:
@@ -123,14 +107,7 @@ def test_what_a_stranger_wrote_is_shown_as_it_is(broker: Broker, server: redis.R
 
 def test_the_doctor_counts_them(broker: Broker, server: redis.Redis) -> None:
     def seen() -> list[dict[str, Any]]:
-        finished = subprocess.run(
-            celery_command("routed", "legit", "doctor", "--json"),
-            env=project_environment(broker, SIMULATED | ENABLED),
-            capture_output=True,
-            text=True,
-            timeout=2 * ANSWER_SECONDS,
-            check=False,
-        )
+        finished = celery("routed", "legit", "doctor", "--json", broker=broker, settings=SIMULATED | ENABLED)
         return [one for one in json.loads(finished.stdout) if "dead letters" in one["seen"]]
 
     assert [one["level"] for one in seen()] == ["ok"]

@@ -6,8 +6,9 @@ import json
 import subprocess
 from typing import Any
 
+import commands
 import pytest
-from harness import ANSWER_SECONDS, SIDES, StartWorker, Worker, celery_command, poll, project_environment
+from harness import ANSWER_SECONDS, SIDES, StartWorker, Worker, poll
 
 MIB = 2**20
 
@@ -39,14 +40,7 @@ def one(start_module_worker: StartWorker) -> Worker:
 
 def celery(worker: Worker, *words: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """A command of the project's, that is over."""
-    finished = subprocess.run(
-        celery_command("project", *words),
-        env=project_environment(worker.broker, SETTINGS | variables) | {"COLUMNS": str(COLUMNS)},
-        capture_output=True,
-        text=True,
-        timeout=3 * ANSWER_SECONDS,
-        check=False,
-    )
+    finished = commands.celery("project", *words, broker=worker.broker, settings=SETTINGS | variables, columns=COLUMNS)
     assert finished.returncode == code, finished.stdout + finished.stderr
     return finished
 

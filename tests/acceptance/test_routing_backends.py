@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import time
 import uuid
 from collections import Counter
@@ -18,7 +17,8 @@ from appqueues import Apps, app_queue, queue_name, routed
 from celery import chord, group
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import GroupResult
-from harness import SIMULATED, Broker, StartWorker, celery_command, poll, project_environment
+from commands import celery
+from harness import SIMULATED, Broker, StartWorker, poll
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
 
@@ -127,14 +127,7 @@ def test_dead_letters_on_rabbitmq_are_listed_replayed_and_dropped(
 
     def command(*arguments: str, **more: str) -> str:
         variables = SIMULATED | ENABLED | routed(rabbitmq, "alpha") | more
-        finished = subprocess.run(
-            celery_command("routed", "legit", "results", *arguments),
-            env=project_environment(rabbitmq, variables) | {"COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        finished = celery("routed", "legit", "results", *arguments, broker=rabbitmq, settings=variables, columns=200)
         assert finished.returncode == 0, finished.stdout + finished.stderr
         return finished.stdout
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import redis
 from appqueues import AppQueue, Apps, Envelope, app_queue, queue_name, routed
-from harness import SIMULATED, Broker, StartWorker, celery_command, poll, project_environment
+from commands import celery
+from harness import SIMULATED, Broker, StartWorker, poll
 from ownserver import Server
 
 ENABLED = {"LEGIT_WORKER_ENABLED": "1"}
@@ -316,13 +317,8 @@ def letters(broker: Broker) -> list[Envelope]:
 
 def results_command(broker: Broker, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """`celery legit results …`, as an operator types it."""
-    return subprocess.run(
-        celery_command("routed", "legit", "results", *arguments),
-        env=project_environment(broker, settings(broker, **more)) | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    return celery(
+        "routed", "legit", "results", *arguments, broker=broker, settings=settings(broker, **more), columns=200
     )
 
 

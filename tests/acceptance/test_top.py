@@ -12,6 +12,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from commands import celery
 from harness import (
     ANSWER_SECONDS,
     SIMULATED,
@@ -34,14 +35,7 @@ def one(start_module_worker: StartWorker) -> Worker:
 
 
 def top(broker: Broker, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        celery_command("project", "legit", "top", *words),
-        env=project_environment(broker, SIMULATED) | {"COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=2 * ANSWER_SECONDS,
-        check=False,
-    )
+    return celery("project", "legit", "top", *words, broker=broker, settings=SIMULATED, columns=100)
 
 
 def test_without_a_terminal_it_prints_one_frame(one: Worker, tmp_path: Path) -> None:

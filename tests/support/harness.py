@@ -446,15 +446,20 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def project_environment(broker: Broker, settings: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The developer's environment without what would change the test, and with what the project reads."""
+def own_environment() -> dict[str, str]:
+    """The developer's environment without what would change the test, and with where the projects are."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     path = os.pathsep.join([str(PROJECTS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return kept | ENVIRONMENT | {"PYTHONPATH": path}
+
+
+def project_environment(broker: Broker, settings: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a project reads, too."""
     ours = {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend, "PROJECT_QUEUE": broker.queue}
     if broker.queue_type is not None:
         ours["PROJECT_QUEUE_TYPE"] = broker.queue_type
         ours["PROJECT_QUEUE_ARGUMENTS"] = json.dumps(dict(broker.queue_arguments))
-    return kept | ENVIRONMENT | ours | {"PYTHONPATH": path} | dict(broker.environment) | dict(settings or {})
+    return own_environment() | ours | dict(broker.environment) | dict(settings or {})
 
 
 def run_python(code: str, broker: Broker, settings: Mapping[str, str] | None = None) -> str:
