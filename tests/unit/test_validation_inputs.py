@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from celery import Celery
 
 from legit_worker.validation.command import configured
 from legit_worker.validation.comparison import Failed, Tolerance, compare
-from legit_worker.validation.paths import ROUTES, opened
+from legit_worker.validation.paths import ROUTES, STOCK, opened
 from legit_worker.validation.reference import ValidationError, _row
+from legit_worker.validation.run import _skipped
 
 PACKED = next(route for route in ROUTES if route.format == "json" and route.encoding == "base64")
 
@@ -62,3 +64,17 @@ def test_an_alias_whose_vectors_have_a_scale_is_not_compared(precision: str, mon
     monkeypatch.setenv("LEGIT_WORKER_MODELS__SCALED__PRECISION", precision)
     with pytest.raises(ValidationError, match=f"PRECISION={precision}, whose scale .* without PRECISION"):
         configured("scaled")
+
+
+@pytest.mark.parametrize(
+    ("backend", "skipped"),
+    [
+        ("redis://", None),
+        ("rpc://", None),
+        ("disabled://", "the project has no result backend"),
+        ("cache+memory://", "the project's results stay in the worker's own memory"),
+    ],
+)
+def test_results_that_no_other_process_finds_are_not_looked_for(backend: str, skipped: str | None) -> None:
+    told = _skipped(Celery(broker="memory://", backend=backend, set_as_current=False))
+    assert told == ({} if skipped is None else {STOCK: skipped})
