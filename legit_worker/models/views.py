@@ -20,7 +20,8 @@ def in_own_memory(output: Any) -> Any:
     """
     if isinstance(output, np.ndarray):
         return output.copy() if output.nbytes < LARGE * _bytes_below(output.base) else output
-    if hasattr(output, "untyped_storage"):  # a tensor, without an import of torch
+    # A tensor, without an import of torch. A sparse one has no storage, and a row of it is a copy anyway.
+    if hasattr(output, "untyped_storage") and str(output.layout) == "torch.strided":
         return output.clone() if output.nbytes < LARGE * _bytes_below(output) else output
     return output
 

@@ -38,6 +38,12 @@ def test_anything_else_stays_as_it_is(output: Any) -> None:
     assert in_own_memory(output) is output
 
 
+@pytest.mark.parametrize("rows", [torch.eye(9).to_sparse(), torch.eye(9).to_sparse_csr()])
+def test_a_row_of_a_sparse_tensor_has_no_storage_and_stays_as_it_is(rows: Any) -> None:
+    row = rows[3]
+    assert in_own_memory(row) is row
+
+
 class Batch(np.ndarray):  # type: ignore[type-arg]
     """An array that a weak reference can watch."""
 
