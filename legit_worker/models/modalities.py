@@ -40,8 +40,8 @@ def with_pixels(value: Any, edge: Edge | None) -> Any:
     """Decode the images in an input. Called in a model's method: others may come into it, since a helper may decode."""
     if isinstance(value, dict):
         return {name: with_pixels(part, edge) for name, part in value.items()}
-    if hasattr(value, "__array_interface__") and not hasattr(value, "getpixel"):
-        return _of_array(value)
+    if hasattr(value, "__array_interface__") and not hasattr(value, "getpixel") and not isinstance(value, str):
+        return _of_array(value)  # a text of numpy is an array, too
     if not isinstance(value, ImageBytes):
         return value
     with away():

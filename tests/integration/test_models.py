@@ -298,6 +298,7 @@ def test_an_image_model_takes_texts_and_both_at_once(clip: Any) -> None:
     handle = legit_worker.model("image")
     texts = ["a red apple", "the cat", "who sat on the mat by the river"]
     assert_equal(handle.encode(texts), clip.encode(texts))
+    assert_equal(handle.encode(np.array(texts)), clip.encode(texts))
     both = handle.encode([picture(1), "a red apple", picture(2)])
     np.testing.assert_allclose(both[0], clip.encode(picture(1)), **CLOSE)
     np.testing.assert_allclose(both[1], clip.encode("a red apple"), **CLOSE)
