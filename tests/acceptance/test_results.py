@@ -12,7 +12,7 @@ import signal
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,6 +37,8 @@ class Stored:
 
     worker: Worker
     backend: Server
+    #: The characters of the worker's log that are of tests before this one.
+    before: int = 0
 
     def __post_init__(self) -> None:
         self.client = replace(self.worker.broker, backend="disabled://").client()
@@ -60,9 +62,14 @@ class Stored:
         poll(lambda: self.statuses(ids)[status] == len(ids), f"{len(ids)} tasks with {status}")
 
     @property
+    def log(self) -> str:
+        """What the worker wrote in this test."""
+        return self.worker.log[self.before :]
+
+    @property
     def runs(self) -> Counter[str]:
         """How often each task ran."""
-        return Counter(re.findall(r"\bran (\S+)$", self.worker.log, re.MULTILINE))
+        return Counter(re.findall(r"\bran (\S+)$", self.log, re.MULTILINE))
 
     def wait_for_runs(self, *names: str) -> None:
         """Until all have run."""
@@ -99,6 +106,23 @@ def stored(start_worker: StartWorker, broker: Broker, server: Server) -> Stored:
     return start(start_worker, broker, server)
 
 
+@pytest.fixture(scope="module")
+def lasting(
+    start_module_worker: StartWorker, servers: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stored]:
+    """A worker, and a result backend of its own, for tests that leave both as they were."""
+    server = Server(tmp_path_factory.mktemp("lasting"))
+    server.start()
+    yield start(start_module_worker, servers.fresh(), server)
+    server.end()
+
+
+@pytest.fixture
+def common(lasting: Stored) -> Stored:
+    """The same, as this test finds it."""
+    return replace(lasting, before=len(lasting.worker.log))
+
+
 def command(*words: str) -> Callable[[Server], None]:
     """Send a server a command."""
 
@@ -130,20 +154,20 @@ OUTAGES: dict[str, tuple[Callable[[Server], None], Callable[[Server], None]]] = 
 
 
 @pytest.mark.parametrize("outage", OUTAGES)
-def test_tasks_wait_for_the_result_backend_and_run_once(stored: Stored, outage: str) -> None:
+def test_tasks_wait_for_the_result_backend_and_run_once(common: Stored, outage: str) -> None:
     away, back = OUTAGES[outage]
-    away(stored.backend)
+    away(common.backend)
     names = [f"task{number}" for number in range(TASKS)]
-    ids = stored.send("counted", *names[::2]) + stored.send("computed", *names[1::2])
-    stored.wait_for_runs(*names)
-    poll(lambda: stored.worker.pool()["parked"] == TASKS, "all tasks to wait")
-    assert all(stored.answers() for _ in range(3))
-    assert stored.unacked() == TASKS, "what is not stored is not acked"
-    back(stored.backend)
-    stored.wait_for("SUCCESS", ids)
-    poll(lambda: stored.unacked() == 0, "all to be acked")
-    assert stored.runs == Counter(names)
-    assert "Connection to broker lost" not in stored.worker.log
+    ids = common.send("counted", *names[::2]) + common.send("computed", *names[1::2])
+    common.wait_for_runs(*names)
+    poll(lambda: common.worker.pool()["parked"] == TASKS, "all tasks to wait")
+    assert all(common.answers() for _ in range(3))
+    assert common.unacked() == TASKS, "what is not stored is not acked"
+    back(common.backend)
+    common.wait_for("SUCCESS", ids)
+    poll(lambda: common.unacked() == 0, "all to be acked")
+    assert common.runs == Counter(names)
+    assert "Connection to broker lost" not in common.log
 
 
 def test_tasks_whose_start_is_stored_begin_once_the_backend_is_back(
@@ -263,15 +287,15 @@ def test_a_task_that_took_its_worker_along_leaves_its_queue_once_its_failure_is_
 # Chords, and tasks without results.
 
 
-def test_chords_and_ignored_results_are_as_under_stock(stored: Stored) -> None:
-    ignored = stored.send("quiet", "quiet")
-    failed = stored.send("quietly_failing", "failing")
-    client = stored.worker.client
+def test_chords_and_ignored_results_are_as_under_stock(common: Stored) -> None:
+    ignored = common.send("quiet", "quiet")
+    failed = common.send("quietly_failing", "failing")
+    client = common.worker.client
     result = chord([client.signature("counted", [name]) for name in "abc"], client.signature("total")).apply_async()
-    assert stored.worker.answer(result) == "a+b+c"
-    stored.wait_for("FAILURE", failed)
-    stored.wait_for_runs("quiet")
-    assert stored.metas(ignored) == [None]
+    assert common.worker.answer(result) == "a+b+c"
+    common.wait_for("FAILURE", failed)
+    common.wait_for_runs("quiet")
+    assert common.metas(ignored) == [None]
 
 
 # A worker that ends meanwhile.
