@@ -219,12 +219,18 @@ class Prefetch:
             self._is_draining, self._consumed_at = False, self._decided_at
 
     def _cancel(self, tasks: Any, channel: Any) -> None:
-        """Cancel the consumers without a wait: meanwhile a remote command could add or cancel one."""
+        """Cancel the consumers without a wait: meanwhile a remote command could add or cancel one.
+
+        RabbitMQ deletes a queue such as a `Broadcast` with its last consumer. So the consumer stays: the queue is no
+        quorum queue.
+        """
         for tag in self._cancelled:  # their last messages have arrived
             channel.callbacks.pop(tag, None)
-        self._cancelled = list(tasks._active_tags.values())
-        tasks._active_tags.clear()
-        getattr(tasks, "_active_queue_no_ack", {}).clear()  # kombu 5.7
+        staying = {queue.name for queue in tasks.queues if queue.auto_delete}
+        names = [name for name in tasks._active_tags if name not in staying]
+        self._cancelled = [tasks._active_tags.pop(name) for name in names]
+        for name in names:
+            getattr(tasks, "_active_queue_no_ack", {}).pop(name, None)  # kombu 5.7
         for tag in self._cancelled:
             channel.basic_cancel(tag, nowait=True)
 

@@ -109,7 +109,10 @@ class Consumer:
             basic_qos=lambda size, count, is_global: self.said.append((count, is_global)),
         )
         self.task_consumer = SimpleNamespace(
-            _active_tags=tags, channel=channel, queues=list(tags), consume=lambda: self.said.append("consume")
+            _active_tags=tags,
+            channel=channel,
+            queues=[SimpleNamespace(name=name, auto_delete=False) for name in tags],
+            consume=lambda: self.said.append("consume"),
         )
         self.task_buckets: dict[str, Any] = {"free": None}
         self.initial_prefetch_count = 1024
@@ -225,6 +228,17 @@ def test_consumers_of_quorum_queues_are_replaced_now_and_then(clock: Any) -> Non
     prefetch.want(10)
     assert consumer.said[4:] == ["tag 1", (10, False), (10, False), "consume"]
     assert consumer.task_consumer.channel.callbacks == {}
+
+
+def test_a_queue_that_goes_with_its_last_consumer_keeps_it(clock: Any) -> None:
+    """Such as a `Broadcast`: RabbitMQ would answer that there is no such queue, and its messages would be lost."""
+    consumer = Consumer("amqp", quorum=True, queues=2)
+    consumer.task_consumer.queues[1].auto_delete = True
+    prefetch = Prefetch(consumer, 32)
+    consumer.connect()
+    prefetch.want(500)
+    assert [one for one in consumer.said if one in ("tag 0", "tag 1")] == ["tag 0"]
+    assert list(consumer.task_consumer._active_tags) == ["queue 1"]
 
 
 def test_consumers_are_cancelled_when_what_acks_made_room_for_has_come(clock: Any) -> None:
