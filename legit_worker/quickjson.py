@@ -84,7 +84,7 @@ def dumps(value: Any) -> str:
 def _without_numbers(value: Any, numbers: list[str], levels: int) -> Any:
     """Return the value with a mark in place of each long list of floats, whose JSON goes to `numbers`."""
     kind = type(value)
-    if levels == 0 or not value or (kind is not list and kind is not dict and kind is not tuple):
+    if levels == 0 or kind not in CONTAINERS or not value:  # in this order: an array has no truth value
         return value
     if kind is not dict and type(value[0]) is float:
         text = _written(value) if len(value) >= FEW else None

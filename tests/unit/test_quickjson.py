@@ -49,6 +49,13 @@ class Own:
         return {"own": [1]}
 
 
+class Array:
+    """Has no truth value, as an array of numpy has none."""
+
+    def __bool__(self) -> bool:
+        raise ValueError
+
+
 Pair = collections.namedtuple("Pair", "one two")
 
 #: Each with all that makes orjson write or read something else than kombu, or refuse it.
@@ -172,6 +179,11 @@ def test_a_list_of_floats_goes_through_orjson(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kombus, "loads", None)
     meta = {"status": "SUCCESS", "result": [[0.1, -2.5e-7] * 8], "children": [], "traceback": None}
     assert quickjson.loads(quickjson.dumps(meta)) == meta
+
+
+def test_an_object_without_a_truth_value_is_kombus() -> None:
+    """A backend that is not Redis encodes a result by itself."""
+    assert outcome(lambda: quickjson.dumps(Array())) == outcome(lambda: kombus.dumps(Array())) == "TypeError"
 
 
 def test_a_value_that_contains_itself_is_kombus() -> None:
