@@ -46,8 +46,11 @@ def end_in_fibers(run: Run, strays: Strays) -> Callable[[], None]:
 
     def on_unknown_in_fiber(consumer: Consumer, body: Any, message: Any, exc: Exception) -> None:
         def end() -> None:
-            with _rejected_later(message):
-                on_unknown(consumer, body, message, exc)
+            try:
+                raise exc  # Celery logs the error that is being handled, and a fiber begins without one
+            except type(exc):
+                with _rejected_later(message):
+                    on_unknown(consumer, body, message, exc)
 
         run(_surviving(end, message, strays), f"a task that nobody has: {exc}")
 

@@ -173,6 +173,8 @@ def test_a_task_of_an_unknown_name_that_looks_like_a_built_in_one_is_told_the_wa
     worker.client.send_task("conductor.embed", kwargs={"content": "private words", "model": "sim"})
     worker.client.send_task("conductor.mail", kwargs={"to": "somebody"})
     worker.wait_for_log("unregistered task of type 'conductor.mail'")
+    worker.wait_for_log("KeyError: 'conductor.mail'")  # the end of Celery's traceback
+    worker.wait_for_log("LEGIT_WORKER_TASKS__EMBED_TEXT=")
     (line,) = lines(worker, "LEGIT_WORKER_TASKS__")
     assert """LEGIT_WORKER_TASKS__EMBED_TEXT='{"conductor.embed": {"content": "…"}}'""" in line
     assert "private words" not in line
