@@ -169,7 +169,8 @@ def _join(name: str, values: list[Any], tokenizer: Any, length: int) -> Any:
 
 def _fill(name: str, tokenizer: Any) -> int:
     """What a feature is padded with. Asked only if there is padding: not every tokenizer knows of it."""
-    return {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
+    fill: int = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
+    return fill
 
 
 def _padded(rows: list[list[int]], fill: int, length: int, *, at_end: bool) -> torch.Tensor:
