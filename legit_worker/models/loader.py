@@ -11,7 +11,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -168,6 +168,7 @@ class Loader:
                 _check_limit(slot, model)
                 _check_dimensions(slot, model)
                 orders.sized(slot, model.size)
+                _learn_padding(model)
                 # Outside `loading`, on the stream of batches: torch's allocator keeps what it freed for that stream.
                 _measure(slot, model, device)
             except BaseException:
@@ -220,6 +221,13 @@ def _check_dimensions(slot: Slot, model: LoadedModel) -> None:
 
 def _thread(function: Callable[..., None], *arguments: Any) -> None:
     threading.Thread(target=function, args=arguments, name="legit-loader", daemon=True).start()
+
+
+def _learn_padding(model: LoadedModel) -> None:
+    """Have a built-in kind find out whether its rows depend on padding. What it can't compute tells nothing."""
+    if not model.is_own and model.has("learn_padding"):
+        with suppress(Exception):
+            model.model.learn_padding(lambda batch: model.compute(batch).outputs)
 
 
 def _measure(slot: Slot, model: LoadedModel, device: Device) -> None:

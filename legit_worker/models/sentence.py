@@ -37,6 +37,7 @@ from legit_worker.models.features import (
     to_numpy,
 )
 from legit_worker.models.lengths import config_of, routes
+from legit_worker.models.padding import TRIED, Compute, minds_padding
 from legit_worker.models.prompts import named_prompt
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.revision import revision_of
@@ -71,6 +72,7 @@ class SentenceModel:
         self.library: Any = None
         self._texts: Any = None
         self._patches = Patches()
+        self._minds_padding: bool | None = None
         self._computes_in = ""
         self._commit: str | None = None
 
@@ -181,13 +183,22 @@ class SentenceModel:
         """Raise `LimitError` if it can't read texts of this many tokens."""
         self._texts.check_limit(limit)
 
+    def learn_padding(self, compute: Compute) -> None:
+        """Find out once whether its rows depend on padding. `compute` computes batches of this model."""
+        if self._minds_padding is None:
+            trials = [self.preprocess(item) for item in self.trial_inputs()[-1][:TRIED]]
+            self._minds_padding = minds_padding(self.path, trials, compute)
+
     def cost(self, item: Prepared) -> int:
         """Tokens of a text, patches of an image: see `cost_of`."""
         return item.cost
 
     def batch_key(self, item: Prepared) -> Hashable:
-        """Inputs share a batch if their modality, their image size and their prompt length are equal."""
-        return item.key
+        """Inputs share a batch if their modality, their image size and their prompt length are equal.
+
+        So are their lengths if the model's rows depend on padding.
+        """
+        return (item.key, item.cost) if self._minds_padding else item.key
 
     def identity(self, item: Prepared) -> Hashable:
         """Texts with the same tokens have the same output."""

@@ -492,6 +492,28 @@ def test_a_model_that_counts_words_and_pads_nothing(tmp_path: Path) -> None:
         assert_equal(legit_worker.model("words").encode(TEXTS), library.encode(TEXTS))
 
 
+@pytest.fixture(scope="module")
+def unmasked_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows depend on padding."""
+    return tiny_models.build_unmasked(tmp_path_factory.mktemp("unmasked"))
+
+
+def test_a_text_has_the_row_that_it_has_alone_even_if_the_model_masks_no_padding(unmasked_path: Path) -> None:
+    library = sentence_transformers.SentenceTransformer(str(unmasked_path), device="cpu")
+    with use_models({"unmasked": {"kind": "embed", "path": str(unmasked_path)}}):
+        found = legit_worker.model("unmasked").encode(TEXTS)
+    assert_equal(found, np.stack([library.encode(text) for text in TEXTS]))
+
+
+@pytest.mark.parametrize("alias", ["embed", "minilm", "half", "rerank", "sparse", "image", "routed"])
+def test_texts_of_all_lengths_share_a_batch_if_the_model_masks_padding(alias: str) -> None:
+    with use(legit_worker.model(alias).slot, default_registry().residency) as model:
+        items = [("red", "a cat"), ("red", "a cat sat on")] if alias == "rerank" else ["a cat", "a cat sat on"]
+        prepared = list(map(model.preprocess, items))
+        assert len(set(map(model.cost, prepared))) == 2
+        assert len(set(map(model.batch_key, prepared))) == 1
+
+
 @pytest.mark.parametrize("method", ["similarity", "similarity_pairwise"])
 def test_sparse_similarities_take_what_encode_gave(sparse: Any, method: str) -> None:
     handle = legit_worker.model("sparse")

@@ -78,6 +78,20 @@ def build_routed(folder: Path) -> Path:
     return folder / "model"
 
 
+def build_unmasked(folder: Path) -> Path:
+    """A `SentenceTransformer` with a CNN behind BERT, which reads the padding beside a text."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import CNN, Pooling
+    from transformers import BertModel
+
+    bert = Transformer(str(_save_bert(BertModel, folder / "bert")))
+    cnn = _scatter(CNN(bert.get_embedding_dimension(), out_channels=8))
+    model = SentenceTransformer(modules=[bert, cnn, Pooling(cnn.get_embedding_dimension(), pooling_mode="mean")])
+    model.save(str(folder / "model"))
+    return folder / "model"
+
+
 def build_two_lengths(folder: Path, query: int, document: int) -> Path:
     """A `SentenceTransformer` with two routes on BERT that read so many tokens."""
     from sentence_transformers import SentenceTransformer
