@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drivers import Nvml
+from forks import Forks
+from harness import own_environment
 
 GIB = 2**30
 
@@ -30,23 +34,47 @@ process MIG-dddd-4444 0 -1
 ALIKE = f"gpu GPU-aaaa H100 {80 * GIB} 0\ngpu GPU-bbbb H100 {80 * GIB} {GIB}\n"
 
 
+#: Asks for a line of Python as JSON.
+ASKS = """
+import json
+import legit_worker.models.budget, legit_worker.settings
+from legit_worker.device.vram import *
+
+def job(code):
+    print(json.dumps(eval(code)))
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The stub, and a process that finds it."""
+
+    nvml: Nvml
+    forks: Forks
+
+    def ask(self, world: str, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """What a process prints that looks at this world."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+        return self.forks.run(code, kept | self.nvml.environment(world) | variables)
+
+
 @pytest.fixture(scope="module")
 def nvml(tmp_path_factory: pytest.TempPathFactory) -> Nvml:
     """The stub, compiled once."""
     return Nvml.build(tmp_path_factory.mktemp("nvml"))
 
 
-def ask(nvml: Nvml, world: str, code: str, **variables: str) -> Any:
+@pytest.fixture(scope="module")
+def machine(nvml: Nvml) -> Iterator[Machine]:
+    """The processes that are asked, forked from one."""
+    forks = Forks(ASKS, own_environment() | nvml.environment(""))
+    yield Machine(nvml, forks)
+    forks.close()
+
+
+def ask(machine: Machine, world: str, code: str, **variables: str) -> Any:
     """What a line of Python gives as JSON in a process that finds the stub."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
-    program = f"import json\nfrom legit_worker.device.vram import *\nprint(json.dumps({code}))"
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        env=kept | {"PYTHONPATH": str(Path(__file__).parents[2])} | nvml.environment(world) | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = machine.ask(world, code, **variables)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
@@ -72,17 +100,17 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("listed", SHOWN)
-def test_cuda_visible_devices_is_read_as_cuda_reads_it(nvml: Nvml, listed: str) -> None:
-    assert ask(nvml, WORLD, VISIBLE, CUDA_VISIBLE_DEVICES=listed) == SHOWN[listed]
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(machine: Machine, listed: str) -> None:
+    assert ask(machine, WORLD, VISIBLE, CUDA_VISIBLE_DEVICES=listed) == SHOWN[listed]
 
 
-def test_without_the_variable_all_are_shown_and_of_a_split_one_an_instance(nvml: Nvml) -> None:
-    assert ask(nvml, WORLD, VISIBLE) == ["GPU-aaaa-1111", "GPU-bbbb-2222", "MIG-dddd-4444"]
+def test_without_the_variable_all_are_shown_and_of_a_split_one_an_instance(machine: Machine) -> None:
+    assert ask(machine, WORLD, VISIBLE) == ["GPU-aaaa-1111", "GPU-bbbb-2222", "MIG-dddd-4444"]
 
 
-def test_the_beginning_of_two_uuids_names_neither(nvml: Nvml) -> None:
+def test_the_beginning_of_two_uuids_names_neither(machine: Machine) -> None:
     world = "gpu GPU-aab1 X 10 0\ngpu GPU-aab2 X 10 0\n"
-    assert ask(nvml, world, VISIBLE, CUDA_VISIBLE_DEVICES="GPU-aab") == []
+    assert ask(machine, world, VISIBLE, CUDA_VISIBLE_DEVICES="GPU-aab") == []
 
 
 @pytest.mark.parametrize(
@@ -96,15 +124,15 @@ def test_the_beginning_of_two_uuids_names_neither(nvml: Nvml) -> None:
         (ALIKE, {}, True),
     ],
 )
-def test_whether_cuda_counts_as_nvml_does(nvml: Nvml, world: str, variables: dict[str, str], known: bool) -> None:
-    assert ask(nvml, world, "is_order_known(visible_gpus())", **variables) is known
+def test_whether_cuda_counts_as_nvml_does(machine: Machine, world: str, variables: dict[str, str], known: bool) -> None:
+    assert ask(machine, world, "is_order_known(visible_gpus())", **variables) is known
 
 
 MEMORY = "[(m.total, m.free, m.mine, m.used) for m in map(memory, all_gpus())]"
 
 
-def test_memory_is_each_ones_own(nvml: Nvml) -> None:
-    assert ask(nvml, WORLD, MEMORY) == [
+def test_memory_is_each_ones_own(machine: Machine) -> None:
+    assert ask(machine, WORLD, MEMORY) == [
         [16 * GIB, 15 * GIB, 0, 1 * GIB],
         [80 * GIB, 50 * GIB, 12 * GIB, 30 * GIB],
         [20 * GIB, 18 * GIB, None, 2 * GIB],
@@ -112,17 +140,17 @@ def test_memory_is_each_ones_own(nvml: Nvml) -> None:
     ]
 
 
-def test_other_processes_can_be_asked_about(nvml: Nvml) -> None:
-    assert ask(nvml, WORLD, "memory(all_gpus()[1], {1}).mine") == 17 * GIB
+def test_other_processes_can_be_asked_about(machine: Machine) -> None:
+    assert ask(machine, WORLD, "memory(all_gpus()[1], {1}).mine") == 17 * GIB
 
 
-def test_a_driver_that_does_not_tell_of_processes_tells_of_memory(nvml: Nvml) -> None:
-    found = ask(nvml, WORLD + "error nvmlDeviceGetComputeRunningProcesses_v3 4\n", MEMORY)
+def test_a_driver_that_does_not_tell_of_processes_tells_of_memory(machine: Machine) -> None:
+    found = ask(machine, WORLD + "error nvmlDeviceGetComputeRunningProcesses_v3 4\n", MEMORY)
     assert found[1] == [80 * GIB, 50 * GIB, None, 30 * GIB]
 
 
-def test_a_gpu_that_knows_no_mig_is_a_gpu(nvml: Nvml) -> None:
-    assert ask(nvml, "gpu GPU-old old 100 40\n", MEMORY) == [[100, 60, 0, 40]]
+def test_a_gpu_that_knows_no_mig_is_a_gpu(machine: Machine) -> None:
+    assert ask(machine, "gpu GPU-old old 100 40\n", MEMORY) == [[100, 60, 0, 40]]
 
 
 @pytest.mark.parametrize(
@@ -135,15 +163,15 @@ def test_a_gpu_that_knows_no_mig_is_a_gpu(nvml: Nvml) -> None:
         ("error nvmlDeviceGetCount_v2 999\n", "Unknown Error|stub error 999"),
     ],
 )
-def test_each_failure_says_why_and_what_to_set(nvml: Nvml, world: str, words: str) -> None:
-    check_refused(nvml.environment(world), words)
+def test_each_failure_says_why_and_what_to_set(machine: Machine, world: str, words: str) -> None:
+    check_refused(machine.ask(world, "visible_gpus()"), words)
 
 
-def test_one_lost_gpu_hides_no_other(nvml: Nvml) -> None:
+def test_one_lost_gpu_hides_no_other(machine: Machine) -> None:
     world = WORLD + "lost GPU-bbbb-2222 15\n"
-    assert ask(nvml, world, VISIBLE) == ["GPU-aaaa-1111", "MIG-dddd-4444"]
-    assert ask(nvml, world, VISIBLE, CUDA_VISIBLE_DEVICES="GPU-bbbb-2222") == []
-    assert ask(nvml, world, "memory(all_gpus()[0]).free") == 15 * GIB
+    assert ask(machine, world, VISIBLE) == ["GPU-aaaa-1111", "MIG-dddd-4444"]
+    assert ask(machine, world, VISIBLE, CUDA_VISIBLE_DEVICES="GPU-bbbb-2222") == []
+    assert ask(machine, world, "memory(all_gpus()[0]).free") == 15 * GIB
 
 
 def test_a_lost_gpu_is_told_with_its_reason(nvml: Nvml) -> None:
@@ -161,17 +189,17 @@ def test_a_lost_gpu_is_told_with_its_reason(nvml: Nvml) -> None:
 
 
 def test_a_machine_without_nvml_says_so() -> None:
-    check_refused({"LD_LIBRARY_PATH": "/nonexistent"}, r"libnvidia-ml\.so\.1 is not there")
-
-
-def check_refused(variables: dict[str, str], words: str) -> None:
     finished = subprocess.run(
         [sys.executable, "-c", "from legit_worker.device.vram import *\nvisible_gpus()"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables,
+        env=own_environment() | {"LD_LIBRARY_PATH": "/nonexistent"},
         capture_output=True,
         text=True,
         check=False,
     )
+    check_refused(finished, r"libnvidia-ml\.so\.1 is not there")
+
+
+def check_refused(finished: subprocess.CompletedProcess[str], words: str) -> None:
     last = finished.stderr.strip().splitlines()[-1]
     assert last.startswith("legit_worker.device.vram.NvmlMuteError: free GPU memory is unknown: ")
     assert "LEGIT_WORKER_VRAM_LIMIT" in last
@@ -198,10 +226,10 @@ BUDGET = """(lambda chosen: __import__('legit_worker.models.budget', fromlist=['
     ],
 )
 def test_weights_may_take_what_is_free_less_the_headroom(
-    nvml: Nvml, variables: dict[str, str], gib: float | None
+    machine: Machine, variables: dict[str, str], gib: float | None
 ) -> None:
     named = {f"LEGIT_WORKER_{name}": value for name, value in variables.items()}
-    found = ask(nvml, WORLD, BUDGET, **named)
+    found = ask(machine, WORLD, BUDGET, **named)
     assert found == (None if gib is None else pytest.approx(gib * GIB, abs=1))
 
 
@@ -259,9 +287,9 @@ def test_what_another_user_planted_is_not_used(nvml: Nvml, tmp_path: Path, plant
     assert not list(elsewhere.iterdir())
 
 
-def test_somebody_elses_shutdown_is_survived_and_a_child_asks_anew(nvml: Nvml) -> None:
+def test_somebody_elses_shutdown_is_survived_and_a_child_asks_anew(machine: Machine) -> None:
     code = "[len(all_gpus()), __import__('pynvml').nvmlShutdown(), len(all_gpus())]"
-    assert ask(nvml, ALIKE, code) == [2, None, 2]
+    assert ask(machine, ALIKE, code) == [2, None, 2]
 
 
 def test_importing_the_module_asks_nobody() -> None:
