@@ -216,7 +216,7 @@ def check_kills(start: StartWorker, broker: Broker, capsys: pytest.CaptureFixtur
 OUTAGE = 20
 
 #: Tasks in a second, for each of the two apps.
-RATE = 40
+RATE = 20
 
 
 @pytest.mark.parametrize(("away", "back"), [("freeze", "thaw"), ("stop", "start")])
