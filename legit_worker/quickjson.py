@@ -19,9 +19,6 @@ import orjson
 from kombu.serialization import registry
 from kombu.utils import json
 
-#: kombu makes one for each value.
-ENCODER = json.JSONEncoder()
-
 #: A list of fewer numbers is kombu's.
 FEW = 16
 
@@ -69,15 +66,10 @@ def dumps(value: Any) -> str:
     numbers: list[str] = []
     rest = _without_numbers(value, numbers, LEVELS)
     try:
-        text = ENCODER.encode(rest)
-    except Exception:
-        text = ""
-    if not text:
-        try:
-            text = str(json.dumps(rest))  # raises the same, from kombu's own code
-        except Exception as error:
-            leave_out_caller(error)
-            raise
+        text = str(json.dumps(rest))
+    except Exception as error:
+        leave_out_caller(error)
+        raise
     return MARKED.sub(lambda found: numbers[int(found[1])], text) if numbers else text
 
 
