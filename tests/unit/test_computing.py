@@ -44,7 +44,8 @@ class Loop:
     def turn(self) -> bool:
         self.most = max(self.most, len(self.engine))
         went_on = self.engine.step()
-        while self._ready:
+        while self._ready:  # one that gave way may have nothing at the engine yet
+            went_on = True
             self._ready.popleft().resume()
         return went_on
 
