@@ -331,11 +331,12 @@ def to_device(features: Mapping[str, Any], device: Any) -> dict[str, Any]:
 
 
 def _to_host(outputs: Any) -> Any:
-    """Queue the copy of a GPU's tensors, alone or in a list, to pinned memory. Other values stay as they are."""
+    """Queue the copy of tensors of a GPU, also in lists and tuples, to pinned memory. Other values stay as they are."""
     import torch
 
     if isinstance(outputs, list | tuple):
-        return [_to_host(output) for output in outputs]
+        kind = type(outputs)
+        return getattr(kind, "_make", kind)(map(_to_host, outputs))  # named tuples have `_make`
     if not isinstance(outputs, torch.Tensor) or outputs.device.type != "cuda":
         return outputs
     host = torch.empty(outputs.shape, dtype=outputs.dtype, pin_memory=True)

@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -50,6 +50,19 @@ def test_outputs_may_be_a_list_of_tensors_or_no_tensors_at_all(gpu: FakeCuda) ->
     several = CudaDevice("cuda").launch(lambda: [OnGpu(torch.tensor([1.0])), torch.tensor([2.0])])
     assert [output.tolist() for output in several.outputs] == [[1.0], [2.0]]
     assert CudaDevice("cuda").launch(lambda: ["a", 3]).outputs == ["a", 3]
+
+
+class Found(NamedTuple):
+    score: Any
+    label: str
+
+
+def test_tuples_among_outputs_are_those_of_a_cpu(gpu: FakeCuda) -> None:
+    gpu.done.set()
+    launch = CudaDevice("cuda").launch(lambda: [Found(OnGpu(torch.tensor(1.0)), "a"), (OnGpu(torch.tensor(2.0)), "b")])
+    named, plain = launch.outputs
+    assert (named.score.device.type, float(named.score), named.label) == ("cpu", 1.0, "a")
+    assert (type(plain), float(plain[0]), plain[1]) == (tuple, 2.0, "b")
 
 
 def test_a_launch_knows_what_it_took_beside_what_was_there(gpu: FakeCuda) -> None:
