@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import kombu
 from harness import Broker, Client, Sides, StartWorker, Worker, poll
 
 #: Tasks of a tenth of a second each.
@@ -115,6 +116,25 @@ def test_a_stopping_worker_takes_no_more_from_a_quorum_queue(start_worker: Start
     later = [client.send_task("no_model", [number]) for number in range(200)]
     assert worker.wait() == 0
     assert not worker.received & {result.id for result in later}
+
+
+def test_a_queue_that_goes_with_its_last_consumer_stays_beside_a_quorum_queue(
+    start_worker: StartWorker, rabbitmq: Broker
+) -> None:
+    """A `Broadcast` is one. The quorum queue's consumers are replaced, so that they have another prefetch count."""
+    worker = Sides(start_worker).worker("modelpool", broker=dataclasses.replace(rabbitmq, queue_type="quorum"))
+    fleeting = f"{rabbitmq.queue}-fleeting"
+    worker.client.control.add_consumer(
+        fleeting, destination=[worker.name], options={"auto_delete": True, "durable": False}
+    )
+    before = worker.stats()["prefetch_count"]
+    worker.settle([worker.send("no_model", number) for number in range(200)])
+    poll(lambda: worker.stats()["prefetch_count"] != before, "another prefetch count")
+    poll(lambda: len(worker.inspect().active_queues()[worker.name]) == 2, "both queues")
+    worker.settle(
+        [worker.client.send_task("no_model", [1], queue=kombu.Queue(fleeting, durable=False, auto_delete=True))]
+    )
+    worker.settle([worker.send("no_model", 1)])
 
 
 def test_tasks_for_a_resident_model_do_not_wait_for_a_window_of_others_to_load(sides: Sides, broker: Broker) -> None:
