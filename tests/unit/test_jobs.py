@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import celery
 import pytest
 from billiard.einfo import ExceptionInfo
 from celery import Celery
@@ -18,7 +19,7 @@ from kombu.exceptions import EncodeError, OperationalError
 from legit_worker.pool.adoption import Adoption
 from legit_worker.pool.entrance import Entrance
 from legit_worker.pool.fibers import Fiber
-from legit_worker.pool.jobs import CLOSED, _seen_to
+from legit_worker.pool.jobs import CLOSED, STORES_NOTHING, _seen_to
 from legit_worker.pool.running import Running
 from legit_worker.pool.strays import Strays
 from legit_worker.settings import Settings
@@ -43,7 +44,7 @@ class Request:
 
 
 class Failing(Request):
-    """Celery's in a shutdown: acks or rejects, and then stores unless the shutdown has begun."""
+    """Celery's in a shutdown: acks or rejects, and then stores; Celery 5.6 does not once the shutdown has begun."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012
@@ -63,7 +64,7 @@ class Failing(Request):
     def on_failure(self, failure: ExceptionInfo) -> None:
         """As Celery's."""
         getattr(self, self._ends_by)()
-        if not state.should_terminate:
+        if not state.should_terminate or celery.VERSION[:2] < STORES_NOTHING:
             self.mark_as_failure()
 
 
