@@ -41,6 +41,7 @@ def test_an_option_for_pools_of_processes_is_taken_and_changes_nothing(
         assert "Traceback" not in worker.log
 
 
+@pytest.mark.skipif(celery.__version__ < "5.6", reason="the setting is Celery 5.6's")
 def test_no_more_tasks_are_held_for_later_than_the_project_allows(start_worker: StartWorker, tmp_path: Path) -> None:
     """Nor is any other fetched meanwhile, as under stock solo."""
     lives = begin_both(start_worker, tmp_path, conf={"worker_eta_task_limit": 5})
