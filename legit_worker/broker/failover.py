@@ -88,7 +88,7 @@ def enduring(transport: Any) -> Any:
 
 
 class EnduringChannel(stock.Channel):
-    """A Redis channel that refuses to open on a server which can't be written to."""
+    """A Redis channel that refuses to open on a server which can't be written to, and closes there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,6 +102,14 @@ class EnduringChannel(stock.Channel):
             raise
         except exceptions.ResponseError:
             pass  # this user may not, or it is no Redis: what needs the command tells
+
+    def close(self) -> None:
+        """Close, also if the server lets no queue be deleted: acks would go by a channel that is half open."""
+        try:
+            super().close()
+        except self.connection_errors:
+            self.auto_delete_queues.clear()
+            super().close()
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         params: dict[str, Any] = super()._connparams(asynchronous)

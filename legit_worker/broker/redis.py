@@ -44,6 +44,10 @@ UNREADABLE_KEY = "legit.unreadable"
 #: them would fill the server.
 MOST_COPIES = 10_000
 
+#: The first kombu that goes on polling after a connection is closed. Earlier ones stop for good, also if the connection
+#: was never used and is closed as garbage: one of an attempt that failed. The hub is made anew after a lost connection.
+KEEPS_POLLING = (5, 7)
+
 
 def taking(channel: Any) -> str:
     """Say how messages come by this channel, for the log and the statistics."""
@@ -120,6 +124,8 @@ class ReservingTransport:
         """Let the poller know the worker's event loop."""
         self.cycle.hub = loop
         super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        if kombu.VERSION < KEEPS_POLLING:
+            self.cycle._on_connection_disconnect = lambda connection: None
 
 
 class ReservingChannel(AskingChannel):

@@ -19,6 +19,7 @@ from kombu.asynchronous import Hub
 from kombu.utils.json import loads
 
 from legit_worker.broker.acks import flush_acks
+from legit_worker.broker.failover import FailedOverError
 from legit_worker.broker.hearing import refusals
 from legit_worker.broker.outbox import MOST_ACKS
 from legit_worker.broker.redis import UNREADABLE_KEY, ReservingConnection, gave_up
@@ -277,6 +278,33 @@ def test_in_an_event_loop_acks_go_out_together_before_it_waits(url: str, server:
     next(loop.loop)
     assert unacked(server).keys() == {message.delivery_tag for message in one.got[4:]}
     assert server.info("commandstats")["cmdstat_zrem"]["calls"] == before + 1
+
+
+def test_a_connection_that_is_closed_unused_stops_nobody(url: str, taker: Any) -> None:
+    """One of an attempt to connect that failed is closed as garbage, later."""
+    one = taker()
+    loop = Turning(one)
+    put(url, 1)
+    loop.take(1)
+    one.channel.async_pool.make_connection().disconnect()
+    put(url, 2)
+    loop.take(2)
+
+
+def test_a_channel_closes_on_a_server_where_its_queue_stays(
+    url: str, taker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = taker()
+    exchange = kombu.Exchange("news", type="fanout", auto_delete=True)
+    kombu.Consumer(one.channel, [kombu.Queue("news", exchange, auto_delete=True)]).consume()
+
+    def delete(*_: Any, **__: Any) -> None:
+        raise FailedOverError("READONLY You can't write against a read only replica.")
+
+    monkeypatch.setattr(one.channel, "queue_delete", delete)
+    one.channel.close()
+    assert one.channel.closed
+    assert one.channel not in one.channel.ledger.channels
 
 
 def test_many_acks_do_not_wait_for_the_loop(url: str, server: redis.Redis, taker: Any) -> None:
