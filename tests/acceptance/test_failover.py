@@ -175,7 +175,7 @@ def test_a_worker_waits_for_a_server_that_runs_a_long_script(
     broker = broker_at(master.url, server)
     worker, results = start(start_worker, broker, tmp_path / "gate")
     master.client.config_set("lua-time-limit", 50)
-    master.client.connection_pool.get_connection().send_command("EVAL", "while true do end", 0)
+    master.client.connection_pool.make_connection().send_command("EVAL", "while true do end", 0)
     (tmp_path / "gate").touch()
     worker.wait_for_log("BUSY")
     master.client.script_kill()
