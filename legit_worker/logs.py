@@ -72,9 +72,10 @@ class JsonFormatter(logging.Formatter):
         return {name: value for name, value in known.items() if value is not None}
 
 
-def _forget_model(**_: Any) -> None:
+def _forget_model(task: Any, **_: Any) -> None:
     """A task begins. In pools that run tasks one after the other, the last one's model is still known."""
-    forget_calls()
+    if not task.request.is_eager:
+        forget_calls()
 
 
 def _is_celerys(record: logging.LogRecord) -> bool:

@@ -33,7 +33,7 @@ from legit_worker.models import handle
 from legit_worker.results.backend import RidersOnRedis, riders
 from legit_worker.results.writes import Rider
 from legit_worker.routing.delivery import Delivery
-from legit_worker.routing.endings import GOES_ON, STARTED_AT, Request, app_of, destination, endings, never_run
+from legit_worker.routing.endings import GOES_ON, Request, app_of, destination, endings, never_run
 from legit_worker.routing.envelope import Ending, seal
 from legit_worker.routing.lanes import lanes_of
 from legit_worker.routing.wires import commands, connect, is_redis
@@ -84,6 +84,10 @@ def routing(wrapped: Any) -> Any:
 def _unpickled(wrapped: Any, function: Callable[..., Any], *rest: Any) -> Any:
     return function(routing(wrapped), *rest)
 
+
+#: The run of a task that began here last, and when it began, in seconds since the epoch. Celery may tell the end with
+#: another object of the request, or tell the end of a task that never ran.
+_begun: ContextVar[tuple[tuple[str, Any], float] | None] = ContextVar("legit_worker_begun", default=None)
 
 #: The run of a task whose end the app has been told.
 _told: ContextVar[tuple[str, Any] | None] = ContextVar("legit_worker_told", default=None)
@@ -189,8 +193,12 @@ class Routing:
         if app is None:
             self._count_unknown(mapping)
             return ()
+        run, started_at = _begun.get() or (None, None)
+        if run != _run(task_id, mapping):
+            return endings(app, task_id, mapping, status, value)
         return endings(
             *(app, task_id, mapping, status, value),
+            started_at=started_at,
             model=handle.last_called.get(),
             computed_by=handle.last_computed.get(),
             traceparent=traceparent(),
@@ -344,8 +352,10 @@ def _run(task_id: str, request: Any) -> tuple[str, Any]:
 
 
 def _remember_start(task: Any = None, **_: Any) -> None:
+    if task.request.is_eager:  # a part of the task that calls it
+        return
     _told.set(None)
-    setattr(task.request, STARTED_AT, time())
+    _begun.set((_run(task.request.id, task.request), time()))
     setattr(task.request, GOES_ON, bool(task.request.chain))
     handle.forget_calls()
 

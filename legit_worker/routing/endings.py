@@ -20,9 +20,6 @@ from legit_worker.tracing import checked
 #: Celery's own housekeeping tasks: nobody waits for their results.
 INTERNAL = ("celery.chord_unlock", "celery.backend_cleanup", "celery.accumulate")
 
-#: The request's attribute for the time at which its task began, in seconds since the epoch.
-STARTED_AT = "legit_worker_started_at"
-
 #: The request's attribute that tells whether its chain had a next step. Celery 5.5 takes the next step out of the chain
 #: before it marks this one as done, so the last step but one would look like the last.
 GOES_ON = "legit_worker_goes_on"
@@ -38,13 +35,14 @@ def endings(
     status: Status,
     value: Any,
     *,
+    started_at: float | None = None,
     model: str | None = None,
     computed_by: Mapping[str, Any] | None = None,
     traceparent: str | None = None,
 ) -> Iterator[Ending]:
     """Return the endings that this task's end causes: its own, and if its chain stops here, the chain's.
 
-    `value` is the task's result, or its error.
+    `value` is the task's result, or its error. `started_at` is in seconds since the epoch.
     """
     if request.get("is_eager") or request.get("called_directly") or request.get("task") in INTERNAL:
         return
@@ -54,8 +52,9 @@ def endings(
     chain = request.get("chain")
     is_inner = bool(chain or request.get(GOES_ON) or request.get("chord"))
     if route == "always" or (route != "never" and not is_inner):
-        own = _ending(app, task_id, request, status, value, model)
-        yield replace(own, computed_by=computed_by, traceparent=traceparent or own.traceparent)
+        own = _ending(app, task_id, request, status, value)
+        own = replace(own, started_at=started_at, model=model, computed_by=computed_by)
+        yield replace(own, traceparent=traceparent or own.traceparent)
     if chain and status != "SUCCESS":
         yield from never_run(app, chain[0], request, status, value)
 
@@ -68,7 +67,7 @@ def never_run(app: str, signature: Request, cause: Request, status: Status, valu
         if options.get("task_id") and header("route", own) != "never":
             request = {"task": last.get("task"), "hostname": cause.get("hostname")}
             request |= {name: header(name, own) or header(name, cause) for name in ("meta", "queued_at", "traceparent")}
-            yield _ending(app, options["task_id"], request, status, value, None)
+            yield _ending(app, options["task_id"], request, status, value)
 
 
 def destination(app: str, chosen: Settings, request: Request) -> str:
@@ -103,8 +102,8 @@ def _last_of(signature: Request) -> Iterator[Request]:
         yield signature
 
 
-def _ending(app: str, task_id: str, request: Request, status: Status, value: Any, model: str | None) -> Ending:
-    started_at, retries = request.get(STARTED_AT), request.get("retries")
+def _ending(app: str, task_id: str, request: Request, status: Status, value: Any) -> Ending:
+    retries = request.get("retries")
     return Ending(
         id=str(task_id),
         task=str(request.get("task")),
@@ -113,11 +112,9 @@ def _ending(app: str, task_id: str, request: Request, status: Status, value: Any
         result=value if status == "SUCCESS" else None,
         error=None if status == "SUCCESS" else value,
         attempt=max(retries if isinstance(retries, int) else 0, 0) + 1,
-        model=model,
         traceparent=checked(header("traceparent", request)),
         meta=header("meta", request),
         queued_at=header("queued_at", request),
-        started_at=started_at if isinstance(started_at, float) else None,
         finished_at=time(),
         worker=str(request.get("hostname") or socket.gethostname()),
     )

@@ -124,6 +124,29 @@ def test_invalid_input_is_told_as_an_error_that_no_retry_mends(apps: Apps) -> No
     assert (error["type"], error["retryable"]) == ("InvalidInputError", False)
 
 
+@pytest.mark.parametrize(("task", "options"), [("overtime", {"time_limit": 1}), ("rejects", {}), ("exits", {})])
+def test_an_end_that_celery_tells_for_a_task_says_when_the_task_began(apps: Apps, task: str, options: Any) -> None:
+    envelope = apps.only(apps.send(task, **options))
+    assert envelope["status"] == "FAILURE"
+    assert envelope["started_at"] <= envelope["finished_at"]
+
+
+def test_a_task_without_a_run_names_nothing_of_the_run_before_it(start_worker: StartWorker, broker: Broker) -> None:
+    worker = start_worker("routed", broker=broker, environment=alone(broker), pool="--pool=solo")
+    apps = Apps(worker, {"alpha": app_queue(broker, "alpha")})
+    ran, expired = sent = [apps.send("work", 1), apps.send("work", 1, expires=-10)]
+    worker.settle(sent)
+    told = {envelope["id"]: envelope for envelope in apps.told("alpha", ran.id, expired.id)}
+    assert (told[ran.id]["status"], told[ran.id]["model"]) == ("SUCCESS", "sim")
+    assert (told[expired.id]["status"], told[expired.id]["model"]) == ("REVOKED", None)
+    assert (told[expired.id]["started_at"], told[expired.id]["computed_by"]) == (None, None)
+
+
+def test_a_task_that_another_task_runs_in_itself_hides_nothing_of_it(start_worker: StartWorker, broker: Broker) -> None:
+    apps = start_apps(start_worker, broker, LEGIT_WORKER_LOG="json")
+    assert apps.only(apps.send("runs_another"))["model"] == "sim"
+
+
 def test_a_task_whose_result_celery_ignores_is_told(apps: Apps) -> None:
     sent = apps.send("quiet", 1)
     assert apps.only(sent, settle=False)["result"] == 2

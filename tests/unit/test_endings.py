@@ -103,7 +103,3 @@ def test_a_canvas_that_never_runs_ends_where_its_result_would_be() -> None:
 def test_a_retry_counts_and_a_nonsense_count_does_not() -> None:
     assert told({"retries": 2})[0].attempt == 3
     assert told({"retries": "many"})[0].attempt == 1
-
-
-def test_a_time_that_a_message_claims_is_not_believed() -> None:
-    assert told({"legit_worker_started_at": "2026"})[0].started_at is None

@@ -127,3 +127,16 @@ def overtime() -> None:
 def rejects(self: Any) -> None:
     """Is never to run again."""
     raise Reject("not for me", requeue=False)
+
+
+@app.task(name="exits")
+def exits() -> None:
+    """Would end a process of prefork."""
+    raise SystemExit(3)
+
+
+@app.task(name="runs_another")
+def runs_another() -> int:
+    """Calls a model, and then a task that calls none, in itself."""
+    legit_worker.model("sim").map([1])
+    return int(double.apply([1]).get(disable_sync_subtasks=False))
