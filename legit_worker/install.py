@@ -48,6 +48,7 @@ def enable(app: Celery) -> None:
     if settings.is_prep():
         forbid_cuda()
     app.steps["worker"].add(ModelPoolStep)
+    signals.celeryd_init.connect(_choose_log, dispatch_uid="legit_worker.log")
     route_results(app)
     if app.configured:
         _ack_late_by_default(app)
@@ -101,19 +102,27 @@ class ModelPoolStep(bootsteps.Step):
 
 
 def _chosen(worker: Any) -> settings.Settings:
-    """Read a worker's settings. By these, take its name, its queues and the form of its log."""
+    """Read a worker's settings. By these, take its name and its queues."""
     from legit_worker import settings
 
     chosen = settings.load_or_exit()
     if settings.take_name(worker.hostname, chosen):
         chosen = settings.load_or_exit()
         _take_queues(worker.app, chosen)
-    if chosen.log == "json":
-        from legit_worker.logs import write_json
-
-        worker.quiet = True  # no banner
-        write_json(chosen)
     return chosen
+
+
+def _choose_log(instance: Any, **_: Any) -> None:
+    """Give a worker that begins the form of its log, before it writes anything."""
+    from legit_worker import settings
+
+    chosen = settings.load_or_exit()
+    if chosen.log == "json":
+        from legit_worker.logs import write_first_warnings, write_json
+
+        instance.quiet = True  # no banner
+        write_first_warnings()
+        write_json(chosen)
 
 
 def _prepare_other_pool(app: Celery, chosen: settings.Settings) -> None:

@@ -1,20 +1,27 @@
 """`LEGIT_WORKER_LOG=json`: each line of a worker's log is one JSON object.
 
 In: Celery's own set-up of the log. Out: the same handlers, levels and files, with another format. Where the project
-sets up the log itself, by `setup_logging`, handlers of its own, or formatters of its own, nothing changes.
+sets up the log itself, by `setup_logging`, handlers of its own, or formatters of its own, nothing changes. What Celery
+writes past its log, before that is set up and from handlers of signals, is an object, too.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
+from time import time
 from typing import Any
 
 from celery import signals
 from celery._state import get_current_task
+from celery.apps import worker as program
 from celery.utils.log import ColorFormatter
 
 from legit_worker.apps import identify
@@ -40,12 +47,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one object on one line, with what is known."""
-        moment = datetime.fromtimestamp(record.created, timezone.utc)
         fields: dict[str, Any] = {
-            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": _message(record),
+            **_fields(record.created, record.levelname, record.name, _message(record)),
             **self._of_task(record),
             **({"exception": _exception(record.exc_info[1])} if record.exc_info and record.exc_info[1] else {}),
             **({"stack": record.stack_info} if record.stack_info else {}),
@@ -81,6 +84,12 @@ def _forget_model(task: Any, **_: Any) -> None:
 def _is_celerys(record: logging.LogRecord) -> bool:
     """Tell whether Celery wrote the line itself."""
     return record.name.partition(".")[0] == "celery"
+
+
+def _fields(created: float, level: str, name: str, message: str) -> dict[str, Any]:
+    """Return what each object has. `created` is in seconds since the epoch."""
+    moment = datetime.fromtimestamp(created, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"time": moment, "level": level, "logger": name, "message": message}
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -136,8 +145,27 @@ def write_json(chosen: Settings) -> None:
             if isinstance(handler.formatter, ColorFormatter | JsonFormatter):
                 handler.setFormatter(formatter)
 
+    program.safe_say = _say
     signals.task_prerun.connect(_forget_model, dispatch_uid="legit_worker.logs")
     for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
         signal.connect(set_up, weak=False, dispatch_uid="legit_worker.logs")
     for name in (None, "celery", "celery.task", "celery.redirected"):
         set_up(logging.getLogger(name))
+
+
+def write_first_warnings() -> None:
+    """Let warnings be objects until Celery sets up its log, which takes over then: it warns a user who is root."""
+    warnings.showwarning = _show
+
+
+def _show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    """Mirror `warnings.showwarning`."""
+    text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    print(_line(_fields(time(), "WARNING", "py.warnings", text)), file=file or sys.stderr)
+
+
+def _say(message: str, file: Any = sys.__stderr__) -> None:
+    """Mirror `celery.apps.worker.safe_say` (5.5 to 5.7), by which signals' handlers tell of a shutdown."""
+    line = _line(_fields(time(), "INFO", program.__name__, message))
+    with suppress(AttributeError, OSError, ValueError):  # there is no such file, or nobody reads it
+        os.write(file.fileno(), f"{line}\n".encode())

@@ -12,10 +12,9 @@ JSON = {"LEGIT_WORKER_ENABLED": "1", "LEGIT_WORKER_LOG": "json", **SIMULATED}
 
 
 def lines(worker: Worker) -> list[dict[str, Any]]:
-    """All that the worker logged, but for a line that is being written. Celery warns root before there is a log."""
+    """All that the worker wrote, but for a line that is being written."""
     whole, _, _ = worker.log.rpartition("\n")
-    _, start, log = whole.partition('{"')
-    return [json.loads(line) for line in (start + log).splitlines()]
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def line(worker: Worker, **fields: Any) -> dict[str, Any]:
@@ -54,6 +53,8 @@ def test_each_line_is_an_object_that_names_its_task(start_worker: StartWorker, p
     said = ask(worker, "says", "hello")
     assert line(worker, task_id=said, logger="a.library", message="hello to the library")["colour"] == "red"
     assert line(worker, task_id=said, logger="celery.redirected")["message"] == "hello to the output"
+    assert worker.stop() == 0
+    assert line(worker, message="worker: Warm shutdown (MainProcess)", level="INFO", logger="celery.apps.worker")
     assert all({"time", "level", "logger", "message"} <= one.keys() for one in lines(worker))
 
 
@@ -68,4 +69,6 @@ def test_without_install_the_pool_writes_it(start_worker: StartWorker) -> None:
     custom = {"CELERY_CUSTOM_WORKER_POOL": "legit_worker.pool:ModelPool", "PROJECT_INSTALL": "0"}
     worker = start_worker("logging_own", pool="--pool=custom", environment={**JSON, **custom})
     task = ask(worker, "one", 1)
-    assert line(worker, task_id=task, model="sim")
+    worker.wait_for_log(f"[{task}] succeeded")
+    (done,) = [text for text in worker.log.splitlines() if f"[{task}] succeeded" in text]
+    assert json.loads(done)["model"] == "sim"
