@@ -237,6 +237,13 @@ def _format(name: str) -> str:
     return name.upper()
 
 
+def _one_at_least(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse an empty list. Pydantic's own check would also complain of a list whose entries were all refused."""
+    if not formats:
+        raise ValueError("should name at least 1")
+    return formats
+
+
 def _server(url: str | None) -> str | None:
     """Refuse a URL that Celery has no transport for. The error may show no password, so it shows the scheme alone."""
     from kombu.transport import TRANSPORT_ALIASES
@@ -282,7 +289,9 @@ Folder = Annotated[Path, BeforeValidator(at_home)]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(listed)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(listed)]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(_network)], ...], BeforeValidator(listed)]
-Formats = Annotated[tuple[Annotated[str, AfterValidator(_format)], ...], Field(min_length=1), BeforeValidator(listed)]
+Formats = Annotated[
+    tuple[Annotated[str, AfterValidator(_format)], ...], AfterValidator(_one_at_least), BeforeValidator(listed)
+]
 ServerUrl = Annotated[str | None, AfterValidator(_server)]
 AppSources = Annotated[tuple[AppSource, ...], BeforeValidator(_sources)]
 Kind = Annotated[

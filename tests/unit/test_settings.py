@@ -374,6 +374,10 @@ def test_what_would_fail_later_is_refused_at_the_start_by_its_name(name: str, te
     assert re.search(said, message)
 
 
+def test_a_format_that_is_refused_is_told_once() -> None:
+    assert complaint(IMAGE_FORMATS="EPS").count("LEGIT_WORKER_IMAGE_FORMATS") == 1
+
+
 @pytest.mark.parametrize("host", ["a.example", "*.a.example:8443", "http://images:8080", "https://[::1]", "10.0.0.7"])
 def test_hosts_of_every_form_are_taken(host: str) -> None:
     assert loaded(PREP_HOSTS=host).prep_hosts == (host,)
