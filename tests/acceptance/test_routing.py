@@ -124,7 +124,7 @@ def test_invalid_input_is_told_as_an_error_that_no_retry_mends(apps: Apps) -> No
     assert (error["type"], error["retryable"]) == ("InvalidInputError", False)
 
 
-@pytest.mark.parametrize(("task", "options"), [("overtime", {"time_limit": 1}), ("rejects", {}), ("exits", {})])
+@pytest.mark.parametrize(("task", "options"), [("overtime", {"time_limit": 1}), ("exits", {})])
 def test_an_end_that_celery_tells_for_a_task_says_when_the_task_began(apps: Apps, task: str, options: Any) -> None:
     envelope = apps.only(apps.send(task, **options))
     assert envelope["status"] == "FAILURE"

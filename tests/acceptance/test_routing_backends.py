@@ -86,6 +86,7 @@ def test_a_task_that_is_rejected_for_good_has_failed(apps: Apps) -> None:
     assert rejected.status == "FAILURE"
     (envelope,) = apps.told("alpha", rejected.id)
     assert (envelope["id"], envelope["status"]) == (rejected.id, "FAILURE")
+    assert envelope["started_at"] <= envelope["finished_at"]
 
 
 @pytest.mark.parametrize("kind", ["broker", "rabbitmq"])
