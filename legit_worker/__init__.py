@@ -7,7 +7,7 @@ changes until `LEGIT_WORKER_ENABLED=1`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from legit_worker.install import install
 
@@ -23,9 +23,30 @@ def model(alias: str) -> Handle:
 
     Inside a ModelPool its calls park the task and share batches; anywhere else they call the model directly.
     """
-    from legit_worker.models.handle import Handle
+    return cast("Handle", _Unused(alias))
 
-    return Handle(alias)
+
+class _Unused:
+    """A handle that nothing was asked of: it becomes one then.
+
+    Clients and beat import a project's module, too, and may have handles there. They need nothing of what a handle
+    imports, which takes half a second.
+    """
+
+    def __init__(self, alias: str) -> None:
+        self._alias = alias
+
+    def __repr__(self) -> str:
+        return f"<Handle {self._alias}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks for its own methods, as it does to copy an object
+            raise AttributeError(name)
+        from legit_worker.models.handle import Handle
+
+        handle: Any = self
+        handle.__dict__, handle.__class__ = vars(Handle(self._alias)), Handle
+        return getattr(handle, name)
 
 
 def exclusive() -> AbstractContextManager[None]:

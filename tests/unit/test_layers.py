@@ -154,6 +154,7 @@ def test_the_celery_command_gets_the_group_alone() -> None:
 def test_a_client_whose_environment_has_no_settings_imports_next_to_nothing() -> None:
     code = (
         "import sys; from celery import Celery; import legit_worker; legit_worker.install(Celery()); "
+        "handle = legit_worker.model('minilm'); "
         "print(sorted({'numpy', 'torch', 'pydantic', 'redis', 'asyncio'} & set(sys.modules)))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LEGIT_WORKER_")}
