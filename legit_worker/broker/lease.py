@@ -259,10 +259,16 @@ class Lease(threading.Thread):
             self._ledger.flush(self._client)
             self._forget(self._ledger.owner)
         except (RedisError, OSError) as error:
+            self._tell_left(len(held), error)
+
+    def _tell_left(self, held: int, error: Exception) -> None:
+        """Say what the broker has still noted, since it could not hear of this worker's end."""
+        done = self._ledger.outbox.unsent
+        if held or done:
             logger.warning(
                 "the broker is away as this worker ends (%r): its %d messages are given back within %.0f seconds, if "
-                "another worker runs",
-                *(error, len(held), self._lease),
+                "another worker runs; the tasks of %d of them are done, and run again",
+                *(error, held + done, self._lease, done),
             )
 
 

@@ -69,6 +69,10 @@ class Member:
             self.ledger.hold(tag.decode(), Source("work", "work", True))
         return [state, suspect, *(json.loads(raw)["headers"]["id"] for raw in found[2::3])]
 
+    def lose_server(self) -> None:
+        """As if nobody listened at the server's address any more."""
+        self.lease._client = redis.Redis(port=1)
+
     def die(self) -> None:
         """As a while after a kill, on another machine."""
         now = time.time()
@@ -371,6 +375,31 @@ def test_a_worker_that_ends_leaves_nothing_and_counts_no_death(server: redis.Red
     assert waiting(server) == {"a": 0, "c": 0}
     assert not list(server.scan_iter("legit.held.*"))
     assert server.zcard(KEYS.owners) == server.hlen(KEYS.processes) == server.hlen("unacked") == 0
+
+
+@pytest.mark.parametrize("acked", [0, 2, 3])
+def test_a_worker_that_ends_without_its_server_tells_how_many_tasks_run_again(
+    server: redis.Redis, caplog: pytest.LogCaptureFixture, acked: int
+) -> None:
+    member = Member(server)
+    put(server, "a", "b", "c")
+    member.reserve()
+    for tag in list(member.ledger.held)[:acked]:
+        member.ledger.ack(tag)
+    member.lose_server()
+    member.lease.leave()
+    (line,) = caplog.messages
+    assert "its 3 messages are given back" in line
+    assert f"the tasks of {acked} of them are done, and run again" in line
+
+
+def test_a_worker_that_ends_with_nothing_and_without_its_server_says_nothing(
+    server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = Member(server)
+    member.lose_server()
+    member.lease.leave()
+    assert not caplog.messages
 
 
 # Suspects.
