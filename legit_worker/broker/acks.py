@@ -58,13 +58,18 @@ def _open(some: Iterable[Ledger]) -> list[tuple[Ledger, Any]]:
 
 
 def send(ledger: Ledger, channel: Any) -> None:
-    """Send everything of a ledger by a channel. What can't be sent waits for the next connection."""
+    """Send everything of a ledger by a channel. What can't be sent waits for the next connection; the log says so once.
+
+    A worker that ends tries again in each of its turns.
+    """
     if ledger.is_settled and not ledger.outbox.unsent:
         return
     try:
         _flush(ledger, channel)
     except channel.connection_errors as error:
-        logger.warning("%d acks wait for a connection to the broker: %r", ledger.outbox.unsent, error)
+        if not ledger.has_told:
+            logger.warning("%d acks wait for a connection to the broker: %r", ledger.outbox.unsent, error)
+        ledger.has_told = True
 
 
 def _flush(ledger: Ledger, channel: Any) -> None:
@@ -74,6 +79,7 @@ def _flush(ledger: Ledger, channel: Any) -> None:
     """
     try:
         ledger.flush(channel.plain_client)
+        ledger.has_told = False
     except channel.connection_errors:
         raise
     except ResponseError as error:

@@ -121,6 +121,8 @@ class Ledger:
         self.has_lapsed = False
         #: Whether the server may have noted messages of which this process never heard.
         self.is_unsure = False
+        #: Whether the log has said that acks wait for a connection.
+        self.has_told = False
         #: Whether no other connection comes, by which what is unsent could be sent.
         self.is_left = worker is None
 

@@ -15,6 +15,7 @@ from harness import poll
 from kombu.asynchronous import Hub
 
 from legit_worker.broker import owners
+from legit_worker.broker.acks import flush_acks
 from legit_worker.broker.ledger import Worker, uptime
 from legit_worker.broker.poison import bury, deliveries_of
 from legit_worker.broker.redis import ReservingConnection
@@ -205,6 +206,30 @@ def test_acks_go_out_again_if_their_question_could_not_be_sent(url: str, server:
     one.is_lost()
     connect().turn_until(lambda: not server.hlen("unacked"))
     assert not server.llen("work")
+
+
+def test_acks_that_wait_for_a_connection_are_told_once_for_each_loss(
+    url: str, server: redis.Redis, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that ends tries again in each turn, four times a second while a model loads."""
+
+    def fail(client: redis.Redis) -> None:
+        raise redis.ConnectionError
+
+    put(url, *range(2))
+    one = connect()
+    one.take(2)
+    for told, message in enumerate(one.got, 1):
+        message.ack()
+        with monkeypatch.context() as patch:
+            patch.setattr(one.channel.ledger, "flush", fail)
+            for _ in range(3):
+                flush_acks()
+        assert [line.partition(":")[0] for line in caplog.messages] == [
+            "1 acks wait for a connection to the broker"
+        ] * told
+        flush_acks()
+    assert not server.hlen("unacked")
 
 
 @pytest.mark.skipif(kombu.VERSION < (5, 7), reason="it looks for overdue answers from 5.7 on")
