@@ -1,7 +1,7 @@
 """Helper processes that prepare input beside the worker, without CUDA.
 
 In: a function and its arguments. Out: the function's result. If a helper dies or takes too long, its one item fails,
-and a new helper takes its place.
+and a new helper takes its place. If a helper is told to end, the new one does the item.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 #: The most bytes of arguments that helpers hold, at work or queued. Further items wait in their tasks.
 MAX_BYTES = 256 * 2**20
+
+#: How a helper ends that was told to, together with its worker: by a signal to the whole process group or service. Then
+#: nothing is wrong with its item. `SIGTERM` has a handler of pebble's, which gives its number.
+TOLD_TO_END = (signal.SIGTERM, -signal.SIGTERM, -signal.SIGQUIT, -signal.SIGHUP)
 
 #: What a task waits for, in words.
 WHAT = "a helper process"
@@ -50,15 +55,9 @@ class Helpers:
         Raises the function's errors, `InvalidInputError` if it ended its helper or took too long, and
         `BrokenProcessPool` if no helper can be started.
         """
-        while (busy := self._busy()) and sum(busy.values()) + size > MAX_BYTES:
-            parking.wait(next(iter(busy)), WHAT)
-        future = self._schedule(function, arguments)
-        self._at_work[future] = size
-        try:
-            parking.wait(future, WHAT, is_own=True)
-        finally:
-            del self._at_work[future]
-            future.cancel()  # the task was revoked, or its time limit stopped it
+        future = self._wait(function, arguments, size)
+        while _was_told_to_end(future):
+            future = self._wait(function, arguments, size)
         try:
             return future.result()
         except ProcessExpired as error:
@@ -69,6 +68,19 @@ class Helpers:
             raise InvalidInputError(
                 f"preparing the input took over {self._seconds:g} s (LEGIT_WORKER_PREP_SECONDS), and was stopped"
             ) from None
+
+    def _wait(self, function: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> Future[Any]:
+        """Wait for room and then for a helper. Returns a future that is done."""
+        while (busy := self._busy()) and sum(busy.values()) + size > MAX_BYTES:
+            parking.wait(next(iter(busy)), WHAT)
+        future = self._schedule(function, arguments)
+        self._at_work[future] = size
+        try:
+            parking.wait(future, WHAT, is_own=True)
+        finally:
+            del self._at_work[future]
+            future.cancel()  # the task was revoked, or its time limit stopped it
+        return future
 
     def _busy(self) -> dict[Future[Any], int]:
         """The bytes of each item that is not done. One that is would be waited for in vain: its task has to go on."""
@@ -106,6 +118,12 @@ class Helpers:
         """End them all."""
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
+
+
+def _was_told_to_end(item: Future[Any]) -> bool:
+    """Whether the item, which is over, lost its helper by nothing that it did."""
+    error = item.exception()
+    return isinstance(error, ProcessExpired) and error.exitcode in TOLD_TO_END
 
 
 _making = threading.Lock()

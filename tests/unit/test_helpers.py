@@ -5,15 +5,20 @@ from __future__ import annotations
 import atexit
 import functools
 import math
+import os
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from legit_worker import parking
+from legit_worker.errors import InvalidInputError
 from legit_worker.prep import processes
 from legit_worker.prep.processes import MAX_BYTES, Helpers
 
@@ -103,3 +108,33 @@ def test_helpers_that_could_not_be_started_are_started_anew(helpers: Helpers, ca
     assert "are started anew" in caplog.text
     with pytest.raises(BrokenProcessPool, match="LEGIT_WORKER_PREP_PROCESSES=1"):
         lost.result(0)
+
+
+def end_first(folder: str, number: int) -> str:
+    """Work, in a helper that gets a signal the first time."""
+    been = Path(folder, "been")
+    if not been.exists():
+        been.touch()
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    return "done"
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP])
+def test_a_helper_that_is_told_to_end_leaves_its_item_to_the_next(tmp_path: Path, told: signal.Signals) -> None:
+    """As a service manager ends a worker: it sends `TERM` to all of its processes."""
+    helpers = Helpers(1, 60)
+    try:
+        assert helpers.run(end_first, str(tmp_path), told.value, size=1) == "done"
+    finally:
+        helpers.close()
+
+
+def test_a_helper_that_is_killed_fails_its_item(tmp_path: Path) -> None:
+    """The system does so if memory runs out."""
+    helpers = Helpers(1, 60)
+    try:
+        with pytest.raises(InvalidInputError, match="ended its helper process"):
+            helpers.run(end_first, str(tmp_path), signal.SIGKILL.value, size=1)
+    finally:
+        helpers.close()
