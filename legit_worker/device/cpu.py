@@ -15,6 +15,8 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
+from legit_worker.device.imported import imported
+
 logger = logging.getLogger(__name__)
 
 #: Blocks of up to this many bytes come from the heap, and not from a mapping of their own. glibc allows no more.
@@ -55,6 +57,13 @@ def give_back_freed() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def compute_on_one_thread() -> None:
+    """Have torch compute without other threads: a forked child has none of its parent's, and would wait for them."""
+    torch = imported("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 #: The number of kernels that the process keeps, each for one shape. A batch of a transformer needs about five, of a

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from legit_worker import settings
-from legit_worker.device import cuda
+from legit_worker.device import cpu, cuda
 from legit_worker.device.simulated import ENDLESS, simulated_device
 from legit_worker.errors import UnknownModelError, shown
 from legit_worker.models import forks
@@ -168,6 +168,8 @@ def _after_fork() -> None:
     if _in_force is not None:
         if _in_force.residency.is_loading():
             forks.look_at_child()
+        if any(slot.loads for slot in _in_force.slots.values()):
+            cpu.compute_on_one_thread()
         _in_force.residency.restart()
 
 

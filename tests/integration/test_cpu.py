@@ -153,6 +153,28 @@ def test_what_a_load_frees_is_given_back() -> None:
     assert growth(LOAD, other__kind="simulated", messy__kind="__main__:Messy") < 16 * MIB
 
 
+#: A child that is forked between two calls prints whether it gets what its parent got.
+FORKED = """
+import os, signal
+import legit_worker
+texts = ["the old dog " * 20] * 200
+expected = legit_worker.model("tiny").encode(texts)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    found = legit_worker.model("tiny").encode(texts)
+    os._exit(0 if abs(found - expected).max() < 1e-4 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_threads(tiny_paths: dict[str, Path]) -> None:
+    tiny = {"LEGIT_WORKER_MODELS__TINY__PATH": str(tiny_paths["embed"]), "LEGIT_WORKER_DEVICE": "cpu"}
+    environment = os.environ | tiny | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FORKED]
+    assert int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout) == 0
+
+
 def layers() -> torch.nn.Module:
     torch.manual_seed(1)
     return torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8, bias=False)).eval()
