@@ -22,7 +22,10 @@ class InvalidInputError(LegitWorkerError, ValueError):
 
 
 class LimitError(LegitWorkerError):
-    """A model can't read that many tokens, or has no vectors that long. A handle says who asked, by another error."""
+    """A model can't read that many tokens, or has no vectors that long, or no prompt of that name.
+
+    A handle says who asked, by another error.
+    """
 
 
 class UnknownModelError(LegitWorkerError, LookupError):

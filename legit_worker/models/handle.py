@@ -326,10 +326,20 @@ def _check_dimensions(named: Named, has: int | None) -> None:
         )
 
 
+def _check_prompt(named: Named, model: LoadedModel, chosen: dict[str, Any]) -> None:
+    """Raise `ModelLoadError` if the alias asks for a prompt that its model lacks."""
+    name = named.spec.prompt_name
+    if name is not None and chosen.get("prompt_name") == name and name not in (known := model.alone("prompts")):
+        raise ModelLoadError(f"model {named.alias!r} can't have PROMPT_NAME={name}: its prompts are {sorted(known)}")
+
+
 def _planned(named: Named, model: LoadedModel, call: str, inputs: list[Any], chosen: dict[str, Any]) -> Plan:
-    """Plan a call. Raises `ModelLoadError` if the alias has a limit that its model can't have."""
+    """Plan a call. Raises `ModelLoadError` if the alias has a limit or a prompt that its model can't have."""
     try:
         return model.plan(call)(*inputs, **chosen)
+    except InvalidInputError:
+        _check_prompt(named, model, chosen)
+        raise
     except LimitError as error:
         limit = chosen.get("max_seq_length")
         if limit != named.spec.max_seq_length:

@@ -166,6 +166,7 @@ class Loader:
             seconds = monotonic() - start
             try:
                 _check_limit(slot, model)
+                _check_prompt(slot, model)
                 _check_dimensions(slot, model)
                 orders.sized(slot, model.size)
                 _learn_padding(model)
@@ -207,6 +208,13 @@ def _check_limit(slot: Slot, model: LoadedModel) -> None:
         model.alone("check_limit", limit)
     except LimitError as error:
         raise LimitError(f"MAX_SEQ_LENGTH={limit}: {error}") from None
+
+
+def _check_prompt(slot: Slot, model: LoadedModel) -> None:
+    """Raise `LimitError` if the model has no prompt of its `PROMPT_NAME`."""
+    name = slot.spec.prompt_name
+    if name is not None and len(slot.aliases) == 1 and name not in (known := model.alone("prompts")):
+        raise LimitError(f"PROMPT_NAME={name}: its prompts are {sorted(known)}")
 
 
 def _check_dimensions(slot: Slot, model: LoadedModel) -> None:

@@ -264,6 +264,26 @@ def test_a_model_does_not_load_with_more_dimensions_than_its_vectors_have(
         assert len(legit_worker.model("m").encode("red")) == has
 
 
+@pytest.mark.parametrize("kind", ["embed", "rerank"])
+def test_a_model_does_not_load_with_the_name_of_a_prompt_that_it_lacks(tiny_paths: dict[str, Path], kind: str) -> None:
+    spec: dict[str, Any] = {"kind": kind, "path": str(tiny_paths[kind]), "prompt_name": "querry"}
+    told = r"could not be loaded: LimitError: PROMPT_NAME=querry: its prompts are \["
+    with use_models({"m": spec}), pytest.raises(ModelLoadError, match=told):
+        legit_worker.model("m").prompts  # noqa: B018
+
+
+def test_an_alias_that_shares_its_weights_fails_alone_if_it_names_a_prompt_that_there_is_not(
+    tiny_paths: dict[str, Path],
+) -> None:
+    path = str(tiny_paths["embed"])
+    with use_models({"m": {"path": path}, "other": {"path": path, "prompt_name": "querry"}}):
+        with pytest.raises(ModelLoadError, match="'other' can't have PROMPT_NAME=querry: its prompts are"):
+            legit_worker.model("other").encode("red")
+        assert len(legit_worker.model("other").encode("red", prompt_name="query")) == 32
+        with pytest.raises(InvalidInputError, match="prompt_name='querry' is not among"):
+            legit_worker.model("m").encode("red", prompt_name="querry")
+
+
 @pytest.mark.parametrize("precision", [None, "binary"])
 def test_an_alias_that_shares_its_weights_fails_alone_if_it_asks_for_too_many_dimensions(
     tiny_paths: dict[str, Path], precision: str | None
