@@ -41,7 +41,7 @@ from legit_worker.models.padding import TRIED, Compute, minds_padding
 from legit_worker.models.prompts import named_prompt
 from legit_worker.models.requirements import is_missing_folder
 from legit_worker.models.revision import revision_of
-from legit_worker.models.tokenizing import Tokenizing, if_any
+from legit_worker.models.tokenizing import Tokenizing, check_vocabulary, if_any
 
 
 class SentenceModel:
@@ -86,6 +86,7 @@ class SentenceModel:
         self.library = self._open(
             self.path, device="cpu", revision=self.revision, model_kwargs=more or None, **self._options
         ).eval()
+        check_vocabulary(getattr(self.library, "tokenizer", None))  # not every first module has one
         move(self.library, device)
         self._texts = Tokenizing(self.library)
         self._patches = patches_of(config_of(routes(self.library)[0]))

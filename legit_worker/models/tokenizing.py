@@ -32,6 +32,11 @@ from legit_worker.models.shortway import (
 KNOWN_LIMITS = 32
 
 
+#: The fewest tokens that a tokenizer has beside its special ones. If its files are missing, transformers makes an empty
+#: one, which has two at most, such as the sign of a word's beginning. DNA has four letters.
+FEWEST = 3
+
+
 class Tokenizing:
     """One model's. Used by one thread at a time: tokenizers keep state."""
 
@@ -136,6 +141,16 @@ class Tokenizing:
                     f"the text has {length if start == text else f'over {length}'} tokens and the model takes {limit}: "
                     f"shorten it, split it, or pass truncate=True to embed its first {limit}"
                 )
+
+
+def check_vocabulary(tokenizer: Any) -> None:
+    """Raise `FileNotFoundError` if one of transformers' tokenizers knows no words: all texts would be alike."""
+    special = getattr(tokenizer, "all_special_ids", None)
+    if special is not None and len(tokenizer) - len(set(special)) < FEWEST:
+        raise FileNotFoundError(
+            f"its tokenizer has {len(tokenizer)} tokens, and no words: the folder lacks the tokenizer's files, such as "
+            "tokenizer.json"
+        )
 
 
 def if_any(task: str | None) -> dict[str, str]:

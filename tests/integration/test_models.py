@@ -5,6 +5,7 @@ Nothing of Celery is here: this is what task code sees under any other pool, in 
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,6 +346,17 @@ def test_a_model_whose_path_is_not_there_says_so_each_time() -> None:
     for _ in range(2):
         with pytest.raises(ModelLoadError, match=r"missing.*nothing-here"):
             legit_worker.model("missing").encode("red")
+
+
+@pytest.mark.parametrize("kind", ["embed", "rerank", "sparse", "image"])
+def test_a_folder_without_a_tokenizer_is_told_and_does_not_make_all_texts_alike(
+    tiny_paths: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    folder = shutil.copytree(tiny_paths[kind], tmp_path / "model")
+    for file in folder.rglob("*token*.json"):
+        file.unlink()
+    with use_models({"m": {"kind": kind, "path": str(folder)}}), pytest.raises(ModelLoadError, match="token"):
+        legit_worker.model("m").prompts  # noqa: B018
 
 
 def test_a_method_that_the_kind_lacks_is_named() -> None:
