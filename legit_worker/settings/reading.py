@@ -58,7 +58,7 @@ def load(
     """
     environ = os.environ if environ is None else environ
     given = _variables(environ)
-    problems = unknown(environ)
+    problems = unknown(environ) + _twice(environ)
     given = {name: variable for name, variable in given.items() if _is_setting(name)}
     try:
         file = _read_file(given)
@@ -130,6 +130,17 @@ def _variables(environ: Mapping[str, str]) -> dict[Name, Variable]:
         for spelling, text in environ.items()
         if spelling.startswith(PREFIX) and text and not _is_of_a_service(spelling, text)
     }
+
+
+def _twice(environ: Mapping[str, str]) -> list[str]:
+    """Return one sentence for each variable that is there in upper and in lower case: nobody knows which one counts."""
+    first: dict[Name, str] = {}
+    spellings = (spelling for spelling, text in environ.items() if spelling.startswith(PREFIX) and text)
+    return [
+        f"{first[name]} and {spelling} are one setting, since upper and lower case count as one: unset one of them"
+        for name, spelling in ((_name(spelling), spelling) for spelling in spellings)
+        if first.setdefault(name, spelling) != spelling
+    ]
 
 
 def _name(spelling: str) -> Name:

@@ -431,6 +431,13 @@ def test_two_aliases_that_no_task_could_tell_apart_are_refused(toml: Any) -> Non
     assert complaint(CONFIG=path) == f"models in {path}: {said}"
 
 
+@pytest.mark.parametrize("name", ["MODELS__M__PATH", "WINDOW"])
+def test_a_variable_that_is_there_in_two_spellings_is_refused(name: str) -> None:
+    said = f"LEGIT_WORKER_{name} and LEGIT_WORKER_{name.lower()} are one setting"
+    assert complaint(**{name: "1", name.lower(): "2"}).startswith(said)
+    load({f"LEGIT_WORKER_{name}": "1", f"LEGIT_WORKER_{name.lower()}": ""})
+
+
 def test_a_variable_beats_the_file_for_an_alias_that_it_can_not_spell(toml: Any) -> None:
     path = toml("[models.'text-embedding-3']\npath = 'x'\npin = true")
     assert loaded(CONFIG=path, MODELS__TEXT_EMBEDDING_3__PATH="y").models == {
