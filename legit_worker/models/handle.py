@@ -24,7 +24,7 @@ from legit_worker.models import caretaker, fence
 from legit_worker.models.finite import with_second_try
 from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.methods import is_in_another_call, leave
-from legit_worker.models.options import LACKS
+from legit_worker.models.options import LACKS, SET_BY
 from legit_worker.models.policy import Request
 from legit_worker.models.preparing import prepare, take_turns
 from legit_worker.models.prompts import CALLS, filled
@@ -271,6 +271,13 @@ class Handle:
         """Raise `AttributeError`, with the reason if the library's objects have this attribute."""
         reason = f": {LACKS[name]}" if name in LACKS else ""
         raise AttributeError(f"a handle has no {name}{reason}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise `AttributeError` for what would change the library's object. A test may put its own methods here."""
+        if not name.startswith("_") and not callable(getattr(type(self), name, None)):
+            reason = SET_BY.get(name, "give the call an option, or the alias a setting")
+            raise AttributeError(f"{name} of a handle can't be set, since other tasks have the same model: {reason}")
+        super().__setattr__(name, value)
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """One output per item, in order, for a model of any kind; items as its `preprocess` takes them."""

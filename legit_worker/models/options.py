@@ -59,3 +59,11 @@ LACKS: Mapping[str, str] = {
     **dict.fromkeys(("fit", "train", "eval", "save", "save_pretrained", "push_to_hub", "forward"), _UNKNOWN),
     "truncate_sentence_embeddings": "give encode() truncate_dim, or the alias DIMENSIONS",
 }
+
+#: What to do in place of setting an attribute that changes the results of the library's objects.
+SET_BY: Mapping[str, str] = {
+    **dict.fromkeys(("max_seq_length", "max_length"), "give the call max_seq_length, or the alias MAX_SEQ_LENGTH"),
+    "truncate_dim": "give encode() truncate_dim, or the alias DIMENSIONS",
+    "prompts": "give the call a prompt, or the alias PROMPT",
+    "default_prompt_name": "give the call a prompt_name, or the alias PROMPT_NAME",
+}

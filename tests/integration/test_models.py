@@ -342,6 +342,12 @@ def test_a_handle_asks_for_its_model_only_when_it_is_used() -> None:
         handle.encode("red")
 
 
+def test_a_test_may_put_methods_of_its_own_into_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = legit_worker.model("missing")
+    monkeypatch.setattr(handle, "encode", str.upper)
+    assert handle.encode("red") == "RED"
+
+
 def test_a_model_whose_path_is_not_there_says_so_each_time() -> None:
     for _ in range(2):
         with pytest.raises(ModelLoadError, match=r"missing.*nothing-here"):
