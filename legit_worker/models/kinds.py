@@ -190,6 +190,11 @@ class SparseEmbedding(Embedding):
         **others: Any,
     ) -> Plan:
         """The result is a `scipy.sparse.csr_array` of shape `[n, vocabulary]`, with one row for one text."""
+        others.pop("save_to_cpu", None)
+        if not others.pop("convert_to_sparse_tensor", True):
+            raise ValueError(
+                "dense rows are refused: the result is a scipy.sparse.csr_array; its toarray() has the zeros"
+            )
         refuse(others, "encode", max_active_dims=max_active_dims, max_seq_length=max_seq_length)
         items, _ = self._items(inputs, prompt_name, prompt, task, max_seq_length)
         most = max_active_dims or self.library.max_active_dims

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from legit_worker import golden
@@ -261,6 +262,7 @@ class SentenceModel:
     ) -> tuple[list[Prompted], bool]:
         """The call's items, and whether it has a single input, whose result is no list."""
         self._texts.check_limit(limit)
+        inputs = _without_arrays(inputs)
         is_single = self.library.is_singular_input(inputs)
         items = [inputs] if is_single else list(inputs)
         name = self.library.default_prompt_name if prompt_name is None else prompt_name
@@ -275,3 +277,9 @@ class SentenceModel:
 
     def _named_prompt(self, name: str | None) -> str | None:
         return named_prompt(self.library.prompts, name)
+
+
+def _without_arrays(value: Any) -> Any:
+    """Make lists of an array of texts, or of pairs of texts. Other arrays, such as pixels, stay."""
+    is_of_texts = isinstance(value, np.ndarray) and value.ndim > 0 and value.dtype.kind in "OU"
+    return value.tolist() if is_of_texts else value

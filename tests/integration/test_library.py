@@ -80,6 +80,7 @@ def called(expression: str, objects: dict[str, Any]) -> Any:
         "picture": picture,
         "pixels": np.asarray(picture),
         "identity": torch.nn.Identity(),
+        "numpy": np,
     }
     return eval(expression, {**names, **objects})
 
