@@ -62,7 +62,8 @@ class MultiVector(Embedding):
         return items, finish
 
     def _dimensions(self, result: Any, options: Mapping[str, Any]) -> int | None:
-        return next((int(row.shape[-1]) for row in (result if isinstance(result, list) else [result])), None)
+        rows = result if isinstance(result, list) else [result]
+        return next((int(row.shape[-1]) for row in rows if row is not None), None)
 
 
 def _normalized(row: NDArray[Any]) -> NDArray[Any]:

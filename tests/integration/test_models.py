@@ -329,6 +329,12 @@ def test_map_gives_one_output_per_item_for_any_kind(dense: Any) -> None:
     assert legit_worker.model("embed").map([]) == []
 
 
+def test_map_gives_vectors_of_tokens(tmp_path: Path) -> None:
+    with use_models({"m": {"kind": "multi", "path": str(tiny_models.build_multi(tmp_path))}}):
+        (mapped,) = legit_worker.model("m").map(["red apple"])
+        np.testing.assert_array_equal(mapped, legit_worker.model("m").encode("red apple"))
+
+
 def test_a_text_that_would_be_cut_is_refused_when_asked(dense: Any) -> None:
     handle = legit_worker.model("embed")
     handle.check_length("cat " * (MAX_TOKENS - 2))
