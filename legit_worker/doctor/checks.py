@@ -46,10 +46,10 @@ PACKAGES = (
 #: The first Redis that has BLMOVE.
 REDIS = (6, 2)
 
-#: Seconds for a probe, which may load a model.
+#: Seconds for a probe, and for each model that it loads.
 PROBE_SECONDS = 300
 
-#: The least cosine between a text's vector in a batch and its vector alone.
+#: The least cosine between what an input gives in a batch and what it gives alone.
 COSINE = 0.9999
 
 
@@ -302,21 +302,21 @@ def _prep(chosen: settings.Settings) -> Iterator[Finding]:
 
 
 def _batches(chosen: settings.Settings) -> Iterator[Finding]:
-    aliases = [alias for alias, model in chosen.models.items() if model.kind == "embed"]
+    aliases = [alias for alias, model in chosen.models.items() if model.kind in settings.KINDS_WITH_PATH]
     if not aliases:
-        yield ok("no model of kind embed to try")
+        yield ok("no model of a built-in kind to try")
         return
     for alias, seen in probe("batches", *aliases).items():
         if "error" in seen:
             yield failure(seen["error"], "correct this model's settings, or its files")
             continue
-        rates = f"{seen['alone']:.0f} texts/s alone, {seen['batched']:.0f} in batches, by {seen['backend']}"
+        rates = f"{seen['alone']:.0f} {seen['of']}/s alone, {seen['batched']:.0f} in batches, by {seen['backend']}"
         if seen["cosine"] >= COSINE:
             yield ok(f"{alias} on {seen['device']}: {rates}; worst cosine between the two {seen['cosine']:.6f}")
         else:
             yield failure(
-                f"{alias} on {seen['device']}: vectors depend on the batch (worst cosine {seen['cosine']:.6f})",
-                "try DTYPE=float32; `celery legit validate` names the texts",
+                f"{alias} on {seen['device']}: results depend on the batch (worst cosine {seen['cosine']:.6f})",
+                "try DTYPE=float32; `celery legit validate` names the inputs",
             )
 
 
@@ -324,7 +324,8 @@ def probe(name: str, *arguments: str, **variables: str) -> Any:
     """Run a function of `probes.py` in its own process. Raises `LegitWorkerError` if it fails."""
     command = [sys.executable, "-m", "legit_worker.doctor.probes", name, *arguments]
     kept = os.environ | variables
-    finished = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+    seconds = PROBE_SECONDS * max(1, len(arguments))
+    finished = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=seconds, check=False)
     if finished.returncode:
         raise LegitWorkerError((finished.stderr.strip().splitlines() or ["its process printed no error"])[-1])
     return json.loads(finished.stdout.splitlines()[-1])

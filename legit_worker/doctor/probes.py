@@ -12,6 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from legit_worker import golden
+
 #: What the class of a model has at least.
 METHODS = ("load", "preprocess", "cost", "forward", "postprocess")
 
@@ -67,41 +69,66 @@ def own_class(kind: str) -> dict[str, Any]:
 
 
 def batches(*aliases: str) -> dict[str, dict[str, Any]]:
-    """Compare each model's vectors of texts alone and in a batch, and its texts a second; or return its error."""
+    """Compare each model's rows of inputs alone and in a batch, and its inputs a second; or return its error."""
     return {alias: _tried(alias) for alias in aliases}
 
 
 def _tried(alias: str) -> dict[str, Any]:
     from legit_worker.errors import LegitWorkerError
+    from legit_worker.models.registry import default_registry
 
     try:
         return _batches(alias)
     except LegitWorkerError as error:
         return {"error": str(error)}
+    except Exception as error:  # of the library, and the other models are to be tried
+        return {"error": f"model {alias!r}: {type(error).__name__}: {error}"}
+    finally:
+        default_registry().residency.unload(default_registry().get(alias))
 
 
 def _batches(alias: str) -> dict[str, Any]:
-    import numpy as np
-
     import legit_worker
     from legit_worker.models.registry import default_registry
 
     handle = legit_worker.model(alias)
+    items, of = _inputs(handle.slot.spec.kind)
     for _ in range(2):  # the first run loads the model, and the libraries choose kernels for each shape
         start = perf_counter()
-        together = handle.encode(TEXTS)
+        together = handle.map(items)
         middle = perf_counter()
-        alone = np.stack([handle.encode(text) for text in TEXTS])
+        alone = [handle.map([item])[0] for item in items]
         end = perf_counter()
-    lengths = np.linalg.norm(together, axis=1) * np.linalg.norm(alone, axis=1)
     loaded = default_registry().get(alias).model
     return {
         "device": default_registry().device(),
         "backend": loaded.backend.get("backend") if loaded else None,
-        "cosine": float(((together * alone).sum(axis=1) / lengths).min()),
-        "batched": len(TEXTS) / (middle - start),
-        "alone": len(TEXTS) / (end - middle),
+        "cosine": min(map(_cosine, together, alone)),
+        "of": of,
+        "batched": len(items) / (middle - start),
+        "alone": len(items) / (end - middle),
     }
+
+
+def _inputs(kind: str) -> tuple[list[Any], str]:
+    """Return what a model of this kind is tried with, and what that is."""
+    if kind == "rerank":
+        return [(TEXTS[0], text) for text in TEXTS], "pairs"
+    return (golden.pictures(), "images") if kind == "image" else (list(TEXTS), "texts")
+
+
+def _cosine(one: Any, other: Any) -> float:
+    """Compare two rows. A sparse one is its places and its values; one of several vectors is compared as a whole."""
+    import numpy as np
+
+    if isinstance(one, tuple):
+        width = 1 + max((int(place) for places, _ in (one, other) for place in places), default=0)
+        one, other = (np.bincount(places, values, width) for places, values in (one, other))
+    if np.shape(one) != np.shape(other):
+        return 0.0
+    first, second = (np.ravel(row).astype(np.float64) for row in (one, other))
+    length = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / length if length else float(np.array_equal(first, second))
 
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from drivers import CudaDriver, Nvml, torch_has_cuda
 from harness import ANSWER_SECONDS, Broker, celery_command, project_environment
 
@@ -53,6 +54,18 @@ def test_a_machine_without_a_gpu_is_well_and_its_prep_role_asks_no_driver(
     assert "refused when it asks" in about(found, "prep", "ok")
     assert "worst cosine between the two 1.000000" in about(found, "batches", "ok")
     assert driver.calls == []
+
+
+def test_a_model_of_each_built_in_kind_is_tried(broker: Broker, tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    paths = {**tiny_paths, "multi": tiny_models.build_multi(tmp_path)}
+    variables = {f"LEGIT_WORKER_MODELS__{kind.upper()}__PATH": str(path) for kind, path in paths.items()}
+    variables |= {f"LEGIT_WORKER_MODELS__{kind.upper()}__KIND": kind for kind in paths}
+    variables |= {"LEGIT_WORKER_MODELS__EMBED__PRECISION": "int8", "LEGIT_WORKER_MODELS__HOLLOW__KIND": "rerank"}
+    code, found = doctor(broker, **variables, LEGIT_WORKER_MODELS__HOLLOW__PATH=str(tmp_path))
+    assert code == 1
+    assert "model 'hollow' (kind rerank" in about(found, "batches", "failure")
+    assert len(about(found, "batches", "ok").splitlines()) == len(paths)
+    assert all("the two 1.000000" in line for line in about(found, "batches", "ok").splitlines())
 
 
 def test_rabbitmq_is_to_confirm_what_tasks_send(rabbitmq: Broker) -> None:

@@ -35,7 +35,7 @@ def test_auto_with_openvino_is_none(auto: settings.Settings, monkeypatch: pytest
 
 
 def test_the_doctor_names_what_computed_the_batches(auto: settings.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {"device": "cpu", "backend": "openvino int8", "cosine": 1.0, "batched": 9.0, "alone": 3.0}
+    seen = {"device": "cpu", "backend": "openvino int8", "cosine": 1.0, "of": "texts", "batched": 9.0, "alone": 3.0}
     monkeypatch.setattr(checks, "probe", lambda name, *aliases: dict.fromkeys(aliases, seen))
     (text,) = texts_of(checks._batches(auto))
     assert "by openvino int8" in text
