@@ -83,6 +83,16 @@ def test_a_text_has_the_same_vector_in_every_batch(serve: Serve) -> None:
         np.testing.assert_allclose(together[row], handle.encode(text), **CLOSE)
 
 
+def test_a_decoder_that_is_padded_on_the_left_needs_its_attention_written_out(serve: Serve, tmp_path: Path) -> None:
+    path = str(tiny_models.build_decoder(tmp_path))
+    serve("embed", path=path)
+    with pytest.raises(ModelLoadError, match=r'not finite: .*"attn_implementation": "eager"'):
+        legit_worker.model("m").encode(TEXTS)
+    serve("embed", path=path, model_kwargs={"attn_implementation": "eager"})
+    model = sentence_transformers.SentenceTransformer(path, device="cpu")
+    np.testing.assert_allclose(legit_worker.model("m").encode(TEXTS), model.encode(TEXTS), **CLOSE)
+
+
 def test_a_pair_has_the_librarys_score(serve: Serve, tiny_paths: dict[str, Path]) -> None:
     serve("rerank")
     model = sentence_transformers.CrossEncoder(str(tiny_paths["rerank"]), device="cpu")

@@ -62,6 +62,26 @@ def build_dense(folder: Path, default: str | None = None, *, include_prompt: boo
     return folder / "model"
 
 
+def build_decoder(folder: Path) -> Path:
+    """A `SentenceTransformer` on Qwen 3, padded on the left, whose last token's vector is the text's."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertTokenizer, Qwen3Config, Qwen3Model
+
+    pieces = vocabulary()
+    torch.manual_seed(0)
+    config = Qwen3Config(**_small(pieces), num_key_value_heads=2, head_dim=16, pad_token_id=0)
+    _scatter(Qwen3Model(config)).save_pretrained(folder / "qwen")
+    tokenizer = BertTokenizer(vocab=pieces, model_max_length=MAX_TOKENS, padding_side="left")
+    tokenizer.save_pretrained(folder / "qwen")
+    qwen = Transformer(str(folder / "qwen"))
+    pooling = Pooling(qwen.get_embedding_dimension(), pooling_mode="lasttoken")
+    SentenceTransformer(modules=[qwen, pooling]).save(str(folder / "model"))
+    return folder / "model"
+
+
 def build_routed(folder: Path) -> Path:
     """A `SentenceTransformer` with a way of their own for queries: static vectors there, BERT for documents."""
     from sentence_transformers import SentenceTransformer
