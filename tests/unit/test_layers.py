@@ -84,7 +84,7 @@ ALLOWED = {
     "routes": {"settings"},
     "celery": {"install", "routes", "settings", "tasks"},
     "validation": {"errors", "golden", "routing", "settings"},
-    "doctor": {"device", "errors", "models", "prep", "prep_tasks", "routing", "settings"},
+    "doctor": {"device", "errors", "golden", "models", "prep", "prep_tasks", "routing", "settings"},
     "cli": {"control", "doctor", "errors", "routing", "settings", "validation"},
     "testing": {"device", "models", "parking", "pool", "settings", "task_limits", "tasks"},
     "__init__": {"install", "models", "pool"},
