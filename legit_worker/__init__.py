@@ -6,6 +6,7 @@ changes until `LEGIT_WORKER_ENABLED=1`.
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,8 @@ def model(alias: str) -> Handle:
 
     Inside a ModelPool its calls park the task and share batches; anywhere else they call the model directly.
     """
-    return cast("Handle", _Unused(alias))
+    kind = getattr(sys.modules.get("legit_worker.models.handle"), "Handle", _Unused)
+    return cast("Handle", kind(alias))
 
 
 class _Unused:
@@ -34,7 +36,7 @@ class _Unused:
     """
 
     def __init__(self, alias: str) -> None:
-        self._alias = alias
+        vars(self)["_alias"] = alias
 
     def __repr__(self) -> str:
         return f"<Handle {self._alias}>"
@@ -42,11 +44,17 @@ class _Unused:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks for its own methods, as it does to copy an object
             raise AttributeError(name)
+        return getattr(self._become(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._become(), name, value)
+
+    def _become(self) -> _Unused:
         from legit_worker.models.handle import Handle
 
-        handle: Any = self
-        handle.__dict__, handle.__class__ = vars(Handle(self._alias)), Handle
-        return getattr(handle, name)
+        vars(self).update(vars(Handle(self._alias)))
+        object.__setattr__(self, "__class__", Handle)
+        return self
 
 
 def exclusive() -> AbstractContextManager[None]:

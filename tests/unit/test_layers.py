@@ -151,6 +151,18 @@ def test_the_celery_command_gets_the_group_alone() -> None:
     assert result.stdout.strip() == "False"
 
 
+def test_a_handle_that_was_made_before_its_class_was_imported_is_one_once_it_is_used() -> None:
+    code = (
+        "import contextlib, copy, pickle, legit_worker; before = legit_worker.model('m'); "
+        "handle, told = pickle.loads(pickle.dumps(copy.copy(before))), repr(before)\n"
+        "with contextlib.suppress(AttributeError): handle.truncate_dim = 8\n"
+        "assert 'truncate_dim' not in vars(handle)\n"
+        "assert type(handle) is type(legit_worker.model('m')), type(handle)\n"
+        "assert repr(handle) == told == '<Handle m>', (repr(handle), told)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_client_whose_environment_has_no_settings_imports_next_to_nothing() -> None:
     code = (
         "import sys; from celery import Celery; import legit_worker; legit_worker.install(Celery()); "
