@@ -29,10 +29,10 @@ def model(alias: str) -> Handle:
 
 
 class _Unused:
-    """A handle that nothing was asked of: it becomes one then.
+    """A handle before its first use, by which it becomes one.
 
-    Clients and beat import a project's module, too, and may have handles there. They need nothing of what a handle
-    imports, which takes half a second.
+    Clients and beat import a project's module, too, and may have handles there. A handle's own imports take half a
+    second, and they need none of them.
     """
 
     def __init__(self, alias: str) -> None:

@@ -81,7 +81,7 @@ def _tried(alias: str) -> dict[str, Any]:
         return _batches(alias)
     except LegitWorkerError as error:
         return {"error": str(error)}
-    except Exception as error:  # of the library, and the other models are to be tried
+    except Exception as error:  # of the library; the other models are tried all the same
         return {"error": f"model {alias!r}: {type(error).__name__}: {error}"}
     finally:
         default_registry().residency.unload(default_registry().get(alias))

@@ -165,9 +165,7 @@ class Loader:
                 model = self._read(slot, cls, orders, device)
             seconds = monotonic() - start
             try:
-                _check_limit(slot, model)
-                _check_prompt(slot, model)
-                _check_dimensions(slot, model)
+                _check_settings(slot, model)
                 orders.sized(slot, model.size)
                 _learn_padding(model)
                 # Outside `loading`, on the stream of batches: torch's allocator keeps what it freed for that stream.
@@ -199,10 +197,16 @@ class Loader:
         return model
 
 
-def _check_limit(slot: Slot, model: LoadedModel) -> None:
-    """Raise `LimitError` if the model can't have its `MAX_SEQ_LENGTH`. Those that share it are told at calls."""
-    limit = slot.spec.max_seq_length
-    if limit is None or len(slot.aliases) > 1:
+def _check_settings(slot: Slot, model: LoadedModel) -> None:
+    """Raise `LimitError` if the model can't have what its alias asks for. Aliases that share one are told at calls."""
+    if len(slot.aliases) == 1:
+        _check_limit(slot.spec.max_seq_length, model)
+        _check_prompt(slot.spec.prompt_name, model)
+        _check_dimensions(slot.spec.dimensions, model)
+
+
+def _check_limit(limit: int | None, model: LoadedModel) -> None:
+    if limit is None:
         return
     try:
         model.alone("check_limit", limit)
@@ -210,17 +214,14 @@ def _check_limit(slot: Slot, model: LoadedModel) -> None:
         raise LimitError(f"MAX_SEQ_LENGTH={limit}: {error}") from None
 
 
-def _check_prompt(slot: Slot, model: LoadedModel) -> None:
-    """Raise `LimitError` if the model has no prompt of its `PROMPT_NAME`."""
-    name = slot.spec.prompt_name
-    if name is not None and len(slot.aliases) == 1 and name not in (known := model.alone("prompts")):
+def _check_prompt(name: str | None, model: LoadedModel) -> None:
+    if name is not None and name not in (known := model.alone("prompts")):
         raise LimitError(f"PROMPT_NAME={name}: its prompts are {sorted(known)}")
 
 
-def _check_dimensions(slot: Slot, model: LoadedModel) -> None:
-    """Raise `LimitError` if the model's vectors are shorter than its `DIMENSIONS`. Computes one to find out."""
-    asked = slot.spec.dimensions
-    if asked is None or len(slot.aliases) > 1:
+def _check_dimensions(asked: int | None, model: LoadedModel) -> None:
+    """Compute one vector to find out."""
+    if asked is None:
         return
     has = int(model.compute([model.trial(1)]).outputs[0].shape[-1])
     if has < asked:
