@@ -19,6 +19,7 @@ from legit_worker.broker import owners
 from legit_worker.broker.hearing import HearingChannel
 from legit_worker.broker.ledger import Ledger, uptime
 from legit_worker.broker.reserve import (
+    LAST,
     MORE,
     MOST_BYTES,
     MOST_MESSAGES,
@@ -46,6 +47,8 @@ class AskingChannel(HearingChannel):
         #: When the script was asked last, by `uptime`.
         self._asked_at = 0.0
         self._group = 1
+        # Whether the lists were empty after the last answer, which brought as many as were asked for.
+        self._saw_last = False
         #: Acks that the outstanding question has brought along.
         self._riding: list[str] = []
         #: While a suspect is next for which the worker holds too many messages: how many it may hold together with it.
@@ -65,6 +68,11 @@ class AskingChannel(HearingChannel):
     def awaits_answer(self) -> bool:
         """Whether the script may have reserved messages that have not arrived yet."""
         return bool(self._in_poll and self._asked)
+
+    @property
+    def awaits_messages(self) -> bool:
+        """The same, if it is likely: some were left when the script was asked before."""
+        return self.awaits_answer and not self._saw_last
 
     @property
     def is_asking(self) -> bool:
@@ -170,7 +178,8 @@ class AskingChannel(HearingChannel):
     def _understand(self, state: int, suspect: int, *found: Any) -> list[Reserved]:
         """Note what the script says about the next messages, and what it reserved."""
         self._looking = bool(state)
-        self._group = min(2 * self._group, MOST_MESSAGES) if state == MORE else 1
+        self._saw_last = state == LAST
+        self._group = min(2 * self._group, MOST_MESSAGES) if state in (MORE, LAST) else 1
         self._suspect = suspect if state == NO_ROOM else None
         reserved = []
         for number, tag, raw in zip(found[::3], found[1::3], found[2::3], strict=True):

@@ -57,7 +57,7 @@ def is_more_coming() -> bool | None:
     None if nobody asks: the broker sends messages by itself, or the worker has no room for more.
     """
     asking = [channel for ledger in list(_of_worker.values()) for channel in ledger.channels if channel.is_asking]
-    return any(channel.awaits_answer for channel in asking) if asking else None
+    return any(channel.awaits_messages for channel in asking) if asking else None
 
 
 def held_here() -> int:

@@ -28,8 +28,9 @@ COMPANY = 32
 LITTLE_COMPANY = 4
 
 #: The script's first number. More messages may be waiting; a suspect is next, for which the worker holds too many
-#: others; bytes are next of which the server can't say whether they are a message.
-MORE, NO_ROOM, UNSURE = 1, 2, 3
+#: others; bytes are next of which the server can't say whether they are a message; there were as many as were asked
+#: for, and the lists are empty. It is 0 if there were fewer.
+MORE, NO_ROOM, UNSURE, LAST = 1, 2, 3, 4
 
 #: Acks, and then reserves. It notes each message among the unacked ones, as kombu's `QoS.append` does
 #: (kombu.transport.redis, 5.7), and with its owner, and only then takes it off its list. If a queue's consumer doesn't
@@ -139,7 +140,9 @@ local function reserve_all()
             again = false
             for queue = 1, queues do
                 repeat
-                    if messages <= 0 or bytes <= 0 then return stop(1) end
+                    if messages <= 0 or bytes <= 0 then
+                        return stop(redis.call('EXISTS', unpack(KEYS, 5)) > 0 and 1 or 4)
+                    end
                     local found = reserve(first + queue - 1, queue)
                     if found == nil then return end
                     again = again or found

@@ -108,7 +108,7 @@ class Pace:
         patience = self._patience(elapsed, waiting_seconds, launch_seconds, full, coming)
         if patience is None:
             return True
-        if arrived:  # go round first: the hub asks the broker for the next task only then
+        if arrived and patience > 0:  # go round first: the hub asks the broker for the next task only then
             return False
         found = look(patience)
         if coming is None and self._backlog and patience > _glance(launch_seconds):

@@ -597,6 +597,17 @@ def test_a_full_worker_sleeps_while_messages_wait(url: str, taker: Any) -> None:
     assert len(one.got) == 1
 
 
+@pytest.mark.parametrize("bodies", [[1], [1, 2]])
+def test_with_a_message_comes_the_news_whether_others_are_left(url: str, taker: Any, bodies: list[int]) -> None:
+    """A batch does not wait for an answer that is likely to bring nothing."""
+    put(url, *bodies)
+    one = taker()
+    Turning(one).take(1)
+    one.connection.transport.cycle.on_poll_start()
+    assert one.channel.awaits_answer
+    assert one.channel.awaits_messages == (len(bodies) > 1)
+
+
 def test_a_list_whose_bell_rings_is_asked_before_the_hub_comes_round(url: str, taker: Any) -> None:
     """A batch might come first, and its tasks would not be in it."""
     one = taker()

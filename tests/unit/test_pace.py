@@ -57,7 +57,6 @@ def test_a_lone_task_is_computed_after_one_glance() -> None:
 def test_a_lone_task_is_computed_at_once_if_the_broker_has_no_more() -> None:
     pace, listener = Pace(None), Listener()
     pace.task_arrived()
-    assert not ask(pace, listener, coming=False)
     assert ask(pace, listener, coming=False)
     assert listener.asked == [0.0]
 

@@ -79,7 +79,7 @@ def test_a_channel_that_closes_delivers_nothing_more() -> None:
 def test_more_messages_may_come_while_a_channel_that_has_room_awaits_an_answer(
     channels: list[tuple[bool, bool]], coming: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_ones = [SimpleNamespace(is_asking=is_asking, awaits_answer=awaits) for is_asking, awaits in channels]
+    open_ones = [SimpleNamespace(is_asking=is_asking, awaits_messages=awaits) for is_asking, awaits in channels]
     monkeypatch.setattr(owners, "_of_worker", {"a broker": SimpleNamespace(channels=open_ones)})
     assert owners.is_more_coming() is coming
 
