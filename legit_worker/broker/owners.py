@@ -52,7 +52,7 @@ def is_hurried() -> bool:
 
 
 def is_more_coming() -> bool | None:
-    """Whether the answer to a question for messages is on its way, which comes at once; False: the lists were empty.
+    """Whether an answer that is likely to bring messages is on its way, and comes at once; False: the lists were empty.
 
     None if nobody asks: the broker sends messages by itself, or the worker has no room for more.
     """
