@@ -66,7 +66,7 @@ def tensors_of(features: Features) -> dict[str, torch.Tensor]:
     return {name: value for name, value in sorted(features.items()) if isinstance(value, torch.Tensor)}
 
 
-class _Rows(torch.nn.Module):
+class Rows(torch.nn.Module):
     """A module from a batch's tensors, in their order, to its rows. Other features are the example's."""
 
     def __init__(self, module: torch.nn.Module, compute: Callable[[dict[str, Any]], Any], example: Features) -> None:
@@ -88,8 +88,8 @@ def convert(module: torch.nn.Module, compute: Callable[[dict[str, Any]], Any], e
     """
     tensors = tensors_of(example)
     try:
-        with _quietly(), torch.no_grad():
-            rows = _Rows(module, compute, example).eval()
+        with quietly(), torch.no_grad():
+            rows = Rows(module, compute, example).eval()
             rows(*tensors.values())  # some modules note a dimension in their first batch, which would be the trace's
             graph = library().convert_model(rows, example_input=tuple(tensors.values()))
     except Exception as error:
@@ -109,24 +109,26 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep out of the log what a trace says of each Python condition. The comparison finds a wrong one."""
-    library = logging.getLogger("transformers")
-    before = library.level
-    library.setLevel(logging.ERROR)
+    libraries = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
+    before = [library.level for library in libraries]
+    for library in libraries:
+        library.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        library.setLevel(before)
+        for library, level in zip(libraries, before, strict=True):
+            library.setLevel(level)
 
 
 def quantized(graph: Any, batches: Sequence[Features]) -> Any:
     """Return the graph with int8 products, whose ranges are those that these batches need. Needs `nncf`."""
     import nncf
 
-    with _quietly():
+    with quietly():
         data = nncf.Dataset([_arrays(batch) for batch in batches])
         return nncf.quantize(graph, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from cachetools import LRUCache
 
+from legit_worker.backends.closeness import difference, tells, tolerance
 from legit_worker.device.capture import Recorder, Recording
 from legit_worker.device.cuda import to_device
 from legit_worker.device.memory import is_out_of_memory, let_go
@@ -36,10 +37,6 @@ MOST_TOKENS = 4096
 #: The most shapes of a model that are known. Batches of one kind have 79. The length of a prompt may make a kind, and
 #: each call may name another prompt.
 MOST_SHAPES = 256
-
-#: How far a graph's rows may be from torch's, relative to the largest number, by the bytes of a number. Torch may take
-#: another kernel for a batch without padding.
-TOLERANCES = {8: 1e-3, 4: 1e-3, 2: 3e-2}
 
 #: Which replays of a graph are compared with torch, and each how many after them. What a graph reads may change later.
 COMPARED, COMPARED_EACH = (8, 64), 512
@@ -141,12 +138,12 @@ class RecordedBatches:
         half = {name: value[: (length + 1) // 2] if isinstance(value, list) else value for name, value in text.items()}
         try:
             alone = self._compute(to_device(self._collate([half], 0), device))
-            if not _tells(alone):
+            if not tells(alone):
                 return False  # the next text may
             padded = self._compute(to_device(self._collate([half, text], min(length + 8, self._longest)), device))[:1]
-            difference = _difference(alone, padded[:, : alone.shape[1]])
-            self._pads = difference <= _tolerance(alone)
-            reason = f"the rows of a text with padding and without differ by {difference:.1e}"
+            distance = difference(alone, padded[:, : alone.shape[1]])
+            self._pads = distance <= tolerance(alone)
+            reason = f"the rows of a text with padding and without differ by {distance:.1e}"
         except Exception as error:
             reason = _reason(error)
             let_go(error)
@@ -178,19 +175,19 @@ class RecordedBatches:
             recording = self._recorder.record(self, lambda own: self._compute({**features, **own}), inputs)
             if recording is None:
                 return rows
-            if not _tells(rows):
+            if not tells(rows):
                 known.spent = 0.0  # other texts may
                 return rows
-            difference = _difference(rows, recording.replay(inputs))
+            distance = difference(rows, recording.replay(inputs))
         except Exception as error:
             self._failed(known, error, perf_counter() - start)
             return rows
-        if difference <= _tolerance(rows):
+        if distance <= tolerance(rows):
             known.recording, known.read, known.replays = recording, read, 1
             seconds = perf_counter() - start
             self._price = min(seconds, self._price or seconds)
         else:
-            self._give_up(_differs(shape, difference))
+            self._give_up(_differs(shape, distance))
         return rows
 
     def _failed(self, known: _Known, error: Exception, seconds: float) -> None:
@@ -217,14 +214,14 @@ class RecordedBatches:
         if rows is not None and known.replays not in COMPARED and known.replays % COMPARED_EACH:
             return rows
         expected = self._compute(to_device(features, device))
-        if rows is not None and _tells(expected):
-            difference = _difference(expected, rows)
-            if not difference <= _tolerance(expected):
+        if rows is not None and tells(expected):
+            distance = difference(expected, rows)
+            if not distance <= tolerance(expected):
                 logger.warning(
                     "model %s: up to %d batches since the last comparison may have wrong results: %s",
-                    *(self._name, COMPARED_EACH, _differs(shape, difference)),
+                    *(self._name, COMPARED_EACH, _differs(shape, distance)),
                 )
-                self._give_up(_differs(shape, difference))
+                self._give_up(_differs(shape, distance))
         return expected
 
     def _give_up(self, reason: str) -> None:
@@ -249,8 +246,8 @@ def _reason(error: Exception) -> str:
     return "no memory is left" if is_out_of_memory(error) else f"{type(error).__name__}: {said(error)}"
 
 
-def _differs(shape: Shape, difference: float) -> str:
-    return f"the rows of {shape.rows} texts of {shape.length} tokens differ by {difference:.1e}"
+def _differs(shape: Shape, distance: float) -> str:
+    return f"the rows of {shape.rows} texts of {shape.length} tokens differ by {distance:.1e}"
 
 
 def _read_by(module: torch.nn.Module | None) -> Iterator[torch.Tensor]:
@@ -268,18 +265,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict | list | tuple) and len(value) <= MOST_ITEMS:
         for one in value.values() if isinstance(value, dict) else value:
             yield from _tensors(one)
-
-
-def _tells(rows: torch.Tensor) -> bool:
-    """Whether a comparison with these rows says something: they are finite, and not all zero. Waits for the GPU."""
-    return bool(rows.isfinite().all() and rows.any())
-
-
-def _tolerance(rows: torch.Tensor) -> float:
-    return TOLERANCES.get(rows.element_size(), TOLERANCES[2])
-
-
-def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest one, relative to the largest number."""
-    expected, found = expected.float(), found.float()
-    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))

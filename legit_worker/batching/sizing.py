@@ -67,22 +67,22 @@ class Sizing:
             self._items = min(self._items, SHRINK * count)
             self._padded = min(self._padded, SHRINK * count * longest)
 
-    def items(self, longest: int, light_cost: int = 0, round_seconds: float = 0.0) -> int:
+    def items(self, longest: int, light_cost: int = 0, round_seconds: float = 0.0, streams: int = 1) -> int:
         """The most items, padded to `longest`, that the next batch may have; at least 1.
 
         `light_cost` is what an app that sends little adds to a batch; 0 if there is none. `round_seconds` is how long
-        one item of each call that waits would take.
+        one item of each call that waits would take. `streams`: how many batches share the device.
         """
         if not self.costs.is_known:
             return FIRST_BATCH
         grown = int(min(self._items, self._padded // longest))
-        seconds = self._batch_seconds(round_seconds)
+        seconds = self._batch_seconds(round_seconds, streams)
         if light_cost:
             shared = max(SHARED_SECONDS, SHARED * self.costs.predict(1, light_cost))
             return max(1, min(grown, self.costs.largest(longest, min(seconds, shared))))
         return max(1, min(grown, self.costs.largest(longest, seconds)), self.costs.worth_a_try(longest, seconds))
 
-    def _batch_seconds(self, round_seconds: float) -> float:
+    def _batch_seconds(self, round_seconds: float, streams: int) -> float:
         """How long a batch should be: its launch matters little, and the user's bound is kept.
 
         So is the target, unless more calls wait than can have an item each within it. Then only large batches make the
@@ -92,7 +92,7 @@ class Sizing:
         seconds = min(self._max_seconds, max(SHORT, launch / LAUNCH_SHARE))
         if self._target is not None and round_seconds <= self._target:
             seconds = min(seconds, TARGET_SHARE * self._target)
-        return max(seconds, LAUNCHES * launch)
+        return max(seconds / streams, LAUNCHES * launch)
 
     def surplus_seconds(self, cost: float, longest: int) -> float:
         """Seconds of device time for this much cost of items this long, in full batches, less the next batch.

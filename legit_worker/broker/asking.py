@@ -75,6 +75,11 @@ class AskingChannel(HearingChannel):
         return self.awaits_answer and not self._saw_last
 
     @property
+    def left_messages(self) -> bool:
+        """Whether more messages were there than the script was asked for the last time."""
+        return self._group > 1 and not self._saw_last
+
+    @property
     def is_asking(self) -> bool:
         """Whether messages come by the script to a worker's event loop, which has room for more."""
         return bool(self._asked and self.connection.cycle.hub is not None and self.qos.can_consume())

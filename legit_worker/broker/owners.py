@@ -60,6 +60,11 @@ def is_more_coming() -> bool | None:
     return any(channel.awaits_messages for channel in asking) if asking else None
 
 
+def is_more_there() -> bool:
+    """Whether the last answer left messages in the broker's lists. Other brokers don't tell."""
+    return any(channel.left_messages for ledger in list(_of_worker.values()) for channel in ledger.channels)
+
+
 def held_here() -> int:
     """Count the messages that this process's worker holds. Any thread may ask."""
     return sum(len(ledger.held) for ledger in list(_of_worker.values()))

@@ -14,9 +14,10 @@ import torch
 from legit_worker.backends.choice import Subject, Wanted, choose
 from legit_worker.backends.graphs import Graphs
 from legit_worker.backends.recorded import RecordedBatches
+from legit_worker.backends.traced import Traced, trace
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import cuda_device
-from legit_worker.models.features import collate
+from legit_worker.models.features import collate, is_tokens
 from legit_worker.models.lengths import positions, routes
 from legit_worker.models.shortway import leaves_out_prompts
 from legit_worker.prep.texts import model_folder
@@ -28,12 +29,19 @@ if TYPE_CHECKING:
 class Backend:
     """What computes one model. The loader thread chooses it; `graphs` is None while torch computes."""
 
-    def __init__(self, name: str, dtype: str | None, cache_dir: Path | None, *, records: bool = False) -> None:
-        """`records`: whether torch's small batches become CUDA graphs on a GPU."""
-        self._name, self._dtype, self._cache_dir, self._records = name, dtype, cache_dir, records
+    def __init__(
+        self, name: str, dtype: str | None, cache_dir: Path | None, *, records: bool = False, traces: bool = False
+    ) -> None:
+        """`records`: whether torch's small batches become CUDA graphs on a GPU. `traces`: TorchScript on a CPU."""
+        self._name, self._dtype, self._cache_dir = name, dtype, cache_dir
+        self._records, self._traces = records, traces
         self.graphs: Graphs | None = None
         #: Torch's small batches on a GPU; None on a CPU.
         self.recorded: RecordedBatches | None = None
+        #: Torch's batches of texts on a CPU, without Python; None on a GPU, and if they can't be.
+        self.traced: Traced | None = None
+        #: The rows from which oneDNN computes the linear layers; None if it does not.
+        self._rows_by_onednn: int | None = None
         self._reason = ""
 
     def dtype_to_read(self, dtype: str | None) -> str | None:
@@ -48,6 +56,8 @@ class Backend:
         found: dict[str, Any] = {"backend": name, **({"backend_reason": self._reason} if self._reason else {})}
         if self.recorded is not None:
             found["cuda_graphs"] = self.recorded.obstacle or len(self.recorded)
+        if self.traced is not None:
+            found["torchscript"] = self.traced.obstacle or True
         return found
 
     def moved(self, device: str, model: SentenceModel) -> None:
@@ -66,7 +76,23 @@ class Backend:
                 name=model.path,
             )
 
+    def trace(self, device: str, model: SentenceModel) -> None:
+        """Have torch's batches on a CPU computed without Python, if this model allows it. Called once, at its load."""
+        library: Any = model.library
+        if not self._traces or device != "cpu" or self.graphs is not None or _has_own_code(library) or _obstacle(model):
+            return
+        texts = [model.preprocess(item).features for group in model.trial_inputs() for item in group]
+        self.traced = trace(
+            library,
+            model.compute,
+            lambda items: collate(items, library.tokenizer),
+            [features for features in texts if is_tokens(features)],
+            name=model.path,
+            other_from=self._rows_by_onednn,
+        )
+
     def _forget(self) -> None:
+        self.traced = None
         if self.recorded is not None:
             self.recorded.forget()
             self.recorded = None
@@ -75,7 +101,7 @@ class Backend:
         """Find out what computes it, and free torch's weights if that is not torch. Raises `BackendError`."""
         library: Any = model.library
         if self._name == "torch":
-            speed_up_linear_layers(library)
+            self._rows_by_onednn = speed_up_linear_layers(library)
             return
         stored = next((one.dtype for one in library.parameters() if one.is_floating_point()), torch.float32)
         library.float()
@@ -123,3 +149,8 @@ def _obstacle(model: SentenceModel) -> str | None:
     if model.preprocess(model.trial_inputs()[0][0]).raw is not None:
         return "its inputs have no rows that can be padded"
     return None
+
+
+def _has_own_code(library: Any) -> bool:
+    """Whether a module is of the model's repository: nobody knows what it does for another input than a trace's."""
+    return any(type(module).__module__.startswith("transformers_modules") for module in library.modules())

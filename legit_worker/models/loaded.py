@@ -37,6 +37,10 @@ UNMEASURED_COST = 16_384
 COMPUTED_BY = ("revision", "dimensions", "dtype", "prompt", "backend")
 
 
+#: Hands a function over that computes a batch.
+Beside = Callable[[Callable[[], Any]], Launch]
+
+
 class Surroundings(Protocol):
     """What a model asks about the memory around it. Any thread may ask."""
 
@@ -209,10 +213,18 @@ class LoadedModel:
 
     # Batches.
 
-    def launch(self, batch: Sequence[Any]) -> Launch:
-        """Hand a batch to the device: one output per item. Raises what the model raises."""
+    @property
+    def computes_beside(self) -> bool:
+        """Whether its batches may be computed on another thread, beside each other and beside tasks."""
+        return not self.is_own and getattr(self.model, "computes_beside", False)
+
+    def launch(self, batch: Sequence[Any], beside: Beside | None = None) -> Launch:
+        """Hand a batch to the device: one output per item. Raises what the model raises.
+
+        `beside` hands over what computes a batch on another thread, if the model allows that for this batch.
+        """
         was_loading = self._around.is_loading()
-        launch = self._launch(batch)
+        launch = self._launch(batch, beside)
         if was_loading or self._around.is_loading():  # whose bytes are in the peak, too
             launch.peak = None
         return launch
@@ -225,12 +237,16 @@ class LoadedModel:
             raise launch.error
         return launch
 
-    def _launch(self, batch: Sequence[Any]) -> Launch:
+    def _launch(self, batch: Sequence[Any], beside: Beside | None = None) -> Launch:
         with self._methods.lock:
-            return self._device.launch(lambda: self._checked(batch))
+            compute = None if beside is None else self._methods.at_once("forward", self.model.computation, batch)
+            if beside is not None and compute is not None:
+                return beside(lambda: self._checked(batch, compute()))
+            return self._device.launch(
+                lambda: self._checked(batch, self._methods.at_once("forward", self.model.forward, batch))
+            )
 
-    def _checked(self, batch: Sequence[Any]) -> Sequence[Any]:
-        outputs: Sequence[Any] = self._methods.at_once("forward", self.model.forward, batch)
+    def _checked(self, batch: Sequence[Any], outputs: Any) -> Any:
         is_list = hasattr(outputs, "__len__") and not isinstance(outputs, Mapping | Set)
         given = len(outputs) if is_list else f"{type(outputs).__name__} instead of"
         if given != len(batch):

@@ -262,7 +262,7 @@ def _construct(cls: Any, alias: str, spec: ModelSettings, cache_dir: Path | None
     offered = {
         **{"alias": alias, "path": spec.path, "dtype": spec.dtype, "revision": spec.revision},
         **{"backend": spec.backend, "cache_dir": cache_dir, "options": library_options(spec)},
-        "cuda_graphs": spec.cuda_graphs,
+        **{"cuda_graphs": spec.cuda_graphs, "torchscript": spec.torchscript},
     }
     wanted = inspect.signature(cls).parameters
     make = functools.partial(cls, **{name: value for name, value in offered.items() if name in wanted})

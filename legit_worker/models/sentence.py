@@ -9,7 +9,8 @@ calls the engine: `plan_encode` and `plan_predict` say which items a call has, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from legit_worker import golden
+from legit_worker.backends.traced import Traced
 from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.device.devices import Launch
 from legit_worker.inputs.types import PreparedText
@@ -61,6 +63,7 @@ class SentenceModel:
         options: Mapping[str, Any] | None = None,
         *,
         cuda_graphs: bool = False,
+        torchscript: bool = False,
     ) -> None:
         """`options`: more arguments of the library's constructor, as `loader.library_options` gives them."""
         #: The folder of the weights, or their name on the Hub and the revision there.
@@ -68,7 +71,7 @@ class SentenceModel:
         self._dtype = "float32" if dtype == "tf32" else dtype
         self._precision = tf32 if dtype == "tf32" else nullcontext
         self._options = dict(options or {})
-        self._backend = Backend(backend, dtype, cache_dir, records=cuda_graphs)
+        self._backend = Backend(backend, dtype, cache_dir, records=cuda_graphs, traces=torchscript)
         #: The library's own model; None before it is loaded.
         self.library: Any = None
         self._texts: Any = None
@@ -97,6 +100,7 @@ class SentenceModel:
         )
         self._backend.choose(device, self)
         self._backend.moved(device, self)
+        self._backend.trace(device, self)
         self._commit = revision_of(self.path, self.revision)
 
     @property
@@ -211,11 +215,26 @@ class SentenceModel:
         """Compute one row per item, as the model's last module gives it: shape `[n, dim]`."""
         if self._backend.graphs is not None:
             return self._backend.graphs.launch(self._features(batch), len(batch))
+        if (computation := self.computation(batch)) is not None:
+            return computation()
         with self._precision():
             rows = self._recorded(batch)
             if rows is not None:
                 return rows
             return self.compute(to_device(self._features(batch), self.library.device), batch[0].task)
+
+    @property
+    def computes_beside(self) -> bool:
+        """Whether `computation` may give something."""
+        return self._backend.traced is not None
+
+    def computation(self, batch: Sequence[Prepared]) -> Callable[[], torch.Tensor] | None:
+        """What computes this batch's rows on any thread; None if `forward` must."""
+        traced, first = self._backend.traced, batch[0]
+        if traced is None or first.task is not None or first.raw is not None or not is_tokens(first.features):
+            return None
+        features = self._features(batch)
+        return functools.partial(_infer, traced, features) if traced.takes(features) else None
 
     def _recorded(self, batch: Sequence[Prepared]) -> torch.Tensor | None:
         """The rows of a batch by a CUDA graph, or those of a batch that is to become one; None if it has none."""
@@ -277,6 +296,11 @@ class SentenceModel:
 
     def _named_prompt(self, name: str | None) -> str | None:
         return named_prompt(self.library.prompts, name)
+
+
+@torch.inference_mode()
+def _infer(traced: Traced, features: dict[str, Any]) -> torch.Tensor:
+    return traced.rows(features)
 
 
 def _without_arrays(value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from legit_worker.batching.demand import Demand
 from legit_worker.device.devices import Launch
+from legit_worker.device.streams import Streams
 from legit_worker.pool.calls import Call, Chunk, trusted
 from legit_worker.pool.counters import Counters
 from legit_worker.pool.flights import Flights
@@ -24,6 +25,9 @@ from legit_worker.pool.queue import BatchModel, ModelQueue
 #: Seconds that a task counts for while its model has computed nothing. An item counts half as much in a first batch
 #: that takes as long as it may by default, 0.5 s for 8 items.
 UNKNOWN_SECONDS = 0.125
+
+#: A call whose items take this many times a task's own code, or longer, gains little by streams: an eighth of its time.
+OWN = 8
 
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
@@ -39,12 +43,18 @@ class Engine:
         target_latency: float | None = None,
         weight_of: Callable[[str], float],
         watch: Callable[[Launch, Callable[[], None]], None] = lambda launch, on_done: None,
+        streams: Streams | None = None,
+        own_seconds: Callable[[], float] = lambda: 0.0,
+        more_there: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`watch` is as by `Flights`."""
+        """`watch` is as by `Flights`. `own_seconds`: what a task's own code takes, on average. `more_there`
+        tells whether messages are known to wait at the broker."""
         self._new_queue = partial(
             ModelQueue, max_batch_seconds=max_batch_seconds, target_latency=target_latency, weight_of=weight_of
         )
-        self._flights = Flights(watch)
+        self._streams = streams or Streams()
+        self._own_seconds, self._more_there = own_seconds, more_there
+        self._flights = Flights(watch, self._streams)
         self._queues: dict[str, ModelQueue] = {}
         self._demand = Demand()
         # Tasks that wait for a model's load, by its alias.
@@ -165,31 +175,74 @@ class Engine:
         return any(queue.is_shared for queue in self._queues.values())
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a batch is in flight."""
-        return bool(self._flights)
+    def is_ready(self) -> bool:
+        """Whether the next batch can't get any larger, and runs beside this thread: to wait for company is no use."""
+        queue = self._next()
+        if queue is None or (self._flights.are_beside and queue.streams == 1):
+            return False
+        return queue.is_full if queue.streams > 1 else bool(self._flights)
 
     @property
     def can_step(self) -> bool:
-        """Whether a batch is worth handing over now. Behind one in flight, only one that can't get any larger."""
-        queue = _next(self._queues.values())
-        if queue is None or len(self._flights) >= DEPTH:
-            return False
-        return not self._flights or (not queue.waits and queue.is_full)
+        """Whether a batch is worth handing over now. Behind one in flight, only one that can't get any larger.
+
+        A stream that has none may have any.
+        """
+        queue = self._next()
+        if queue is None or not self._flights:
+            return queue is not None
+        if self._flights.are_beside:
+            most = queue.streams if queue.streams > 1 else 0
+            return len(self._flights) < most or (len(self._flights) == most and queue.is_full)
+        return len(self._flights) < DEPTH and not queue.waits and queue.is_full
 
     def step(self) -> bool:
         """Hand over one batch. False when nothing waits. Raises `DeviceLostError`."""
-        queue = _next(self._queues.values())
+        queue = self._next()
         if queue is None:
             return False
+        beside = queue.streams > 1 and (self._flights.are_beside or self._more_there() or queue.is_full)
+        if not beside:  # it has all cores
+            queue.streams = 1
         with trusted():
-            self._flights.launch(queue, queue.next_batch())
+            self._flights.launch(queue, queue.next_batch(), beside=beside)
         return True
+
+    def _next(self) -> ModelQueue | None:
+        """The queue that has the next batch, and knows how many streams there are for it."""
+        queue = _next(self._queues.values())
+        if queue is not None:
+            queue.streams = self._streams.count if self._gains_by_streams(queue) else 1
+        return queue
+
+    def _gains_by_streams(self, queue: ModelQueue) -> bool:
+        """Whether much of the time is this thread's work for tasks, which streams let go on beside batches.
+
+        An app that sends little has its batches from all cores: they are quicker.
+        """
+        return (
+            queue.model.computes_beside
+            and not queue.is_shared
+            and self._streams.are_open()
+            and queue.sizing.costs.is_known
+            and queue.seconds_of_call(self._demand) <= OWN * self._own_seconds()
+        )
 
     def collect(self) -> bool:
         """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
         with trusted():
             return self._flights.collect()
+
+    def refill(self) -> bool:
+        """Between two tasks: take what streams have done, and give them a full batch. Whether any were done.
+
+        Otherwise a stream would wait for the end of this thread's turn. Raises `DeviceLostError`.
+        """
+        found = self._flights.has_landed and self.collect()
+        queue = self._next()
+        if queue is not None and queue.streams > 1 and queue.is_full and self.can_step:
+            self.step()
+        return found
 
     def wait(self, seconds: float) -> None:
         """Until nothing is in flight, at most for this many seconds; the tasks that it was for are gone."""

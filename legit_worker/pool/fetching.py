@@ -33,8 +33,7 @@ class Fetching:
         self._gave_way = not self._gave_way and listen(self.hub.poller.poll, 0)
         if self._gave_way:
             return False
-        # While the device is busy, a wait for company costs nothing, and is over: the batch is full.
-        if self._engine.is_busy or self._intake.is_full or self._engine.is_urgent:
+        if self._engine.is_ready or self._intake.is_full or self._engine.is_urgent:
             return True
         return self._pace.should_compute(
             waiting_seconds=self._engine.waiting_seconds(),

@@ -12,12 +12,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from time import monotonic, sleep
+from typing import Any
 
 from legit_worker.batching.fairness import Item
 from legit_worker.batching.twins import distinct
 from legit_worker.device.devices import Launch
+from legit_worker.device.streams import StreamLaunch, Streams
 from legit_worker.errors import DeviceLostError, said
 from legit_worker.pool.calls import ENDS
 from legit_worker.pool.clock import Work
@@ -44,17 +47,19 @@ class Flight:
     span: BatchSpan | None
     #: Whether another batch was in flight when it was handed over.
     is_behind: bool
+    #: Whether a stream computes it.
+    is_beside: bool
 
 
 class Flights:
     """The batches in flight, in the order of their launches. Lives on the main thread, inside the engine."""
 
-    def __init__(self, watch: Callable[[Launch, Callable[[], None]], None]) -> None:
-        """`watch` is told of each launch that is not done at once.
+    def __init__(self, watch: Callable[[Launch, Callable[[], None]], None], streams: Streams) -> None:
+        """`watch` is told of each launch that is not done at once, and that no stream computes.
 
         When it is done, `watch` calls the function that it was given, on any thread, and wakes the loop.
         """
-        self._watch = watch
+        self._watch, self._streams = watch, streams
         self._flights: deque[Flight] = deque()
 
     def __repr__(self) -> str:
@@ -63,13 +68,23 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def launch(self, queue: ModelQueue, batch: list[Item]) -> None:
-        """Hand a batch to the device. Raises `DeviceLostError`, and what ends the worker."""
+    @property
+    def are_beside(self) -> bool:
+        """Whether streams compute them all."""
+        return bool(self._flights) and all(flight.is_beside for flight in self._flights)
+
+    @property
+    def has_landed(self) -> bool:
+        """Whether a stream is done with one of them."""
+        return any(flight.is_beside and flight.launch.is_done for flight in self._flights)
+
+    def launch(self, queue: ModelQueue, batch: list[Item], *, beside: bool = False) -> None:
+        """Hand a batch to the device, or to a stream. Raises `DeviceLostError`, and what ends the worker."""
         start = monotonic()
-        work = self._follow(batch)
+        work = self._follow(batch, beside=beside)
         span = batch_span(queue.model.alias, len(batch), (call.asker for call in calls_of(batch)))
         try:
-            launch = queue.launch(batch)
+            launch = queue.launch(batch, partial(self._hand_over, work) if beside else None)
         except ENDS as error:  # whoever drains the worker finds the batch where it was
             _over(batch, work, span, error=error)
             queue.put_back(batch)
@@ -80,16 +95,33 @@ class Flights:
             self._failed(queue, batch, error)
             return
         is_behind = bool(self._flights)
-        flight = Flight(queue=queue, batch=batch, launch=launch, work=work, span=span, is_behind=is_behind)
-        if launch.is_done:
+        is_beside = isinstance(launch, StreamLaunch)
+        flight = Flight(
+            queue=queue,
+            batch=batch,
+            launch=launch,
+            work=work,
+            span=span,
+            is_behind=is_behind,
+            is_beside=is_beside,
+        )
+        if launch.is_done and not is_beside:
             self._land(flight)
-        else:
-            self._flights.append(flight)
+            return
+        self._flights.append(flight)
+        if not is_beside:
             self._watch(launch, work.end)
+
+    def _hand_over(self, work: Work, compute: Callable[[], Any]) -> Launch:
+        return self._streams.launch(compute, on_begin=work.begin, on_done=work.end)
 
     def collect(self) -> bool:
         """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
-        found = False
+        landed = [flight for flight in self._flights if flight.is_beside and flight.launch.is_done]
+        for flight in landed:
+            self._flights.remove(flight)
+            self._land(flight)
+        found = bool(landed)
         while self._flights and self._flights[0].launch.is_done:
             flight, found = self._flights.popleft(), True
             if self._flights:  # the device got to it when it was done with this one
@@ -112,10 +144,10 @@ class Flights:
             else:
                 sleep(FLIGHT_LOOK)
 
-    def _follow(self, batch: list[Item]) -> Work:
-        """The clocks of its tasks count this batch, from when the device is free for it."""
+    def _follow(self, batch: list[Item], *, beside: bool) -> Work:
+        """The clocks of its tasks count this batch, from when the device is free for it. A stream begins by itself."""
         work = Work(is_batch=True)
-        if not self._flights:
+        if not self._flights and not beside:
             work.begin()
         for call in calls_of(batch):
             call.clock.follow(work)
@@ -124,7 +156,8 @@ class Flights:
     def _land(self, flight: Flight) -> None:
         """A batch is over."""
         queue, batch, launch = flight.queue, flight.batch, flight.launch
-        flight.work.end(launch.seconds if launch.error is None else None)
+        if not flight.is_beside:
+            flight.work.end(launch.seconds if launch.error is None else None)
         _over(batch, flight.work, flight.span, launch.seconds, launch.error)
         queue.seconds += launch.seconds
         queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)

@@ -258,6 +258,8 @@ class Loop:
             fiber.ran_seconds += monotonic() - turn.since
             if fiber.dead:
                 self.forget(fiber)
+        if self._engine.refill():
+            self._pace.batch_done()
 
     def _outlives(self, fiber: Fiber, error: Exception) -> bool:
         """See to a message that nobody would come back to. False if the error goes up to the worker."""

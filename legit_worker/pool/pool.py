@@ -20,10 +20,11 @@ from celery.utils import threads
 
 from legit_worker import control, parking, quickjson, settings
 from legit_worker.broker.ledger import Worker
-from legit_worker.broker.owners import in_doubt, join
+from legit_worker.broker.owners import in_doubt, is_more_there, join
 from legit_worker.broker.patience import is_answer_awaited
 from legit_worker.broker.redis import held_by_workers, reserve_messages, taking
 from legit_worker.broker.refusals import keep_discarded, refuse_unreadable
+from legit_worker.device.streams import Streams
 from legit_worker.errors import DeviceLostError
 from legit_worker.models import handle, requirements
 from legit_worker.models.quiet import quiet_libraries
@@ -108,6 +109,9 @@ class ModelPool(SoloPool):
             target_latency=chosen.target_latency,
             weight_of=lambda app: chosen.apps[app].weight if app else 1.0,
             watch=Waiter(self._wakeup.set).watch,
+            streams=Streams(self._wakeup.set),
+            own_seconds=lambda: self._share.own_seconds(),
+            more_there=is_more_there,
         )
         self._share = Share(engine.held_seconds, calls=lambda: engine.calls, max_seconds=chosen.max_held_seconds)
         self._reports = Reports(

@@ -26,6 +26,7 @@ from legit_worker.batching.twins import distinct, with_twins
 from legit_worker.device.devices import Launch
 from legit_worker.device.memory import is_out_of_memory, let_go
 from legit_worker.errors import DeviceOutOfMemoryError, said
+from legit_worker.models.loaded import Beside
 from legit_worker.pool.calls import ENDS, Call, Chunk
 from legit_worker.pool.counters import Counters
 from legit_worker.pool.parts import Parts
@@ -59,8 +60,12 @@ class BatchModel(Protocol):
     def identity(self, prepared: Any) -> Hashable:
         """Two items have the same output if this and their keys are equal; None says nothing about it."""
 
-    def launch(self, batch: Sequence[Any]) -> Launch:
-        """Hand a batch to the device. Raises what the model raises."""
+    @property
+    def computes_beside(self) -> bool:
+        """Whether its batches may be computed on another thread."""
+
+    def launch(self, batch: Sequence[Any], beside: Beside | None = None) -> Launch:
+        """Hand a batch to the device; by `beside`, if that is given and can be. Raises what the model raises."""
 
     def observe(self, count: int, longest: int, launch: Launch) -> None:
         """A batch is over: learn what memory it took."""
@@ -112,6 +117,8 @@ class ModelQueue:
         self.seconds = 0.0
         #: Its `forward` waits for the device: behind a batch in flight, it would keep this thread until that is done.
         self.waits = False
+        #: The batches of this model that are computed at a time, each on its own thread: the next one is smaller.
+        self.streams = 1
         self._fair = FairQueue(weight_of)
         self._parts = Parts()
         # What memory was seen to hold.
@@ -155,6 +162,12 @@ class ModelQueue:
     def _seconds_of(self, count: int) -> float:
         """How long as many items would take, as predicted, if they were as long as those that wait."""
         return self.sizing.costs.predict(count, round(self._fair.cost / len(self._fair))) if count else 0.0
+
+    def seconds_of_call(self, demand: Demand) -> float:
+        """Device seconds that another call like the last ones adds to a batch, as predicted."""
+        longest, cost = demand.cost_per_item(self.model.alias), demand.cost_per_call(self.model.alias)
+        costs = self.sizing.costs
+        return (costs.predict(1, longest) - costs.predict(0, longest)) * cost / longest
 
     def surplus_seconds(self, demand: Demand, *, loading: int = 0, calls: float = 0) -> float:
         """Device seconds for all that waits, for the items of `loading` tasks, and for `calls` more calls.
@@ -214,9 +227,10 @@ class ModelQueue:
         """It was not computed, and is next."""
         self._parts.put(batch, is_next=True)
 
-    def launch(self, batch: list[Item]) -> Launch:
+    def launch(self, batch: list[Item], beside: Beside | None = None) -> Launch:
         """Hand a batch to the device, each of its equal items once. Raises what the model raises."""
-        return self.model.launch([item.prepared for item in distinct(batch)])
+        items = [item.prepared for item in distinct(batch)]
+        return self.model.launch(items) if beside is None else self.model.launch(items, beside)
 
     def succeeded(self, batch: list[Item], launch: Launch) -> None:
         """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
@@ -280,7 +294,7 @@ class ModelQueue:
         """The largest padded cost of a batch of items as long as the next one."""
         longest = self._fair.first(1)[0].cost if len(self._fair) else 1
         by_memory = min(self._room.most, self.model.largest_cost(longest))
-        items = self.sizing.items(longest, self._fair.light_cost, self._seconds_of(self._fair.calls))
+        items = self.sizing.items(longest, self._fair.light_cost, self._seconds_of(self._fair.calls), self.streams)
         return int(min(by_memory, longest * items))
 
     def _pick(self, candidates: list[Item], budget: int, due: Sequence[Item] = ()) -> list[Item]:

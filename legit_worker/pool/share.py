@@ -60,7 +60,7 @@ class Share:
         self._calls_before = 0
 
     def __repr__(self) -> str:
-        return f"<Share: {self._max_seconds} s, a task's own code takes {self._own_seconds():.2e} s>"
+        return f"<Share: {self._max_seconds} s, a task's own code takes {self.own_seconds():.2e} s>"
 
     def ended(self, seconds: float) -> None:
         """A task is over, whose own code ran for this long in all."""
@@ -97,9 +97,10 @@ class Share:
         on_device = self._device_seconds(tasks * calls)
         if on_device is None and not self._ended:
             return tasks * UNKNOWN_SECONDS
-        return (on_device or 0.0) + tasks * self._own_seconds()
+        return (on_device or 0.0) + tasks * self.own_seconds()
 
-    def _own_seconds(self) -> float:
+    def own_seconds(self) -> float:
+        """Return the seconds of a task's own code, on average."""
         return self._own / self._ended if self._ended else 0.0
 
 

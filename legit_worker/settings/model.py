@@ -26,7 +26,7 @@ from legit_worker.settings.values import (
 #: Settings of a model that mean something to the library alone, and those that fewer kinds have.
 OF_LIBRARY = (
     *("local_files_only", "trust_remote_code", "model_kwargs", "processor_kwargs", "prompt_name", "prompt"),
-    *("max_seq_length", "cuda_graphs"),
+    *("max_seq_length", "cuda_graphs", "torchscript"),
 )
 OPTIONS_OF = {
     "task": ("embed", "image", "sparse", "multi"),
@@ -78,6 +78,8 @@ class ModelSettings(Group):
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
     #: Whether small batches of texts are recorded as CUDA graphs on a GPU, so that one call launches a batch.
     cuda_graphs: bool = True
+    #: Whether a small model's batches of texts run as TorchScript on a CPU: without Python, and beside the main thread.
+    torchscript: bool = True
     #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None
     #: Whether to read the model from this machine alone, and never ask the Hub.

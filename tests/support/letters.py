@@ -16,6 +16,8 @@ class PoisonError(Exception):
 class Letters:
     """Counts letters, doubles each item, and chokes on `!`."""
 
+    computes_beside = False
+
     def __init__(self, alias: str = "letters", broken: bool = False) -> None:
         self.alias = alias
         self.broken = broken

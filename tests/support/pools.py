@@ -59,6 +59,10 @@ class PlayedEngine:
         """Nothing is ever in flight."""
         return False
 
+    def refill(self) -> bool:
+        """There are no lanes."""
+        return False
+
     def forget(self) -> None:
         """Nobody gets an answer any more."""
         self.asked.clear()

@@ -169,14 +169,14 @@ def test_a_batch_in_flight_is_collected_when_it_is_done() -> None:
     subject, entry = engine(watch=lambda launch, on_done: watched.append(launch)), GpuEntry()
     call = ask(subject, entry, ["one", "two"])
     assert subject.step()
-    assert subject.is_busy
+    assert "1 batches in flight" in repr(subject)
     subject.collect()
     assert not call.done.done()
     assert watched == entry.launches
     entry.land()
     subject.collect()
     assert outputs(call) == ["oneone", "twotwo"]
-    assert not subject.is_busy
+    assert "0 batches in flight" in repr(subject)
     assert subject.counters["letters"].batches == 1
 
 

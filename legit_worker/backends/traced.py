@@ -1,0 +1,171 @@
+"""A small model's forward pass on a CPU as TorchScript: torch's own operators in their order, without Python between.
+
+In: a torch module and some texts' features; later batches of features. Out: the same rows as the module's.
+
+Python's part is 5 of the 14 ms that MiniLM takes for one text, and needs the interpreter lock before each of a hundred
+operators. Without it, a batch runs on another thread as if it was alone (`device.streams`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from legit_worker.backends.closeness import difference, tells, tolerance
+from legit_worker.backends.graphs import Features, Rows, quietly, tensors_of
+from legit_worker.device.memory import is_out_of_memory
+from legit_worker.errors import BackendError, said
+
+logger = logging.getLogger(__name__)
+
+#: Seconds of a batch of two texts. A model that takes longer would gain too little, and its trace takes long.
+SLOW = 0.1
+
+#: The most tokens of a text in a batch that is computed so: no longer one is compared at the load.
+MOST_TOKENS = 512
+
+#: Which batches are compared with torch's, and each how many after them: a module may choose its way by its input.
+COMPARED, COMPARED_EACH = (1, 8, 64), 512
+
+#: Computes a batch's features.
+Compute = Callable[[dict[str, Any]], torch.Tensor]
+
+
+def trace(
+    module: torch.nn.Module,
+    compute: Compute,
+    collate: Callable[[Sequence[Features]], dict[str, Any]],
+    texts: Sequence[Features],
+    *,
+    name: str,
+    other_from: int | None = None,
+) -> Traced | None:
+    """Return the module as TorchScript; None if that would gain little, or does not compute what `compute` does.
+
+    `compute` uses `module`. `collate` joins texts' features, padded. `texts`: short and long ones. `name`: the model's,
+    for the log. `other_from`: the tokens of a batch, padding included, from which the module takes another way.
+    """
+    by_length = sorted(map(_shortened, texts), key=_length)
+    try:
+        with quietly(), torch.no_grad():
+            example = collate([by_length[len(by_length) // 4], by_length[len(by_length) // 2]])
+            compute(dict(example))  # some modules note a dimension in their first batch
+            start = perf_counter()
+            compute(dict(example))
+            if perf_counter() - start > SLOW:
+                return None
+            scripts = {0: _script(module, compute, example)}
+            if other_from is not None:
+                large = collate([*by_length[:1], *[by_length[-1]] * (1 + other_from // _length(by_length[-1]))])
+                scripts[other_from] = _script(module, compute, large)
+            traced = Traced(scripts, compute, example, _length(by_length[-1]), name=name)
+            for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
+                traced.check(collate(batch))
+    except Exception as error:
+        logger.debug("model %s stays with torch's own forward: %s", name, said(error))
+        return None
+    return traced
+
+
+def _script(module: torch.nn.Module, compute: Compute, example: dict[str, Any]) -> Any:
+    rows = Rows(module, compute, example).eval()
+    tensors = tuple(tensors_of(example).values())
+    return torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def _shortened(text: Features) -> Features:
+    return {name: _first(value) for name, value in text.items()}
+
+
+def _first(value: Any) -> Any:
+    if isinstance(value, list):
+        return value[:MOST_TOKENS]
+    return value[:, :MOST_TOKENS] if isinstance(value, torch.Tensor) else value
+
+
+def _length(text: Features) -> int:
+    ids = text["input_ids"]
+    return len(ids) if isinstance(ids, list) else int(ids.shape[-1])
+
+
+class Traced:
+    """One model's. Any thread may call it, also several at once: it has no state but the weights."""
+
+    def __init__(
+        self, scripts: Mapping[int, Any], compute: Compute, example: Features, longest: int, *, name: str
+    ) -> None:
+        """`scripts`: each for batches from so many tokens on. `example`: the features of a trace. `longest`: the most
+        tokens of a text that it is known to compute."""
+        self._scripts, self._compute, self._name = sorted(scripts.items(), reverse=True), compute, name
+        self._tensors = list(tensors_of(example))
+        self._others = self._without_tensors(example)
+        self._longest = longest
+        self._batches = count(1)
+        #: Why torch computes all batches by now.
+        self.obstacle = ""
+
+    def __repr__(self) -> str:
+        return f"<Traced {self._name}, up to {self._longest} tokens{self.obstacle and f', no more: {self.obstacle}'}>"
+
+    def takes(self, features: Features) -> bool:
+        """Whether it computes batches of this kind and size."""
+        ids = features.get("input_ids")
+        return (
+            not self.obstacle
+            and isinstance(ids, torch.Tensor)
+            and ids.shape[-1] <= self._longest
+            and len(features) == len(self._tensors) + len(self._others)
+            and all(isinstance(features.get(tensor), torch.Tensor) for tensor in self._tensors)
+            and self._without_tensors(features) == self._others
+        )
+
+    def _without_tensors(self, features: Features) -> Mapping[str, str]:
+        """What a trace has for good."""
+        return {name: str(value) for name, value in features.items() if name not in self._tensors}
+
+    def rows(self, features: dict[str, Any]) -> torch.Tensor:
+        """The rows of a batch that it takes. Raises what the module itself raises for this batch."""
+        number = next(self._batches)
+        try:
+            rows = self._run(features)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            expected = self._compute(features)
+            self._give_up(f"{type(error).__name__}: {said(error)}")  # not if the batch itself can't be computed
+            return expected
+        if number not in COMPARED and number % COMPARED_EACH:
+            return rows
+        expected = self._compute(dict(features))
+        if tells(expected) and not (distance := difference(expected, rows)) <= tolerance(expected):
+            logger.warning(
+                "model %s: up to %d batches since the last comparison may have wrong results: rows differ by %.1e",
+                *(self._name, COMPARED_EACH, distance),
+            )
+            self._give_up(f"rows differ by {distance:.1e}")
+        return expected
+
+    def check(self, features: dict[str, Any]) -> None:
+        """Raise `BackendError` if the rows of this batch are not the module's."""
+        expected, rows = self._compute(dict(features)), self._run(features)
+        if not tells(expected):
+            raise BackendError("its rows are not finite, or all zero")
+        if expected.shape != rows.shape or not difference(expected, rows) <= tolerance(expected):
+            raise BackendError(f"rows of {tuple(features['input_ids'].shape)} tokens differ as TorchScript")
+
+    def _run(self, features: Features) -> torch.Tensor:
+        # Otherwise torch makes other plans for the shapes that it sees first.
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            tokens = features["input_ids"].numel()
+            script = next(script for least, script in self._scripts if least <= tokens)
+            rows: torch.Tensor = script(*(features[name] for name in self._tensors))
+        return rows
+
+    def _give_up(self, reason: str) -> None:
+        self.obstacle = reason
+        logger.info("model %s: TorchScript computes no more of its batches: %s", self._name, reason)

@@ -1,0 +1,133 @@
+"""Batches on a CPU beside the main thread. A stream is a thread that computes one batch at a time, on its own cores.
+
+In: functions that compute batches without the interpreter lock. Out: a launch for each, done when its stream is.
+
+While the main thread works for tasks, torch's other threads wait: each of a batch's steps needs them all. With a batch
+for each core and one thread for each batch, nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from time import thread_time
+from typing import Any
+
+from legit_worker.device.devices import Launch
+from legit_worker.device.imported import imported
+
+#: The most streams. With more cores, each stream has several.
+MOST = 4
+
+
+@dataclass(eq=False, kw_only=True)
+class StreamLaunch(Launch):
+    """A batch that a stream computes."""
+
+    compute: Callable[[], Any] | None
+    #: Called on the stream's thread, when the batch begins and when it is over.
+    on_begin: Callable[[], None]
+    on_done: Callable[[], None]
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self) -> None:
+        """Wait without the interpreter lock."""
+        self._over.wait()
+
+    def run(self, share: float) -> None:
+        """Compute it on this thread, which has this share of the device."""
+        assert self.compute is not None
+        self.on_begin()
+        start = thread_time()
+        try:
+            self.outputs = self.compute()
+        except Exception as error:
+            self.error = error
+        # Of the processor, and not of the clock: the main thread has some of this time, too.
+        self.seconds = (thread_time() - start) * share
+        self.compute = None
+        self.is_done = True
+        _in_flight.discard(self)
+        self.on_done()
+        self._over.set()
+
+
+#: The batches that streams are at, in all of this process.
+_in_flight: weakref.WeakSet[StreamLaunch] = weakref.WeakSet()
+
+#: Held while a batch is handed over, and during a fork. A signal's handler may fork on the thread that has it.
+_handing_over = threading.RLock()
+
+
+def _before_fork() -> None:
+    """Wait for the batches in flight: a child that has none of their threads might wait for what they hold."""
+    _handing_over.acquire()
+    for launch in list(_in_flight):
+        launch.wait()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_handing_over.release)
+
+
+class Streams:
+    """The streams of one pool. The main thread hands batches over. The threads start with the first one."""
+
+    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
+        """`wake` is called on a stream's thread, when a batch is over."""
+        self._wake = wake
+        self._launches: SimpleQueue[StreamLaunch] = SimpleQueue()
+        #: How many there are, and the threads of torch in each. 0: batches run on the main thread alone.
+        self.count, self._threads = 0, 1
+        self._are_counted = self._are_running = False
+
+    def __repr__(self) -> str:
+        return f"<{self.count} Streams with {self._threads} threads each>"
+
+    def are_open(self) -> bool:
+        """Whether batches can be handed over: torch computes on several cores, and streams can have fewer threads."""
+        torch = imported("torch")
+        if not self._are_counted and torch is not None:
+            self._are_counted = True
+            threads = torch.get_num_threads()
+            if threads > 1 and importlib.util.find_spec("threadpoolctl") is not None:
+                self.count = min(threads, MOST)
+                self._threads = threads // self.count
+        return self.count > 0
+
+    def launch(self, compute: Callable[[], Any], on_begin: Callable[[], None], on_done: Callable[[], None]) -> Launch:
+        """Hand a batch over."""
+        launch = StreamLaunch(
+            outputs=None, seconds=0.0, is_done=False, compute=compute, on_begin=on_begin, on_done=on_done
+        )
+        with _handing_over:
+            _in_flight.add(launch)
+            self._launches.put(launch)
+        self._start()
+        return launch
+
+    def _start(self) -> None:
+        if self._are_running:
+            return
+        self._are_running = True
+        for number in range(self.count):
+            # Daemons: when the worker has ended, nobody needs the batch.
+            threading.Thread(target=self._run, name=f"legit-stream-{number + 1}", daemon=True).start()
+
+    def _run(self) -> None:
+        self._take_threads()
+        while True:
+            self._launches.get().run(1 / self.count)
+            self._wake()
+
+    def _take_threads(self) -> None:
+        """Have torch compute on this many threads, if this thread asks it. `torch.set_num_threads` is the process's."""
+        import torch
+        from threadpoolctl import ThreadpoolController
+
+        torch.get_num_threads()  # torch sets this thread's number at its first question
+        ThreadpoolController().select(user_api="openmp").limit(limits=self._threads)

