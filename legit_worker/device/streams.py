@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -58,7 +57,7 @@ class StreamLaunch(Launch):
 
 
 #: The batches that streams are at, in all of this process.
-_in_flight: weakref.WeakSet[StreamLaunch] = weakref.WeakSet()
+_in_flight: set[StreamLaunch] = set()
 
 #: Held while a batch is handed over, and during a fork. A signal's handler may fork on the thread that has it.
 _handing_over = threading.RLock()

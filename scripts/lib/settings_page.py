@@ -50,6 +50,7 @@ NOTHING = {
 MORE = {
     "backend": "models.md#openvino-on-a-cpu",
     "cuda_graphs": "models.md#cuda-graphs-on-a-gpu",
+    "torchscript": "models.md#torchscript-on-a-cpu",
     **dict.fromkeys(("task", "prompt_name", "dimensions"), "models.md#two-aliases-of-one-model"),
     **dict.fromkeys(("trust_remote_code", "model_kwargs"), "models.md#options-of-a-model"),
     **dict.fromkeys(("node", "model_queues"), "gpu-memory.md#several-gpus"),
