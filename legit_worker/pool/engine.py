@@ -29,6 +29,9 @@ UNKNOWN_SECONDS = 0.125
 #: A call whose items take this many times a task's own code, or longer, gains little by streams: an eighth of its time.
 OWN = 8
 
+#: Model calls between two looks whether they fill a stream's batch. A look takes 40 µs.
+CALLS = 8
+
 #: Batches in flight: one that the device computes, and one behind it, so that it never waits for this thread.
 DEPTH = 2
 
@@ -63,8 +66,8 @@ class Engine:
         self.loading = 0
         #: What was computed so far, by the model's alias.
         self.counters: dict[str, Counters] = {}
-        #: Model calls so far.
-        self.calls = 0
+        #: Model calls so far, and when `refill` last looked.
+        self.calls = self._looked = 0
 
     def __repr__(self) -> str:
         return f"<Engine: {self.waiting()} waiting, {len(self._flights)} batches in flight>"
@@ -239,9 +242,11 @@ class Engine:
         Otherwise a stream would wait for the end of this thread's turn. Raises `DeviceLostError`.
         """
         found = self._flights.has_landed and self.collect()
-        queue = self._next()
-        if queue is not None and queue.streams > 1 and queue.is_full and self.can_step:
-            self.step()
+        if found or (len(self._flights) <= self._streams.count and self.calls - self._looked >= CALLS):
+            self._looked = self.calls
+            queue = self._next()
+            if queue is not None and queue.streams > 1 and queue.is_full and self.can_step:
+                self.step()
         return found
 
     def wait(self, seconds: float) -> None:

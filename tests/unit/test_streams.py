@@ -17,7 +17,7 @@ from legit_worker.device.streams import MOST, StreamLaunch, Streams
 from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.models.loaded import Beside
 from legit_worker.pool.calls import Call, Chunk
-from legit_worker.pool.engine import OWN, Engine
+from legit_worker.pool.engine import CALLS, OWN, Engine
 
 WAIT = 20.0
 
@@ -250,8 +250,11 @@ def test_more_than_a_batch_goes_to_the_streams_and_one_more_waits_behind_them(
 
 def test_a_stream_gets_its_next_batch_between_two_tasks(subject: Engine, model: Small, played: PlayedStreams) -> None:
     ask(subject, model, ["four"] * 400)
-    for _ in range(3):
+    for count in (1, 2, 3):
         assert not subject.refill()
+        assert len(played.launches) == count
+        ask(subject, model, ["four"] * CALLS)
+    assert not subject.refill()
     assert len(played.launches) == 3
     played.end(0)
     assert subject.refill()
