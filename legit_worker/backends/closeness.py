@@ -5,6 +5,8 @@ In: both sides' rows. Out: a number, and what it may be at most.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 
 #: How far rows may be from torch's, relative to the largest number, by the bytes of a number. Torch may take another
@@ -23,6 +25,8 @@ def tolerance(rows: torch.Tensor) -> float:
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest one, relative to the largest number."""
+    """The largest one, relative to the largest number; infinite if they have other shapes."""
+    if expected.shape != found.shape:
+        return inf
     expected, found = expected.detach().float(), found.detach().float()
     return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))

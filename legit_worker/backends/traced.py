@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from legit_worker.errors import BackendError, said
 
 logger = logging.getLogger(__name__)
 
-#: Seconds of a batch of two texts. A model that takes longer would gain too little, and its trace takes long.
-SLOW = 0.1
+#: The most weights beside tables. MiniLM has 11 million, and a model of BERT's size 85: it would gain too little, and
+#: its trace takes long.
+MOST_WEIGHTS = 50_000_000
 
 #: The most tokens of a text in a batch that is computed so: no longer one is compared at the load.
 MOST_TOKENS = 512
@@ -43,39 +43,34 @@ def trace(
     texts: Sequence[Features],
     *,
     name: str,
-    other_from: int | None = None,
-) -> Traced | None:
-    """Return the module as TorchScript; None if that would gain little, or does not compute what `compute` does.
+) -> Traced:
+    """Return the module as TorchScript. Raises `BackendError` if that would gain little, or computes something else.
+
+    Raises what the module and torch's trace raise, too.
 
     `compute` uses `module`. `collate` joins texts' features, padded. `texts`: short and long ones. `name`: the model's,
-    for the log. `other_from`: the tokens of a batch, padding included, from which the module takes another way.
+    for the log.
     """
+    if (weights := _weights(module)) > MOST_WEIGHTS:
+        raise BackendError(f"with {weights} weights it would gain little")
     by_length = sorted(map(_shortened, texts), key=_length)
-    try:
-        with quietly(), torch.no_grad():
-            example = collate([by_length[len(by_length) // 4], by_length[len(by_length) // 2]])
-            compute(dict(example))  # some modules note a dimension in their first batch
-            start = perf_counter()
-            compute(dict(example))
-            if perf_counter() - start > SLOW:
-                return None
-            scripts = {0: _script(module, compute, example)}
-            if other_from is not None:
-                large = collate([*by_length[:1], *[by_length[-1]] * (1 + other_from // _length(by_length[-1]))])
-                scripts[other_from] = _script(module, compute, large)
-            traced = Traced(scripts, compute, example, _length(by_length[-1]), name=name)
-            for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
-                traced.check(collate(batch))
-    except Exception as error:
-        logger.debug("model %s stays with torch's own forward: %s", name, said(error))
-        return None
+    with quietly(), torch.no_grad():
+        example = collate([by_length[len(by_length) // 4], by_length[len(by_length) // 2]])
+        compute(dict(example))  # some modules note a dimension in their first batch
+        rows, tensors = Rows(module, compute, example).eval(), tuple(tensors_of(example).values())
+        script = torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
+        traced = Traced(script, compute, example, _length(by_length[-1]), name=name)
+        for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
+            traced.check(collate(batch))
     return traced
 
 
-def _script(module: torch.nn.Module, compute: Compute, example: dict[str, Any]) -> Any:
-    rows = Rows(module, compute, example).eval()
-    tensors = tuple(tensors_of(example).values())
-    return torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
+def _weights(module: torch.nn.Module) -> int:
+    """How many there are, each of which a token needs: all but those of tables."""
+    tables = {
+        id(weight) for part in module.modules() if isinstance(part, torch.nn.Embedding) for weight in part.parameters()
+    }
+    return sum(weight.numel() for weight in module.parameters() if id(weight) not in tables)
 
 
 def _shortened(text: Features) -> Features:
@@ -96,12 +91,9 @@ def _length(text: Features) -> int:
 class Traced:
     """One model's. Any thread may call it, also several at once: it has no state but the weights."""
 
-    def __init__(
-        self, scripts: Mapping[int, Any], compute: Compute, example: Features, longest: int, *, name: str
-    ) -> None:
-        """`scripts`: each for batches from so many tokens on. `example`: the features of a trace. `longest`: the most
-        tokens of a text that it is known to compute."""
-        self._scripts, self._compute, self._name = sorted(scripts.items(), reverse=True), compute, name
+    def __init__(self, script: Any, compute: Compute, example: Features, longest: int, *, name: str) -> None:
+        """`example`: the features of the trace. `longest`: the most tokens of a text that it is known to compute."""
+        self._script, self._compute, self._name = script, compute, name
         self._tensors = list(tensors_of(example))
         self._others = self._without_tensors(example)
         self._longest = longest
@@ -155,15 +147,13 @@ class Traced:
         expected, rows = self._compute(dict(features)), self._run(features)
         if not tells(expected):
             raise BackendError("its rows are not finite, or all zero")
-        if expected.shape != rows.shape or not difference(expected, rows) <= tolerance(expected):
-            raise BackendError(f"rows of {tuple(features['input_ids'].shape)} tokens differ as TorchScript")
+        if not (distance := difference(expected, rows)) <= tolerance(expected):
+            raise BackendError(f"rows of {tuple(features['input_ids'].shape)} tokens differ by {distance:.1e}")
 
     def _run(self, features: Features) -> torch.Tensor:
         # Otherwise torch makes other plans for the shapes that it sees first.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            tokens = features["input_ids"].numel()
-            script = next(script for least, script in self._scripts if least <= tokens)
-            rows: torch.Tensor = script(*(features[name] for name in self._tensors))
+            rows: torch.Tensor = self._script(*(features[name] for name in self._tensors))
         return rows
 
     def _give_up(self, reason: str) -> None:

@@ -137,9 +137,36 @@ def _forward(layer: Any, least_rows: int, rows: Any) -> Any:
     """Compute `torch.nn.Linear.forward` by the library that is faster for this number of rows."""
     import torch
 
-    if rows.numel() < least_rows * layer.in_features:
+    least = least_rows * layer.in_features
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace would have the way of its example for good
+        return _script()(rows, layer.weight, layer.bias, least)
+    if rows.numel() < least:
         return torch.nn.functional.linear(rows, layer.weight, layer.bias)
     return _by_onednn(layer, rows)
+
+
+#: The same as TorchScript's own code: its compiler has no name for the type of an empty `Scalar?[]`.
+SCRIPT = """graph(%rows : Tensor, %weight : Tensor, %bias : Tensor?, %least : int):
+  %count : int = aten::numel(%rows)
+  %are_few : bool = aten::lt(%count, %least)
+  %result : Tensor = prim::If(%are_few)
+    block0():
+      %by_mkl : Tensor = aten::linear(%rows, %weight, %bias)
+      -> (%by_mkl)
+    block1():
+      %attr : str = prim::Constant[value="none"]()
+      %scalars : Scalar?[] = prim::ListConstruct()
+      %algorithm : str = prim::Constant[value=""]()
+      %by_onednn : Tensor = mkldnn::_linear_pointwise(%rows, %weight, %bias, %attr, %scalars, %algorithm)
+      -> (%by_onednn)
+  return (%result)"""
+
+
+@functools.cache
+def _script() -> Any:
+    import torch
+
+    return torch._C._create_function_from_graph("linear_by_size", torch._C.parse_ir(SCRIPT))
 
 
 def _by_onednn(layer: Any, rows: Any) -> Any:

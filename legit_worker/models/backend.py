@@ -6,6 +6,7 @@ model that torch computes.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,13 @@ from legit_worker.backends.recorded import RecordedBatches
 from legit_worker.backends.traced import Traced, trace
 from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import cuda_device
+from legit_worker.errors import BackendError, said
 from legit_worker.models.features import collate, is_tokens
 from legit_worker.models.lengths import positions, routes
 from legit_worker.models.shortway import leaves_out_prompts
 from legit_worker.prep.texts import model_folder
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from legit_worker.models.sentence import SentenceModel
@@ -40,8 +44,6 @@ class Backend:
         self.recorded: RecordedBatches | None = None
         #: Torch's batches of texts on a CPU, without Python; None on a GPU, and if they can't be.
         self.traced: Traced | None = None
-        #: The rows from which oneDNN computes the linear layers; None if it does not.
-        self._rows_by_onednn: int | None = None
         self._reason = ""
 
     def dtype_to_read(self, dtype: str | None) -> str | None:
@@ -78,18 +80,12 @@ class Backend:
 
     def trace(self, device: str, model: SentenceModel) -> None:
         """Have torch's batches on a CPU computed without Python, if this model allows it. Called once, at its load."""
-        library: Any = model.library
-        if not self._traces or device != "cpu" or self.graphs is not None or _has_own_code(library) or _obstacle(model):
+        if not self._traces or device != "cpu" or self.graphs is not None:
             return
-        texts = [model.preprocess(item).features for group in model.trial_inputs() for item in group]
-        self.traced = trace(
-            library,
-            model.compute,
-            lambda items: collate(items, library.tokenizer),
-            [features for features in texts if is_tokens(features)],
-            name=model.path,
-            other_from=self._rows_by_onednn,
-        )
+        try:
+            self.traced = _trace(model)
+        except Exception as error:  # torch's own forward computes it
+            logger.debug("model %s has no TorchScript: %s", model.path, said(error))
 
     def _forget(self) -> None:
         self.traced = None
@@ -101,7 +97,7 @@ class Backend:
         """Find out what computes it, and free torch's weights if that is not torch. Raises `BackendError`."""
         library: Any = model.library
         if self._name == "torch":
-            self._rows_by_onednn = speed_up_linear_layers(library)
+            speed_up_linear_layers(library)
             return
         stored = next((one.dtype for one in library.parameters() if one.is_floating_point()), torch.float32)
         library.float()
@@ -151,6 +147,21 @@ def _obstacle(model: SentenceModel) -> str | None:
     return None
 
 
-def _has_own_code(library: Any) -> bool:
-    """Whether a module is of the model's repository: nobody knows what it does for another input than a trace's."""
-    return any(type(module).__module__.startswith("transformers_modules") for module in library.modules())
+def _trace(model: SentenceModel) -> Traced:
+    library: Any = model.library
+    if reason := _obstacle(model) or _own_code(library):
+        raise BackendError(reason)
+    texts = [model.preprocess(item).features for group in model.trial_inputs() for item in group]
+    return trace(
+        library,
+        model.compute,
+        lambda items: collate(items, library.tokenizer),
+        [features for features in texts if is_tokens(features)],
+        name=model.path,
+    )
+
+
+def _own_code(library: Any) -> str | None:
+    """Whether a module is of the model's repository: nobody knows what it does for other inputs than a trace's."""
+    is_own = any(type(module).__module__.startswith("transformers_modules") for module in library.modules())
+    return "its modules are its repository's own" if is_own else None

@@ -122,9 +122,9 @@ class Flights:
             self._flights.remove(flight)
             self._land(flight)
         found = bool(landed)
-        while self._flights and self._flights[0].launch.is_done:
+        while self._flights and self._flights[0].launch.is_done and not self._flights[0].is_beside:
             flight, found = self._flights.popleft(), True
-            if self._flights:  # the device got to it when it was done with this one
+            if self._flights and not self._flights[0].is_beside:  # the device got to it when it was done with this one
                 self._flights[0].work.begin()
             self._land(flight)
         return found

