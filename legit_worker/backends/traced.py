@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from typing import Any
 
 import torch
@@ -58,11 +57,30 @@ def trace(
         example = collate([by_length[len(by_length) // 4], by_length[len(by_length) // 2]])
         compute(dict(example))  # some modules note a dimension in their first batch
         rows, tensors = Rows(module, compute, example).eval(), tuple(tensors_of(example).values())
-        script = torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
-        traced = Traced(script, compute, example, _length(by_length[-1]), name=name)
+        key = f"{name} {module}"
+        script = _kept.pop(key, None)
+        if script is None:
+            script = torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
+        else:
+            _fill(script, rows)
+        traced = Traced(script, compute, example, _length(by_length[-1]), name=name, key=key)
         for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
             traced.check(collate(batch))
     return traced
+
+
+#: Of models that have left memory, without their weights: torch keeps 10 MiB of each trace for good. The next load of
+#: such a model takes its own again, and compares its rows as any load does.
+_kept: dict[str, Any] = {}
+
+
+def _fill(script: Any, rows: torch.nn.Module | None) -> None:
+    """Give a trace the weights of the same module that was loaded anew, or none."""
+    source = script if rows is None else rows
+    named = [*source.named_parameters(remove_duplicate=False), *source.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        path, _, last = name.rpartition(".")
+        setattr(script.get_submodule(path), last, torch.empty(0) if rows is None else tensor)
 
 
 def _weights(module: torch.nn.Module) -> int:
@@ -89,15 +107,16 @@ def _length(text: Features) -> int:
 
 
 class Traced:
-    """One model's. Any thread may call it, also several at once: it has no state but the weights."""
+    """One model's. Any thread may have it `compute`, also several at once."""
 
-    def __init__(self, script: Any, compute: Compute, example: Features, longest: int, *, name: str) -> None:
+    def __init__(self, script: Any, compute: Compute, example: Features, longest: int, *, name: str, key: str) -> None:
         """`example`: the features of the trace. `longest`: the most tokens of a text that it is known to compute."""
-        self._script, self._compute, self._name = script, compute, name
+        self._script, self._compute, self._name, self._key = script, compute, name, key
         self._tensors = list(tensors_of(example))
         self._others = self._without_tensors(example)
         self._longest = longest
-        self._batches = count(1)
+        # Batches so far, and the number of the next one that is compared.
+        self._batches, self._due = 0, COMPARED[0]
         #: Why torch computes all batches by now.
         self.obstacle = ""
 
@@ -120,20 +139,26 @@ class Traced:
         """What a trace has for good."""
         return {name: str(value) for name, value in features.items() if name not in self._tensors}
 
+    def unload(self) -> None:
+        """Let go of the weights. It computes no batch any more."""
+        _fill(self._script, None)
+        _kept[self._key] = self._script
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next batch is compared with the module's rows.
+
+        Not beside tasks: the module's Python would wait for the interpreter lock, and find the defaults that they set.
+        """
+        return self._batches + 1 >= self._due
+
     def rows(self, features: dict[str, Any]) -> torch.Tensor:
         """The rows of a batch that it takes. Raises what the module itself raises for this batch."""
-        number = next(self._batches)
-        try:
-            rows = self._run(features)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            expected = self._compute(features)
-            self._give_up(f"{type(error).__name__}: {said(error)}")  # not if the batch itself can't be computed
-            return expected
-        if number not in COMPARED and number % COMPARED_EACH:
-            return rows
-        expected = self._compute(dict(features))
+        if not self.is_due:
+            return self.compute(features)
+        rows, expected = self.compute(features), self._compute(dict(features))
+        later = (number for number in COMPARED if number > self._batches)
+        self._due = min(later, default=self._batches + COMPARED_EACH)
         if tells(expected) and not (distance := difference(expected, rows)) <= tolerance(expected):
             logger.warning(
                 "model %s: up to %d batches since the last comparison may have wrong results: rows differ by %.1e",
@@ -141,6 +166,18 @@ class Traced:
             )
             self._give_up(f"rows differ by {distance:.1e}")
         return expected
+
+    def compute(self, features: dict[str, Any]) -> torch.Tensor:
+        """The same without a comparison."""
+        self._batches += 1
+        try:
+            return self._run(features)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            expected = self._compute(features)
+            self._give_up(f"{type(error).__name__}: {said(error)}")  # not if the batch itself can't be computed
+            return expected
 
     def check(self, features: dict[str, Any]) -> None:
         """Raise `BackendError` if the rows of this batch are not the module's."""

@@ -145,28 +145,17 @@ def _forward(layer: Any, least_rows: int, rows: Any) -> Any:
     return _by_onednn(layer, rows)
 
 
-#: The same as TorchScript's own code: its compiler has no name for the type of an empty `Scalar?[]`.
-SCRIPT = """graph(%rows : Tensor, %weight : Tensor, %bias : Tensor?, %least : int):
-  %count : int = aten::numel(%rows)
-  %are_few : bool = aten::lt(%count, %least)
-  %result : Tensor = prim::If(%are_few)
-    block0():
-      %by_mkl : Tensor = aten::linear(%rows, %weight, %bias)
-      -> (%by_mkl)
-    block1():
-      %attr : str = prim::Constant[value="none"]()
-      %scalars : Scalar?[] = prim::ListConstruct()
-      %algorithm : str = prim::Constant[value=""]()
-      %by_onednn : Tensor = mkldnn::_linear_pointwise(%rows, %weight, %bias, %attr, %scalars, %algorithm)
-      -> (%by_onednn)
-  return (%result)"""
-
-
 @functools.cache
 def _script() -> Any:
+    """Make the same for TorchScript. A trace of the operator itself can't take its list of numbers (torch 2.13)."""
     import torch
 
-    return torch._C._create_function_from_graph("linear_by_size", torch._C.parse_ir(SCRIPT))
+    def by_size(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, least: int) -> torch.Tensor:
+        if rows.numel() < least:
+            return torch.nn.functional.linear(rows, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+    return torch.jit.script(by_size)
 
 
 def _by_onednn(layer: Any, rows: Any) -> Any:

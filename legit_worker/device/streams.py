@@ -12,6 +12,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import thread_time
@@ -99,26 +100,27 @@ class Streams:
         return self.count > 0
 
     def launch(self, compute: Callable[[], Any], on_begin: Callable[[], None], on_done: Callable[[], None]) -> Launch:
-        """Hand a batch over."""
+        """Hand a batch over. Raises `RuntimeError` if no thread can start."""
         launch = StreamLaunch(
             outputs=None, seconds=0.0, is_done=False, compute=compute, on_begin=on_begin, on_done=on_done
         )
+        self._start()
         with _handing_over:
             _in_flight.add(launch)
             self._launches.put(launch)
-        self._start()
         return launch
 
     def _start(self) -> None:
         if self._are_running:
             return
-        self._are_running = True
         for number in range(self.count):
             # Daemons: when the worker has ended, nobody needs the batch.
             threading.Thread(target=self._run, name=f"legit-stream-{number + 1}", daemon=True).start()
+            self._are_running = True  # one is enough
 
     def _run(self) -> None:
-        self._take_threads()
+        with suppress(Exception):  # then each batch has all cores
+            self._take_threads()
         while True:
             self._launches.get().run(1 / self.count)
             self._wake()

@@ -88,7 +88,9 @@ class Backend:
             logger.debug("model %s has no TorchScript: %s", model.path, said(error))
 
     def _forget(self) -> None:
-        self.traced = None
+        if self.traced is not None:
+            self.traced.unload()
+            self.traced = None
         if self.recorded is not None:
             self.recorded.forget()
             self.recorded = None

@@ -215,8 +215,9 @@ class SentenceModel:
         """Compute one row per item, as the model's last module gives it: shape `[n, dim]`."""
         if self._backend.graphs is not None:
             return self._backend.graphs.launch(self._features(batch), len(batch))
-        if (computation := self.computation(batch)) is not None:
-            return computation()
+        if (found := self._traced(batch)) is not None:
+            traced, features = found
+            return traced.rows(features)
         with self._precision():
             rows = self._recorded(batch)
             if rows is not None:
@@ -226,15 +227,20 @@ class SentenceModel:
     @property
     def computes_beside(self) -> bool:
         """Whether `computation` may give something."""
-        return self._backend.traced is not None
+        return self._backend.traced is not None and not self._backend.traced.obstacle
 
     def computation(self, batch: Sequence[Prepared]) -> Callable[[], torch.Tensor] | None:
         """What computes this batch's rows on any thread; None if `forward` must."""
+        found = self._traced(batch)
+        return None if found is None or found[0].is_due else functools.partial(_infer, *found)
+
+    def _traced(self, batch: Sequence[Prepared]) -> tuple[Traced, dict[str, Any]] | None:
+        """What computes this batch as TorchScript, and its features; None if nothing does."""
         traced, first = self._backend.traced, batch[0]
         if traced is None or first.task is not None or first.raw is not None or not is_tokens(first.features):
             return None
         features = self._features(batch)
-        return functools.partial(_infer, traced, features) if traced.takes(features) else None
+        return (traced, features) if traced.takes(features) else None
 
     def _recorded(self, batch: Sequence[Prepared]) -> torch.Tensor | None:
         """The rows of a batch by a CUDA graph, or those of a batch that is to become one; None if it has none."""
@@ -300,7 +306,7 @@ class SentenceModel:
 
 @torch.inference_mode()
 def _infer(traced: Traced, features: dict[str, Any]) -> torch.Tensor:
-    return traced.rows(features)
+    return traced.compute(features)
 
 
 def _without_arrays(value: Any) -> Any:

@@ -28,7 +28,7 @@ class Shape:
 
 
 #: The numbers among `Counters`.
-SUMMED = ("batches", "items", "cost", "padded_cost", "forward_seconds", "out_of_memory", "duplicates")
+SUMMED = ("batches", "items", "cost", "padded_cost", "forward_seconds", "out_of_memory", "duplicates", "beside")
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Counters:
     out_of_memory: int = 0
     #: Items that were not computed, since their batch had an equal one.
     duplicates: int = 0
+    #: Batches that a stream computed, beside the main thread.
+    beside: int = 0
     #: For metrics.
     shape: Shape = field(default_factory=Shape, compare=False, repr=False)
 
@@ -75,5 +77,5 @@ class Counters:
             "items": self.items,
             "mean_batch": round(self.items / self.batches, 2) if self.batches else 0.0,
             "waste": round(self.waste, 4),
-            **{name: count for name in ("out_of_memory", "duplicates") if (count := getattr(self, name))},
+            **{name: count for name in ("out_of_memory", "duplicates", "beside") if (count := getattr(self, name))},
         }

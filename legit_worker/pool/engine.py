@@ -239,7 +239,7 @@ class Engine:
     def refill(self) -> bool:
         """Between two tasks: take what streams have done, and give them a full batch. Whether any were done.
 
-        Otherwise a stream would wait for the end of this thread's turn. Raises `DeviceLostError`.
+        Otherwise a stream would wait for the end of this thread's turn. Raises `DeviceLostError`, if this code fails.
         """
         found = self._flights.has_landed and self.collect()
         if found or (len(self._flights) <= self._streams.count and self.calls - self._looked >= CALLS):

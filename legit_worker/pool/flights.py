@@ -162,6 +162,7 @@ class Flights:
         queue.seconds += launch.seconds
         queue.waits = queue.waits or (flight.is_behind and launch.host_seconds > launch.seconds * BLOCKING)
         if launch.error is None:
+            queue.counters.beside += flight.is_beside
             queue.succeeded(batch, launch)
         else:
             self._failed(queue, batch, launch.error)

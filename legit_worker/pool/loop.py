@@ -258,8 +258,15 @@ class Loop:
             fiber.ran_seconds += monotonic() - turn.since
             if fiber.dead:
                 self.forget(fiber)
-        if self._engine.refill():
-            self._pace.batch_done()
+        self._refill()
+
+    def _refill(self) -> None:
+        """Let streams have their next batches before the next task goes on."""
+        try:
+            if self._engine.refill():
+                self._pace.batch_done()
+        except DeviceLostError as error:  # which the next turn tells
+            self.note_lost(error)
 
     def _outlives(self, fiber: Fiber, error: Exception) -> bool:
         """See to a message that nobody would come back to. False if the error goes up to the worker."""

