@@ -118,6 +118,30 @@ def test_a_stream_has_its_own_number_of_threads_and_the_main_thread_keeps_its() 
     assert torch.get_num_threads() == before
 
 
+def test_without_a_number_of_its_own_a_stream_computes_on_all_cores(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Streams, "_take_threads", lambda self: 1 / 0)
+    launch = streams.launch(lambda: "fine", nothing, nothing)
+    launch.wait()
+    assert launch.outputs == "fine"
+
+
+def test_if_no_thread_can_start_the_batch_was_not_handed_over(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError, match="can't start"):
+            streams.launch(lambda: "lost", nothing, nothing)
+    launch = streams.launch(lambda: "fine", nothing, nothing)
+    launch.wait()
+    assert launch.outputs == "fine"
+
+
 def test_a_fork_waits_for_the_batches_in_flight(streams: Streams) -> None:
     begun = threading.Event()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -132,6 +134,32 @@ def test_a_large_module_is_not_traced_and_a_large_table_does_not_count(monkeypat
     monkeypatch.setattr("legit_worker.backends.traced.MOST_WEIGHTS", WIDTH * WIDTH)
     with pytest.raises(BackendError, match="would gain little"):
         made(Network())
+
+
+def test_a_module_that_is_loaded_again_has_its_trace_again_with_its_new_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, again = Network(), Network()
+    torch.nn.init.normal_(again.table.weight)
+    subject = made(first)
+    weights = weakref.ref(subject._script.get_submodule("module.table").weight)
+    subject.unload()
+    del first, subject
+    gc.collect()
+    assert weights() is None
+    monkeypatch.setattr(torch.jit, "trace", None)
+    subject, batch = made(again), collate([text(3), text(5)])
+    assert torch.equal(subject.rows(dict(batch)), again(dict(batch)))
+    assert torch.equal(subject.compute(dict(batch)), again(dict(batch)))
+
+
+def test_two_models_of_one_folder_have_a_trace_each() -> None:
+    first, second = Network(), Network()
+    torch.nn.init.normal_(second.table.weight)
+    subjects, batch = (made(first), made(second)), collate([text(3), text(5)])
+    for subject, network in zip(subjects, (first, second), strict=True):
+        subject.rows(dict(batch))
+        assert torch.equal(subject.compute(dict(batch)), network(dict(batch)))
 
 
 def test_a_longer_text_than_those_that_were_compared_is_the_modules() -> None:
