@@ -8,6 +8,7 @@ for each core and one thread for each batch, nobody waits for anybody.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import threading
@@ -74,6 +75,25 @@ def _before_fork() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_handing_over.release)
 
 
+@functools.cache
+def _keep_precision() -> None:
+    """Let a task set the precision of float32 products only between two batches: torch has one for all threads.
+
+    When the main thread hands a batch over, no task's setting is in force (`device.modes`).
+    """
+    import torch
+
+    set_precision = torch.set_float32_matmul_precision
+
+    @functools.wraps(set_precision)
+    def set_between_batches(precision: str) -> None:
+        for launch in list(_in_flight):
+            launch.wait()
+        set_precision(precision)
+
+    torch.set_float32_matmul_precision = set_between_batches
+
+
 class Streams:
     """The streams of one pool. The main thread hands batches over. The threads start with the first one."""
 
@@ -113,6 +133,7 @@ class Streams:
     def _start(self) -> None:
         if self._are_running:
             return
+        _keep_precision()
         for number in range(self.count):
             # Daemons: when the worker has ended, nobody needs the batch.
             threading.Thread(target=self._run, name=f"legit-stream-{number + 1}", daemon=True).start()

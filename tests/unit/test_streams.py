@@ -142,6 +142,24 @@ def test_if_no_thread_can_start_the_batch_was_not_handed_over(
     assert launch.outputs == "fine"
 
 
+def test_a_task_can_set_the_precision_of_all_products_only_between_two_batches(streams: Streams) -> None:
+    begun = threading.Event()
+
+    def compute() -> str:
+        begun.set()
+        sleep(0.3)
+        return torch.get_float32_matmul_precision()
+
+    launch = streams.launch(compute, nothing, nothing)
+    assert begun.wait(WAIT)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert (launch.is_done, launch.outputs) == (True, "highest")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_fork_waits_for_the_batches_in_flight(streams: Streams) -> None:
     begun = threading.Event()
 
