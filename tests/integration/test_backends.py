@@ -204,7 +204,8 @@ def test_whatever_openvino_raises_auto_stays_with_torch(
     said = "the trial of OpenVINO failed: RuntimeError: Not enough memory"
     registry = serve("embed", "auto")
     assert len(legit_worker.model("m").encode("a text")) == 32
-    assert backend_of(registry) == {"backend": "torch", "backend_reason": f"auto stays with torch: {said}"}
+    told = {"backend": "torch", "backend_reason": f"auto stays with torch: {said}", "torchscript": True}
+    assert backend_of(registry) == told
     serve("embed")
     with pytest.raises(ModelLoadError, match=f"BACKEND=openvino: {said}. Set this model's BACKEND=torch"):
         legit_worker.model("m").encode("a text")
