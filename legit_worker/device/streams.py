@@ -68,6 +68,10 @@ _handing_over = threading.RLock()
 def _before_fork() -> None:
     """Wait for the batches in flight: a child that has none of their threads might wait for what they hold."""
     _handing_over.acquire()
+    _wait_for_all()
+
+
+def _wait_for_all() -> None:
     for launch in list(_in_flight):
         launch.wait()
 
@@ -87,8 +91,7 @@ def _keep_precision() -> None:
 
     @functools.wraps(set_precision)
     def set_between_batches(precision: str) -> None:
-        for launch in list(_in_flight):
-            launch.wait()
+        _wait_for_all()
         set_precision(precision)
 
     torch.set_float32_matmul_precision = set_between_batches

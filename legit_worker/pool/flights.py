@@ -47,8 +47,11 @@ class Flight:
     span: BatchSpan | None
     #: Whether another batch was in flight when it was handed over.
     is_behind: bool
-    #: Whether a stream computes it.
-    is_beside: bool
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether a stream computes it."""
+        return isinstance(self.launch, StreamLaunch)
 
 
 class Flights:
@@ -95,21 +98,13 @@ class Flights:
             self._failed(queue, batch, error)
             return
         is_behind = bool(self._flights)
-        is_beside = isinstance(launch, StreamLaunch)
-        flight = Flight(
-            queue=queue,
-            batch=batch,
-            launch=launch,
-            work=work,
-            span=span,
-            is_behind=is_behind,
-            is_beside=is_beside,
-        )
-        if launch.is_done and not is_beside:
+        flight = Flight(queue=queue, batch=batch, launch=launch, work=work, span=span, is_behind=is_behind)
+        if flight.is_beside:
+            self._flights.append(flight)
+        elif launch.is_done:
             self._land(flight)
-            return
-        self._flights.append(flight)
-        if not is_beside:
+        else:
+            self._flights.append(flight)
             self._watch(launch, work.end)
 
     def _hand_over(self, work: Work, compute: Callable[[], Any]) -> Launch:

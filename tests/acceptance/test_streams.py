@@ -96,8 +96,7 @@ def test_a_warm_shutdown_ends_what_streams_compute_and_leaves_the_rest(worker: W
     assert_right(worker, results, expected)
 
 
-def test_a_time_limit_ends_a_task_and_no_neighbour_in_its_batch(start_worker: StartWorker, expected: Any) -> None:
-    worker = start_worker("legit_worker", environment=ENVIRONMENT)
+def test_a_time_limit_ends_a_task_and_no_neighbour_in_its_batch(worker: Worker, expected: Any) -> None:
     warm(worker)
     task = worker.client.signature("legit_worker.embed_text")
     limited = [task.clone((text,)).apply_async(soft_time_limit=0.001, time_limit=0.002) for text in TEXTS[:20]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from time import monotonic, sleep, thread_time
+from time import sleep, thread_time
 from typing import Any
 
 import pytest
@@ -32,14 +32,6 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     subject = Streams()
     assert subject.are_open()
     return subject
-
-
-def done(launch: Launch) -> Launch:
-    until = monotonic() + WAIT
-    while not launch.is_done:
-        assert monotonic() < until
-        sleep(0.001)
-    return launch
 
 
 def test_two_batches_run_at_the_same_time_on_other_threads(streams: Streams) -> None:
