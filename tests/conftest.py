@@ -97,19 +97,25 @@ class Servers:
     def fresh(self, *, broker_url: str | None = None, redelivery_seconds: int | None = None) -> Broker:
         """A broker and backend of one's own on the chosen servers.
 
-        `redelivery_seconds` is when Redis gives a dead worker's tasks to another; RabbitMQ does it at once.
+        `redelivery_seconds` is when Redis gives a dead worker's tasks to another; RabbitMQ does it at once. Over the
+        filesystem no results go by message: kombu makes a message's file first and fills it then, and a client that
+        looks in between takes the empty file.
         """
-        url = broker_url or self._url("broker")
+        url, backend = broker_url or self._url("broker"), self._url("backend")
         queue = f"tests-{uuid.uuid4().hex[:12]}"
         self._stack.callback(_delete_queue, url, queue)
-        options = self._folders(queue) if url.startswith("filesystem:") else {}
+        options = {}
+        if url.startswith("filesystem:"):
+            options = self._folders(queue)
+            if backend.startswith("rpc:"):
+                backend = self._database()
         if redelivery_seconds and url.startswith(("redis", "valkey")):
             # Newer kombu looks for a dead worker's messages every hundred seconds only.
             looks = {"unacked_restore_throttle": 1, "unacked_restore_interval": 1}
             options |= {"visibility_timeout": redelivery_seconds, **looks}
         return Broker(
             url=url,
-            backend=self._url("backend"),
+            backend=backend,
             queue=queue,
             transport_options=options,
             environment={"PROJECT_TRANSPORT_OPTIONS": json.dumps(options)},
@@ -118,12 +124,15 @@ class Servers:
     def _url(self, kind: str) -> str:
         url = _named_url(self._config, kind)
         if url == EMBEDDED:
-            return f"{self.embedded}/{next(self._databases)}"
+            return self._database()
         if url.startswith("memory:"):
             pytest.skip("memory:// does not reach another process")
         if url.partition(":")[0] in NETWORK:
             find_server(url)
         return url
+
+    def _database(self) -> str:
+        return f"{self.embedded}/{next(self._databases)}"
 
     @functools.cached_property
     def embedded(self) -> str:

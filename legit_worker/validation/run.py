@@ -95,6 +95,7 @@ def validate(
         try:
             _send(app, mailboxes.tasks, alias, reference.rows, letters, with_stock=not skipped)
             with PrivateWorker(project, mailboxes.tasks, f"{run}@%h", _variables(run)) as worker:
+                worker.start()
                 _collect(mailboxes, worker, letters, patience, tell)
                 counted = _counted(app, run, alias)
         finally:

@@ -23,6 +23,8 @@ STOP_SECONDS = 15
 #: The signals of `kill` and of a closed window. Ctrl-C raises by itself.
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
+ALL_ENDINGS = (signal.SIGINT, *ENDINGS)
+
 #: The last lines of a dead worker's log that an error shows.
 TAIL_LINES = 20
 
@@ -40,19 +42,26 @@ class PrivateWorker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PrivateWorker:
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=self._environment,
-            start_new_session=True,
-        )
         return self
+
+    def start(self) -> None:
+        """Start it, within its block: a signal that comes meanwhile ends the block, and so the worker."""
+        came: list[int] = []
+        with _handling(ALL_ENDINGS, lambda number, _: came.append(number)):
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+        for number in came:
+            signal.raise_signal(number)
 
     def __exit__(self, *_: object) -> None:
         # These signals ask for the end that has begun.
-        with _handling((signal.SIGINT, *ENDINGS), signal.SIG_IGN):
+        with _handling(ALL_ENDINGS, signal.SIG_IGN):
             self._stop()
             self._log.close()
 
