@@ -110,26 +110,24 @@ class Traced:
     """One model's. Any thread may have it `compute`, also several at once."""
 
     def __init__(self, script: Any, compute: Compute, example: Features, longest: int, *, name: str, key: str) -> None:
-        """`example`: the features of the trace. `longest`: the most tokens of a text that it is known to compute."""
+        """`example`: the features of the trace."""
         self._script, self._compute, self._name, self._key = script, compute, name, key
         self._tensors = list(tensors_of(example))
         self._others = self._without_tensors(example)
-        self._longest = longest
+        #: The most tokens of a text that it is known to compute.
+        self.longest = longest
         # Batches so far, and the number of the next one that is compared.
         self._batches, self._due = 0, COMPARED[0]
         #: Why torch computes all batches by now.
         self.obstacle = ""
 
     def __repr__(self) -> str:
-        return f"<Traced {self._name}, up to {self._longest} tokens{self.obstacle and f', no more: {self.obstacle}'}>"
+        return f"<Traced {self._name}, up to {self.longest} tokens{self.obstacle and f', no more: {self.obstacle}'}>"
 
     def takes(self, features: Features) -> bool:
-        """Whether it computes batches of this kind and size."""
-        ids = features.get("input_ids")
+        """Whether it computes batches of this kind, if no text is too long."""
         return (
             not self.obstacle
-            and isinstance(ids, torch.Tensor)
-            and ids.shape[-1] <= self._longest
             and len(features) == len(self._tensors) + len(self._others)
             and all(isinstance(features.get(tensor), torch.Tensor) for tensor in self._tensors)
             and self._without_tensors(features) == self._others

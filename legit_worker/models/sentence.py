@@ -231,13 +231,16 @@ class SentenceModel:
 
     def computation(self, batch: Sequence[Prepared]) -> Callable[[], torch.Tensor] | None:
         """What computes this batch's rows on any thread; None if `forward` must."""
-        found = self._traced(batch)
-        return None if found is None or found[0].is_due else functools.partial(_infer, *found)
+        traced = self._backend.traced
+        found = None if traced is None or traced.is_due else self._traced(batch)
+        return None if found is None else functools.partial(_infer, *found)
 
     def _traced(self, batch: Sequence[Prepared]) -> tuple[Traced, dict[str, Any]] | None:
         """What computes this batch as TorchScript, and its features; None if nothing does."""
         traced, first = self._backend.traced, batch[0]
         if traced is None or first.task is not None or first.raw is not None or not is_tokens(first.features):
+            return None
+        if max(item.cost for item in batch) > traced.longest:
             return None
         features = self._features(batch)
         return (traced, features) if traced.takes(features) else None

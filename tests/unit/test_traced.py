@@ -162,17 +162,14 @@ def test_two_models_of_one_folder_have_a_trace_each() -> None:
         assert torch.equal(subject.compute(dict(batch)), network(dict(batch)))
 
 
-def test_a_longer_text_than_those_that_were_compared_is_the_modules() -> None:
-    subject = made(Network())
-    assert subject.takes(collate([text(40)]))
-    assert not subject.takes(collate([text(41)]))
+def test_texts_are_known_up_to_the_longest_that_was_compared() -> None:
+    assert made(Network()).longest == 40
 
 
 def test_texts_are_compared_up_to_a_length_that_takes_no_long_time() -> None:
     network = Network()
     subject = made(network, [*TEXTS, text(10_000)])
-    assert subject.takes(collate([text(MOST_TOKENS)]))
-    assert not subject.takes(collate([text(MOST_TOKENS + 1)]))
+    assert subject.longest == MOST_TOKENS
 
 
 def test_a_batch_of_another_kind_is_the_modules() -> None:
@@ -302,6 +299,19 @@ def test_a_batch_that_is_compared_is_not_computed_on_another_thread() -> None:
     assert model.computation(batch) is None
     model.forward(batch)
     assert model.computation(batch) is not None
+
+
+def test_a_longer_text_than_those_that_were_compared_is_the_modules(
+    minilm: TextEmbedding, plain: TextEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = minilm._backend.traced
+    assert traced is not None
+    monkeypatch.setattr(traced, "longest", 6)
+    monkeypatch.setattr(traced, "_run", lambda features: pytest.fail("TorchScript computes it"))
+    batch = [minilm.preprocess(one) for one in ("a text", "a text of five words")]
+    assert minilm.computation(batch[:1]) is not None
+    assert minilm.computation(batch) is None
+    assert torch.allclose(minilm.forward(batch), plain.forward(batch), atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_a_model_whose_trace_gave_wrong_rows_has_no_more_batches_on_other_threads(minilm: TextEmbedding) -> None:
