@@ -9,6 +9,9 @@ from math import inf
 
 import torch
 
+#: What an operator reads when a later comparison fails: the model, how many batches, and what differs.
+LATE = "model %s: up to %d batches since the last comparison may have wrong results: %s"
+
 #: How far rows may be from torch's, relative to the largest number, by the bytes of a number. Torch may take another
 #: kernel for a batch without padding.
 TOLERANCES = {8: 1e-3, 4: 1e-3, 2: 3e-2}
@@ -30,3 +33,9 @@ def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
         return inf
     expected, found = expected.detach().float(), found.detach().float()
     return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def too_far(expected: torch.Tensor, found: torch.Tensor) -> float | None:
+    """The difference, if it is more than may be; None if it is not, or if the rows expected tell nothing."""
+    distance = difference(expected, found)
+    return None if distance <= tolerance(expected) or not tells(expected) else distance

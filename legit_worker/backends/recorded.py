@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from cachetools import LRUCache
 
-from legit_worker.backends.closeness import difference, tells, tolerance
+from legit_worker.backends.closeness import LATE, difference, tells, tolerance, too_far
 from legit_worker.device.capture import Recorder, Recording
 from legit_worker.device.cuda import to_device
 from legit_worker.device.memory import is_out_of_memory, let_go
@@ -178,11 +178,11 @@ class RecordedBatches:
             if not tells(rows):
                 known.spent = 0.0  # other texts may
                 return rows
-            distance = difference(rows, recording.replay(inputs))
+            distance = too_far(rows, recording.replay(inputs))
         except Exception as error:
             self._failed(known, error, perf_counter() - start)
             return rows
-        if distance <= tolerance(rows):
+        if distance is None:
             known.recording, known.read, known.replays = recording, read, 1
             seconds = perf_counter() - start
             self._price = min(seconds, self._price or seconds)
@@ -214,14 +214,9 @@ class RecordedBatches:
         if rows is not None and known.replays not in COMPARED and known.replays % COMPARED_EACH:
             return rows
         expected = self._compute(to_device(features, device))
-        if rows is not None and tells(expected):
-            distance = difference(expected, rows)
-            if not distance <= tolerance(expected):
-                logger.warning(
-                    "model %s: up to %d batches since the last comparison may have wrong results: %s",
-                    *(self._name, COMPARED_EACH, _differs(shape, distance)),
-                )
-                self._give_up(_differs(shape, distance))
+        if rows is not None and (distance := too_far(expected, rows)) is not None:
+            logger.warning(LATE, self._name, COMPARED_EACH, _differs(shape, distance))
+            self._give_up(_differs(shape, distance))
         return expected
 
     def _give_up(self, reason: str) -> None:

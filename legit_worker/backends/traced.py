@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from legit_worker.backends.closeness import difference, tells, tolerance
+from legit_worker.backends.closeness import LATE, tells, too_far
 from legit_worker.backends.graphs import Features, Rows, quietly, tensors_of
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import BackendError, said
@@ -157,12 +157,10 @@ class Traced:
         rows, expected = self.compute(features), self._compute(dict(features))
         later = (number for number in COMPARED if number > self._batches)
         self._due = min(later, default=self._batches + COMPARED_EACH)
-        if tells(expected) and not (distance := difference(expected, rows)) <= tolerance(expected):
-            logger.warning(
-                "model %s: up to %d batches since the last comparison may have wrong results: rows differ by %.1e",
-                *(self._name, COMPARED_EACH, distance),
-            )
-            self._give_up(f"rows differ by {distance:.1e}")
+        if (distance := too_far(expected, rows)) is not None:
+            reason = f"rows differ by {distance:.1e}"
+            logger.warning(LATE, self._name, COMPARED_EACH, reason)
+            self._give_up(reason)
         return expected
 
     def compute(self, features: dict[str, Any]) -> torch.Tensor:
@@ -182,7 +180,7 @@ class Traced:
         expected, rows = self._compute(dict(features)), self._run(features)
         if not tells(expected):
             raise BackendError("its rows are not finite, or all zero")
-        if not (distance := difference(expected, rows)) <= tolerance(expected):
+        if (distance := too_far(expected, rows)) is not None:
             raise BackendError(f"rows of {tuple(features['input_ids'].shape)} tokens differ by {distance:.1e}")
 
     def _run(self, features: Features) -> torch.Tensor:
