@@ -115,11 +115,19 @@ def quietly() -> Iterator[None]:
     before = [library.level for library in libraries]
     for library in libraries:
         library.setLevel(logging.ERROR)
+    # A task that runs meanwhile sets the process's filters of warnings. Celery's worker logs what passes them.
+    logged, here = logging.getLogger("py.warnings"), threading.get_ident()
+
+    def is_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    logged.addFilter(is_elsewhere)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logged.removeFilter(is_elsewhere)
         for library, level in zip(libraries, before, strict=True):
             library.setLevel(level)
 

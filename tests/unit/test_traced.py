@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -160,6 +161,27 @@ def test_two_models_of_one_folder_have_a_trace_each() -> None:
     for subject, network in zip(subjects, (first, second), strict=True):
         subject.rows(dict(batch))
         assert torch.equal(subject.compute(dict(batch)), network(dict(batch)))
+
+
+def test_what_a_trace_says_of_a_module_is_not_logged_whatever_tasks_set_meanwhile(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def way(ids: torch.Tensor) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")  # as a task does that begins now
+            warnings.warn("said by the trace", stacklevel=1)
+            other = threading.Thread(target=warnings.warn, args=("said elsewhere",))
+            other.start()
+            other.join()
+        return False
+
+    logging.captureWarnings(True)  # as Celery's worker does
+    try:
+        made(Network(way))
+    finally:
+        logging.captureWarnings(False)
+    assert "said elsewhere" in caplog.text
+    assert "said by the trace" not in caplog.text
 
 
 def test_texts_are_known_up_to_the_longest_that_was_compared() -> None:
