@@ -9,6 +9,7 @@ operators. Without it, a batch runs on another thread as if it was alone (`devic
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,21 +58,26 @@ def trace(
         example = collate([by_length[len(by_length) // 4], by_length[len(by_length) // 2]])
         compute(dict(example))  # some modules note a dimension in their first batch
         rows, tensors = Rows(module, compute, example).eval(), tuple(tensors_of(example).values())
-        key = f"{name} {module}"
-        script = _kept.pop(key, None)
+        key = f"{name} {module} {next(module.parameters()).dtype}"
+        kept = _kept[key]
+        script = kept.pop() if kept else None
         if script is None:
             script = torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
         else:
             _fill(script, rows)
         traced = Traced(script, compute, example, _length(by_length[-1]), name=name, key=key)
-        for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
-            traced.check(collate(batch))
+        try:
+            for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
+                traced.check(collate(batch))
+        except Exception:
+            traced.unload()  # the next load's comparisons refuse it again, and take no more memory
+            raise
     return traced
 
 
 #: Of models that have left memory, without their weights: torch keeps 10 MiB of each trace for good. The next load of
 #: such a model takes its own again, and compares its rows as any load does.
-_kept: dict[str, Any] = {}
+_kept: defaultdict[str, list[Any]] = defaultdict(list)
 
 
 def _fill(script: Any, rows: torch.nn.Module | None) -> None:
@@ -140,7 +146,7 @@ class Traced:
     def unload(self) -> None:
         """Let go of the weights. It computes no batch any more."""
         _fill(self._script, None)
-        _kept[self._key] = self._script
+        _kept[self._key].append(self._script)
 
     @property
     def is_due(self) -> bool:

@@ -7,6 +7,7 @@ import logging
 import threading
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,8 +61,13 @@ def collate(items: Sequence[Any]) -> dict[str, Any]:
     return join(items, Tokenizer())
 
 
-def made(network: Network, texts: Sequence[dict[str, Any]] = TEXTS, **options: Any) -> Traced:
-    return trace(network, network, collate, texts, name="small", **options)
+def made(network: Network, texts: Sequence[dict[str, Any]] = TEXTS) -> Traced:
+    return trace(network, network, collate, texts, name="small")
+
+
+@pytest.fixture(autouse=True)
+def no_other_tests_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("legit_worker.backends.traced._kept", defaultdict(list))
 
 
 def test_the_rows_are_those_of_the_module_and_python_does_not_run() -> None:
@@ -161,6 +167,35 @@ def test_two_models_of_one_folder_have_a_trace_each() -> None:
     for subject, network in zip(subjects, (first, second), strict=True):
         subject.rows(dict(batch))
         assert torch.equal(subject.compute(dict(batch)), network(dict(batch)))
+
+
+def test_each_of_two_models_of_one_folder_has_its_trace_again_when_both_are_loaded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for subject in [made(Network()), made(Network())]:
+        subject.unload()
+    monkeypatch.setattr(torch.jit, "trace", None)
+    made(Network())
+    made(Network())
+
+
+def test_a_model_of_another_type_has_a_trace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made(Network()).unload()
+    made(Network().to(torch.bfloat16)).unload()
+    monkeypatch.setattr(torch.jit, "trace", None)
+    for network in (Network(), Network().to(torch.bfloat16)):
+        subject, batch = made(network), collate([text(3), text(5)])
+        assert torch.equal(subject.rows(dict(batch)), network(dict(batch)))
+
+
+def test_a_trace_that_was_refused_is_compared_again_and_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        with pytest.raises(BackendError, match="tokens differ"):
+            made(Network(lambda ids: ids.shape[1] > 30))
+
+    refused()
+    monkeypatch.setattr(torch.jit, "trace", None)
+    refused()
 
 
 def test_what_a_trace_says_of_a_module_is_not_logged_whatever_tasks_set_meanwhile(
