@@ -79,6 +79,8 @@ class LoadedModel:
         self._key_of = self._optional("batch_key")
         self._identity_of = self._optional("identity")
         self._sample = self._optional("sample")
+        # Its batches on other threads. Such a batch may outlive its tasks, and with them their hold on this model.
+        self._beside: weakref.WeakSet[Launch] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.alias} ({self.kind}) on {self._device.name}>"
@@ -148,7 +150,10 @@ class LoadedModel:
         """It leaves memory for good. Returns the object that must be gone before that is free; None if it is free now.
 
         A model without `unload()`, and of a class that knows weak references, is gone once nobody has it any more.
+        Waits for a batch that another thread computes for tasks that have ended.
         """
+        for launch in list(self._beside):
+            launch.wait()
         model, unload = self.model, self._unload
         self.model = self._sample = self._to = self._unload = self._memory = self._key_of = self._identity_of = None
         if unload is None:
@@ -241,7 +246,9 @@ class LoadedModel:
         with self._methods.lock:
             compute = None if beside is None else self._methods.at_once("forward", self.model.computation, batch)
             if beside is not None and compute is not None:
-                return beside(lambda: self._checked(batch, compute()))
+                launch = beside(lambda: self._checked(batch, compute()))
+                self._beside.add(launch)
+                return launch
             return self._device.launch(
                 lambda: self._checked(batch, self._methods.at_once("forward", self.model.forward, batch))
             )

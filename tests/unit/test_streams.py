@@ -12,10 +12,11 @@ import pytest
 import torch
 from letters import Letters, error, outputs
 
-from legit_worker.device.devices import Launch
+from legit_worker.batching.costmodel import BYTES_PRIOR, CostModel
+from legit_worker.device.devices import Device, Launch
 from legit_worker.device.streams import MOST, StreamLaunch, Streams
 from legit_worker.errors import DeviceOutOfMemoryError
-from legit_worker.models.loaded import Beside
+from legit_worker.models.loaded import Beside, LoadedModel
 from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.engine import CALLS, OWN, Engine
 
@@ -167,6 +168,45 @@ def test_a_fork_waits_for_the_batches_in_flight(streams: Streams) -> None:
         os._exit(0 if launch.is_done else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert launch.outputs == "done"
+
+
+def test_a_model_leaves_memory_when_the_last_batch_of_it_is_over_though_its_task_has_ended(streams: Streams) -> None:
+    begun, left = threading.Event(), list[str]()
+
+    class Own:
+        computes_beside = True
+
+        def computation(self, batch: Sequence[str]) -> Callable[[], list[str]]:
+            def compute() -> list[str]:
+                begun.set()
+                sleep(0.3)
+                left.append("the batch is over")
+                return list(batch)
+
+            return compute
+
+        def unload(self) -> None:
+            left.append("the weights are gone")
+
+    model = LoadedModel("small", "embed", Own(), Device("cpu"), CostModel(BYTES_PRIOR), Around())  # type: ignore[arg-type]
+    launch = model.launch(["a"], lambda compute: streams.launch(compute, nothing, nothing))
+    assert begun.wait(WAIT)
+    model.unload()
+    assert left == ["the batch is over", "the weights are gone"]
+    assert (launch.outputs, launch.error) == (["a"], None)
+
+
+class Around:
+    """No memory is short."""
+
+    def room_for_batches(self) -> None:
+        """No bound."""
+
+    def is_loading(self) -> bool:
+        return False
+
+    def free(self, needed: int = 0, tries: int = 0) -> None:
+        """Never called."""
 
 
 class Small(Letters):
