@@ -25,6 +25,7 @@ import torch
 
 from legit_worker.device.cpu import KERNELS
 from legit_worker.device.devices import Launch
+from legit_worker.device.streams import division
 from legit_worker.errors import BackendError
 
 #: A model's features by name, as its library gives them to its modules.
@@ -33,6 +34,9 @@ Features = Mapping[str, Any]
 #: The precision in which OpenVINO computes, by `DTYPE`. If none is given, it takes bfloat16 on a CPU that has it. The
 #: layers of an int8 graph that are not quantized compute in float32.
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+
+#: The most bytes of weights of a graph that streams compute, too (`device.streams`): it has the weights once more.
+MOST_BYTES = 200_000_000
 
 #: Bytes of a weight, by `DTYPE`.
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}
@@ -211,6 +215,14 @@ class Graph:
         self.memory = sum(node.get_byte_size() for node in constants) * WEIGHT_BYTES[dtype] // 4
         self._compiled = core().compile_model(graph, "CPU", _options(dtype))
         self._requests: list[Any] = []
+        streams, threads = division()
+        # The same graph for several batches at a time, each with a part of the threads; None without streams.
+        self._divided: Any = None
+        if streams and self.memory <= MOST_BYTES:
+            options = _options(dtype, streams=streams, threads=streams * threads)
+            self._divided = core().compile_model(graph, "CPU", options)
+            self.memory *= 2
+        self._requests_beside: list[Any] = []
         self._process = os.getpid()
         # When the batch before was done: one that was handed over meanwhile began then.
         self._ended = 0.0
@@ -219,7 +231,7 @@ class Graph:
         """Begin a batch. In a forked child, which has none of OpenVINO's threads, compute it at once."""
         arrays = _arrays(features)
         if os.getpid() != self._process:
-            return self._compute(arrays)
+            return _computed(self._compiled.create_infer_request(), arrays)
         request = self._requests.pop() if self._requests else self._compiled.create_infer_request()
         inference = Inference(
             outputs=None,
@@ -237,10 +249,21 @@ class Graph:
         inference.host_seconds = monotonic() - inference.began
         return inference
 
-    def _compute(self, arrays: dict[str, Any]) -> Launch:
-        request, began = self._compiled.create_infer_request(), monotonic()
-        request.infer(arrays)
-        return _Computed(outputs=_rows_of(request), seconds=monotonic() - began)
+    def computation(self, features: Features) -> Callable[[], Launch] | None:
+        """What computes a batch on a stream's thread, which waits for OpenVINO's; None if streams don't compute it."""
+        return None if self._divided is None else functools.partial(self._compute_beside, _arrays(features))
+
+    def _compute_beside(self, arrays: dict[str, Any]) -> Launch:
+        requests = self._requests_beside
+        request = requests.pop() if requests else self._divided.create_infer_request()
+        launch = _computed(request, arrays)
+        requests.append(request)
+        return launch
+
+    @property
+    def computes_beside(self) -> bool:
+        """Whether `computation` gives something."""
+        return self._divided is not None
 
     def seconds_until(self, began: float, ended: float) -> float:
         """Return the seconds of a batch that was handed over at `began` and was done at `ended`."""
@@ -259,13 +282,19 @@ class _Computed(Launch):
         return len(self.outputs)
 
 
-def _options(dtype: str) -> dict[str, Any]:
+def _computed(request: Any, arrays: dict[str, Any]) -> Launch:
+    began = monotonic()
+    request.infer(arrays, share_inputs=True)
+    return _Computed(outputs=_rows_of(request), seconds=monotonic() - began)
+
+
+def _options(dtype: str, *, streams: int = 1, threads: int = 0) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": streams,
         # As many as torch's, which is by the cores that this process may use.
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         # Another worker of this machine would pin its threads to the same cores.
         "ENABLE_CPU_PINNING": False,
         # It keeps a kernel for each shape, 5,000 by default.
@@ -288,11 +317,23 @@ class Graphs:
 
     def launch(self, features: Features, count: int) -> Launch:
         """Begin a batch of `count` items. Raises `BackendError` if the load has converted no such input."""
+        return self._of(features).launch(features, count)
+
+    @property
+    def computes_beside(self) -> bool:
+        """Whether `computation` gives something for any batch."""
+        return any(graph.computes_beside for graph in self._graphs)
+
+    def computation(self, features: Features) -> Callable[[], Launch] | None:
+        """What computes a batch on a stream's thread; None if `launch` must. Raises `BackendError` as `launch` does."""
+        return self._of(features).computation(features)
+
+    def _of(self, features: Features) -> Graph:
         graph = self._by_names.get(frozenset(tensors_of(features)))
         if graph is None:
             names = ", ".join(tensors_of(features))
             raise BackendError(f"openvino has no graph for an input with {names}: set this model's BACKEND=torch")
-        return graph.launch(features, count)
+        return graph
 
     def compute(self, features: Features) -> torch.Tensor:
         """Compute a batch and wait for it."""

@@ -50,7 +50,10 @@ class StreamLaunch(Launch):
         except Exception as error:
             self.error = error
         # Of the processor, and not of the clock: the main thread has some of this time, too.
-        self.seconds = (thread_time() - start) * share
+        seconds = thread_time() - start
+        if isinstance(self.outputs, Launch):  # other threads computed it, and this one waited
+            self.outputs, seconds = self.outputs.outputs, self.outputs.seconds
+        self.seconds = seconds * share
         self.compute = None
         self.is_done = True
         _in_flight.discard(self)
@@ -97,6 +100,17 @@ def _keep_precision() -> None:
     torch.set_float32_matmul_precision = set_between_batches
 
 
+def division() -> tuple[int, int]:
+    """How many streams torch's threads make, and the threads of each; 0 streams if there is one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1 or importlib.util.find_spec("threadpoolctl") is None:
+        return 0, threads
+    count = min(threads, MOST)
+    return count, threads // count
+
+
 class Streams:
     """The streams of one pool. The main thread hands batches over. The threads start with the first one."""
 
@@ -113,13 +127,9 @@ class Streams:
 
     def are_open(self) -> bool:
         """Whether batches can be handed over: torch computes on several cores, and streams can have fewer threads."""
-        torch = imported("torch")
-        if not self._are_counted and torch is not None:
+        if not self._are_counted and imported("torch") is not None:
             self._are_counted = True
-            threads = torch.get_num_threads()
-            if threads > 1 and importlib.util.find_spec("threadpoolctl") is not None:
-                self.count = min(threads, MOST)
-                self._threads = threads // self.count
+            self.count, self._threads = division()
         return self.count > 0
 
     def launch(self, compute: Callable[[], Any], on_begin: Callable[[], None], on_done: Callable[[], None]) -> Launch:

@@ -227,10 +227,14 @@ class SentenceModel:
     @property
     def computes_beside(self) -> bool:
         """Whether `computation` may give something."""
+        if self._backend.graphs is not None:
+            return self._backend.graphs.computes_beside
         return self._backend.traced is not None and not self._backend.traced.obstacle
 
-    def computation(self, batch: Sequence[Prepared]) -> Callable[[], torch.Tensor] | None:
+    def computation(self, batch: Sequence[Prepared]) -> Callable[[], torch.Tensor | Launch] | None:
         """What computes this batch's rows on any thread; None if `forward` must."""
+        if self._backend.graphs is not None:
+            return self._backend.graphs.computation(self._features(batch))
         traced = self._backend.traced
         found = None if traced is None or traced.is_due else self._traced(batch)
         return None if found is None else functools.partial(_infer, *found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,23 @@ def test_each_text_has_its_vector_and_streams_computed_most_batches(worker: Work
     before = beside(worker)
     assert_right(worker, send(worker), expected)
     assert beside(worker) - before >= 4
+
+
+def test_openvinos_batches_are_computed_by_streams_too(
+    start_worker: StartWorker, expected: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    own = {"LEGIT_WORKER_MODELS__MINILM__BACKEND": "openvino", "LEGIT_WORKER_CACHE_DIR": str(tmp_path)}
+    worker = start_worker("legit_worker", environment=ENVIRONMENT | own)
+    warm(worker)
+    before = beside(worker)
+    assert_right(worker, send(worker), expected)
+    assert beside(worker) - before >= 4
+    results = send(worker)
+    some_are_done(results)
+    worker.kill()
+    worker.start()
+    assert_right(worker, results, expected)
 
 
 def test_long_texts_and_bad_input_take_nothing_with_them(worker: Worker, expected: Any) -> None:

