@@ -45,7 +45,7 @@ STORE_SECONDS = 5.0
 #: Most programs that kill a worker which does not end wait for 30 seconds or longer.
 BACKEND_SECONDS = 20.0
 
-#: How names of threads begin that may be in C++ or Rust when the process ends.
+#: How names of threads begin that may be in C++ or Rust when the process ends, beside those of batches.
 FOREIGN = ("legit-loader", "legit-tokenizer")
 
 
@@ -111,18 +111,22 @@ class Ending:
         self._unwind_all(keep=lambda _: False)
         # The hub may have stopped before it came round to the last acks.
         self._tend_hub()
-        # A thread that waits for the device must not come back to an interpreter that is gone.
+        # A thread that computes a batch, or waits for the device, must not come back to an interpreter that is gone.
         self._engine.wait(FLIGHT_SECONDS)
-        # Nor one that loads a model. Celery's worker decides on its exit code after this. If the worker is a thread, as
-        # in a test's own process, the exit code is not the worker's.
+        # Nor one that takes longer, or loads a model. Celery's worker decides on its exit code after this. If the
+        # worker is a thread, as in a test's own process, the exit code is not the worker's.
         if threading.current_thread() is threading.main_thread():
-            atexit.register(_leave, self._exit_code, _is_in_foreign_code)
+            atexit.register(_leave, self._exit_code, self._is_in_foreign_code)
         # Only now does nobody need the way back from the loader thread, nor a place to park; and nobody is late.
         self._release()
 
     def _exit_code(self) -> int:
         """What Celery's worker ends with: 0 if it has no other code."""
         return os.EX_OK if self.consumer is None else int(self.consumer.controller.exitcode or os.EX_OK)
+
+    def _is_in_foreign_code(self) -> bool:
+        """Whether a thread may be in C++ or Rust."""
+        return self._engine.is_computing or any(thread.name.startswith(FOREIGN) for thread in threading.enumerate())
 
     def _waits_in_vain(self) -> bool:
         """Whether all that still runs waits for a server that is away, and has for long enough.
@@ -220,10 +224,6 @@ class Ending:
                 self._unwind(fiber, None if fiber.acks_late else DeviceLostError(*error.args))
                 if fiber.dead:
                     self._loop.forget(fiber)
-
-
-def _is_in_foreign_code() -> bool:
-    return any(thread.name.startswith(FOREIGN) for thread in threading.enumerate())
 
 
 def _leave(exit_code: Callable[[], int], must: Callable[[], bool]) -> None:

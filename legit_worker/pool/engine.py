@@ -249,6 +249,11 @@ class Engine:
                 self.step()
         return found
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether a thread computes a batch, or waits for the device that does."""
+        return self._flights.are_under_way
+
     def wait(self, seconds: float) -> None:
         """Until nothing is in flight, at most for this many seconds; the tasks that it was for are gone."""
         self._flights.forget(seconds)

@@ -77,6 +77,11 @@ class Flights:
         return bool(self._flights) and all(flight.is_beside for flight in self._flights)
 
     @property
+    def are_under_way(self) -> bool:
+        """Whether one of them is not done."""
+        return any(not flight.launch.is_done for flight in self._flights)
+
+    @property
     def has_landed(self) -> bool:
         """Whether a stream is done with one of them."""
         return any(flight.is_beside and flight.launch.is_done for flight in self._flights)

@@ -32,6 +32,8 @@ class PlayedEngine:
         self.batches: list[int] = []
         self.error: Exception | None = None
         self.is_forgotten = False
+        #: Whether a batch goes on that nobody waits for.
+        self.is_computing = False
 
     def call(self) -> str:
         """What a task does: ask, and wait for the batch."""

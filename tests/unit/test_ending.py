@@ -97,6 +97,20 @@ def test_a_cold_shutdown_unwinds_what_waits_and_stores_nothing(pool: Subject) ->
     assert len(pool.running) == 0
 
 
+def test_a_batch_that_outlasts_the_wait_at_the_end_is_not_unwound(
+    pool: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own end would unwind its thread in C++, which ends the process by an abort."""
+    registered: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(atexit, "register", lambda *call: registered.append(call))
+    pool.engine.is_computing = True
+    pool.ending.warm()
+    ((_, _, must),) = registered
+    assert must()
+    pool.engine.is_computing = False
+    assert not must()
+
+
 def deliver(pool: Subject, name: str, delivered: Future[None]) -> None:
     """Have a task wait for its delivery, which is done by another thread."""
 

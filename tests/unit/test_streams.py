@@ -335,6 +335,18 @@ def test_a_stream_gets_its_next_batch_between_two_tasks(subject: Engine, model: 
     assert len(played.launches) == 4
 
 
+def test_a_batch_goes_on_until_it_is_done_whoever_waits_for_it(
+    subject: Engine, model: Small, played: PlayedStreams
+) -> None:
+    assert not subject.is_computing
+    ask(subject, model, ["four"] * 400)
+    subject.step()
+    subject.wait(0)
+    assert subject.is_computing
+    played.end(0)
+    assert not subject.is_computing
+
+
 def test_a_stream_that_has_nothing_takes_what_is_left(subject: Engine, model: Small, played: PlayedStreams) -> None:
     ask(subject, model, ["four"] * 200)
     while subject.is_ready and subject.can_step:
