@@ -238,8 +238,19 @@ This is where it stands:
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """Raise what is due in the task that runs, if its own code does. Handles the signal.
 
-    Another library's greenlet below the fiber is one that the task's own code went to.
+    Another library's greenlet below the fiber is one that the task's own code went to. While a fork waits for batches
+    or imports, nothing is raised: Python drops what a fork's hook raises. The next signal comes after the watcher's
+    next look.
     """
     fiber = fibers.current()
-    if fiber is not None and fiber.phase is Phase.BODY:
+    if fiber is not None and fiber.phase is Phase.BODY and not _is_forking(frame):
         fiber.raise_pending()
+
+
+def _is_forking(frame: FrameType | None) -> bool:
+    """Whether this package's hook before a fork runs: each has this name."""
+    while frame is not None:
+        if frame.f_code.co_name == "_before_fork":
+            return True
+        frame = frame.f_back
+    return False

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 from math import inf, nan
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from greenlet import greenlet
 from harness import poll
 from jobs import job
 
+from legit_worker.device.streams import StreamLaunch, Streams
 from legit_worker.errors import InvalidInputError
 from legit_worker.pool import fibers, watcher
 from legit_worker.pool.bodies import mark_body
@@ -147,6 +152,44 @@ def test_what_the_task_runs_below_another_librarys_greenlet_is_its_own() -> None
     fiber = Fiber(job(task).run, app="", name="task")
     with pytest.raises(SoftTimeLimitExceeded):
         fiber.resume()
+
+
+def test_what_is_due_while_a_fork_waits_for_batches_is_raised_after_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python drops what a hook of a fork raises."""
+    forked: list[bool] = []
+
+    def compute() -> None:
+        is_waiting.wait(20)
+        fiber.pending = SoftTimeLimitExceeded()
+        signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+        poll(lambda: handled, "the signal")
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        handled.append(signum)
+        watcher.interrupt(signum, frame)
+
+    def task() -> None:
+        streams.launch(compute, lambda: None, lambda: None)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        forked.append(True)
+        signal.raise_signal(SIGNAL)
+
+    streams, is_waiting, handled = Streams(), threading.Event(), list[int]()
+    streams.count = 1
+    wait = StreamLaunch.wait
+    monkeypatch.setattr(StreamLaunch, "wait", lambda launch: (is_waiting.set(), wait(launch)))
+    before = signal.signal(SIGNAL, handle)
+    try:
+        fiber = Fiber(job(task).run, app="", name="task")
+        with pytest.raises(SoftTimeLimitExceeded):
+            fiber.resume()
+    finally:
+        signal.signal(SIGNAL, before)
+    assert forked
+    assert len(handled) == 2
 
 
 @pytest.mark.parametrize(
