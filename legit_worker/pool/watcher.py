@@ -7,6 +7,7 @@ main thread, if it must interrupt the task that runs; and a log line when others
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -238,9 +239,9 @@ This is where it stands:
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """Raise what is due in the task that runs, if its own code does. Handles the signal.
 
-    Another library's greenlet below the fiber is one that the task's own code went to. While a fork waits for batches
-    or imports, nothing is raised: Python drops what a fork's hook raises. The next signal comes after the watcher's
-    next look.
+    Another library's greenlet below the fiber is one that the task's own code went to. During a fork, nothing is
+    raised: Python drops what a fork's hook raises, and a lock that it was to free, such as logging's, stays taken. The
+    next signal comes after the watcher's next look.
     """
     fiber = fibers.current()
     if fiber is not None and fiber.phase is Phase.BODY and not _is_forking(frame):
@@ -248,9 +249,23 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _is_forking(frame: FrameType | None) -> bool:
-    """Whether this package's hook before a fork runs: each has this name."""
+    """Whether a hook of a fork runs: one that was there before this module's, or one of this package's by its name."""
+    if _forking:
+        return True
     while frame is not None:
         if frame.f_code.co_name == "_before_fork":
             return True
         frame = frame.f_back
     return False
+
+
+#: Something while the main thread forks.
+_forking: list[bool] = []
+
+
+def _before_fork() -> None:
+    if threading.current_thread() is threading.main_thread():
+        _forking.append(True)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_forking.clear, after_in_child=_forking.clear)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -190,6 +192,36 @@ def test_what_is_due_while_a_fork_waits_for_batches_is_raised_after_the_fork(mon
         signal.signal(SIGNAL, before)
     assert forked
     assert len(handled) == 2
+
+
+#: A fork in a task, while whose hooks a limit is due. The hook is there before this package's, as logging's is.
+FORKS = """
+import os, signal
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGVTALRM))
+
+from celery.exceptions import SoftTimeLimitExceeded
+from legit_worker.pool import watcher
+from legit_worker.pool.fibers import Fiber, Phase
+
+def task():
+    fiber.phase, fiber.pending = Phase.BODY, SoftTimeLimitExceeded()
+    if os.fork() == 0:
+        os._exit(0)
+    assert fiber.pending is not None, "dropped"
+    signal.raise_signal(signal.SIGVTALRM)
+
+signal.signal(signal.SIGVTALRM, watcher.interrupt)
+fiber = Fiber(task, app="", name="task")
+try:
+    fiber.resume()
+except SoftTimeLimitExceeded:
+    print("raised after the fork")
+"""
+
+
+def test_what_is_due_in_another_librarys_hook_of_a_fork_is_raised_after_the_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("raised after the fork\n", "")
 
 
 @pytest.mark.parametrize(
