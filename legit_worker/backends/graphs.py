@@ -254,10 +254,12 @@ class Graph:
         return None if self._divided is None else functools.partial(self._compute_beside, _arrays(features))
 
     def _compute_beside(self, arrays: dict[str, Any]) -> Launch:
-        requests = self._requests_beside
-        request = requests.pop() if requests else self._divided.create_infer_request()
+        try:
+            request = self._requests_beside.pop()
+        except IndexError:  # one more stream than before
+            request = self._divided.create_infer_request()
         launch = _computed(request, arrays)
-        requests.append(request)
+        self._requests_beside.append(request)
         return launch
 
     @property

@@ -79,7 +79,12 @@ def _wait_for_all() -> None:
         launch.wait()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_handing_over.release)
+def _after_in_child() -> None:
+    _in_flight.clear()  # whatever ended the wait: the child has no thread that computes them
+    _handing_over.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_after_in_child)
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from time import sleep, thread_time
@@ -167,6 +169,39 @@ def test_a_fork_waits_for_the_batches_in_flight(streams: Streams) -> None:
     if child == 0:
         os._exit(0 if launch.is_done else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert launch.outputs == "done"
+
+
+def test_a_child_waits_for_no_batch_of_its_parent_though_a_signals_handler_ended_the_wait(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, dropped = threading.Event(), list[Any]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(unraisable.exc_value))
+
+    def compute() -> str:
+        begun.set()
+        sleep(0.5)
+        return "done"
+
+    def ring(*_: object) -> None:
+        raise LookupError("the alarm")
+
+    launch = streams.launch(compute, nothing, nothing)
+    assert begun.wait(WAIT)
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            torch.set_float32_matmul_precision("highest")  # which waits for all batches
+            os._exit(0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [type(error) for error in dropped] == [LookupError]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    launch.wait()
     assert launch.outputs == "done"
 
 
