@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -186,7 +185,7 @@ class Inference(Launch):
 
 
 #: The batches that OpenVINO's threads are at, in all of this process.
-_in_flight: weakref.WeakSet[Inference] = weakref.WeakSet()
+_in_flight: set[Inference] = set()
 
 #: Held while a batch is handed over, and during a fork. A signal's handler may fork on the thread that has it.
 _handing_over = threading.RLock()
@@ -199,7 +198,12 @@ def _before_fork() -> None:
         inference.wait()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_handing_over.release)
+def _after_in_child() -> None:
+    _in_flight.clear()  # whatever ended the wait: the child has no thread that computes them
+    _handing_over.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_after_in_child)
 
 
 def _rows_of(request: Any) -> torch.Tensor:
@@ -210,18 +214,14 @@ class Graph:
     """One compiled graph. Any thread may call it: each batch has a request of its own."""
 
     def __init__(self, graph: Any, dtype: str) -> None:
+        self._graph, self._dtype = graph, dtype
         self.names = frozenset(port.get_any_name() for port in graph.inputs)
         constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
         self.memory = sum(node.get_byte_size() for node in constants) * WEIGHT_BYTES[dtype] // 4
         self._compiled = core().compile_model(graph, "CPU", _options(dtype))
         self._requests: list[Any] = []
-        streams, threads = division()
         # The same graph for several batches at a time, each with a part of the threads; None without streams.
         self._divided: Any = None
-        if streams and self.memory <= MOST_BYTES:
-            options = _options(dtype, streams=streams, threads=streams * threads)
-            self._divided = core().compile_model(graph, "CPU", options)
-            self.memory *= 2
         self._requests_beside: list[Any] = []
         self._process = os.getpid()
         # When the batch before was done: one that was handed over meanwhile began then.
@@ -249,9 +249,20 @@ class Graph:
         inference.host_seconds = monotonic() - inference.began
         return inference
 
+    def divide(self, *, wanted: bool) -> None:
+        """Let this process's streams compute it, too, if it has any and the graph is small. Called once."""
+        streams, threads = division()
+        if wanted and streams and self.memory <= MOST_BYTES:
+            options = _options(self._dtype, streams=streams, threads=streams * threads)
+            self._divided = core().compile_model(self._graph, "CPU", options)
+            self.memory *= 2
+        self._graph = None  # it may hold torch's weights
+
     def computation(self, features: Features) -> Callable[[], Launch] | None:
         """What computes a batch on a stream's thread, which waits for OpenVINO's; None if streams don't compute it."""
-        return None if self._divided is None else functools.partial(self._compute_beside, _arrays(features))
+        if self._divided is None or os.getpid() != self._process:
+            return None
+        return functools.partial(self._compute_beside, _arrays(features))
 
     def _compute_beside(self, arrays: dict[str, Any]) -> Launch:
         try:
@@ -285,9 +296,8 @@ class _Computed(Launch):
 
 
 def _computed(request: Any, arrays: dict[str, Any]) -> Launch:
-    began = monotonic()
     request.infer(arrays, share_inputs=True)
-    return _Computed(outputs=_rows_of(request), seconds=monotonic() - began)
+    return _Computed(outputs=_rows_of(request), seconds=request.latency / 1000)
 
 
 def _options(dtype: str, *, streams: int = 1, threads: int = 0) -> dict[str, Any]:
@@ -324,7 +334,12 @@ class Graphs:
     @property
     def computes_beside(self) -> bool:
         """Whether `computation` gives something for any batch."""
-        return any(graph.computes_beside for graph in self._graphs)
+        return all(graph.computes_beside for graph in self._graphs)
+
+    def divide(self, *, wanted: bool) -> None:
+        """Let this process's streams compute them, too, where that is worth its memory. Called once."""
+        for graph in self._graphs:
+            graph.divide(wanted=wanted)
 
     def computation(self, features: Features) -> Callable[[], Launch] | None:
         """What computes a batch on a stream's thread; None if `launch` must. Raises `BackendError` as `launch` does."""

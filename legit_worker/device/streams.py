@@ -56,9 +56,9 @@ class StreamLaunch(Launch):
         self.seconds = seconds * share
         self.compute = None
         self.is_done = True
-        _in_flight.discard(self)
         self.on_done()
         self._over.set()
+        _in_flight.discard(self)
 
 
 #: The batches that streams are at, in all of this process.
@@ -105,12 +105,16 @@ def _keep_precision() -> None:
     torch.set_float32_matmul_precision = set_between_batches
 
 
+#: Whether this process has a pool that hands batches over.
+_has_pool = False
+
+
 def division() -> tuple[int, int]:
-    """How many streams torch's threads make, and the threads of each; 0 streams if there is one thread."""
+    """How many streams torch's threads make, and the threads of each; 0 streams without a pool or with one thread."""
     import torch
 
     threads = torch.get_num_threads()
-    if threads == 1 or importlib.util.find_spec("threadpoolctl") is None:
+    if not _has_pool or threads == 1 or importlib.util.find_spec("threadpoolctl") is None:
         return 0, threads
     count = min(threads, MOST)
     return count, threads // count
@@ -121,6 +125,8 @@ class Streams:
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
         """`wake` is called on a stream's thread, when a batch is over."""
+        global _has_pool
+        _has_pool = True
         self._wake = wake
         self._launches: SimpleQueue[StreamLaunch] = SimpleQueue()
         #: How many there are, and the threads of torch in each. 0: batches run on the main thread alone.

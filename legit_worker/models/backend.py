@@ -79,8 +79,11 @@ class Backend:
             )
 
     def trace(self, device: str, model: SentenceModel) -> None:
-        """Have torch's batches on a CPU computed without Python, if this model allows it. Called once, at its load."""
-        if not self._traces or device != "cpu" or self.graphs is not None:
+        """Have a small model's batches on a CPU computed without Python, beside tasks. Called once, at its load."""
+        if self.graphs is not None:
+            self.graphs.divide(wanted=self._traces)
+            return
+        if not self._traces or device != "cpu":
             return
         try:
             self.traced = _trace(model)

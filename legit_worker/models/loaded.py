@@ -169,6 +169,7 @@ class LoadedModel:
     def restart(self) -> None:
         """In a forked child: a thread that the child does not have may have been in one of its methods."""
         self._methods = Methods(self.alias)
+        self._beside = weakref.WeakSet()
 
     # Items.
 

@@ -197,7 +197,8 @@ class Engine:
         if self._flights.are_beside:
             most = queue.streams if queue.streams > 1 else 0
             return len(self._flights) < most or (len(self._flights) == most and queue.is_full)
-        return len(self._flights) < DEPTH and not queue.waits and queue.is_full
+        # Streams begin when all cores are free for them.
+        return len(self._flights) < DEPTH and not queue.waits and queue.streams == 1 and queue.is_full
 
     def step(self) -> bool:
         """Hand over one batch. False when nothing waits. Raises `DeviceLostError`."""

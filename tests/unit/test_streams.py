@@ -73,6 +73,12 @@ def test_a_batch_counts_as_its_share_of_the_device_and_of_the_processor_alone(st
     assert 0.05 <= launch.seconds < 0.1
 
 
+def test_a_batch_that_other_threads_compute_counts_what_they_took(streams: Streams) -> None:
+    launch = streams.launch(lambda: Launch(outputs="rows", seconds=3.0), nothing, nothing)
+    launch.wait()
+    assert (launch.outputs, launch.seconds) == ("rows", 1.5)
+
+
 def test_who_waits_is_told_when_a_batch_begins_and_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     told: list[str] = []
@@ -178,15 +184,17 @@ def test_a_child_waits_for_no_batch_of_its_parent_though_a_signals_handler_ended
     begun, dropped = threading.Event(), list[Any]()
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(unraisable.exc_value))
 
-    def compute() -> str:
+    def compute() -> list[str]:
         begun.set()
         sleep(0.5)
-        return "done"
+        return ["done"]
 
     def ring(*_: object) -> None:
         raise LookupError("the alarm")
 
-    launch = streams.launch(compute, nothing, nothing)
+    model = LoadedModel("small", "embed", Small(), Device("cpu"), CostModel(BYTES_PRIOR), Around())  # type: ignore[arg-type]
+    monkeypatch.setattr(Small, "computation", lambda *_: compute, raising=False)
+    launch = model.launch(["done"], lambda computing: streams.launch(computing, nothing, nothing))
     assert begun.wait(WAIT)
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -196,13 +204,15 @@ def test_a_child_waits_for_no_batch_of_its_parent_though_a_signals_handler_ended
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(5)
             torch.set_float32_matmul_precision("highest")  # which waits for all batches
+            model.restart()
+            model.unload()  # which waits for its own
             os._exit(0)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert [type(error) for error in dropped] == [LookupError]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     launch.wait()
-    assert launch.outputs == "done"
+    assert launch.outputs == ["done"]
 
 
 def test_a_model_leaves_memory_when_the_last_batch_of_it_is_over_though_its_task_has_ended(streams: Streams) -> None:
@@ -355,6 +365,30 @@ def test_more_than_a_batch_goes_to_the_streams_and_one_more_waits_behind_them(
     assert subject.collect()
     assert sum(chunk.done.done() for chunk in chunks) == model.beside[1]
     assert subject.can_step
+
+
+def test_streams_begin_when_a_batch_on_all_cores_is_over(
+    subject: Engine, model: Small, played: PlayedStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenVINO has it: a batch on all cores is in flight, too."""
+    whole = Launch(outputs=["fourfour"] * 3, seconds=0.01, is_done=False)
+    first = ask(subject, model, ["four"] * 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "launch", lambda *_: whole)
+        subject.step()
+    others = ask(subject, model, ["four"] * 400)
+    assert not subject.can_step
+    assert not played.launches
+    whole.is_done = True
+    assert subject.collect()
+    assert [outputs(chunk) for chunk in first] == [["fourfour"]] * 3
+    while subject.can_step:
+        subject.step()
+    assert len(played.launches) == 3
+    for number in (2, 0, 1):
+        played.end(number)
+    assert subject.collect()
+    assert sum(chunk.done.done() for chunk in others) == sum(model.beside)
 
 
 def test_a_stream_gets_its_next_batch_between_two_tasks(subject: Engine, model: Small, played: PlayedStreams) -> None:
