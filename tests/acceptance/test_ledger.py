@@ -103,6 +103,7 @@ def test_a_killed_workers_messages_run_elsewhere_within_the_lease(
     other = held.worker("modelpool", broker=broker, PROJECT_HOST="elsewhere", **SETTINGS)
     parked(other, items)
     heir = held.worker("modelpool", f"--queues={broker.queue}-idle", broker=broker, **SETTINGS)
+    heir.wait_until_it_hears()
     heir.client.control.add_consumer(broker.queue, destination=[heir.name])
     mine = names(5, "mine")
     other.kill()
@@ -143,7 +144,7 @@ def test_a_task_that_kills_its_workers_is_buried_and_takes_nobody_with_it(
     with pytest.raises(PoisonedMessageError, match="delivered 5 times"):
         killer.get(timeout=1)
     assert runs(*dead)["killer"] == 5
-    (record,) = map(json.loads, on_broker.lrange("legit.dead", 0, -1))
+    (record,) = map(json.loads, poll(lambda: on_broker.lrange("legit.dead", 0, -1), "the message among the dead"))
     assert record | {"at": 0, "message": 0, "reason": 0} == {
         "v": 1,
         "id": killer.id,

@@ -32,6 +32,7 @@ def join_late(sides: Sides, broker: Broker, results: Callable[[Client], list[Any
     second = sides.worker("modelpool", f"--queues={broker.queue}-idle", broker=broker, **settings)
     sent = results(broker.client())
     poll(lambda: done(first) > len(sent) // 20, "the first tasks")
+    second.wait_until_it_hears()
     second.client.control.add_consumer(broker.queue, destination=[second.name])
     poll(lambda: second.received, "the second worker's first task")
     before = done(first)
@@ -124,6 +125,7 @@ def test_a_queue_that_goes_with_its_last_consumer_stays_beside_a_quorum_queue(
     """A `Broadcast` is one. The quorum queue's consumers are replaced, so that they have another prefetch count."""
     worker = Sides(start_worker).worker("modelpool", broker=dataclasses.replace(rabbitmq, queue_type="quorum"))
     fleeting = f"{rabbitmq.queue}-fleeting"
+    worker.wait_until_it_hears()
     worker.client.control.add_consumer(
         fleeting, destination=[worker.name], options={"auto_delete": True, "durable": False}
     )

@@ -152,6 +152,7 @@ def end(life: Life, way: Way) -> None:
 
 def inherit(heir: Life, life: Life) -> None:
     """Have the heir take from the other's queue, and wait until it has all that was there."""
+    heir.worker.wait_until_it_hears()
     heir.worker.client.control.add_consumer(life.worker.broker.queue, destination=[heir.worker.name], reply=True)
     heir.worker.answer(life.send("no_model", 1))
 
