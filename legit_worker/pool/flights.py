@@ -185,7 +185,7 @@ class Flights:
 
 
 class Waiter:
-    """Waits for the GPU on a thread, so that the main thread need not. Owns the thread, which runs no task.
+    """Waits for a GPU or OpenVINO on a thread, so that the main thread need not. Owns the thread, which runs no task.
 
     It starts with the first launch that is not done, so with torch on a CPU there is none. It touches no tensor.
     """
