@@ -1,23 +1,18 @@
-"""What makes batches faster on a CPU: the allocator, and the library that multiplies matrices.
+"""What makes batches on a CPU faster, and keeps their process small: the allocator, oneDNN's kernels, mapped files.
 
-In: this process; a loaded model. Out: a process that uses freed memory again and keeps few kernels. If a trial on this
-machine shows that oneDNN computes the model's linear layers faster than torch's own choice, oneDNN computes them.
+In: this process; memory of a tensor. Out: a process that uses freed memory again, keeps few kernels, and maps what it
+does not read.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
+import mmap
 import os
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from time import perf_counter
-from typing import Any
+from pathlib import Path
 
 from legit_worker.device.imported import imported
-
-logger = logging.getLogger(__name__)
 
 #: Blocks of up to this many bytes come from the heap, and not from a mapping of their own. glibc allows no more.
 MMAP_THRESHOLD = 32 * 2**20
@@ -59,6 +54,30 @@ def give_back_freed() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+#: Linux's advice for pages that are not needed soon, from its mman-common.h: those of a file that nobody changed leave
+#: memory, and are read again when somebody asks.
+MADV_PAGEOUT = 21
+
+
+def is_mapped(address: int) -> bool:
+    """Tell whether this address is in a file that is mapped into memory. False where the system does not say."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, _, _, _, inode, *_ = line.split()
+            begin, end = (int(bound, 16) for bound in span.split("-"))
+            if begin <= address < end:
+                return inode != "0"
+    return False
+
+
+def page_out(address: int, size: int) -> None:
+    """Let these bytes leave memory until somebody reads them. Does nothing where that can't be."""
+    begin, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_PAGEOUT)
+
+
 def compute_on_one_thread() -> None:
     """Have torch compute without other threads: a forked child has none of its parent's, and would wait for them."""
     torch = imported("torch")
@@ -87,117 +106,3 @@ def bound_kernels() -> None:
     if ONEDNN_CACHE_BEFORE not in os.environ:
         os.environ.setdefault(ONEDNN_CACHE, str(KERNELS))
     os.environ.setdefault(TORCH_CACHE, str(KERNELS))
-
-
-#: Rows (tokens) of the trial products: a lone long text, and a usual batch. MKL computes fewer rows: both libraries
-#: read the weights once, so there is little to gain.
-TRIAL_ROWS = (64, 256)
-
-#: The most layers that a trial computes, from all over the model: too many for their weights to stay in the caches, as
-#: in a real batch.
-TRIAL_LAYERS = 36
-
-#: A trial runs this many times, and the fastest run counts: other load on the machine only adds time.
-TRIALS = 3
-
-#: oneDNN must be this many times as fast as torch's own choice, or the model stays as it is.
-WORTH_IT = 1.1
-
-
-def speed_up_linear_layers(model: Any) -> int | None:
-    """Let oneDNN compute a model's float32 linear layers on the CPU, if a trial shows that it is faster.
-
-    For float32, torch always takes MKL. On an AMD processor with AVX-512, MKL reaches less than half of oneDNN's speed.
-    The weights keep their layout, which oneDNN must rearrange each time, so MKL still computes a few rows faster.
-    The results differ by rounding only. `model` is a `torch.nn.Module`. Returns the rows from which oneDNN computes,
-    None if it never does.
-    """
-    import torch
-
-    layers: list[Any] = [
-        layer for layer in model.modules() if type(layer) is torch.nn.Linear and _is_float32_on_cpu(layer)
-    ]
-    if not layers or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    rows = _rows_worth_it(layers[:: -(-len(layers) // TRIAL_LAYERS)])
-    if rows is not None:
-        for layer in layers:
-            layer.forward = functools.partial(_forward, layer, rows)
-        logger.debug("oneDNN computes %d linear layers for batches of %d rows or more", len(layers), rows)
-    return rows
-
-
-def _is_float32_on_cpu(layer: Any) -> bool:
-    import torch
-
-    return bool(layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu")
-
-
-def _forward(layer: Any, least_rows: int, rows: Any) -> Any:
-    """Compute `torch.nn.Linear.forward` by the library that is faster for this number of rows."""
-    import torch
-
-    least = least_rows * layer.in_features
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace would have the way of its example for good
-        return _script()(rows, layer.weight, layer.bias, least)
-    if rows.numel() < least:
-        return torch.nn.functional.linear(rows, layer.weight, layer.bias)
-    return _by_onednn(layer, rows)
-
-
-@functools.cache
-def _script() -> Any:
-    """Make the same for TorchScript. A trace of the operator itself can't take its list of numbers (torch 2.13)."""
-    import torch
-
-    def by_size(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, least: int) -> torch.Tensor:
-        if rows.numel() < least:
-            return torch.nn.functional.linear(rows, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-    return torch.jit.script(by_size)
-
-
-def _by_onednn(layer: Any, rows: Any) -> Any:
-    """Call the operator that torch's own compiler uses for linear layers on a CPU."""
-    import torch
-
-    return torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, "none", [], "")
-
-
-def _rows_worth_it(layers: Sequence[Any]) -> int | None:
-    """Return the fewest of `TRIAL_ROWS` for which oneDNN is faster and as exact; None if there are none."""
-    worth_it = None
-    for rows in reversed(TRIAL_ROWS):
-        try:
-            if _gain(layers, rows) < WORTH_IT:
-                break
-        except (RuntimeError, NotImplementedError):  # this build of torch has no oneDNN
-            break
-        worth_it = rows
-    return worth_it
-
-
-def _gain(layers: Sequence[Any], rows: int) -> float:
-    """Return how many times as fast oneDNN computes these layers in a row; 0 if its results differ."""
-    import torch
-
-    own = torch.Generator().manual_seed(0)  # a task may have seeded torch's own one, and draw from it meanwhile
-    with torch.inference_mode():
-        inputs = [torch.randn(rows, layer.in_features, generator=own) for layer in layers]
-        pairs = list(zip(layers, inputs, strict=True))
-        if not all(torch.allclose(layer(x), _by_onednn(layer, x), rtol=1e-4, atol=1e-4) for layer, x in pairs):
-            return 0.0
-        by_torch = _best(lambda: [layer(x) for layer, x in pairs])
-        return by_torch / _best(lambda: [_by_onednn(layer, x) for layer, x in pairs])
-
-
-def _best(products: Callable[[], object]) -> float:
-    """Return the seconds of the fastest run."""
-
-    def once() -> float:
-        start = perf_counter()
-        products()
-        return perf_counter() - start
-
-    return min(once() for _ in range(TRIALS))

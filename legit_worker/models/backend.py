@@ -16,8 +16,8 @@ from legit_worker.backends.choice import Subject, Wanted, choose
 from legit_worker.backends.graphs import Graphs
 from legit_worker.backends.recorded import RecordedBatches
 from legit_worker.backends.traced import Traced, trace
-from legit_worker.device.cpu import speed_up_linear_layers
 from legit_worker.device.cuda import cuda_device
+from legit_worker.device.linear import speed_up_linear_layers
 from legit_worker.errors import BackendError, said
 from legit_worker.models.features import collate, is_tokens
 from legit_worker.models.lengths import positions, routes

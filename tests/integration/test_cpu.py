@@ -1,4 +1,4 @@
-"""What is done for batches on a CPU: the allocator's page faults, counted by the kernel, and linear layers."""
+"""What is done for a process that computes on a CPU: its page faults, kernels, and pages that leave memory."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def own():
 SHORT_TEXTS = """
 import random
 from legit_worker.celery import app
-from legit_worker.device import cpu
+from legit_worker.device import linear
 from legit_worker.models.registry import default_registry
 app.Worker(pool="solo")
-cpu.WORTH_IT = 0.0
+linear.WORTH_IT = linear.NO_LOSS = 0.0
 entry = default_registry().get("tiny")
 model = default_registry().residency.request(entry).future.result()
 def compute(texts):
@@ -175,39 +175,25 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(tiny_paths: dict[s
     assert int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout) == 0
 
 
-def layers() -> torch.nn.Module:
-    torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8, bias=False)).eval()
+@only_linux
+def test_pages_of_a_file_that_leave_memory_are_there_again_when_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(range(256)) * 64 * 1024)
+    mapped = torch.from_file(str(tmp_path / "weights"), size=16 * 2**20, dtype=torch.uint8)
+    begin, total = mapped.data_ptr(), int(mapped.sum())
+    before = resident()
+    assert cpu.is_mapped(begin)
+    cpu.page_out(begin, mapped.numel())
+    assert resident() < before - 12 * 2**20
+    assert int(mapped.sum()) == total
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (7, 64), (3, 5, 64)], ids=str)
-@torch.inference_mode()
-def test_layers_that_go_through_onednn_give_what_they_gave(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "WORTH_IT", 0.0)
-    model, rows = layers(), torch.randn(shape)
-    expected = model(rows)
-    monkeypatch.setattr(cpu, "TRIAL_ROWS", (4,))
-    assert cpu.speed_up_linear_layers(model) == 4
-    assert all("forward" in vars(layer) for layer in model if isinstance(layer, torch.nn.Linear))
-    torch.testing.assert_close(model(rows), expected, rtol=1e-5, atol=1e-5)
+def test_memory_that_no_file_backs_keeps_what_it_has() -> None:
+    numbers = torch.arange(2**20)
+    assert not cpu.is_mapped(numbers.data_ptr())
+    cpu.page_out(numbers.data_ptr() + 3, 5)  # less than a page
+    cpu.page_out(numbers.data_ptr(), numbers.numel() * 8)
+    assert torch.equal(numbers, torch.arange(2**20))
 
 
-def test_the_trial_draws_from_no_stream_that_a_task_may_have_seeded() -> None:
-    model, before = layers(), torch.get_rng_state()
-    cpu.speed_up_linear_layers(model)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_where_it_is_not_faster_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "WORTH_IT", float("inf"))
-    model = layers()
-    assert cpu.speed_up_linear_layers(model) is None
-    assert not any("forward" in vars(layer) for layer in model)
-
-
-def test_other_dtypes_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "WORTH_IT", 0.0)
-    model = layers().to(torch.bfloat16)
-    assert cpu.speed_up_linear_layers(model) is None
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -332,7 +332,7 @@ def test_the_real_model_gives_torchs_rows_whatever_the_lengths_and_the_thread(
 def test_linear_layers_that_onednn_computes_from_some_rows_on_are_so_in_torchscript(
     rows: int | None, plain: TextEmbedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("legit_worker.device.cpu._rows_worth_it", lambda layers: rows)
+    monkeypatch.setattr("legit_worker.device.linear._rows_worth_it", lambda weights: rows)
     model = TextEmbedding(str(get_model_path()), torchscript=True)
     model.load("cpu")
     model.forward([model.preprocess("the first batch, which is compared")])
