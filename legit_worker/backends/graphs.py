@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
 
+from legit_worker.device import in_flight
 from legit_worker.device.cpu import KERNELS
 from legit_worker.device.devices import Launch
 from legit_worker.device.streams import division
@@ -181,29 +181,7 @@ class Inference(Launch):
             finally:
                 self.arrays = {}
                 self.is_done = True
-                _in_flight.discard(self)
-
-
-#: The batches that OpenVINO's threads are at, in all of this process.
-_in_flight: set[Inference] = set()
-
-#: Held while a batch is handed over, and during a fork. A signal's handler may fork on the thread that has it.
-_handing_over = threading.RLock()
-
-
-def _before_fork() -> None:
-    """Wait for the batches in flight. A child that has none of their threads would wait for them at its own batch."""
-    _handing_over.acquire()
-    for inference in sorted(_in_flight, key=attrgetter("began")):  # or an earlier one would seem to take no time
-        inference.wait()
-
-
-def _after_in_child() -> None:
-    _in_flight.clear()  # whatever ended the wait: the child has no thread that computes them
-    _handing_over.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_after_in_child)
+                in_flight.landed(self)
 
 
 def _rows_of(request: Any) -> torch.Tensor:
@@ -243,9 +221,8 @@ class Graph:
             began=monotonic(),
             arrays=arrays,
         )
-        with _handing_over:
+        with in_flight.handing_over(inference):
             request.start_async(arrays, share_inputs=True)
-            _in_flight.add(inference)
         inference.host_seconds = monotonic() - inference.began
         return inference
 

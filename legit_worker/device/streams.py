@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from queue import SimpleQueue
 from time import thread_time
 from typing import Any
 
+from legit_worker.device import in_flight
 from legit_worker.device.devices import Launch
 from legit_worker.device.imported import imported
 
@@ -58,33 +58,7 @@ class StreamLaunch(Launch):
         self.is_done = True
         self.on_done()
         self._over.set()
-        _in_flight.discard(self)
-
-
-#: The batches that streams are at, in all of this process.
-_in_flight: set[StreamLaunch] = set()
-
-#: Held while a batch is handed over, and during a fork. A signal's handler may fork on the thread that has it.
-_handing_over = threading.RLock()
-
-
-def _before_fork() -> None:
-    """Wait for the batches in flight: a child that has none of their threads might wait for what they hold."""
-    _handing_over.acquire()
-    _wait_for_all()
-
-
-def _wait_for_all() -> None:
-    for launch in list(_in_flight):
-        launch.wait()
-
-
-def _after_in_child() -> None:
-    _in_flight.clear()  # whatever ended the wait: the child has no thread that computes them
-    _handing_over.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_handing_over.release, after_in_child=_after_in_child)
+        in_flight.landed(self)
 
 
 @functools.cache
@@ -99,7 +73,7 @@ def _keep_precision() -> None:
 
     @functools.wraps(set_precision)
     def set_between_batches(precision: str) -> None:
-        _wait_for_all()
+        in_flight.wait()
         set_precision(precision)
 
     torch.set_float32_matmul_precision = set_between_batches
@@ -149,8 +123,7 @@ class Streams:
             outputs=None, seconds=0.0, is_done=False, compute=compute, on_begin=on_begin, on_done=on_done
         )
         self._start()
-        with _handing_over:
-            _in_flight.add(launch)
+        with in_flight.handing_over(launch):
             self._launches.put(launch)
         return launch
 

@@ -1,4 +1,4 @@
-"""A process that is forked while another thread imports a module."""
+"""A process that is forked while another thread imports a module, or computes a batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from legit_worker.device import in_flight
+from legit_worker.device.devices import Launch
 from legit_worker.models import forks
 
 #: A fork that can't wait for the import, and what a model call in the child says.
 PROGRAM = """
 import os, sys, threading, time
 import legit_worker
+from legit_worker.device import in_flight
 from legit_worker.models import forks
 forks.MOST_SECONDS = 0.1
 thread = threading.Thread(target=lambda: legit_worker.model("m").map(["x"]), daemon=True)
@@ -67,7 +70,8 @@ def test_who_waited_for_a_fork_in_vain_gives_nothing_free(monkeypatch: pytest.Mo
 FORKS_IN_HANDLER = """
 import os, signal
 from types import SimpleNamespace
-from legit_worker.backends.graphs import Inference, _in_flight
+from legit_worker.backends.graphs import Inference
+from legit_worker.device.in_flight import handing_over
 def fork(*_):
     child = os.fork()
     if child == 0:
@@ -85,7 +89,8 @@ class Request:
 waits, given_back = [], []
 graph = SimpleNamespace(seconds_until=lambda began, ended: 0.1, give_back=given_back.append)
 batch = Inference(outputs=None, seconds=0, is_done=False, count=1, graph=graph, request=Request(), began=0, arrays={})
-_in_flight.add(batch)
+with handing_over(batch):
+    pass
 batch.wait()
 print(batch.is_done, batch.error, len(given_back))
 """
@@ -102,3 +107,15 @@ def test_a_handler_may_fork_while_a_batch_is_waited_for() -> None:
         check=True,
     )
     assert finished.stdout.split() == ["True", "None", "1"]
+
+
+def test_a_fork_waits_for_no_batch_whose_device_refused_it() -> None:
+    class Refused(Launch):
+        __hash__ = object.__hash__
+
+        def wait(self) -> None:
+            pytest.fail("a fork waits for it")
+
+    with pytest.raises(LookupError), in_flight.handing_over(Refused(outputs=None, seconds=0.0)):
+        raise LookupError
+    in_flight.wait()
