@@ -5,7 +5,7 @@ choice, it computes the module's linear layers.
 
 In torch's layout the weights must be rearranged for each batch. A lone text spends more time on this than on its
 products: without it, MiniLM's layers take half of the time for 4 tokens, and 0.87 of it for 256 (two cores of an AMD
-EPYC, `scripts/linear`).
+EPYC, `scripts/lib/linear.py`).
 """
 
 from __future__ import annotations
