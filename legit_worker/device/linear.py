@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -55,7 +55,7 @@ class ByOneDNN(torch.nn.Module):
     packed: torch.Tensor | None
 
     def __init__(self, packed: torch.Tensor | None, least_rows: int) -> None:
-        """`packed`: the weights in oneDNN's layout; None for those of the layer itself."""
+        """`packed`: the weights in oneDNN's layout; None: the layer's own serve."""
         super().__init__()
         self.register_buffer("packed", packed, persistent=False)
         self.is_over = False
@@ -84,39 +84,50 @@ def speed_up_linear_layers(model: torch.nn.Module) -> int | None:
     results differ by rounding only. Layers of other types than float32 and bfloat16 stay as they are. Returns the rows
     from which oneDNN computes, None if it never does.
     """
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    for layer in layers:
-        _leave(layer)
-    layers = [layer for layer in layers if layer.weight.dtype in TOLERANCES and layer.weight.device.type == "cpu"]
-    if not layers or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    layers = _left_as_they_were(model)
+    if not layers:
         return None
     packs = sum(map(_size, layers)) <= MOST_BYTES or all(is_mapped(layer.weight.data_ptr()) for layer in layers)
+    tried = layers[:: -(-len(layers) // TRIAL_LAYERS)]
     try:
-        tried = {
-            layer: _packed(layer) if packs else layer.weight for layer in layers[:: -(-len(layers) // TRIAL_LAYERS)]
-        }
-        least_rows = _rows_worth_it(tried)
-    except (RuntimeError, NotImplementedError):  # this build of torch has no oneDNN, or this CPU no bfloat16
+        weights = {layer: _packed(layer) if packs else layer.weight for layer in tried}
+        least_rows = _rows_worth_it(weights)
+    except (AttributeError, RuntimeError, NotImplementedError):  # this torch has no oneDNN, or this CPU no bfloat16
         return None
     if least_rows is None:
         return None
-    others = {
-        one.data_ptr() for module in model.modules() if module not in layers for one in module.parameters(recurse=False)
-    }
     for layer in layers:
-        packed = (tried[layer] if layer in tried else _packed(layer)) if packs else None
+        packed = (weights[layer] if layer in weights else _packed(layer)) if packs else None
         layer.by_onednn = ByOneDNN(packed, least_rows)
         layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
-        if packs and layer.weight.data_ptr() not in others:
-            page_out(layer.weight.data_ptr(), _size(layer))
+    if packs:
+        _page_out(model, layers)
     logger.debug("oneDNN computes %d linear layers for batches of %d rows or more", len(layers), least_rows)
     return least_rows
 
 
-def _leave(layer: torch.nn.Linear) -> None:
-    """Undo it."""
-    vars(layer).pop("forward", None)
-    layer._modules.pop("by_onednn", None)
+def _left_as_they_were(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Undo it, and return the layers that oneDNN may compute."""
+    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        if layer._modules.pop("by_onednn", None) is not None:
+            vars(layer).pop("forward")
+    return [
+        layer
+        for layer in layers
+        if layer.weight.dtype in TOLERANCES
+        and layer.weight.device.type == "cpu"
+        and "forward" not in vars(layer)  # another library replaced it
+    ]
+
+
+def _page_out(model: torch.nn.Module, layers: Sequence[torch.nn.Linear]) -> None:
+    """Let the weights in torch's layout leave memory, but for a table that is a layer's weight, too."""
+    others = set(model.modules()) - set(layers)
+    read = {one.data_ptr() for module in others for one in module.parameters(recurse=False)}
+    for layer in layers:
+        if layer.weight.data_ptr() not in read:
+            page_out(layer.weight.data_ptr(), _size(layer))
 
 
 def _size(layer: torch.nn.Linear) -> int:

@@ -150,6 +150,19 @@ def test_other_dtypes_are_left_alone() -> None:
     assert linear.speed_up_linear_layers(layers(torch.float16)) is None
 
 
+@torch.inference_mode()
+def test_a_layer_that_another_library_hooked_is_left_alone() -> None:
+    model, rows = layers(), torch.randn(7, 64)
+    expected = model(rows)
+    hooked = linears(model)[0]
+    own = hooked.forward
+    hooked.forward = lambda x: own(x) + 1  # type: ignore[method-assign]
+    for _ in range(2):
+        assert linear.speed_up_linear_layers(model) == 4
+        assert by_onednn(model, rows) == 1
+        assert not torch.allclose(model(rows), expected)
+
+
 def test_where_the_results_differ_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "WORTH_IT", 1.1)
     monkeypatch.setattr(linear, "_by_onednn", lambda weight, bias, rows: rows.new_zeros(len(rows), len(weight)))
