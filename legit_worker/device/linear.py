@@ -118,6 +118,7 @@ def _left_as_they_were(model: torch.nn.Module) -> list[torch.nn.Linear]:
         if layer.weight.dtype in TOLERANCES
         and layer.weight.device.type == "cpu"
         and "forward" not in vars(layer)  # another library replaced it
+        and type(layer.weight) is torch.nn.Parameter  # `weight_norm` computes it for each batch, torchao has its own
     ]
 
 
@@ -140,10 +141,11 @@ def _packed(layer: torch.nn.Linear) -> torch.Tensor:
     return packed
 
 
-def _forward(layer: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+def _forward(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:  # as torch names it
     """Compute `torch.nn.Linear.forward` by the library that is faster for this number of rows."""
     by: ByOneDNN = layer.by_onednn  # type: ignore[assignment]
-    if by.is_over:
+    rows = input
+    if by.is_over or rows.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(rows, layer.weight, layer.bias)
     weight, least = layer.weight if by.packed is None else by.packed, by.least_rows * layer.in_features
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace would have the way of its example for good

@@ -177,3 +177,29 @@ def test_a_torch_without_the_operator_keeps_its_own(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(linear, "_packed", fail)
     assert linear.speed_up_linear_layers(layers()) is None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@torch.no_grad()
+def test_weights_that_are_computed_anew_for_each_batch_are_left_alone() -> None:
+    model, rows = layers(), torch.randn(7, 64)
+    torch.nn.utils.weight_norm(model[0])
+    linear.speed_up_linear_layers(model)
+    model[0].weight_g.zero_()
+    torch.testing.assert_close(model[0](rows), model[0].bias.expand(7, -1))
+
+
+@torch.inference_mode()
+def test_a_layer_takes_its_input_by_name() -> None:
+    model, rows = layers(), torch.randn(7, 64)
+    linear.speed_up_linear_layers(model)
+    assert torch.equal(model[0](input=rows), model[0](rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_a_module_that_computes_in_autocast_gives_what_it_gave(dtype: torch.dtype) -> None:
+    model, rows = layers(), torch.randn(7, 64).to(dtype)
+    linear.speed_up_linear_layers(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(rows), layers()(rows))
