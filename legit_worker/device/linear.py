@@ -3,8 +3,8 @@
 In: a loaded torch module. Out: the same module. If a trial on this machine shows that oneDNN is faster than torch's own
 choice, it computes the module's linear layers.
 
-In torch's layout the weights must be rearranged for each batch. A lone text spends more time on this than on its
-products: without it, MiniLM's layers take half of the time for 4 tokens, and 0.87 of it for 256 (two cores of an AMD
+Either library rearranges torch's weights for each batch. A lone text spends more time on this than on its products:
+without it, MiniLM's layers take half of the time for 4 tokens, and 0.87 of it for 256 (two cores of an AMD
 EPYC, `scripts/lib/linear.py`).
 """
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -29,7 +30,7 @@ TRIAL_ROWS = (4, 64, 256)
 #: in a real batch.
 TRIAL_LAYERS = 36
 
-#: A trial runs this many times, and the fastest run counts: other load on the machine only adds time.
+#: Each side of a trial runs this many times, in turn, and its fastest run counts: other load only adds time.
 TRIALS = 3
 
 #: For some number of rows, oneDNN must be this many times as fast as torch's own choice, or the model stays as it is.
@@ -50,7 +51,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 class ByOneDNN(torch.nn.Module):
-    """What oneDNN needs to compute its parent, a linear layer, until somebody moves or converts that one."""
+    """What oneDNN needs to compute its parent, a linear layer, until that one is moved or converted."""
 
     packed: torch.Tensor | None
 
@@ -93,7 +94,7 @@ def speed_up_linear_layers(model: torch.nn.Module) -> int | None:
     tried = layers[:: -(-len(layers) // TRIAL_LAYERS)]
     try:
         weights = {layer: _packed(layer) if packs else layer.weight for layer in tried}
-        least_rows = _rows_worth_it(weights)
+        least_rows = _decided(weights, packs=packs)
     except (AttributeError, RuntimeError, NotImplementedError):  # this torch has no oneDNN, or this CPU no bfloat16
         return None
     if least_rows is None:
@@ -154,16 +155,15 @@ def _packed(layer: torch.nn.Linear) -> torch.Tensor:
 def _forward(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:  # as torch names it
     """Compute `torch.nn.Linear.forward` by the library that is faster for this number of rows."""
     by: ByOneDNN = layer.by_onednn  # type: ignore[assignment]
-    rows = input
-    if by.is_over or rows.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu"):
-        return torch.nn.functional.linear(rows, layer.weight, layer.bias)
+    if by.is_over or input.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(input, layer.weight, layer.bias)
     weight, least = layer.weight if by.packed is None else by.packed, by.least_rows * layer.in_features
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace would have the way of its example for good
-        found: torch.Tensor = _script()(rows, layer.weight, weight, layer.bias, least)
+        found: torch.Tensor = _script()(input, layer.weight, weight, layer.bias, least)
         return found
-    if rows.numel() < least:
-        return torch.nn.functional.linear(rows, layer.weight, layer.bias)
-    return _by_onednn(weight, layer.bias, rows)
+    if input.numel() < least:
+        return torch.nn.functional.linear(input, layer.weight, layer.bias)
+    return _by_onednn(weight, layer.bias, input)
 
 
 @functools.cache
@@ -184,6 +184,22 @@ def _by_onednn(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tens
     """Call the operator that torch's own compiler uses for linear layers on a CPU."""
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return found
+
+
+#: What trials in this process have shown, by the layers and what computes them.
+_shown: dict[Hashable, int] = {}
+
+
+def _decided(weights: Mapping[torch.nn.Linear, torch.Tensor], *, packs: bool) -> int | None:
+    """Return what a trial shows, or has shown for such layers before: a model may come and go many times."""
+    shapes = Counter((tuple(layer.weight.shape), layer.weight.dtype) for layer in weights)
+    key = (frozenset(shapes.items()), packs, torch.get_num_threads())
+    if key not in _shown:
+        least_rows = _rows_worth_it(weights)
+        if least_rows is None:  # which may have been other work's fault
+            return None
+        _shown[key] = least_rows
+    return _shown[key]
 
 
 def _rows_worth_it(weights: Mapping[torch.nn.Linear, torch.Tensor]) -> int | None:
@@ -209,16 +225,17 @@ def _gain(weights: Mapping[torch.nn.Linear, torch.Tensor], rows: int) -> float:
             near = TOLERANCES[x.dtype]
             if not torch.allclose(layer(x), _by_onednn(weight, layer.bias, x), rtol=near, atol=near):
                 return 0.0
-        by_torch = _best(lambda: [layer(x) for layer, _, x in triples])
-        return by_torch / _best(lambda: [_by_onednn(weight, layer.bias, x) for layer, weight, x in triples])
+        times = [
+            (
+                _seconds(lambda: [layer(x) for layer, _, x in triples]),
+                _seconds(lambda: [_by_onednn(weight, layer.bias, x) for layer, weight, x in triples]),
+            )
+            for _ in range(TRIALS)
+        ]
+    return min(one for one, _ in times) / min(other for _, other in times)
 
 
-def _best(products: Callable[[], object]) -> float:
-    """Return the seconds of the fastest run."""
-
-    def once() -> float:
-        start = perf_counter()
-        products()
-        return perf_counter() - start
-
-    return min(once() for _ in range(TRIALS))
+def _seconds(products: Callable[[], object]) -> float:
+    start = perf_counter()
+    products()
+    return perf_counter() - start

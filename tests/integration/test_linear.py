@@ -17,6 +17,7 @@ def _trial_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN computes from four rows on, whatever is faster here."""
     monkeypatch.setattr(linear, "WORTH_IT", 0.0)
     monkeypatch.setattr(linear, "NO_LOSS", 0.0)
+    monkeypatch.setattr(linear, "_shown", {})
 
 
 def layers(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
@@ -170,6 +171,20 @@ def test_onednn_computes_where_it_gains_something_and_loses_nothing(
     model = layers()
     assert linear.speed_up_linear_layers(model) == least
     assert any("forward" in vars(layer) for layer in linears(model)) == (least is not None)
+
+
+def test_what_a_trial_has_shown_holds_for_the_next_load_of_such_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[int] = []
+    gains = iter([0.5, 2.0, 2.0, 2.0])
+
+    def gain(weights: object, rows: int) -> float:
+        trials.append(rows)
+        return next(gains)
+
+    monkeypatch.setattr(linear, "NO_LOSS", 0.97)
+    monkeypatch.setattr(linear, "_gain", gain)
+    found = [linear.speed_up_linear_layers(layers()) for _ in range(3)]
+    assert (found, trials) == ([None, 4, 4], [256, 256, 64, 4])
 
 
 def test_other_dtypes_are_left_alone() -> None:

@@ -333,6 +333,7 @@ def test_linear_layers_that_onednn_computes_from_some_rows_on_are_so_in_torchscr
     rows: int | None, plain: TextEmbedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("legit_worker.device.linear._rows_worth_it", lambda weights: rows)
+    monkeypatch.setattr("legit_worker.device.linear._shown", {})
     model = TextEmbedding(str(get_model_path()), torchscript=True)
     model.load("cpu")
     model.forward([model.preprocess("the first batch, which is compared")])
