@@ -7,6 +7,10 @@ In: nothing. Out: exception classes. Their only argument is the message, so each
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from itertools import pairwise
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 
@@ -97,6 +101,19 @@ def said(error: BaseException) -> str:
         return str(error)
     except Exception as other:
         return f"its message can't be read, since its __str__() raises {type(other).__name__}"
+
+
+def is_of_handler(error: BaseException) -> bool:
+    """Whether a signal's handler raised it, and not the code that the signal interrupted.
+
+    A handler has the frame that it interrupted among its arguments.
+    """
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return any(_has(later.f_locals.values(), earlier) for earlier, later in pairwise(frames))
+
+
+def _has(values: Iterable[Any], frame: FrameType) -> bool:
+    return any(value is frame or (isinstance(value, tuple) and _has(value, frame)) for value in values)
 
 
 _short = reprlib.Repr()

@@ -23,7 +23,7 @@ from legit_worker.backends.closeness import LATE, difference, tells, tolerance, 
 from legit_worker.device.capture import Recorder, Recording
 from legit_worker.device.cuda import to_device
 from legit_worker.device.memory import is_out_of_memory, let_go
-from legit_worker.errors import said
+from legit_worker.errors import is_of_handler, said
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,8 @@ class RecordedBatches:
             self._pads = distance <= tolerance(alone)
             reason = f"the rows of a text with padding and without differ by {distance:.1e}"
         except Exception as error:
+            if is_of_handler(error):
+                raise
             reason = _reason(error)
             let_go(error)
         if not self._pads:
@@ -180,6 +182,8 @@ class RecordedBatches:
                 return rows
             distance = too_far(rows, recording.replay(inputs))
         except Exception as error:
+            if is_of_handler(error):
+                raise
             self._failed(known, error, perf_counter() - start)
             return rows
         if distance is None:
@@ -206,8 +210,8 @@ class RecordedBatches:
         try:
             rows = known.recording.replay(features)
         except Exception as error:
-            if is_out_of_memory(error):
-                raise  # the batch is tried again without graphs
+            if is_out_of_memory(error) or is_of_handler(error):
+                raise  # without memory, the batch is tried again without graphs
             self._give_up(_reason(error))
             let_go(error)
         known.replays += 1

@@ -18,7 +18,7 @@ import torch
 from legit_worker.backends.closeness import LATE, tells, too_far
 from legit_worker.backends.graphs import Features, Rows, quietly, tensors_of
 from legit_worker.device.memory import is_out_of_memory
-from legit_worker.errors import BackendError, said
+from legit_worker.errors import BackendError, is_of_handler, said
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Traced:
         try:
             return self._run(features)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_of_handler(error):
                 raise
             expected = self._compute(features)
             self._give_up(f"{type(error).__name__}: {said(error)}")  # not if the batch itself can't be computed

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from legit_worker.device.cpu import is_mapped, page_out
+from legit_worker.errors import is_of_handler
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,10 @@ def speed_up_linear_layers(model: torch.nn.Module) -> int | None:
     try:
         weights = {layer: _packed(layer) if packs else layer.weight for layer in tried}
         least_rows = _decided(weights, packs=packs)
-    except (AttributeError, RuntimeError, NotImplementedError):  # this torch has no oneDNN, or this CPU no bfloat16
-        return None
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        if is_of_handler(error):
+            raise
+        return None  # this torch has no oneDNN, or this CPU no bfloat16
     if least_rows is None:
         return None
     for layer in layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import threading
 import warnings
 import weakref
@@ -370,6 +371,26 @@ def test_a_longer_text_than_those_that_were_compared_is_the_modules(
     assert minilm.computation(batch[:1]) is not None
     assert minilm.computation(batch) is None
     assert torch.allclose(minilm.forward(batch), plain.forward(batch), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_what_a_signals_handler_raises_in_a_batch_is_no_fault_of_its_trace(
+    minilm: TextEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = minilm._backend.traced
+    assert traced is not None
+
+    def ring(*_: object) -> None:
+        raise NotImplementedError("the alarm")
+
+    monkeypatch.setattr(traced, "_run", lambda features: signal.raise_signal(signal.SIGALRM))
+    monkeypatch.setattr(traced, "_batches", traced._batches)  # other tests count them
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with pytest.raises(NotImplementedError, match="the alarm"):
+            minilm.forward([minilm.preprocess("a text")])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert minilm.backend == {"backend": "torch", "torchscript": True}
 
 
 def test_a_model_whose_trace_gave_wrong_rows_has_no_more_batches_on_other_threads(minilm: TextEmbedding) -> None:
