@@ -1,16 +1,19 @@
-"""Every error this project raises.
+"""Every error this project raises, and what there is to ask of any error.
 
-In: nothing. Out: exception classes. Their only argument is the message, so each error survives a Celery result in JSON
-(`exc_type`, `exc_module`, `exc_message`).
+In: an error, or nothing. Out: exception classes; what an error says, and whether a signal's handler raised it. A
+class's only argument is the message, so each error survives a Celery result in JSON (`exc_type`, `exc_module`,
+`exc_message`).
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterator
+from inspect import CO_VARARGS
 from itertools import pairwise
 from traceback import walk_tb
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 
@@ -106,14 +109,32 @@ def said(error: BaseException) -> str:
 def is_of_handler(error: BaseException) -> bool:
     """Whether a signal's handler raised it, and not the code that the signal interrupted.
 
-    A handler has the frame that it interrupted among its arguments.
+    A handler is installed, or has the frame that it interrupted among its arguments: a library may have installed
+    another one before it raised.
     """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {_code_of(handler) for handler in handlers if callable(handler)}
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    return any(_has(later.f_locals.values(), earlier) for earlier, later in pairwise(frames))
+    return any(frame.f_code in codes for frame in frames) or any(
+        any(value is earlier for value in _arguments(later)) for earlier, later in pairwise(frames)
+    )
 
 
-def _has(values: Iterable[Any], frame: FrameType) -> bool:
-    return any(value is frame or (isinstance(value, tuple) and _has(value, frame)) for value in values)
+def _code_of(handler: Callable[..., Any]) -> CodeType | None:
+    """The code of a function, a method, a `functools.partial` or an object that is called; None if it has none."""
+    function: Any = getattr(handler, "func", handler)
+    return getattr(function, "__code__", None) or getattr(function.__call__, "__code__", None)
+
+
+def _arguments(frame: FrameType) -> Iterator[Any]:
+    """What a function was called with, if it has not changed these names."""
+    code = frame.f_code
+    count = code.co_argcount + bool(code.co_flags & CO_VARARGS)
+    for name in code.co_varnames[:count]:
+        value = frame.f_locals.get(name)
+        yield value
+        if type(value) is tuple:
+            yield from value
 
 
 _short = reprlib.Repr()

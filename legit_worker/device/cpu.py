@@ -54,24 +54,25 @@ def give_back_freed() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-#: Linux's advice for pages that are not needed soon, from its mman-common.h: those of a file that nobody changed leave
-#: memory, and are read again when somebody asks.
+#: Linux's advice for pages that are not needed soon, from its mman-common.h. Those of a file that nobody changed leave
+#: memory at once, if this process may write the file and no other process has it mapped.
 MADV_PAGEOUT = 21
 
 
-def is_mapped(address: int) -> bool:
-    """Tell whether this address is in a file that is mapped into memory. False where the system does not say."""
+def mapped_spans() -> list[tuple[int, int]]:
+    """Return where files are mapped into memory: first address, and the one after the last. None if nobody tells."""
+    spans = []
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/maps").read_text().splitlines():
             span, _, _, _, inode, *_ = line.split()
-            begin, end = (int(bound, 16) for bound in span.split("-"))
-            if begin <= address < end:
-                return inode != "0"
-    return False
+            if inode != "0":
+                begin, end = span.split("-")
+                spans.append((int(begin, 16), int(end, 16)))
+    return spans
 
 
 def page_out(address: int, size: int) -> None:
-    """Let these bytes leave memory until somebody reads them. Does nothing where that can't be."""
+    """Ask the system to let these bytes of a mapped file leave memory until somebody reads them."""
     begin, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
         with suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""A model's linear layers on a CPU, computed by oneDNN with weights in its own layout, where that is faster.
+"""A model's linear layers on a CPU, computed by oneDNN with weights in its own layout, if that is faster.
 
 In: a loaded torch module. Out: the same module. If a trial on this machine shows that oneDNN is faster than torch's own
 choice, it computes the module's linear layers.
@@ -15,12 +15,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from legit_worker.device.cpu import is_mapped, page_out
-from legit_worker.errors import is_of_handler
+from legit_worker.device.cpu import mapped_spans, page_out
+from legit_worker.errors import said
 
 logger = logging.getLogger(__name__)
 
@@ -37,38 +37,51 @@ TRIALS = 3
 #: For some number of rows, oneDNN must be this many times as fast as torch's own choice, or the model stays as it is.
 WORTH_IT = 1.1
 
-#: For more rows it must be at least this.
+#: For every larger number of rows it must be at least this.
 NO_LOSS = 0.97
 
 #: The rows for which the weights are rearranged. The same layout serves all others.
 PACKED_FOR = 256
 
-#: The most bytes of linear weights that are held in both layouts. Weights that lie in a mapped file may be more: they
-#: leave memory.
-MOST_BYTES = 200_000_000
+#: The most bytes of linear weights that are held in both layouts; and of those whose first layout is in a mapped file,
+#: which the system may take from memory at any time. Other workers share that file, and not what is rearranged.
+MOST_BYTES, MOST_MAPPED = 200_000_000, 400_000_000
 
 #: How far two libraries' products may be apart, relative and absolute.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 class ByOneDNN(torch.nn.Module):
-    """What oneDNN needs to compute its parent, a linear layer, until that one is moved or converted."""
+    """What oneDNN needs to compute its parent, a linear layer, until the layer is moved, converted or filled anew.
+
+    Nobody may change the layer's weights in place.
+    """
 
     packed: torch.Tensor | None
 
-    def __init__(self, packed: torch.Tensor | None, least_rows: int) -> None:
-        """`packed`: the weights in oneDNN's layout; None: the layer's own serve."""
+    def __init__(self, packed: torch.Tensor | None, least_rows: int, in_file: int = 0) -> None:
+        """`packed`: the weights in oneDNN's layout; None: the layer's own serve. `in_file`: as the attribute."""
         super().__init__()
         self.register_buffer("packed", packed, persistent=False)
         self.is_over = False
-        #: Bytes of the layer's own weights that left memory: their file has them.
-        self.left = 0
         #: The rows from which oneDNN is faster.
         self.least_rows = least_rows
+        #: Bytes of the layer's own weights that need no memory: they are a mapped file's.
+        self.in_file = in_file
+
+    def extra_repr(self) -> str:
+        """Tell modules apart: a trace is of these."""
+        return f"packed={self.packed is not None}, least_rows={self.least_rows}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ByOneDNN:
-        self.packed, self.is_over, self.left = None, True, 0
+        self._drop()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
+        self.packed, self.is_over, self.in_file = None, True, 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has nothing: oneDNN's layout can't be copied."""
@@ -88,61 +101,58 @@ def speed_up_linear_layers(model: torch.nn.Module) -> int | None:
     results differ by rounding only. Layers of other types than float32 and bfloat16 stay as they are. Returns the rows
     from which oneDNN computes, None if it never does.
     """
-    layers = _left_as_they_were(model)
+    layers = [layer for layer in model.modules() if _may_be_computed(layer)]
     if not layers:
         return None
-    packs = sum(map(_size, layers)) <= MOST_BYTES or all(is_mapped(layer.weight.data_ptr()) for layer in layers)
+    mapped = _in_files(layers)
+    packs = sum(map(_size, layers)) <= (MOST_MAPPED if mapped == set(layers) else MOST_BYTES)
     tried = layers[:: -(-len(layers) // TRIAL_LAYERS)]
     try:
         weights = {layer: _packed(layer) if packs else layer.weight for layer in tried}
         least_rows = _decided(weights, packs=packs)
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        if is_of_handler(error):
-            raise
-        return None  # this torch has no oneDNN, or this CPU no bfloat16
-    if least_rows is None:
+        if least_rows is None:
+            return None
+        packed = {layer: weights[layer] if layer in weights else _packed(layer) for layer in layers if packs}
+    except (AttributeError, RuntimeError, NotImplementedError) as error:  # this torch has no oneDNN, for example
+        logger.debug("oneDNN computes no linear layers: %s", said(error))
         return None
+    read = _others(model, layers)
     for layer in layers:
-        packed = (weights[layer] if layer in weights else _packed(layer)) if packs else None
-        layer.by_onednn = ByOneDNN(packed, least_rows)
+        is_free = packs and layer in mapped and layer.weight.data_ptr() not in read
+        layer.by_onednn = ByOneDNN(packed.get(layer), least_rows, in_file=_size(layer) if is_free else 0)
         layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
-    if packs:
-        _page_out(model, layers)
+        if is_free:
+            page_out(layer.weight.data_ptr(), _size(layer))
+            read.add(layer.weight.data_ptr())  # another layer may have the same
     logger.debug("oneDNN computes %d linear layers for batches of %d rows or more", len(layers), least_rows)
     return least_rows
 
 
-def _left_as_they_were(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Undo it, and return the layers that oneDNN may compute."""
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    for layer in layers:
-        if layer._modules.pop("by_onednn", None) is not None:
-            vars(layer).pop("forward")
-    return [
-        layer
-        for layer in layers
-        if layer.weight.dtype in TOLERANCES
+def _may_be_computed(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    return (
+        type(layer) is torch.nn.Linear
+        and type(layer.weight) is torch.nn.Parameter  # `weight_norm` computes it for each batch, torchao has its own
+        and layer.weight.dtype in TOLERANCES
         and layer.weight.device.type == "cpu"
         and "forward" not in vars(layer)  # another library replaced it
-        and type(layer.weight) is torch.nn.Parameter  # `weight_norm` computes it for each batch, torchao has its own
-    ]
+    )
 
 
-def _page_out(model: torch.nn.Module, layers: Sequence[torch.nn.Linear]) -> None:
-    """Let a file's weights in torch's layout leave memory, but for a table that is a layer's weight, too."""
+def _in_files(layers: Sequence[torch.nn.Linear]) -> set[torch.nn.Linear]:
+    """Return the layers whose weights are in a mapped file."""
+    spans = mapped_spans()
+    return {layer for layer in layers if any(begin <= layer.weight.data_ptr() < end for begin, end in spans)}
+
+
+def _others(model: torch.nn.Module, layers: Sequence[torch.nn.Linear]) -> set[int]:
+    """Return where other modules' weights are: a table may be a layer's weights, too."""
     others = set(model.modules()) - set(layers)
-    read = {one.data_ptr() for module in others for one in module.parameters(recurse=False)}
-    for layer in layers:
-        address = layer.weight.data_ptr()
-        if address not in read and is_mapped(address):
-            read.add(address)  # another layer may have the same
-            page_out(address, _size(layer))
-            layer.by_onednn.left = _size(layer)  # type: ignore[union-attr]
+    return {one.data_ptr() for module in others for one in module.parameters(recurse=False)}
 
 
-def bytes_that_left(model: torch.nn.Module) -> int:
-    """Return how much of a model's weights is in their file alone, and in memory in oneDNN's layout."""
-    return sum(module.left for module in model.modules() if isinstance(module, ByOneDNN))
+def bytes_in_file(model: torch.nn.Module) -> int:
+    """Return how many bytes of a model's weights need no memory: a file has them, and oneDNN another layout of them."""
+    return sum(module.in_file for module in model.modules() if isinstance(module, ByOneDNN))
 
 
 def _size(layer: torch.nn.Linear) -> int:
@@ -160,7 +170,8 @@ def _forward(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:  # as
     by: ByOneDNN = layer.by_onednn  # type: ignore[assignment]
     if by.is_over or input.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(input, layer.weight, layer.bias)
-    weight, least = layer.weight if by.packed is None else by.packed, by.least_rows * layer.in_features
+    packed, least = by.packed, by.least_rows * layer.in_features
+    weight = layer.weight if packed is None else packed
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace would have the way of its example for good
         found: torch.Tensor = _script()(input, layer.weight, weight, layer.bias, least)
         return found
@@ -189,7 +200,7 @@ def _by_onednn(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tens
     return found
 
 
-#: What trials in this process have shown, by the layers and what computes them.
+#: What trials in this process have shown, by the layers and what computes them: a gain, once seen, is not tried again.
 _shown: dict[Hashable, int] = {}
 
 

@@ -73,7 +73,7 @@ def _keep_precision() -> None:
 
     @functools.wraps(set_precision)
     def set_between_batches(precision: str) -> None:
-        in_flight.wait()
+        in_flight.wait(StreamLaunch)
         set_precision(precision)
 
     torch.set_float32_matmul_precision = set_between_batches

@@ -18,7 +18,7 @@ from legit_worker.backends.recorded import RecordedBatches
 from legit_worker.backends.traced import Traced, trace
 from legit_worker.device.cuda import cuda_device
 from legit_worker.device.linear import speed_up_linear_layers
-from legit_worker.errors import BackendError, is_of_handler, said
+from legit_worker.errors import BackendError, said
 from legit_worker.models.features import collate, is_tokens
 from legit_worker.models.lengths import positions, routes
 from legit_worker.models.shortway import leaves_out_prompts
@@ -88,8 +88,6 @@ class Backend:
         try:
             self.traced = _trace(model)
         except Exception as error:  # torch's own forward computes it
-            if is_of_handler(error):
-                raise
             logger.debug("model %s has no TorchScript: %s", model.path, said(error))
 
     def _forget(self) -> None:

@@ -22,7 +22,7 @@ from legit_worker import golden
 from legit_worker.backends.traced import Traced
 from legit_worker.device.cuda import move, tf32, to_device
 from legit_worker.device.devices import Launch
-from legit_worker.device.linear import bytes_that_left
+from legit_worker.device.linear import bytes_in_file
 from legit_worker.inputs.types import PreparedText
 from legit_worker.models.backend import Backend
 from legit_worker.models.features import (
@@ -149,7 +149,7 @@ class SentenceModel:
             return self._backend.graphs.memory
         tensors = {id(tensor): tensor for tensor in (*self.library.parameters(), *self.library.buffers())}
         held: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return held - bytes_that_left(self.library)
+        return held - bytes_in_file(self.library)
 
     def preprocess(self, item: Any) -> Prepared:
         """Tokenize or resize one input. Raises `InvalidInputError` if the input is not of this model's kind."""

@@ -12,18 +12,17 @@ import logging
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from types import CodeType
 from typing import Any
 
 from celery._state import _set_task_join_will_block, task_join_will_block
 
 from legit_worker.device import modes, randoms
 from legit_worker.device.imported import imported
+from legit_worker.errors import is_of_handler
 
 logger = logging.getLogger(__name__)
 
@@ -189,19 +188,6 @@ def is_stray(error: Exception, where: str) -> bool:
     if is_one:
         logger.error(STRAY, where, exc_info=error)
     return is_one
-
-
-def is_of_handler(error: Exception) -> bool:
-    """Whether a signal's handler raised it."""
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {_code_of(handler) for handler in handlers if callable(handler)}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _code_of(handler: Callable[..., Any]) -> CodeType | None:
-    """The code of a function, a method, a `functools.partial` or an object that is called; None if it has none."""
-    function: Any = getattr(handler, "func", handler)
-    return getattr(function, "__code__", None) or getattr(function.__call__, "__code__", None)
 
 
 def _found_modes() -> modes.Found:

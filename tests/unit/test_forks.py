@@ -97,25 +97,65 @@ print(batch.is_done, batch.error, len(given_back))
 
 
 def test_a_handler_may_fork_while_a_batch_is_waited_for() -> None:
-    root = str(Path(__file__).parents[2])
+    assert printed(FORKS_IN_HANDLER) == "True None 1"
+
+
+def printed(program: str) -> str:
+    """What a program prints in a process of its own."""
     finished = subprocess.run(
-        [sys.executable, "-c", FORKS_IN_HANDLER],
-        env={"PYTHONPATH": root},
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert finished.stdout.split() == ["True", "None", "1"]
+    return finished.stdout.strip()
+
+
+class Refused(Launch):
+    """A batch for which nobody must wait."""
+
+    def wait(self) -> None:
+        pytest.fail("somebody waits for it")
+
+
+#: A signal's handler forks on the thread that hands a batch over, before the batch has begun.
+FORKS_AT_HAND_OVER = """
+import os, signal
+from legit_worker.device import in_flight
+from legit_worker.device.devices import Launch
+def fork(*_):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+signal.signal(signal.SIGUSR1, fork)
+class Batch(Launch):
+    def wait(self):
+        waits.append(began)
+waits, began = [], False
+with in_flight.handing_over(Batch(outputs=None, seconds=0.0, is_done=False)):
+    signal.raise_signal(signal.SIGUSR1)
+    began = True
+in_flight.wait()
+print(waits)
+"""
+
+
+def test_a_handler_that_forks_while_a_batch_is_handed_over_does_not_wait_for_it() -> None:
+    assert printed(FORKS_AT_HAND_OVER) == "[True]"
+
+
+def test_a_batch_that_was_done_while_it_was_handed_over_is_not_in_flight() -> None:
+    launch = Refused(outputs=None, seconds=0.0, is_done=False)
+    with in_flight.handing_over(launch):
+        launch.is_done = True
+        in_flight.landed(launch)
+    in_flight.wait()
 
 
 def test_a_fork_waits_for_no_batch_whose_device_refused_it() -> None:
-    class Refused(Launch):
-        __hash__ = object.__hash__
-
-        def wait(self) -> None:
-            pytest.fail("a fork waits for it")
-
     with pytest.raises(LookupError), in_flight.handing_over(Refused(outputs=None, seconds=0.0)):
         raise LookupError
     in_flight.wait()
