@@ -129,7 +129,7 @@ def _code_of(handler: Callable[..., Any]) -> CodeType | None:
 def _arguments(frame: FrameType) -> Iterator[Any]:
     """What a function was called with, if it has not changed these names."""
     code = frame.f_code
-    count = code.co_argcount + bool(code.co_flags & CO_VARARGS)
+    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & CO_VARARGS)
     for name in code.co_varnames[:count]:
         value = frame.f_locals.get(name)
         yield value

@@ -37,6 +37,11 @@ def any_arguments(*_: object) -> None:
     raise LookupError
 
 
+def with_an_option(*_: object, option: int = 0) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    raise LookupError(option)
+
+
 def replaced(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     raise LookupError
@@ -58,8 +63,8 @@ class Alarm:
 
 @pytest.mark.parametrize(
     "handler",
-    [plain, any_arguments, replaced, renamed, deeper, Alarm(), functools.partial(plain)],
-    ids=["plain", "any arguments", "replaced", "renamed", "deeper", "object", "partial"],
+    [plain, any_arguments, with_an_option, replaced, renamed, deeper, Alarm(), functools.partial(plain)],
+    ids=["plain", "any arguments", "with an option", "replaced", "renamed", "deeper", "object", "partial"],
 )
 def test_what_a_handler_raised_is_its_own(handler: Callable[..., Any]) -> None:
     assert is_of_handler(rung(handler))
