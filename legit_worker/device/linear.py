@@ -4,8 +4,8 @@ In: a loaded torch module. Out: the same module. If a trial on this machine show
 choice, it computes the module's linear layers.
 
 Either library rearranges torch's weights for each batch. A lone text spends more time on this than on its products:
-without it, MiniLM's layers take half of the time for 4 tokens, and 0.87 of it for 256 (two cores of an AMD
-EPYC, `scripts/lib/linear.py`).
+without it, MiniLM's layers take half of the time for 4 tokens, and 0.87 of it for 256 (two cores of an AMD EPYC,
+`scripts/lib/linear.py`).
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ def _nothing() -> ByOneDNN:
 def speed_up_linear_layers(model: torch.nn.Module) -> int | None:
     """Let oneDNN compute a model's linear layers on the CPU, if a trial shows that it is faster.
 
-    torch takes MKL for float32. On an AMD processor with AVX-512, MKL reaches less than half of oneDNN's speed. The
-    results differ by rounding only. Layers of other types than float32 and bfloat16 stay as they are. Returns the rows
-    from which oneDNN computes, None if it never does.
+    The results differ by rounding only. Layers of other types than float32 and bfloat16 stay as they are. Returns the
+    rows from which oneDNN computes, None if it never does.
     """
     layers = [layer for layer in model.modules() if _may_be_computed(layer)]
     if not layers:
