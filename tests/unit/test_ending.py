@@ -103,6 +103,7 @@ def test_a_batch_that_outlasts_the_wait_at_the_end_is_not_unwound(
     """Python's own end would unwind its thread in C++, which ends the process by an abort."""
     registered: list[tuple[Any, ...]] = []
     monkeypatch.setattr(atexit, "register", lambda *call: registered.append(call))
+    monkeypatch.setattr(ending, "FOREIGN", "no thread of another test")
     pool.engine.is_computing = True
     pool.ending.warm()
     ((_, _, must),) = registered
