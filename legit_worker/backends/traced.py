@@ -17,6 +17,7 @@ import torch
 
 from legit_worker.backends.closeness import LATE, tells, too_far
 from legit_worker.backends.graphs import Features, Rows, quietly, tensors_of
+from legit_worker.backends.unpadded import Compute, without_padding
 from legit_worker.device.memory import is_out_of_memory
 from legit_worker.errors import BackendError, is_of_handler, said
 
@@ -31,9 +32,6 @@ MOST_TOKENS = 512
 
 #: Which batches are compared with torch's, and each how many after them: a module may choose its way by its input.
 COMPARED, COMPARED_EACH = (1, 8, 64), 512
-
-#: Computes a batch's features.
-Compute = Callable[[dict[str, Any]], torch.Tensor]
 
 
 def trace(
@@ -54,18 +52,38 @@ def trace(
     if (weights := _weights(module)) > MOST_WEIGHTS:
         raise BackendError(f"with {weights} weights it would gain little")
     by_length = sorted(map(_shortened, texts), key=_length)
+    unpadded = without_padding(module, compute)
+    if unpadded is not None:
+        try:
+            return _trace(module, unpadded, compute, collate, by_length, name=name)
+        except Exception as error:
+            logger.debug("model %s: TorchScript computes padding: %s", name, said(error))
+    return _trace(module, compute, compute, collate, by_length, name=name)
+
+
+def _trace(
+    module: torch.nn.Module,
+    way: Compute,
+    compute: Compute,
+    collate: Callable[[Sequence[Features]], dict[str, Any]],
+    by_length: Sequence[Features],
+    *,
+    name: str,
+) -> Traced:
+    """Trace `way`, and compare its rows with those of `compute`. Raises `BackendError`, and what those raise."""
+    pads = way is compute
     with quietly(), torch.no_grad():
         example = collate([by_length[len(by_length) // 4], by_length[len(by_length) // 2]])
         compute(dict(example))  # some modules note a dimension in their first batch
-        rows, tensors = Rows(module, compute, example).eval(), tuple(tensors_of(example).values())
-        key = f"{name} {module} {next(module.parameters()).dtype}"
+        rows, tensors = Rows(module, way, example).eval(), tuple(tensors_of(example).values())
+        key = f"{name} {module} {next(module.parameters()).dtype} {pads}"
         kept = _kept[key]
         script = kept.pop() if kept else None
         if script is None:
             script = torch.jit.trace(rows, tensors, check_trace=False)  # type: ignore[no-untyped-call]
         else:
             _fill(script, rows)
-        traced = Traced(script, compute, example, _length(by_length[-1]), name=name, key=key)
+        traced = Traced(script, compute, example, _length(by_length[-1]), name=name, key=key, pads=pads)
         try:
             for batch in (by_length[:1], by_length[:8], [by_length[0], by_length[-1]]):
                 traced.check(collate(batch))
@@ -115,11 +133,15 @@ def _length(text: Features) -> int:
 class Traced:
     """One model's. Any thread may have it `compute`, also several at once."""
 
-    def __init__(self, script: Any, compute: Compute, example: Features, longest: int, *, name: str, key: str) -> None:
+    def __init__(
+        self, script: Any, compute: Compute, example: Features, longest: int, *, name: str, key: str, pads: bool
+    ) -> None:
         """`example`: the features of the trace."""
         self._script, self._compute, self._name, self._key = script, compute, name, key
         self._tensors = list(tensors_of(example))
         self._others = self._without_tensors(example)
+        #: Whether all texts of a batch take as long as its longest one.
+        self.pads = pads
         #: The most tokens of a text that it is known to compute.
         self.longest = longest
         # Batches so far, and the number of the next one that is compared.

@@ -72,11 +72,11 @@ class CostModel:
         return f"<CostModel {a:.2e} + {b:.2e}·padded + {c:.2e}·padded·longest, from {len(self._seen)} batches>"
 
     @overload
-    def predict(self, count: int, longest: int) -> float: ...
+    def predict(self, count: float, longest: float) -> float: ...
     @overload
     def predict(self, count: NDArray[np.int64], longest: NDArray[np.int64]) -> NDArray[np.floating[Any]]: ...
     def predict(
-        self, count: int | NDArray[np.int64], longest: int | NDArray[np.int64]
+        self, count: float | NDArray[np.int64], longest: float | NDArray[np.int64]
     ) -> float | NDArray[np.floating[Any]]:
         """Seconds for a batch of `count` items padded to `longest` cost units. Works on arrays."""
         a, b, c = self._fit
@@ -87,7 +87,7 @@ class CostModel:
         a, b, c = self._cautious
         return a + count * (longest * (b + c * longest))
 
-    def observe(self, count: int, longest: int, seconds: float) -> None:
+    def observe(self, count: float, longest: float, seconds: float) -> None:
         """Learn from a batch that ran. Errors are relative, so a batch of 0 seconds would count without end."""
         if not isfinite(seconds):
             return

@@ -3,7 +3,7 @@
 In: the costs of the items that wait, a budget, and a cost model that predicts seconds. Out: lists of indexes.
 
 `pick` chooses one batch for a queue that is filled again: 0.2 ms for 1,024 items. `pack` cuts all items into
-batches, for a caller that has no others: 4 ms for as many.
+batches, for a caller that has no others: 4 ms for as many. `fill` is for a model that computes no padding.
 
 A batch is padded to its longest item, so its size is `count * longest`. Over all ways to cut items into batches
 under a budget, some cheapest one consists of runs of the sorted items: given any other cut, sorting the batches by
@@ -27,9 +27,38 @@ EACH = 1e-6
 SAME = 1e-9
 
 
+#: A model that computes no padding still has it in its input and its output: at most this many times the cost.
+SPREAD = 3
+
+
 def padded(costs: Sequence[int]) -> int:
     """The size of one batch in cost units, padding included."""
     return len(costs) * max(costs, default=0)
+
+
+def evened(costs: Sequence[int]) -> tuple[float, float]:
+    """How many items, and of which cost each, have the sum of these costs, and the sum of their squares.
+
+    A batch without padding takes as long as one of so many equal items.
+    """
+    total, squares = sum(costs), sum(cost * cost for cost in costs)
+    return total * total / squares, squares / total
+
+
+def fill(costs: Sequence[int], budget: int) -> list[int]:
+    """Choose the first item, and of the others, in their order, those that fit into a batch without padding.
+
+    Its cost is at most `budget`, but for a first item that is larger alone. Returns indexes into `costs`, ascending.
+    """
+    chosen, total, longest = [0], costs[0], costs[0]
+    for index, cost in enumerate(costs[1:], 1):
+        if total >= budget:
+            break
+        more, most = total + cost, max(longest, cost)
+        if more <= budget and (len(chosen) + 1) * most <= SPREAD * more:
+            chosen.append(index)
+            total, longest = more, most
+    return chosen
 
 
 def pack(costs: Sequence[int], budget: int, model: CostModel) -> list[list[int]]:

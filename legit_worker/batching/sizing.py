@@ -57,7 +57,7 @@ class Sizing:
     def __repr__(self) -> str:
         return f"<Sizing: at most {self._items:.0f} items or {self._padded:.0f} units, {self.costs!r}>"
 
-    def observe(self, count: int, longest: int, seconds: float) -> None:
+    def observe(self, count: float, longest: float, seconds: float) -> None:
         """Learn from a batch that ran."""
         self.costs.observe(count, longest, seconds)
         if seconds <= SLACK * max(self._max_seconds, LAUNCHES * self.costs.launch_seconds):

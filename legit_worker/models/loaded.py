@@ -224,6 +224,11 @@ class LoadedModel:
         """Whether its batches may be computed on another thread, beside each other and beside tasks."""
         return not self.is_own and getattr(self.model, "computes_beside", False)
 
+    def pads(self, prepared: Any) -> bool:
+        """Whether each item of a batch with this one takes as long as the batch's longest one."""
+        pads = None if self.is_own else getattr(self.model, "pads", None)
+        return pads is None or pads(prepared)
+
     def launch(self, batch: Sequence[Any], beside: Beside | None = None) -> Launch:
         """Hand a batch to the device: one output per item. Raises what the model raises.
 

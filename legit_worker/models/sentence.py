@@ -204,13 +204,18 @@ class SentenceModel:
     def batch_key(self, item: Prepared) -> Hashable:
         """Inputs share a batch if their modality, their image size and their prompt length are equal.
 
-        So are their lengths if the model's rows depend on padding.
+        So are their lengths if the model's rows depend on padding. Those that are padded are not beside others.
         """
-        return (item.key, item.cost) if self._minds_padding else item.key
+        return (item.key, item.cost) if self._minds_padding else (item.key, self.pads(item))
 
     def identity(self, item: Prepared) -> Hashable:
         """Texts with the same tokens have the same output."""
         return identity_of(item.features)
+
+    def pads(self, item: Prepared) -> bool:
+        """Whether the item's batch is padded to its longest item, and that is computed."""
+        traced = self._backend.traced
+        return traced is None or traced.pads or bool(traced.obstacle) or not _is_traced(traced, item)
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Prepared]) -> torch.Tensor | Launch:
@@ -243,10 +248,8 @@ class SentenceModel:
 
     def _traced(self, batch: Sequence[Prepared]) -> tuple[Traced, dict[str, Any]] | None:
         """What computes this batch as TorchScript, and its features; None if nothing does."""
-        traced, first = self._backend.traced, batch[0]
-        if traced is None or first.task is not None or first.raw is not None or not is_tokens(first.features):
-            return None
-        if max(item.cost for item in batch) > traced.longest:
+        traced = self._backend.traced
+        if traced is None or not _is_traced(traced, max(batch, key=self.cost)):
             return None
         features = self._features(batch)
         return (traced, features) if traced.takes(features) else None
@@ -311,6 +314,11 @@ class SentenceModel:
 
     def _named_prompt(self, name: str | None) -> str | None:
         return named_prompt(self.library.prompts, name)
+
+
+def _is_traced(traced: Traced, item: Prepared) -> bool:
+    """Whether TorchScript computes a batch of such items, if it computes any."""
+    return item.task is None and item.raw is None and item.cost <= traced.longest and is_tokens(item.features)
 
 
 @torch.inference_mode()

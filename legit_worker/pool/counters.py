@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from legit_worker.batching.histogram import COST, ITEMS, SECONDS, Histogram
-from legit_worker.batching.packer import padded
 
 
 class Shape:
@@ -55,9 +54,8 @@ class Counters:
         mine, others = vars(self), vars(other)
         return Counters(**{name: mine[name] + others[name] for name in SUMMED})
 
-    def note(self, costs: Sequence[int], seconds: float) -> None:
+    def note(self, costs: Sequence[int], padded_cost: int, seconds: float) -> None:
         """A batch of items of these costs went well, and took this long."""
-        padded_cost = padded(costs)
         self.batches += 1
         self.items += len(costs)
         self.cost += sum(costs)

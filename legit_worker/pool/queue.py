@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
-from legit_worker.batching.packer import padded, pick
+from legit_worker.batching.packer import evened, fill, padded, pick
 from legit_worker.batching.sizing import Sizing
 from legit_worker.batching.twins import distinct, with_twins
 from legit_worker.device.devices import Launch
@@ -63,6 +63,9 @@ class BatchModel(Protocol):
     @property
     def computes_beside(self) -> bool:
         """Whether its batches may be computed on another thread."""
+
+    def pads(self, prepared: Any) -> bool:
+        """Whether each item of a batch with this one takes as long as the batch's longest one."""
 
     def launch(self, batch: Sequence[Any], beside: Beside | None = None) -> Launch:
         """Hand a batch to the device; by `beside`, if that is given and can be. Raises what the model raises."""
@@ -236,7 +239,7 @@ class ModelQueue:
         """Learn from a batch that went well, and hand out its outputs. Raises what ends the worker."""
         computed = distinct(batch)
         self.counters.duplicates += len(batch) - len(computed)
-        self._learn([item.cost for item in computed], launch)
+        self._learn(computed, launch)
         try:
             outputs = {id(item.group or item): output for item, output in zip(computed, launch.outputs, strict=True)}
         except ENDS:
@@ -247,11 +250,14 @@ class ModelQueue:
             return
         self._deliver(batch, outputs)
 
-    def _learn(self, costs: list[int], launch: Launch) -> None:
+    def _learn(self, batch: list[Item], launch: Launch) -> None:
         """Let the next batches be sized by this one. If that fails, its tasks get their outputs all the same."""
-        self.counters.note(costs, launch.seconds)
+        costs = [item.cost for item in batch]
+        pads = self.model.pads(batch[0].prepared)
+        self.counters.note(costs, padded(costs) if pads else sum(costs), launch.seconds)
         try:
-            self.sizing.observe(len(costs), max(costs), launch.seconds)
+            count, longest = (len(costs), max(costs)) if pads else evened(costs)
+            self.sizing.observe(count, longest, launch.seconds)
             self.model.observe(len(costs), max(costs), launch)
             self._room.did_fit(padded(costs))
         except Exception:
@@ -317,7 +323,7 @@ class ModelQueue:
 
     def _cut_around(self, due: Collection[Item], candidates: list[Item], budget: int) -> list[Item]:
         """Cut a batch from the candidates. If some are due, it is made of them, and others only fill it up."""
-        if not due:
+        if not due or not self.model.pads(candidates[0].prepared):
             return self._cut(candidates, budget)
         batch = self._cut([candidates[0], *(item for item in candidates[1:] if item in due)], budget)
         longest = max(item.cost for item in batch)
@@ -326,7 +332,8 @@ class ModelQueue:
         return batch + others[: max(0, budget // longest - len(batch))]
 
     def _cut(self, candidates: list[Item], budget: int) -> list[Item]:
-        chosen = pick([item.cost for item in candidates], budget, self.sizing.costs)
+        costs, pads = [item.cost for item in candidates], self.model.pads(candidates[0].prepared)
+        chosen = pick(costs, budget, self.sizing.costs) if pads else fill(costs, budget)
         return [candidates[index] for index in chosen]
 
     def _make_room(self, batch: list[Item], error: BaseException) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import scipy.optimize  # noqa: F401  which a worker's libraries import, too
 
+from legit_worker.batching.packer import padded
 from legit_worker.device.devices import Launch
 from legit_worker.pool.calls import Call
 from legit_worker.pool.queue import ModelQueue
@@ -41,6 +42,9 @@ class Tokens:
 
     def identity(self, item: int) -> None:
         return None
+
+    def pads(self, item: int) -> bool:
+        return True
 
     def largest_cost(self, longest: int) -> int:
         return 16_384
@@ -77,7 +81,7 @@ def measure(window: int, apps: int) -> str:
         queue.sizing.observe(len(costs), max(costs), launch.seconds)
         observing.append(perf_counter() - start)
         if number >= BEFORE:
-            queue.counters.note(costs, launch.seconds)
+            queue.counters.note(costs, padded(costs), launch.seconds)
     each = "   ".join(
         f"{name} {1e6 * min(times[BEFORE:]):4.0f} {1e6 * statistics.median(times[BEFORE:]):4.0f}"
         for name, times in (("pick", picking), ("observe", observing))

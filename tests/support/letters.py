@@ -31,6 +31,9 @@ class Letters:
     def cost(self, item: str) -> int:
         return len(item)
 
+    def pads(self, item: str) -> bool:
+        return True
+
     def launch(self, batch: Sequence[str]) -> Launch:
         return Device("cpu").launch(lambda: self.forward(batch))
 
