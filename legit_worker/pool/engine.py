@@ -205,12 +205,15 @@ class Engine:
         queue = self._next()
         if queue is None:
             return False
-        beside = queue.streams > 1 and (self._flights.are_beside or self._more_there() or queue.is_full)
+        beside = self._goes_beside(queue)
         if not beside:  # it has all cores
             queue.streams = 1
         with trusted():
             self._flights.launch(queue, queue.next_batch(), beside=beside)
         return True
+
+    def _goes_beside(self, queue: ModelQueue) -> bool:
+        return queue.streams > 1 and (self._flights.are_beside or self._more_there() or queue.is_full)
 
     def _next(self) -> ModelQueue | None:
         """The queue that has the next batch, and knows how many streams there are for it."""
@@ -235,7 +238,10 @@ class Engine:
     def collect(self) -> bool:
         """Take the outputs of the batches that are done. Whether there were any. Raises `DeviceLostError`."""
         with trusted():
-            return self._flights.collect()
+            found = self._flights.collect()
+        if found:
+            self._looked = self.calls - CALLS
+        return found
 
     def refill(self) -> bool:
         """Between two tasks: take what streams have done, and give them a full batch. Whether any were done.
@@ -243,11 +249,13 @@ class Engine:
         Otherwise a stream would wait for the end of this thread's turn. Raises `DeviceLostError`, if this code fails.
         """
         found = self._flights.has_landed and self.collect()
-        if found or (len(self._flights) <= self._streams.count and self.calls - self._looked >= CALLS):
+        if len(self._flights) <= self._streams.count and self.calls - self._looked >= CALLS:
             self._looked = self.calls
             queue = self._next()
-            if queue is not None and queue.streams > 1 and queue.is_full and self.can_step:
-                self.step()
+            if queue is not None and self._goes_beside(queue) and self.can_step:
+                is_idle = len(self._flights) < queue.streams
+                if queue.is_full or (is_idle and queue.is_enough):
+                    self.step()
         return found
 
     @property

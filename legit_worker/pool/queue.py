@@ -39,6 +39,9 @@ NEAR, RAISE = 0.8, 1.02
 #: An item of this part of a batch's longest one fills the batch up: beside shorter ones, padding would take too long.
 EVEN = 0.5
 
+#: A batch without padding that takes this many launches is large enough for a stream that has none.
+ENOUGH_LAUNCHES = 5.0
+
 #: How often an item that runs out of memory, alone in its batch, is tried before it fails. Others come and go on a
 #: device; the failures of an item that never fits are quick.
 TRIES_ALONE = 8
@@ -147,6 +150,13 @@ class ModelQueue:
         if self._fair.cost < budget:
             return False
         return any(cost >= budget for cost in accumulate(item.cost for item in self._fair.front()))
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether a stream that has no batch should have one now: waiting longer would gain little."""
+        if not len(self._fair) or self.model.pads(self._fair.first(1)[0].prepared):
+            return self.is_full
+        return self.waiting_seconds() >= ENOUGH_LAUNCHES * self.sizing.costs.launch_seconds
 
     @property
     def is_urgent(self) -> bool:
