@@ -42,17 +42,20 @@ def trace(
     *,
     name: str,
 ) -> Traced:
-    """Return the module as TorchScript. Raises `BackendError` if that would gain little, or computes something else.
+    """Return the module as TorchScript, and without padding if it allows that; a large one only without padding.
 
-    Raises what the module and torch's trace raise, too.
+    Raises `BackendError` if that would gain little, or computes something else, and what the module and torch's trace
+    raise.
 
     `compute` uses `module`. `collate` joins texts' features, padded. `texts`: short and long ones. `name`: the model's,
     for the log.
     """
-    if (weights := _weights(module)) > MOST_WEIGHTS:
-        raise BackendError(f"with {weights} weights it would gain little")
     by_length = sorted(map(_shortened, texts), key=_length)
     unpadded = without_padding(module, compute)
+    if (weights := _weights(module)) > MOST_WEIGHTS:
+        if unpadded is None:
+            raise BackendError(f"with {weights} weights it would gain little")
+        return _by_python(module, unpadded, compute, collate, by_length, name=name)
     if unpadded is not None:
         try:
             return _trace(module, unpadded, compute, collate, by_length, name=name)
@@ -91,6 +94,25 @@ def _trace(
             traced.unload()  # the next load's comparisons refuse it again, and take no more memory
             raise
     return traced
+
+
+def _by_python(
+    module: torch.nn.Module,
+    way: Compute,
+    compute: Compute,
+    collate: Callable[[Sequence[Features]], dict[str, Any]],
+    by_length: Sequence[Features],
+    *,
+    name: str,
+) -> ByPython:
+    """Compare the rows of `way` with those of `compute`. Raises `BackendError`, and what those raise."""
+    shorter = by_length[: 1 + len(by_length) // 2]
+    with torch.no_grad():
+        batch = collate([shorter[0], shorter[len(shorter) // 2], shorter[-1]])
+        rows = Rows(module, way, batch).eval()
+        found = ByPython(rows, compute, batch, _length(by_length[-1]), name=name, key="", pads=False)
+        found.check(batch)
+    return found
 
 
 #: Of models that have left memory, without their weights: torch keeps 10 MiB of each trace for good. The next load of
@@ -133,6 +155,9 @@ def _length(text: Features) -> int:
 class Traced:
     """One model's. Any thread may have it `compute`, also several at once."""
 
+    #: In the log.
+    called = "TorchScript"
+
     def __init__(
         self, script: Any, compute: Compute, example: Features, longest: int, *, name: str, key: str, pads: bool
     ) -> None:
@@ -165,10 +190,20 @@ class Traced:
         """What a trace has for good."""
         return {name: str(value) for name, value in features.items() if name not in self._tensors}
 
+    def report(self) -> dict[str, Any]:
+        """For `inspect stats`: what is so, or why it is no more."""
+        state = self.obstacle or True
+        return {"torchscript": state} if self.pads else {"torchscript": state, "unpadded": state}
+
     def unload(self) -> None:
         """Let go of the weights. It computes no batch any more."""
         _fill(self._script, None)
         _kept[self._key].append(self._script)
+
+    @property
+    def computes_beside(self) -> bool:
+        """Whether another thread may compute the next batch, beside tasks."""
+        return not self.obstacle
 
     @property
     def is_due(self) -> bool:
@@ -219,4 +254,24 @@ class Traced:
 
     def _give_up(self, reason: str) -> None:
         self.obstacle = reason
-        logger.info("model %s: TorchScript computes no more of its batches: %s", self._name, reason)
+        logger.info("model %s: %s computes no more of its batches: %s", self._name, self.called, reason)
+
+
+class ByPython(Traced):
+    """A large model's batches without padding, by its own Python. The main thread computes them."""
+
+    called = "the way without padding"
+    computes_beside = False
+
+    def report(self) -> dict[str, Any]:
+        """For `inspect stats`."""
+        return {"unpadded": self.obstacle or True}
+
+    def unload(self) -> None:
+        """Nothing is kept."""
+
+    def _run(self, features: Features) -> torch.Tensor:
+        if features["attention_mask"].all():  # the module itself computes no padding either
+            return self._compute(dict(features))
+        rows: torch.Tensor = self._script(*(features[name] for name in self._tensors))
+        return rows

@@ -10,13 +10,22 @@ padded batch: they take little time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from legit_worker.errors import BackendError
+
 #: The name by which transformers finds the attention.
 NAME = "legit_worker_runs"
+
+#: The layers' names in a model.
+STACKS = ("layer", "layers")
+
+#: What an attention is given if a token has not all of its text.
+LIMITS = ("is_causal", "sliding_window", "softcap", "s_aux")
 
 #: Weights of linear layers behind the layers, as a part of the layers' weights: more would compute much padding.
 MOST_BEHIND = 0.1
@@ -32,45 +41,81 @@ def without_padding(module: torch.nn.Module, compute: Compute) -> Compute | None
     tokens stand. One thread may compute it, and no other code may compute with `module` meanwhile.
     """
     layers = _layers(module)
-    return None if layers is None else functools.partial(_compute, layers, compute)
+    return None if layers is None else functools.partial(_compute, module, layers, compute)
 
 
-def _layers(module: torch.nn.Module) -> Any:
-    """The part that has all layers; None if there are several such parts, or much is computed behind them."""
-    found = [
-        part
+def _layers(module: torch.nn.Module) -> Sequence[Any] | None:
+    """The layers; None if there are several stacks of them, or much is computed behind them, or others changed them."""
+    stacks = [
+        stack
         for part in module.modules()
-        if isinstance(getattr(part, "layer", None), torch.nn.ModuleList) and hasattr(part, "config")
+        for name, stack in part.named_children()
+        if name in STACKS
+        and isinstance(stack, torch.nn.ModuleList)
+        and type(part).__module__.startswith("transformers.")
     ]
-    if len(found) != 1 or not type(found[0]).__module__.startswith("transformers."):
+    if len(stacks) != 1 or any("forward" in vars(layer) for layer in stacks[0]):  # another library has its hooks there
         return None
-    inside = set(found[0].modules())
+    inside = set(stacks[0].modules())
     behind = sum(
         part.weight.numel() for part in module.modules() if isinstance(part, torch.nn.Linear) and part not in inside
     )
-    return found[0] if behind <= MOST_BEHIND * sum(weight.numel() for weight in found[0].parameters()) else None
+    return list(stacks[0]) if behind <= MOST_BEHIND * sum(each.numel() for each in stacks[0].parameters()) else None
 
 
-def _compute(layers: Any, compute: Compute, features: dict[str, Any]) -> torch.Tensor:
-    places, runs = _order(features["attention_mask"])
-    forward, config = layers.forward, layers.config
-    attention = config._attn_implementation  # transformers has no other name for what is set
-
-    def unpadded(hidden: torch.Tensor, *_: Any, **options: Any) -> Any:
-        count, longest, width = hidden.size(0), hidden.size(1), hidden.size(2)
-        options["attention_mask"] = runs  # which all layers hand on to the attention
-        found = forward(hidden.flatten(0, 1).index_select(0, places).unsqueeze(0), **options)
-        rows = hidden.new_zeros(count * longest, width).index_copy(0, places, found.last_hidden_state.squeeze(0))
-        found.last_hidden_state = rows.view(count, longest, width)
-        return found
-
-    layers.forward = unpadded
+def _compute(
+    module: torch.nn.Module, layers: Sequence[Any], compute: Compute, features: dict[str, Any]
+) -> torch.Tensor:
+    # transformers has no public name for the attention that is set.
+    configs: Any = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}.values()
+    attentions = [config._attn_implementation for config in configs]
+    row = _Row(features["attention_mask"])
     try:
-        config._attn_implementation = _attention()
+        for layer in layers:
+            layer.forward = functools.partial(
+                row.layer, layer.forward, is_first=layer is layers[0], is_last=layer is layers[-1]
+            )
+        for config in configs:
+            config._attn_implementation = _attention()
         return compute(features)
-    finally:
-        config._attn_implementation = attention
-        del layers.forward
+    finally:  # a signal's handler may raise anywhere
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        for config, attention in zip(configs, attentions, strict=True):
+            config._attn_implementation = attention
+
+
+class _Row:
+    """A batch's tokens in one row."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        """`mask` is 1 for a token and 0 for padding, `[texts, tokens]`."""
+        self._texts, self._tokens = mask.size(0), mask.size(1)
+        self._places, self._runs = _order(mask)
+
+    def layer(self, forward: Callable[..., Any], *given: Any, is_first: bool, is_last: bool, **named: Any) -> Any:
+        """Compute one layer. The first one takes the padded batch, and the last one gives it."""
+        arguments = inspect.signature(forward).bind(*given, **named).arguments
+        arguments |= arguments.pop("kwargs", {})
+        hidden = arguments.pop("hidden_states")
+        if is_first:
+            hidden = self._row(hidden)
+        if (places := arguments.get("position_embeddings")) is not None:
+            arguments["position_embeddings"] = tuple(map(self._row, places))
+        found = forward(hidden, **arguments | {"attention_mask": self._runs})
+        if not is_last:
+            return found
+        return self._batch(found) if isinstance(found, torch.Tensor) else (self._batch(found[0]), *found[1:])
+
+    def _row(self, batch: torch.Tensor) -> torch.Tensor:
+        """`[texts, tokens, width]`, or one text's that is for all, becomes `[1, all tokens, width]`."""
+        every = batch.expand(self._texts, self._tokens, batch.size(-1))
+        return every.flatten(0, 1).index_select(0, self._places).unsqueeze(0)
+
+    def _batch(self, row: torch.Tensor) -> torch.Tensor:
+        """The way back. Padding is zero."""
+        batch = row.new_zeros(self._texts * self._tokens, row.size(-1)).index_copy(0, self._places, row.squeeze(0))
+        return batch.view(self._texts, self._tokens, -1)
 
 
 def _order(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +146,11 @@ def _attention() -> str:
         attention_mask: torch.Tensor,
         dropout: float = 0.0,
         scaling: float | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[torch.Tensor, None]:
+        assert attention_mask.ndim == 2, "this attention is for runs alone"
+        if getattr(module, "is_causal", False) or any(others.get(name) for name in LIMITS):
+            raise BackendError("its tokens do not attend to all of their text")
         scale = query.size(-1) ** -0.5 if scaling is None else float(scaling)
         return attend(query, key, value, attention_mask, scale), None
 

@@ -59,7 +59,7 @@ class Backend:
         if self.recorded is not None:
             found["cuda_graphs"] = self.recorded.obstacle or len(self.recorded)
         if self.traced is not None:
-            found["torchscript"] = self.traced.obstacle or True
+            found |= self.traced.report()
         return found
 
     def moved(self, device: str, model: SentenceModel) -> None:

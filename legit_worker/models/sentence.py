@@ -236,14 +236,14 @@ class SentenceModel:
         """Whether `computation` may give something."""
         if self._backend.graphs is not None:
             return self._backend.graphs.computes_beside
-        return self._backend.traced is not None and not self._backend.traced.obstacle
+        return self._backend.traced is not None and self._backend.traced.computes_beside
 
     def computation(self, batch: Sequence[Prepared]) -> Callable[[], torch.Tensor | Launch] | None:
         """What computes this batch's rows on any thread; None if `forward` must."""
         if self._backend.graphs is not None:
             return self._backend.graphs.computation(self._features(batch))
         traced = self._backend.traced
-        found = None if traced is None or traced.is_due else self._traced(batch)
+        found = None if traced is None or traced.is_due or not traced.computes_beside else self._traced(batch)
         return None if found is None else functools.partial(_infer, *found)
 
     def _traced(self, batch: Sequence[Prepared]) -> tuple[Traced, dict[str, Any]] | None:
