@@ -107,7 +107,7 @@ def _by_python(
 ) -> ByPython:
     """Compare the rows of `way` with those of `compute`. Raises `BackendError`, and what those raise."""
     shorter = by_length[: 1 + len(by_length) // 2]
-    with torch.no_grad():
+    with quietly(), torch.no_grad():
         batch = collate([shorter[0], shorter[len(shorter) // 2], shorter[-1]])
         rows = Rows(module, way, batch).eval()
         found = ByPython(rows, compute, batch, _length(by_length[-1]), name=name, key="", pads=False)

@@ -78,7 +78,8 @@ class ModelSettings(Group):
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"] | None = None
     #: Whether small batches of texts are recorded as CUDA graphs on a GPU, so that one call launches a batch.
     cuda_graphs: bool = True
-    #: Whether a small model's batches of texts run as TorchScript on a CPU: without Python, and beside the main thread.
+    #: Whether batches of texts on a CPU compute no padding, and a small model's run as TorchScript: without Python, and
+    #: beside the main thread.
     torchscript: bool = True
     #: The branch, tag or commit on the Hub; the newest if it is not set.
     revision: str | None = None

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from legit_worker.batching.costmodel import CostModel
-from legit_worker.batching.packer import pack, padded, pick
+from legit_worker.batching.packer import SPREAD, evened, fill, pack, padded, pick
 
 costs_lists = st.lists(st.integers(1, 512), max_size=80)
 budgets = st.integers(1, 4096)
@@ -169,3 +169,35 @@ def test_to_pick_looks_at_few_runs_even_if_all_items_are_of_one_length_or_none_a
         model = Counting()
         pick(costs, 16_384, model)
         assert model.looked_at < 20_000
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=80), budgets)
+def test_a_batch_without_padding_has_the_first_item_and_those_that_fit_in_their_order(
+    costs: list[int], budget: int
+) -> None:
+    chosen = fill(costs, budget)
+    taken = [costs[index] for index in chosen]
+    assert chosen[0] == 0
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 1 or sum(taken) <= budget
+    assert padded(taken) <= SPREAD * sum(taken)
+    for index in set(range(len(costs))) - set(chosen):  # each was left for a reason
+        before = [costs[place] for place in chosen if place < index]
+        more = [*before, costs[index]]
+        assert sum(before) >= budget or sum(more) > budget or padded(more) > SPREAD * sum(more)
+
+
+def test_a_batch_without_padding_has_no_long_item_among_many_short_ones() -> None:
+    assert fill([5, 4, 6, 500, 5, 7], 10_000) == [0, 1, 2, 4, 5]
+    assert fill([500, 5, 4, 6, 5, 450], 10_000) == [0, 1, 2, 5]
+    assert fill([9, 9, 9, 9], 20) == [0, 1]
+    assert fill([90, 1], 20) == [0]
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=80))
+def test_equal_items_stand_for_those_of_a_batch_without_padding(costs: list[int]) -> None:
+    count, longest = evened(costs)
+    assert count * longest == pytest.approx(sum(costs))
+    assert count * longest**2 == pytest.approx(sum(cost * cost for cost in costs))
+    assert count <= len(costs) + 1e-9
+    assert min(costs) <= longest + 1e-9

@@ -251,6 +251,62 @@ def test_a_batch_is_predicted_to_end_within_the_bound() -> None:
     assert len(entry.batches[1]) == within < 10
 
 
+class Unpadded(Letters):
+    """Takes as long for a batch as it has letters."""
+
+    def pads(self, item: str) -> bool:
+        return False
+
+    def launch(self, batch: Sequence[str]) -> Launch:
+        return Launch(outputs=self.forward(batch), seconds=0.001 * sum(map(len, batch)))
+
+
+def test_a_model_without_padding_has_what_came_first_whatever_the_lengths() -> None:
+    entry = Unpadded()
+    subject = queue(entry)
+    draw = random.Random(1)
+    items = ["x" * draw.randint(4, 12) for _ in range(400)]
+    calls = [ask(subject, [item]) for item in items]
+    run_all(subject)
+    assert [outputs(call) for call in calls] == [[item * 2] for item in items]
+    full = [batch for batch in entry.batches if len(batch) > 10]
+    assert len(full) > 10
+    assert all(len(set(map(len, batch))) > 4 for batch in full)
+    assert subject.counters.waste == 0
+    assert subject.sizing.costs.predict(10, 8) == pytest.approx(0.08, rel=0.01)
+    assert all(sum(map(len, batch)) <= 500 for batch in entry.batches)
+
+
+def test_a_long_item_without_padding_waits_for_one_batch_and_no_longer() -> None:
+    entry = Unpadded()
+    subject = queue(entry)
+    for _ in range(3):
+        ask(subject, ["shrt"] * 20)
+        run_all(subject)
+    entry.batches.clear()
+    for item in ("shrt", "shrt", "long" * 50, *["shrt"] * 200):
+        ask(subject, [item])
+    step(subject)
+    assert "long" * 50 not in entry.batches[0]
+    step(subject)
+    assert entry.batches[1][0] == "long" * 50
+
+
+def test_of_a_model_without_padding_what_is_due_comes_first() -> None:
+    entry = Unpadded()
+    subject = queue(entry)
+    for _ in range(3):
+        ask(subject, ["four"] * 40)
+        run_all(subject)
+    entry.batches.clear()
+    for _ in range(300):
+        ask(subject, ["flooding"], "flood")
+    for item in ("little", "a", "few more"):
+        ask(subject, [item], "little")
+    step(subject)
+    assert {"little", "a", "few more"} <= set(entry.batches[0])
+
+
 def test_counters_say_how_much_was_padding() -> None:
     entry = Letters()
     subject = queue(entry)

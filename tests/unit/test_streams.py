@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from legit_worker.errors import DeviceOutOfMemoryError
 from legit_worker.models.loaded import Beside, LoadedModel
 from legit_worker.pool.calls import Call, Chunk
 from legit_worker.pool.engine import CALLS, OWN, Engine
+from legit_worker.pool.queue import ENOUGH_LAUNCHES
 
 WAIT = 20.0
 
@@ -402,6 +404,29 @@ def test_a_stream_gets_its_next_batch_between_two_tasks(subject: Engine, model: 
     played.end(0)
     assert subject.refill()
     assert len(played.launches) == 4
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_stream_without_a_batch_has_a_smaller_one_between_two_tasks_if_that_needs_no_padding(
+    subject: Engine, model: Small, played: PlayedStreams, more: list[bool], pads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "pads", lambda item: pads)
+    more[0] = True
+    launch = subject.launch_seconds
+    ask(subject, model, ["four"] * CALLS)
+    few = math.ceil(ENOUGH_LAUNCHES * launch() / 0.001)
+    assert few > CALLS
+    subject.refill()
+    assert not played.launches
+    ask(subject, model, ["four"] * few)
+    subject.refill()
+    assert model.beside == ([] if pads else [CALLS + few])
+    if not pads:
+        ask(subject, model, ["four"] * few)
+        subject.refill()
+        ask(subject, model, ["four"] * few)
+        subject.refill()
+        assert model.beside == [CALLS + few, few]  # behind them, only a full batch
 
 
 def test_a_batch_goes_on_until_it_is_done_whoever_waits_for_it(

@@ -326,7 +326,7 @@ def test_the_real_model_gives_torchs_rows_whatever_the_lengths_and_the_thread(
         expected = plain.forward([plain.preprocess(one) for one in batch])
         assert isinstance(expected, torch.Tensor)
         np.testing.assert_allclose(found[number].numpy(), expected.numpy(), atol=1e-5)
-    assert minilm.backend == {"backend": "torch", "torchscript": True}
+    assert minilm.backend == {"backend": "torch", "torchscript": True, "unpadded": True}
 
 
 @pytest.mark.parametrize("rows", [None, 64])
@@ -390,7 +390,7 @@ def test_what_a_signals_handler_raises_in_a_batch_is_no_fault_of_its_trace(
             minilm.forward([minilm.preprocess("a text")])
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert minilm.backend == {"backend": "torch", "torchscript": True}
+    assert minilm.backend == {"backend": "torch", "torchscript": True, "unpadded": True}
 
 
 def test_a_model_whose_trace_gave_wrong_rows_has_no_more_batches_on_other_threads(minilm: TextEmbedding) -> None:
