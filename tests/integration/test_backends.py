@@ -264,7 +264,12 @@ def test_whatever_openvino_raises_auto_stays_with_torch(
     said = "the trial of OpenVINO failed: RuntimeError: Not enough memory"
     registry = serve("embed", "auto")
     assert len(legit_worker.model("m").encode("a text")) == 32
-    told = {"backend": "torch", "backend_reason": f"auto stays with torch: {said}", "torchscript": True}
+    told = {
+        "backend": "torch",
+        "backend_reason": f"auto stays with torch: {said}",
+        "torchscript": True,
+        "unpadded": True,
+    }
     assert backend_of(registry) == told
     serve("embed")
     with pytest.raises(ModelLoadError, match=f"BACKEND=openvino: {said}. Set this model's BACKEND=torch"):
