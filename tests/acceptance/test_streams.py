@@ -117,7 +117,8 @@ def test_a_warm_shutdown_ends_what_streams_compute_and_leaves_the_rest(worker: W
 def test_a_time_limit_ends_a_task_and_no_neighbour_in_its_batch(worker: Worker, expected: Any) -> None:
     warm(worker)
     task = worker.client.signature("legit_worker.embed_text")
-    limited = [task.clone((text,)).apply_async(soft_time_limit=0.001, time_limit=0.002) for text in TEXTS[:20]]
+    long = [f"{text} " * 200 for text in TEXTS[:20]]
+    limited = [task.clone((text,)).apply_async(soft_time_limit=0.001, time_limit=0.002) for text in long]
     assert_right(worker, send(worker), expected)
     ended = worker.answers(limited)
     assert all(isinstance(one, list | SoftTimeLimitExceeded | TimeLimitExceeded) for one in ended)
