@@ -91,12 +91,12 @@ class BatchModel(Protocol):
 
 @dataclass
 class Room:
-    """The padded cost of the batches that fit into memory, learned from those that did not. At first, any does."""
+    """The computed cost of the batches that fit into memory, learned from those that did not. At first, any does."""
 
     most: float = inf
 
     def did_not_fit(self, cost: int) -> None:
-        """A batch of this padded cost ran out of memory: half of it may fit."""
+        """A batch of this cost ran out of memory: half of it may fit."""
         self.most = max(1.0, min(self.most, cost / 2))
 
     def did_fit(self, cost: int) -> None:
@@ -264,12 +264,13 @@ class ModelQueue:
         """Let the next batches be sized by this one. If that fails, its tasks get their outputs all the same."""
         costs = [item.cost for item in batch]
         pads = self.model.pads(batch[0].prepared)
-        self.counters.note(costs, padded(costs) if pads else sum(costs), launch.seconds)
+        computed = self._computed(batch)
+        self.counters.note(costs, computed, launch.seconds)
         try:
             count, longest = (len(costs), max(costs)) if pads else evened(costs)
             self.sizing.observe(count, longest, launch.seconds)
             self.model.observe(len(costs), max(costs), launch)
-            self._room.did_fit(padded(costs))
+            self._room.did_fit(computed)
         except Exception:
             logger.exception("nothing was learned from a batch of %d items of model %r", len(costs), self.model.alias)
 
@@ -346,6 +347,11 @@ class ModelQueue:
         chosen = pick(costs, budget, self.sizing.costs) if pads else fill(costs, budget)
         return [candidates[index] for index in chosen]
 
+    def _computed(self, batch: list[Item]) -> int:
+        """The cost of a batch, with its padding if that is computed: the unit of `_budget`."""
+        costs = [item.cost for item in batch]
+        return padded(costs) if self.model.pads(batch[0].prepared) else sum(costs)
+
     def _make_room(self, batch: list[Item], error: BaseException) -> None:
         """Too much at once: free what can be freed, and have no batch as large from now on."""
         self.counters.out_of_memory += 1
@@ -362,10 +368,10 @@ class ModelQueue:
         except Exception:
             logger.exception("memory could not be freed after model %r ran out of it", self.model.alias)
         if len(batch) > 1:
-            cost = padded([item.cost for item in batch])
+            cost = self._computed(batch)
             self._room.did_not_fit(cost)
             logger.warning(
-                "model %r ran out of memory with %d items, padded cost %d; batches have at most %.0f from now on: %s",
+                "model %r ran out of memory with %d items, computed cost %d; batches have at most %.0f from now on: %s",
                 *(self.model.alias, len(batch), cost, self._room.most, said(error)),
             )
 

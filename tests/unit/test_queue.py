@@ -277,6 +277,24 @@ def test_a_model_without_padding_has_what_came_first_whatever_the_lengths() -> N
     assert all(sum(map(len, batch)) <= 500 for batch in entry.batches)
 
 
+class SmallUnpadded(SmallLetters):
+    """Computes no padding, but has memory for it in its input."""
+
+    def pads(self, item: str) -> bool:
+        return False
+
+
+def test_batches_without_padding_that_run_out_of_memory_make_later_ones_smaller() -> None:
+    entry = SmallUnpadded(most=250)
+    subject = queue(entry)
+    draw = random.Random(1)
+    items = ["x" * draw.choice([2, 3, 40]) for _ in range(1000)]
+    calls = [ask(subject, [item]) for item in items]
+    run_all(subject)
+    assert [outputs(call) for call in calls] == [[item * 2] for item in items]
+    assert 0 < entry.refused < 10
+
+
 def test_a_long_item_without_padding_waits_for_one_batch_and_no_longer() -> None:
     entry = Unpadded()
     subject = queue(entry)
