@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def without_padding(module: torch.nn.Module, compute: Compute) -> Compute | None
     tokens stand. One thread may compute it, and no other code may compute with `module` meanwhile.
     """
     layers = _layers(module)
-    return None if layers is None else functools.partial(_compute, module, layers, compute)
+    return None if layers is None else _Unpadded(module, layers, compute)
 
 
 def _layers(module: torch.nn.Module) -> Sequence[Any] | None:
@@ -63,26 +64,58 @@ def _layers(module: torch.nn.Module) -> Sequence[Any] | None:
     return list(stacks[0]) if behind <= MOST_BEHIND * sum(each.numel() for each in stacks[0].parameters()) else None
 
 
-def _compute(
-    module: torch.nn.Module, layers: Sequence[Any], compute: Compute, features: dict[str, Any]
-) -> torch.Tensor:
-    # transformers has no public name for the attention that is set.
-    configs: Any = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}.values()
-    attentions = [config._attn_implementation for config in configs]
-    row = _Row(features["attention_mask"])
-    try:
-        for layer in layers:
+class _Unpadded:
+    """Computes a module's batches without padding. It changes the module for as long as each of them takes."""
+
+    def __init__(self, module: torch.nn.Module, layers: Sequence[Any], compute: Compute) -> None:
+        self._layers, self._compute = layers, compute
+        # transformers has no public name for the attention that is set.
+        configs: Any = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}.values()
+        self._attentions = [(config, config._attn_implementation) for config in configs]
+
+    def __call__(self, features: dict[str, Any]) -> torch.Tensor:
+        row = _Row(features["attention_mask"])
+        try:
+            _under_way.add(self)
+            self._change(row)
+            return self._compute(features)
+        finally:
+            try:
+                self.restore()
+            except BaseException:  # a signal's handler may raise anywhere, also here
+                self.restore()
+                raise
+
+    def _change(self, row: _Row) -> None:
+        for layer in self._layers:
+            # The class's own, since the layer may have that of another batch: a signal's handler may compute one.
+            forward = type(layer).forward.__get__(layer)
             layer.forward = functools.partial(
-                row.layer, layer.forward, is_first=layer is layers[0], is_last=layer is layers[-1]
+                row.layer, forward, is_first=layer is self._layers[0], is_last=layer is self._layers[-1]
             )
-        for config in configs:
+        for config, _ in self._attentions:
             config._attn_implementation = _attention()
-        return compute(features)
-    finally:  # a signal's handler may raise anywhere
-        for layer in layers:
+
+    def restore(self) -> None:
+        """Leave the module as it was at first, however often this is called."""
+        for layer in self._layers:
             vars(layer).pop("forward", None)
-        for config, attention in zip(configs, attentions, strict=True):
+        for config, attention in self._attentions:
             config._attn_implementation = attention
+        _under_way.discard(self)
+
+
+#: Those that have changed their module for a batch.
+_under_way: set[_Unpadded] = set()
+
+
+def _restore_all() -> None:
+    """In a forked child, which does not have the thread that computed such a batch."""
+    for each in list(_under_way):
+        each.restore()
+
+
+os.register_at_fork(after_in_child=_restore_all)
 
 
 class _Row:

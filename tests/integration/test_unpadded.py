@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from legit_worker.backends import traced as tracing
 from legit_worker.backends.traced import ByPython, Traced, trace
-from legit_worker.backends.unpadded import without_padding
+from legit_worker.backends.unpadded import NAME, without_padding
 from legit_worker.errors import BackendError
 from legit_worker.models.features import collate as join
 from legit_worker.models.kinds import SparseEmbedding, TextEmbedding
@@ -159,6 +161,59 @@ def test_a_module_is_as_it_was_when_a_batch_is_over_also_by_an_error() -> None:
         way(given | {"input_ids": given["input_ids"] + VOCABULARY})
     assert module.model.config._attn_implementation == before
     assert torch.equal(module(given), expected)
+
+
+class TornAttention:
+    """A configuration that a signal's handler interrupts once, when it gets its attention back."""
+
+    def __init__(self, of: Any) -> None:
+        self.__dict__.update(of=of, is_torn=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.of, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value != NAME and not self.is_torn:
+            self.__dict__["is_torn"] = True
+            raise TimeoutError("by a handler")
+        setattr(self.of, name, value)
+
+
+@torch.no_grad()
+def test_a_module_is_as_it_was_if_a_handler_raises_while_it_is_restored() -> None:
+    module, given = Mean("bert"), batch([3, 9])
+    expected, config = module(given), module.model.config
+    torn = TornAttention(config)
+    for part in module.modules():
+        if getattr(part, "config", None) is config:
+            part.config = torn
+    way, before = without_padding(module, module), config._attn_implementation
+    assert way is not None
+    with pytest.raises(TimeoutError, match="by a handler"):
+        way(given)
+    assert config._attn_implementation == before
+    assert torch.equal(module(given), expected)
+
+
+@torch.no_grad()
+def test_a_child_that_is_forked_while_a_thread_computes_a_batch_has_the_module_as_it_was() -> None:
+    module, given = Mean("bert"), batch([3, 9])
+    way, expected, counts = without_padding(module, module), module(given), seen(module)
+    assert way is not None
+    begun, may_go_on = threading.Event(), threading.Event()
+    hook = module.layers()[-1].register_forward_pre_hook(lambda *_: begun.set() or (may_go_on.wait(10) and None))
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(way(dict(given)).detach()))
+    thread.start()
+    assert begun.wait(10)
+    if not (child := os.fork()):
+        hook.remove()
+        is_right = [torch.allclose(compute(dict(given)), expected, atol=1e-5) for compute in (module, way, module)]
+        os._exit(0 if all(is_right) and counts[-3:] == [18, 12, 18] else 1)
+    may_go_on.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_with_much_behind_them_or_that_another_library_changed_are_left_alone() -> None:
