@@ -183,7 +183,7 @@ class TornAttention:
 def test_a_module_is_as_it_was_if_a_handler_raises_while_it_is_restored() -> None:
     module, given = Mean("bert"), batch([3, 9])
     expected, config = module(given), module.model.config
-    torn = TornAttention(config)
+    torn: Any = TornAttention(config)
     for part in module.modules():
         if getattr(part, "config", None) is config:
             part.config = torn
@@ -201,7 +201,12 @@ def test_a_child_that_is_forked_while_a_thread_computes_a_batch_has_the_module_a
     way, expected, counts = without_padding(module, module), module(given), seen(module)
     assert way is not None
     begun, may_go_on = threading.Event(), threading.Event()
-    hook = module.layers()[-1].register_forward_pre_hook(lambda *_: begun.set() or (may_go_on.wait(10) and None))
+
+    def stop(*_: Any) -> None:
+        begun.set()
+        may_go_on.wait(10)
+
+    hook = module.layers()[-1].register_forward_pre_hook(stop)
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: found.append(way(dict(given)).detach()))
     thread.start()
