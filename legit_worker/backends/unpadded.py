@@ -25,10 +25,11 @@ NAME = "legit_worker_runs"
 #: The layers' names in a model.
 STACKS = ("layer", "layers")
 
-#: What an attention is given if a token has not all of its text.
+#: What an attention is given if a token does not attend to all of its text.
 LIMITS = ("is_causal", "sliding_window", "softcap", "s_aux")
 
-#: Weights of linear layers behind the layers, as a part of the layers' weights: more would compute much padding.
+#: Weights of linear layers behind the layers, as a part of the layers' weights. With more, much padding would be
+#: computed.
 MOST_BEHIND = 0.1
 
 #: Computes a batch's features.
@@ -38,15 +39,15 @@ Compute = Callable[[dict[str, Any]], torch.Tensor]
 def without_padding(module: torch.nn.Module, compute: Compute) -> Compute | None:
     """What computes the same rows, where torch traces it; None if `module` has no layers that are known to allow it.
 
-    `compute` uses `module`. Whether the rows are the same is for the caller to compare: an attention may know where its
-    tokens stand. One thread may compute it, and no other code may compute with `module` meanwhile.
+    `compute` uses `module`. Whether the rows are the same is for the caller to compare: attention may depend on
+    the tokens' positions. One thread may compute it, and no other code may compute with `module` meanwhile.
     """
     layers = _layers(module)
     return None if layers is None else _Unpadded(module, layers, compute)
 
 
 def _layers(module: torch.nn.Module) -> Sequence[Any] | None:
-    """The layers; None if there are several stacks of them, or much is computed behind them, or others changed them."""
+    """The layers; None if they are several stacks, or much is computed behind them, or another library changed them."""
     stacks = [
         stack
         for part in module.modules()
@@ -71,7 +72,9 @@ class _Unpadded:
         self._layers, self._compute = layers, compute
         # transformers has no public name for the attention that is set.
         configs: Any = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}.values()
-        self._attentions = [(config, config._attn_implementation) for config in configs]
+        self._attentions = [
+            (config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")
+        ]
 
     def __call__(self, features: dict[str, Any]) -> torch.Tensor:
         row = _Row(features["attention_mask"])

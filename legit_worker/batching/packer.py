@@ -27,7 +27,7 @@ EACH = 1e-6
 SAME = 1e-9
 
 
-#: A model that computes no padding still has it in its input and its output: at most this many times the cost.
+#: A model whose layers compute no padding still has padding in its input and output: at most this many times the cost.
 SPREAD = 3
 
 
@@ -37,9 +37,9 @@ def padded(costs: Sequence[int]) -> int:
 
 
 def evened(costs: Sequence[int]) -> tuple[float, float]:
-    """How many items, and of which cost each, have the sum of these costs, and the sum of their squares.
+    """Find equal items with the same sum of costs, and the same sum of squared costs: how many, and the cost of each.
 
-    A batch without padding takes as long as one of so many equal items.
+    A batch without padding takes as long as a batch of these.
     """
     total, squares = sum(costs), sum(cost * cost for cost in costs)
     return total * total / squares, squares / total

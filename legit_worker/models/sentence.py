@@ -204,7 +204,8 @@ class SentenceModel:
     def batch_key(self, item: Prepared) -> Hashable:
         """Inputs share a batch if their modality, their image size and their prompt length are equal.
 
-        So are their lengths if the model's rows depend on padding. Those that are padded are not beside others.
+        So are their lengths if the model's rows depend on padding. One that is padded never shares
+        a batch with one that is not.
         """
         return (item.key, item.cost) if self._minds_padding else (item.key, self.pads(item))
 

@@ -198,27 +198,34 @@ def test_a_module_is_as_it_was_if_a_handler_raises_while_it_is_restored() -> Non
 @torch.no_grad()
 def test_a_child_that_is_forked_while_a_thread_computes_a_batch_has_the_module_as_it_was() -> None:
     module, given = Mean("bert"), batch([3, 9])
-    way, expected, counts = without_padding(module, module), module(given), seen(module)
+    way, expected = without_padding(module, module), module(given)
     assert way is not None
+    before = module.model.config._attn_implementation
     begun, may_go_on = threading.Event(), threading.Event()
 
     def stop(*_: Any) -> None:
         begun.set()
         may_go_on.wait(10)
 
-    hook = module.layers()[-1].register_forward_pre_hook(stop)
+    module.layers()[-1].register_forward_pre_hook(stop)
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: found.append(way(dict(given)).detach()))
     thread.start()
     assert begun.wait(10)
-    if not (child := os.fork()):
-        hook.remove()
-        is_right = [torch.allclose(compute(dict(given)), expected, atol=1e-5) for compute in (module, way, module)]
-        os._exit(0 if all(is_right) and counts[-3:] == [18, 12, 18] else 1)
+    if not (child := os.fork()):  # which has no threads of OpenMP, so it computes nothing
+        is_changed = any("forward" in vars(layer) for layer in module.layers())
+        os._exit(int(is_changed or module.model.config._attn_implementation != before))
     may_go_on.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_configuration_of_another_library_is_left_alone() -> None:
+    module = Mean("bert")
+    module.config = {"pooling": "mean"}
+    assert not made(module).pads
 
 
 def test_layers_with_much_behind_them_or_that_another_library_changed_are_left_alone() -> None:
