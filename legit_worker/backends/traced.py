@@ -55,7 +55,13 @@ def trace(
     if (weights := _weights(module)) > MOST_WEIGHTS:
         if unpadded is None:
             raise BackendError(f"with {weights} weights it would gain little")
-        return _by_python(module, unpadded, compute, collate, by_length, name=name)
+        shorter = by_length[: 1 + len(by_length) // 2]  # long ones would take seconds
+        with quietly(), torch.no_grad():
+            batch = collate([shorter[0], shorter[len(shorter) // 2], shorter[-1]])
+            rows = Rows(module, unpadded, batch).eval()
+            found = ByPython(rows, compute, batch, _length(by_length[-1]), name=name, key="", pads=False)
+            found.check(batch)
+        return found
     if unpadded is not None:
         try:
             return _trace(module, unpadded, compute, collate, by_length, name=name)
@@ -94,25 +100,6 @@ def _trace(
             traced.unload()  # the next load's comparisons refuse it again, and take no more memory
             raise
     return traced
-
-
-def _by_python(
-    module: torch.nn.Module,
-    way: Compute,
-    compute: Compute,
-    collate: Callable[[Sequence[Features]], dict[str, Any]],
-    by_length: Sequence[Features],
-    *,
-    name: str,
-) -> ByPython:
-    """Compare the rows of `way` with those of `compute`. Raises `BackendError`, and what those raise."""
-    shorter = by_length[: 1 + len(by_length) // 2]
-    with quietly(), torch.no_grad():
-        batch = collate([shorter[0], shorter[len(shorter) // 2], shorter[-1]])
-        rows = Rows(module, way, batch).eval()
-        found = ByPython(rows, compute, batch, _length(by_length[-1]), name=name, key="", pads=False)
-        found.check(batch)
-    return found
 
 
 #: Of models that have left memory, without their weights: torch keeps 10 MiB of each trace for good. The next load of

@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import inf
+from math import inf, prod
 from typing import Any, Protocol
 
 from legit_worker.batching.demand import Demand
 from legit_worker.batching.fairness import FairQueue, Item
-from legit_worker.batching.packer import evened, fill, padded, pick
+from legit_worker.batching.packer import evened, fill, pick
 from legit_worker.batching.sizing import Sizing
 from legit_worker.batching.twins import distinct, with_twins
 from legit_worker.device.devices import Launch
@@ -262,15 +262,12 @@ class ModelQueue:
 
     def _learn(self, batch: list[Item], launch: Launch) -> None:
         """Let the next batches be sized by this one. If that fails, its tasks get their outputs all the same."""
-        costs = [item.cost for item in batch]
-        pads = self.model.pads(batch[0].prepared)
-        computed = self._computed(batch)
-        self.counters.note(costs, computed, launch.seconds)
+        costs, (count, longest) = [item.cost for item in batch], self._shape(batch)
+        self.counters.note(costs, round(count * longest), launch.seconds)
         try:
-            count, longest = (len(costs), max(costs)) if pads else evened(costs)
             self.sizing.observe(count, longest, launch.seconds)
             self.model.observe(len(costs), max(costs), launch)
-            self._room.did_fit(computed)
+            self._room.did_fit(round(count * longest))
         except Exception:
             logger.exception("nothing was learned from a batch of %d items of model %r", len(costs), self.model.alias)
 
@@ -326,7 +323,7 @@ class ModelQueue:
         candidates = [item for item in candidates if item.key in keys]
         batch = self._cut_around(frozenset(due), candidates, budget)
         by_memory = self.model.largest_cost(max(item.cost for item in batch))
-        if padded([item.cost for item in batch]) > by_memory:  # longer ones take more for each unit
+        if round(prod(self._shape(batch))) > by_memory:  # longer ones take more for each unit
             batch = self._cut([first, *(item for item in batch if item is not first)], by_memory)
         batch = with_twins(batch)
         self._fair.take(batch)
@@ -347,10 +344,10 @@ class ModelQueue:
         chosen = pick(costs, budget, self.sizing.costs) if pads else fill(costs, budget)
         return [candidates[index] for index in chosen]
 
-    def _computed(self, batch: list[Item]) -> int:
-        """The cost of a batch, with its padding if that is computed: the unit of `_budget`."""
+    def _shape(self, batch: list[Item]) -> tuple[float, float]:
+        """How many equal items take as long as this batch, and the cost of each. Their product counts in the budget."""
         costs = [item.cost for item in batch]
-        return padded(costs) if self.model.pads(batch[0].prepared) else sum(costs)
+        return (len(costs), max(costs)) if self.model.pads(batch[0].prepared) else evened(costs)
 
     def _make_room(self, batch: list[Item], error: BaseException) -> None:
         """Too much at once: free what can be freed, and have no batch as large from now on."""
@@ -368,7 +365,7 @@ class ModelQueue:
         except Exception:
             logger.exception("memory could not be freed after model %r ran out of it", self.model.alias)
         if len(batch) > 1:
-            cost = self._computed(batch)
+            cost = round(prod(self._shape(batch)))
             self._room.did_not_fit(cost)
             logger.warning(
                 "model %r ran out of memory with %d items, computed cost %d; batches have at most %.0f from now on: %s",

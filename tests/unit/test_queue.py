@@ -295,13 +295,19 @@ def test_batches_without_padding_that_run_out_of_memory_make_later_ones_smaller(
     assert 0 < entry.refused < 10
 
 
-def test_a_long_item_without_padding_waits_for_one_batch_and_no_longer() -> None:
+def learned(count: int) -> tuple[Unpadded, ModelQueue]:
+    """A model without padding, and its queue, which knows what so many short items take."""
     entry = Unpadded()
     subject = queue(entry)
     for _ in range(3):
-        ask(subject, ["shrt"] * 20)
+        ask(subject, ["four"] * count)
         run_all(subject)
     entry.batches.clear()
+    return entry, subject
+
+
+def test_a_long_item_without_padding_waits_for_one_batch_and_no_longer() -> None:
+    entry, subject = learned(20)
     for item in ("shrt", "shrt", "long" * 50, *["shrt"] * 200):
         ask(subject, [item])
     step(subject)
@@ -311,12 +317,7 @@ def test_a_long_item_without_padding_waits_for_one_batch_and_no_longer() -> None
 
 
 def test_of_a_model_without_padding_what_is_due_comes_first() -> None:
-    entry = Unpadded()
-    subject = queue(entry)
-    for _ in range(3):
-        ask(subject, ["four"] * 40)
-        run_all(subject)
-    entry.batches.clear()
+    entry, subject = learned(40)
     for _ in range(300):
         ask(subject, ["flooding"], "flood")
     for item in ("little", "a", "few more"):
